@@ -1,0 +1,75 @@
+"""Cache the features of a frozen backbone once, train heads on them in seconds, fine-tune from there.
+
+>>> import embedpipe as ep
+>>> features = ep.extract("data/", "timm:resnet18", cache_dir="cache")
+>>> head = ep.fit_head(features)
+>>> tuned = ep.finetune(head, unfreeze="layer4")
+>>> tuned.predict(["a.jpg"])
+
+Names are imported when they are first used: importing embedpipe loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from embedpipe.backbones import Backbone, Layer, list_models, load_backbone
+    from embedpipe.classifier import Classifier
+    from embedpipe.errors import EmbedpipeError
+    from embedpipe.evaluation import Evaluation, evaluate
+    from embedpipe.extraction import extract
+    from embedpipe.features import FeatureSet
+    from embedpipe.finetuning import finetune
+    from embedpipe.fitting import fit_head
+    from embedpipe.heads import LinearHead
+    from embedpipe.images import Transform
+    from embedpipe.prediction import Prediction, predict
+
+_HOMES = {
+    "Backbone": "backbones",
+    "Classifier": "classifier",
+    "EmbedpipeError": "errors",
+    "Evaluation": "evaluation",
+    "FeatureSet": "features",
+    "Layer": "backbones",
+    "LinearHead": "heads",
+    "Prediction": "prediction",
+    "Transform": "images",
+    "evaluate": "evaluation",
+    "extract": "extraction",
+    "finetune": "finetuning",
+    "fit_head": "fitting",
+    "list_models": "backbones",
+    "load_backbone": "backbones",
+    "predict": "prediction",
+}
+__all__ = [
+    "Backbone",
+    "Classifier",
+    "EmbedpipeError",
+    "Evaluation",
+    "FeatureSet",
+    "Layer",
+    "LinearHead",
+    "Prediction",
+    "Transform",
+    "evaluate",
+    "extract",
+    "finetune",
+    "fit_head",
+    "list_models",
+    "load_backbone",
+    "predict",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'embedpipe' has no attribute {name!r}")
+    return getattr(import_module(f"embedpipe.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

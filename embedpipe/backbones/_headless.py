@@ -1,0 +1,152 @@
+"""A model without its classifier: images in, one vector an image out, the library's own parameter names kept.
+
+Two ways, chosen once when the model is loaded. Where the classifier was the last thing to act on the features, the model's own
+output is the feature, and nothing else happens. Elsewhere (an intermediate layer, several heads, a pooling after a
+convolutional classifier) the outputs of named modules are caught and the pass ends there.
+
+>>> Headless(model, [Tap("layer3", Pooling("avg", "map"))])(images).shape
+torch.Size([8, 256])
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from embedpipe.backbones._trace import first_tensor
+
+POOLS = ("auto", "avg", "cls", "max", "none")
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How one vector an image comes from an output.
+
+    Parameters
+    ----------
+    kind : "avg", "cls", "max" or "none" (flattened)
+    layout : "vector" (N, D), "map" (N, C, H, W), "nhwc" (N, H, W, C) or "tokens" (N, T, C)
+    prefix : int    class, register and distillation tokens in front, which never enter an average or a maximum
+    """
+
+    kind: str
+    layout: str
+    prefix: int = 0
+
+    def __call__(self, output: Tensor) -> Tensor:
+        if self.layout == "vector":
+            return output
+        if self.kind == "none":
+            return output.flatten(1)
+        tokens = output
+        if self.layout == "map":
+            tokens = output.flatten(2).transpose(1, 2)
+        elif self.layout == "nhwc":
+            tokens = output.flatten(1, 2)
+        if self.kind == "cls":
+            return tokens[:, 0]
+        patches = tokens[:, self.prefix :]
+        return patches.amax(1) if self.kind == "max" else patches.mean(1)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A module whose output is wanted, and how often it runs in one pass (the last output counts)."""
+
+    name: str
+    pooling: Pooling
+    count: int = 1
+
+
+class _Reached(Exception):
+    pass
+
+
+class Headless(nn.Module):
+    """Images float32 (N, 3, H, W) -> features (N, D): `model` without its classifier, tapped where need be.
+
+    Parameters
+    ----------
+    model : nn.Module    the library's model; its classifiers are identities by now
+    taps : sequence of Tap    modules whose pooled outputs are concatenated; empty = the model's output is the feature
+    """
+
+    def __init__(self, model: nn.Module, taps: Sequence[Tap] = ()) -> None:
+        super().__init__()
+        self.model = model
+        self.taps = tuple(taps)
+        self._caught: dict[int, list[list[Tensor]]] = {}  # per thread, as one module serves several
+        for index, tap in enumerate(self.taps):
+            model.get_submodule(tap.name).register_forward_hook(partial(self._catch, index))
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.taps:
+            output: Tensor = self.model(images)
+            return output.flatten(1)
+        caught: list[list[Tensor]] = [[] for _ in self.taps]
+        self._caught[get_ident()] = caught
+        try:
+            self.model(images)
+        except _Reached:
+            pass
+        finally:
+            del self._caught[get_ident()]
+        vectors = [tap.pooling(outputs[-1]) for tap, outputs in zip(self.taps, caught, strict=True)]
+        return vectors[0] if len(vectors) == 1 else torch.cat(vectors, 1)
+
+    def train(self, mode: bool = True) -> Headless:
+        """Switch the layers, never the root's own flag: there it only selects training-time outputs."""
+        super().train(mode)
+        self.model.training = False
+        return self
+
+    def _catch(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
+        caught = self._caught.get(get_ident())
+        if caught is None:
+            return
+        tensor = first_tensor(output)
+        assert tensor is not None
+        caught[index].append(tensor)
+        if all(len(outputs) == tap.count for outputs, tap in zip(caught, self.taps, strict=True)):
+            raise _Reached
+
+
+def layout_of(
+    shape: Sequence[int], image_size: tuple[int, int], *, channels_last: bool = False
+) -> str:
+    """Name the layout of an output (N, ...) of images (H, W); `channels_last` decides where the shape cannot.
+
+    A map has the aspect ratio of the image in its last two axes, an NHWC map in the two before.
+
+    Raises
+    ------
+    ValueError    neither a vector, nor tokens, nor a map
+    """
+    if len(shape) == 4:
+        aspect = math.log(image_size[0] / image_size[1])
+        last = abs(math.log(shape[2] / shape[3]) - aspect)
+        first = abs(math.log(shape[1] / shape[2]) - aspect)
+        return "nhwc" if first < last or (first == last and channels_last) else "map"
+    if len(shape) not in (2, 3):
+        raise ValueError(f"an output of shape {tuple(shape)}")
+    return "vector" if len(shape) == 2 else "tokens"
+
+
+def count_prefix(tokens: int, image_size: tuple[int, int], declared: int) -> int:
+    """Return how many of `tokens` stand in front of the patches: `declared` where the rest is a grid, else none."""
+
+    def is_grid(count: int) -> bool:
+        height = round(math.sqrt(count * image_size[0] / image_size[1]))
+        width = round(math.sqrt(count * image_size[1] / image_size[0]))
+        return count > 0 and height * width == count
+
+    if is_grid(tokens - declared) or (tokens > declared and not is_grid(tokens)):
+        return declared
+    return 0

@@ -1,0 +1,133 @@
+"""From a name, a module or a folder to a `Backbone`.
+
+>>> load_backbone("timm:resnet18", weights="none").feature_dim
+512
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from embedpipe.backbones._assembling import Images, assemble, take_classifiers, wrap_module
+from embedpipe.backbones._backbone import Backbone, Layer, find_stages
+from embedpipe.backbones._libraries import LIBRARIES, Library, resolve_name
+from embedpipe.backbones._saving import DESCRIPTION, load_model
+from embedpipe.backbones._state import fill, read_weights
+from embedpipe.backbones._trace import Weightless, trace
+from embedpipe.backbones.weights import package_for
+from embedpipe.errors import UsageError
+from embedpipe.images import Transform
+
+
+def load_backbone(
+    name: str | os.PathLike[str] | nn.Module,
+    *,
+    weights: str | os.PathLike[str] = "pretrained",
+    layer: str | None = None,
+    pool: str = "auto",
+    seed: int = 0,
+    image_size: int | None = None,
+    crop_pct: float | None = None,
+    interpolation: str | None = None,
+    transform: Images | None = None,
+) -> Backbone:
+    """Return a frozen backbone that gives the penultimate features, or those of an intermediate layer.
+
+    Parameters
+    ----------
+    name : "timm:NAME", "torchvision:NAME", a bare timm name, a folder that `save_model` wrote, or a user's own module
+        whose output is the feature (it comes with its weights and needs a `transform`)
+    weights : "pretrained" (the library's hub), "none" (random from `seed`), "packaged" (an installed package) or a file
+    layer : dotted module name; None for what enters the classifier
+    pool : "auto", "avg", "max", "cls" or "none"    from maps and tokens to one vector; auto = average over patches
+    image_size, crop_pct, interpolation    change the model's own evaluation transform
+    transform : callable    RGB image -> float32 (3, H, W), in place of it
+
+    Raises
+    ------
+    UsageError            unknown model, layer, pool or weights; an image size that the model refuses
+    WeightsUnavailable    no network, or no package with weights for this model
+    ModelMismatch         a weights file of another model
+    """
+    if isinstance(name, nn.Module):
+        return wrap_module(name, layer=layer, pool=pool, image_size=image_size, transform=transform)
+    if (Path(name) / DESCRIPTION).is_file():
+        return load_model(name, layer=layer, pool=pool)
+    source, architecture = resolve_name(os.fspath(name))
+    library = LIBRARIES[source]
+    canonical = _transform_for(library, architecture, image_size, crop_pct, interpolation)
+    options = library.options_for(architecture, image_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = library.build(architecture, options=options, pretrained=weights == "pretrained")
+    heads = take_classifiers(model, library.classifiers_of(architecture, model))
+    if weights == "pretrained":
+        origin = library.origin_of(architecture)
+    elif weights == "none":
+        origin = f"none: seed {seed}"
+    elif weights == "packaged":
+        package = package_for(f"{source}:{library.bare_name(architecture)}")
+        state = package.read(package.locate(), model.state_dict())
+        fill(model, state, dropped=(), source=package.distribution, name=architecture)
+        canonical, origin = replace(canonical, **package.transform), package.origin
+    else:
+        dropped = (*heads, *library.AUXILIARY)
+        fill(
+            model,
+            read_weights(Path(weights)),
+            dropped=dropped,
+            source=str(weights),
+            name=f"{source}:{architecture}",
+        )
+        origin = f"file: {os.fspath(weights)}"
+    return assemble(
+        model,
+        name=f"{source}:{architecture}",
+        heads=heads,
+        layer=layer,
+        pool=pool,
+        transform=transform or canonical,
+        image_size=canonical.crop_size,
+        origin=origin,
+        build=options,
+    )
+
+
+def describe_layers(name: str) -> tuple[Layer, ...]:
+    """Return the stages of a model in the order in which they run; it is built on the meta device, without weights.
+
+    Raises
+    ------
+    UsageError    unknown model
+    """
+    source, architecture = resolve_name(name)
+    library = LIBRARIES[source]
+    with Weightless():
+        model = library.build(
+            architecture, options=library.options_for(architecture, None), pretrained=False
+        ).eval()
+    take_classifiers(model, library.classifiers_of(architecture, model))
+    size = _transform_for(library, architecture, None, None, None).crop_size
+    return find_stages(model, trace(model, size))
+
+
+def _transform_for(
+    library: Library,
+    architecture: str,
+    image_size: int | None,
+    crop_pct: float | None,
+    interpolation: str | None,
+) -> Transform:
+    try:
+        return library.transform_for(
+            architecture, image_size=image_size, crop_pct=crop_pct, interpolation=interpolation
+        )
+    except ValueError as exc:
+        raise UsageError(
+            str(exc), hint="interpolations are bicubic, bilinear, lanczos, nearest, box and hamming"
+        ) from exc

@@ -1,0 +1,102 @@
+"""State dicts from files into headless models; nothing is unpickled that is not a tensor.
+
+>>> read_weights(Path("model.safetensors"))
+{'conv1.weight': tensor(...), ...}
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from embedpipe.errors import ModelMismatch, UsageError
+
+State = dict[str, Tensor]
+
+
+def read_weights(path: Path) -> State:
+    """Return the state dict in a .safetensors, .pth or .pt file, its wrappers and prefixes taken off.
+
+    Raises
+    ------
+    UsageError       no such file
+    ModelMismatch    not a plain state dict
+    """
+    if not path.is_file():
+        raise UsageError(
+            f"no weights file {path}",
+            hint="weights are 'pretrained', 'none', 'packaged' or a .safetensors or .pth file",
+        )
+    try:
+        state = (
+            safetensors.torch.load_file(path)
+            if path.suffix == ".safetensors"
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
+    except (
+        safetensors.SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        KeyError,
+        ValueError,
+    ) as exc:
+        raise ModelMismatch(
+            f"{path} is not a state dict that can be read without running code in it",
+            hint="save it with safetensors, or with torch.save(model.state_dict(), ...)",
+            path=str(path),
+        ) from exc
+    return _unwrap(state, path)
+
+
+def _unwrap(state: Any, path: Path) -> State:
+    for wrapper in ("state_dict", "model", "state_dict_ema", "model_state_dict"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if (
+        not isinstance(state, Mapping)
+        or not state
+        or not all(isinstance(v, Tensor) for v in state.values())
+    ):
+        raise ModelMismatch(
+            f"{path} holds no state dict of tensors", hint="save model.state_dict()", path=str(path)
+        )
+    for prefix in ("module.", "model."):
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return dict(state)
+
+
+def fill(
+    model: nn.Module, state: State, *, dropped: tuple[str, ...], source: str, name: str
+) -> None:
+    """Load `state` into a headless model, ignoring what lies below the `dropped` names (its classifiers).
+
+    Raises
+    ------
+    ModelMismatch    a parameter is missing, left over or of another shape
+    """
+    own = model.state_dict()
+    given = {k: v for k, v in state.items() if not k.startswith(tuple(f"{d}." for d in dropped))}
+    missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
+    extra = [k for k in given if k not in own]
+    shapes = [
+        f"{k} {tuple(v.shape)} for {tuple(own[k].shape)}"
+        for k, v in given.items()
+        if k in own and own[k].shape != v.shape
+    ]
+    for what, keys in (("lacks", missing), ("has in excess", extra), ("has other shapes:", shapes)):
+        if keys:
+            raise ModelMismatch(
+                f"{source} is not for {name}: it {what} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}",
+                hint="name the model that the weights belong to",
+                keys=keys,
+            )
+    model.load_state_dict(given, strict=False)

@@ -1,0 +1,178 @@
+"""The door to timm's models. `_torchvision` has the same verbs.
+
+>>> build("resnet18", options={}, pretrained=False)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import timm
+from huggingface_hub import constants as hub
+from timm.data import resolve_data_config
+from torch import nn
+
+from embedpipe.errors import WeightsUnavailable
+from embedpipe.images import Transform
+
+AUXILIARY: tuple[str, ...] = ()
+
+
+def names() -> list[str]:
+    """Return the architectures, without pretrained tags."""
+    return list(timm.list_models())
+
+
+def knows(architecture: str) -> bool:
+    """Tell whether timm has this architecture, with or without a pretrained tag (`resnet18.a1_in1k`)."""
+    bare, _, tag = architecture.partition(".")
+    return bool(timm.is_model(bare)) and (
+        not tag or timm.get_pretrained_cfg(architecture) is not None
+    )
+
+
+def bare_name(architecture: str) -> str:
+    """Return the architecture without its pretrained tag: the weights' digest says the rest."""
+    return architecture.partition(".")[0]
+
+
+def options_for(architecture: str, image_size: int | None) -> dict[str, Any]:
+    """Return the builder's arguments: models of one fixed input size are built for the size that is wanted."""
+    fixed = timm.get_pretrained_cfg(architecture).fixed_input_size
+    return {"img_size": image_size} if image_size and fixed else {}
+
+
+def build(architecture: str, *, options: dict[str, Any], pretrained: bool) -> nn.Module:
+    """Return timm's own model.
+
+    Raises
+    ------
+    WeightsUnavailable    pretrained, and the hub cannot be reached or has none
+    """
+    if not pretrained:
+        return _create(architecture, options)
+    if not timm.get_pretrained_cfg(architecture).has_weights:
+        raise WeightsUnavailable(
+            f"timm publishes no pretrained weights for {architecture}",
+            hint="use --weights FILE or --weights none",
+        )
+    try:
+        with _quick_when_offline():
+            return _create(architecture, {"pretrained": True, **options})
+    except OSError as exc:
+        raise WeightsUnavailable(
+            f"no network and no stored weights for timm:{architecture}",
+            hint="use --weights packaged, --weights FILE or --weights none",
+        ) from exc
+
+
+def origin_of(architecture: str) -> str:
+    """Name the hub entry that pretrained weights come from."""
+    cfg = timm.get_pretrained_cfg(architecture)
+    return f"hub: {cfg.hf_hub_id or cfg.url}"
+
+
+def classifiers_of(architecture: str, model: nn.Module) -> tuple[str, ...]:
+    """Return the classifiers that the default configuration names, in its order."""
+    named = timm.get_pretrained_cfg(architecture).classifier or ()
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+def transform_for(
+    architecture: str, *, image_size: int | None, crop_pct: float | None, interpolation: str | None
+) -> Transform:
+    """Return what timm's own evaluation transform does, from the default configuration."""
+    asked = {"img_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
+    data = resolve_data_config(
+        asked, pretrained_cfg=timm.get_pretrained_cfg(architecture).to_dict()
+    )
+    height, width = data["input_size"][1:]
+    resized = (math.floor(height / data["crop_pct"]), math.floor(width / data["crop_pct"]))
+    mode = data["crop_mode"] if data["crop_mode"] in ("squash", "border") else "short"
+    return Transform(
+        crop_size=(height, width),
+        resize_size=resized[0] if mode == "short" and resized[0] == resized[1] else resized,
+        resize_mode=mode,
+        interpolation=data["interpolation"],
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+    )
+
+
+def config_for(
+    architecture: str,
+    *,
+    options: dict[str, Any],
+    classes: list[str],
+    feature_dim: int,
+    transform: Any,
+) -> dict[str, Any]:
+    """Return the `config.json` that `timm.create_model("local-dir:FOLDER")` reads."""
+    cfg = timm.get_pretrained_cfg(architecture).to_dict(remove_source=True, remove_null=True)
+    cfg |= {"num_classes": len(classes), "tag": "embedpipe"} | _data_config(transform)
+    return {
+        "architecture": bare_name(architecture),
+        "num_classes": len(classes),
+        "num_features": feature_dim,
+        "label_names": classes,
+        "model_args": options,
+        "pretrained_cfg": cfg,
+    }
+
+
+def _data_config(transform: Any) -> dict[str, Any]:
+    if not isinstance(transform, Transform):
+        return {}
+    height, width = transform.crop_size
+    resized = (
+        transform.resize_size
+        if isinstance(transform.resize_size, int)
+        else transform.resize_size[0]
+    )
+    crop_pct = height / resized
+    while math.floor(height / crop_pct) < resized:  # the quotient may round down
+        crop_pct = math.nextafter(crop_pct, 0)
+    return {
+        "input_size": [3, height, width],
+        "crop_pct": crop_pct,
+        "crop_mode": "center" if transform.resize_mode == "short" else transform.resize_mode,
+        "interpolation": transform.interpolation,
+        "mean": list(transform.mean),
+        "std": list(transform.std),
+    }
+
+
+def _create(architecture: str, arguments: dict[str, Any]) -> nn.Module:
+    model: nn.Module = timm.create_model(architecture, **arguments)
+    return model
+
+
+@contextmanager
+def _quick_when_offline() -> Iterator[None]:
+    """Spare the hub client's 50 s of retries where its host does not answer; what is stored is still found."""
+    before = hub.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = before or not _answers(hub.ENDPOINT)
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before
+
+
+def _answers(endpoint: str, timeout_s: float = 5.0) -> bool:
+    url = urllib.parse.urlsplit(endpoint)
+    if urllib.request.getproxies():
+        return True
+    try:
+        port = url.port or (443 if url.scheme == "https" else 80)
+        socket.create_connection((url.hostname or "", port), timeout_s).close()
+    except OSError:
+        logging.getLogger(__name__).debug("%s does not answer", endpoint)
+        return False
+    return True

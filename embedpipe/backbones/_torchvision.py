@@ -1,0 +1,120 @@
+"""The door to torchvision's classification models. `_timm` has the same verbs.
+
+>>> build("resnet18", options={}, pretrained=False)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torchvision import models
+
+from embedpipe.errors import WeightsUnavailable
+from embedpipe.images import Transform
+
+AUXILIARY: tuple[str, ...] = (
+    "aux1",
+    "aux2",
+    "AuxLogits",
+)  # training-time classifiers, never built here
+
+# What torchvision itself passes when it loads these models' weights.
+OPTIONS = {
+    "googlenet": {"aux_logits": False, "transform_input": True, "init_weights": True},
+    "inception_v3": {"aux_logits": False, "transform_input": True, "init_weights": True},
+}
+
+
+def names() -> list[str]:
+    """Return the classification models."""
+    return list(models.list_models(module=models))
+
+
+def knows(architecture: str) -> bool:
+    """Tell whether torchvision has this classification model."""
+    return architecture in names()
+
+
+def bare_name(architecture: str) -> str:
+    """Return the name itself: torchvision has no tags."""
+    return architecture
+
+
+def options_for(architecture: str, image_size: int | None) -> dict[str, Any]:
+    """Return the builder's arguments; no model here is built for one size."""
+    return dict(OPTIONS.get(architecture, {}))
+
+
+def build(architecture: str, *, options: dict[str, Any], pretrained: bool) -> nn.Module:
+    """Return torchvision's own model.
+
+    Raises
+    ------
+    WeightsUnavailable    pretrained, and the server cannot be reached
+    """
+    state = _download(architecture) if pretrained else None
+    model: nn.Module = models.get_model(architecture, weights=None, **options)
+    if state is not None:
+        model.load_state_dict({k: v for k, v in state.items() if not k.startswith(AUXILIARY)})
+    return model
+
+
+def origin_of(architecture: str) -> str:
+    """Name the file that pretrained weights come from."""
+    return f"hub: {models.get_model_weights(architecture).DEFAULT.url}"
+
+
+def classifiers_of(architecture: str, model: nn.Module) -> tuple[str, ...]:
+    """Return the last linear layer, or the convolution that stands for it."""
+    weighted = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    return (weighted[-1],)
+
+
+def transform_for(
+    architecture: str, *, image_size: int | None, crop_pct: float | None, interpolation: str | None
+) -> Transform:
+    """Return the transform of the default weights; `image_size` keeps their ratio of crop to resize."""
+    preset = models.get_model_weights(architecture).DEFAULT.transforms()
+    default = preset.crop_size[0]
+    crop = image_size or default
+    resize = round(crop / crop_pct) if crop_pct else round(crop * preset.resize_size[0] / default)
+    return Transform(
+        crop_size=(crop, crop),
+        resize_size=resize,
+        resize_mode="short",
+        interpolation=interpolation or preset.interpolation.value,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+    )
+
+
+def config_for(
+    architecture: str,
+    *,
+    options: dict[str, Any],
+    classes: list[str],
+    feature_dim: int,
+    transform: Any,
+) -> dict[str, Any]:
+    """Return a `config.json` for `models.get_model(architecture, num_classes=..., **model_args)`."""
+    return {
+        "architecture": architecture,
+        "num_classes": len(classes),
+        "num_features": feature_dim,
+        "label_names": classes,
+        "model_args": options,
+    }
+
+
+def _download(architecture: str) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = models.get_model_weights(architecture).DEFAULT.get_state_dict(
+            progress=False, check_hash=True
+        )
+    except OSError as exc:
+        raise WeightsUnavailable(
+            f"no network and no stored weights for torchvision:{architecture}",
+            hint="use --weights packaged, --weights FILE or --weights none",
+        ) from exc
+    return state

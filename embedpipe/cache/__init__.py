@@ -1,0 +1,29 @@
+"""The cache: features keyed by the bytes of their images, in spaces named by all that shapes them.
+
+The only room that imports h5py. Deeds and the pipeline may enter; it imports only the nouns of
+`manifest`, `errors` and `provenance`, and never torch.
+
+>>> space = Cache(Path("cache")).open_space(spec, name="timm-resnet18")
+>>> with space.writer(feature_dim=512, dtype="float32", environment={}, pins={}) as writer:
+...     writer.append(keys, features)
+...     writer.finish()
+>>> space.view().read(keys)
+"""
+
+from embedpipe.cache._cache import Cache
+from embedpipe.cache._datasets import dataset_name
+from embedpipe.cache._disk import check_free_space
+from embedpipe.cache._index import KeyIndex
+from embedpipe.cache._space import Space
+from embedpipe.cache._view import SpaceView
+from embedpipe.cache._writer import SpaceWriter
+
+__all__ = [
+    "Cache",
+    "KeyIndex",
+    "Space",
+    "SpaceView",
+    "SpaceWriter",
+    "check_free_space",
+    "dataset_name",
+]

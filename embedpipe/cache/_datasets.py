@@ -1,0 +1,110 @@
+"""Sample tables: what a data set consists of, one sealed HDF5 file for each data source."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from embedpipe.cache._disk import make_folder, publish
+from embedpipe.cache._features import key_matrix, text_column, texts_of
+from embedpipe.cache._sealed import FORMAT_VERSION, Sealed, open_sealed, write_sealed
+
+if TYPE_CHECKING:
+    from embedpipe.manifest import Manifest
+
+TEXTS = ("path", "label", "split", "group")
+SCHEMA = {
+    **dict.fromkeys(TEXTS, ("S", 1)),
+    "key": ("u1", 2),
+    "source": ("i4", 1),
+    "classes": ("S", 1),
+    "warnings": ("S", 1),
+    "sources/argument": ("S", 1),
+    "sources/absolute": ("S", 1),
+    "sources/root": ("S", 1),
+}
+
+
+def dataset_name(manifest: Manifest) -> str:
+    """Return `<name>-<id>`; the id is that of the sources, so a new reading replaces it."""
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", manifest.name).strip("._-")[:64] or "data"
+    sources = b"\0".join(os.fsencode(_absolute(source.argument)) for source in manifest.sources)
+    return f"{readable}-{hashlib.sha256(sources).hexdigest()[:12]}"
+
+
+def write_table(path: Path, manifest: Manifest) -> None:
+    """Write the sample table of a manifest; an absent label or group is stored as the empty text.
+
+    Files that could not be read are left out: they have no key, and the next run tries them again.
+    """
+    samples, sources = manifest.samples, manifest.sources
+    columns = {name: _texts(getattr(sample, name) for sample in samples) for name in TEXTS}
+    arrays = {
+        **columns,
+        "key": key_matrix(sample.key for sample in samples),
+        "source": np.array([sample.source for sample in samples], dtype="<i4"),
+        "classes": _texts(manifest.classes),
+        "warnings": _texts(manifest.warnings),
+        "sources/argument": _texts(source.argument for source in sources),
+        "sources/absolute": _texts(_absolute(source.argument) for source in sources),
+        "sources/root": _texts(str(source.root) for source in sources),
+    }
+    attrs: dict[str, int | str] = {
+        "name": os.fsencode(manifest.name).hex(),
+        "ignored": manifest.ignored,
+        "format_version": FORMAT_VERSION,
+    }
+    make_folder(path.parent)
+    publish(path, lambda stream: write_sealed(stream, arrays, attrs))
+
+
+def read_table(path: Path) -> Manifest:
+    """Return the manifest that a sample table holds.
+
+    Raises
+    ------
+    CacheMismatch    newer format, damaged or foreign
+    """
+    from embedpipe.manifest import Manifest, Sample, Source
+
+    table = open_sealed(path, SCHEMA)
+    columns = {name: texts_of(table.arrays[name]) for name in TEXTS}
+    keys = [key.tobytes() for key in table.arrays["key"]]
+    rows = zip(*columns.values(), keys, table.arrays["source"].tolist(), strict=True)
+    samples = tuple(
+        Sample(place, label or None, split, group or None, key, source)
+        for place, label, split, group, key, source in rows
+    )
+    pairs = zip(_column(table, "sources/argument"), _column(table, "sources/root"), strict=True)
+    return Manifest(
+        name=os.fsdecode(bytes.fromhex(table.attrs["name"])),
+        sources=tuple(Source(argument, Path(root)) for argument, root in pairs),
+        samples=samples,
+        classes=tuple(_column(table, "classes")),
+        ignored=table.attrs["ignored"],
+        unreadable=(),
+        warnings=tuple(_column(table, "warnings")),
+    )
+
+
+def reads(path: Path, source: str) -> bool:
+    """Whether the table is that of the folder or file `source`."""
+    return _absolute(source) in _column(open_sealed(path, SCHEMA), "sources/absolute")
+
+
+def _column(table: Sealed, name: str) -> list[str]:
+    return texts_of(table.arrays[name])
+
+
+def _texts(values: Iterable[str | None]) -> Any:
+    return text_column(value or "" for value in values)
+
+
+def _absolute(argument: str | os.PathLike[str]) -> str:
+    return os.path.abspath(os.fspath(argument))

@@ -1,0 +1,103 @@
+"""Folders and files that survive a kill and a power cut."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from embedpipe.errors import EmbedpipeError, StorageError
+from embedpipe.provenance import sync_folder
+
+TEMPORARY = ".tmp-"
+
+
+@contextmanager
+def storage_errors(path: Path, doing: str, *, missing_ok: bool = False) -> Iterator[None]:
+    """Turn an OSError into a StorageError; with `missing_ok`, FileNotFoundError passes."""
+    try:
+        yield
+    except OSError as exc:
+        passes = isinstance(exc, FileNotFoundError) and missing_ok
+        if passes or isinstance(exc, EmbedpipeError):
+            raise
+        raise StorageError(
+            f"could not {doing} {path}: {exc.strerror or exc}",
+            hint="free some space or check the permissions, then run the same command again",
+            path=str(path),
+        ) from exc
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each one durable before anything is put into it.
+
+    Raises
+    ------
+    StorageError    no permission, or a file stands in the way
+    """
+    with storage_errors(folder, "make the folder"):
+        if folder.is_dir():
+            return
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
+
+
+def publish(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Write a file whole: temporary name, `write(stream)`, fsync, rename, fsync of the folder.
+
+    The final name is the only mark of being done.
+
+    Raises
+    ------
+    StorageError    disk full, permission, input/output; no trace of the attempt is left
+    """
+    with storage_errors(path, "write"):
+        handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                write(stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, 0o644)
+            os.rename(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left; only for the holder of a proved lock."""
+    with storage_errors(folder, "sweep"):
+        for leftover in folder.glob(f"{TEMPORARY}*"):
+            leftover.unlink(missing_ok=True)
+
+
+def check_free_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse a plan that the disk cannot hold.
+
+    Raises
+    ------
+    StorageError    less than `needed_bytes` are free; both figures are in the message
+    """
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    with storage_errors(folder, "read the free space of"):
+        free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise StorageError(
+            f"{_size(free_bytes)} are free in {folder}, {_size(needed_bytes)} are needed",
+            hint="free some space, or name another place with --cache-dir",
+            free_bytes=free_bytes,
+            needed_bytes=needed_bytes,
+        )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,185 @@
+"""One feature file: rows, keys, failures, and a digest of each MiB; base and shards are the same.
+
+Arrays: /features (n, D) float32|float16, /keys (n, 32) uint8, /blocks (m, 32) uint8 = sha256 of
+each MiB of features, then of keys; /failed/keys, /failed/stage, /failed/reason, /failed/decoder.
+Attributes: fingerprint, spec (JSON), rows, format_version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from embedpipe.cache._sealed import (
+    FORMAT_VERSION,
+    USER_BLOCK,
+    build_head,
+    map_again,
+    open_sealed,
+    seal,
+)
+from embedpipe.cache._structure import Bytes, Large, damaged
+from embedpipe.provenance import canonical_json, fingerprint
+
+BLOCK = 1 << 20
+KEY_BYTES = 32
+SCHEMA = {
+    "features": ("f4|f2", 2),
+    "keys": ("u1", 2),
+    "blocks": ("u1", 2),
+    "failed/keys": ("u1", 2),
+    "failed/stage": ("S", 1),
+    "failed/reason": ("S", 1),
+    "failed/decoder": ("S", 1),
+}
+
+Array = np.ndarray[Any, Any]
+FailureRecord = tuple[str, str, str]
+FORGOTTEN: FailureRecord = ("", "", "")
+
+
+def key_matrix(keys: Iterable[bytes]) -> Bytes:
+    """Return keys as uint8 (n, 32)."""
+    joined = b"".join(keys)
+    return np.frombuffer(joined, np.uint8).reshape(-1, KEY_BYTES)
+
+
+def write_features(
+    stream: IO[bytes],
+    spec: Mapping[str, Any],
+    keys: Bytes,
+    chunks: Iterable[Array],
+    *,
+    shape: tuple[int, int],
+    dtype: np.dtype[Any],
+    failures: Mapping[bytes, FailureRecord],
+) -> None:
+    """Stream a feature file; memory holds the keys and one chunk.
+
+    Parameters
+    ----------
+    keys : uint8 (n, 32)
+    chunks : arrays of `dtype`, (n, D) when put together
+    """
+    large = Large("features", shape, dtype)
+    row_bytes = shape[1] * dtype.itemsize
+    blocks = np.zeros((-(-shape[0] * row_bytes // BLOCK) + -(-keys.size // BLOCK), 32), np.uint8)
+    arrays = {"keys": keys, "blocks": blocks, **_failed_arrays(failures)}
+    attrs: dict[str, int | str] = {
+        "fingerprint": fingerprint(spec),
+        "spec": canonical_json(spec),
+        "rows": shape[0],
+        "format_version": FORMAT_VERSION,
+    }
+    stream.seek(len(build_head(arrays, attrs, large)))
+    digests = [*_write_digested(stream, chunks), *_digests(keys.tobytes())]
+    arrays["blocks"] = key_matrix(digests)
+    stream.seek(0)
+    stream.write(seal(build_head(arrays, attrs, large), shape[0] * row_bytes))
+
+
+def _write_digested(stream: IO[bytes], chunks: Iterable[Array]) -> Iterator[bytes]:
+    rest = b""
+    for chunk in chunks:
+        raw = chunk.tobytes()
+        stream.write(raw)
+        rest += raw
+        whole = len(rest) - len(rest) % BLOCK
+        yield from _digests(rest[:whole])
+        rest = rest[whole:]
+    yield from _digests(rest)
+
+
+def _digests(raw: bytes) -> Iterator[bytes]:
+    for start in range(0, len(raw), BLOCK):
+        yield hashlib.sha256(raw[start : start + BLOCK]).digest()
+
+
+def _failed_arrays(failures: Mapping[bytes, FailureRecord]) -> dict[str, Array]:
+    keys = sorted(failures)
+    columns = zip(*(failures[key] for key in keys), strict=True) if keys else ((), (), ())
+    named = zip(("failed/stage", "failed/reason", "failed/decoder"), columns, strict=True)
+    return {"failed/keys": key_matrix(keys), **{name: text_column(texts) for name, texts in named}}
+
+
+def text_column(texts: Iterable[str]) -> Array:
+    """Return texts as fixed-length bytes, as wide as the longest; file names keep their bytes."""
+    encoded = [os.fsencode(text).replace(b"\0", b" ") for text in texts]
+    return np.array(encoded, dtype=f"S{max(map(len, encoded), default=0) or 1}")
+
+
+def texts_of(column: Array) -> list[str]:
+    """Undo `text_column`."""
+    return [os.fsdecode(text) for text in column.tolist()]
+
+
+class FeatureFile:
+    """An immutable feature file, its head proved; each MiB of rows is proved when first touched.
+
+    Attributes
+    ----------
+    keys : uint8 (n, 32)
+    failures : dict of key to (stage, reason, decoder)
+    shape, dtype : of the features
+    """
+
+    def __init__(self, path: Path, space: str) -> None:
+        sealed = open_sealed(path, SCHEMA, large="features")
+        assert sealed.large is not None
+        if sealed.attrs.get("fingerprint") != space:
+            raise damaged(path, f"it belongs to the space {sealed.attrs.get('fingerprint')}")
+        self.path, self._seal = path, sealed.mapped[:USER_BLOCK].tobytes()
+        self.keys: Bytes = sealed.arrays["keys"]
+        self.shape, self.dtype = sealed.large.shape, sealed.large.dtype
+        self._blocks, self._offset = sealed.arrays["blocks"], sealed.offset
+        row_blocks = -(-(sealed.mapped.size - sealed.offset) // BLOCK)
+        consistent = (
+            self.keys.shape == (self.shape[0], KEY_BYTES) and len(self._blocks) >= row_blocks
+        )
+        if not consistent or sealed.arrays["blocks"].shape[1:] != (KEY_BYTES,):
+            raise damaged(path, "its keys, rows and block digests do not fit together")
+        self.failures = _failures_of(sealed.arrays, path)
+        self._proved = np.zeros(row_blocks, bool)
+        self._mapped: Bytes | None = sealed.mapped
+
+    def release(self) -> None:
+        """Give the memory map back; the next read opens the file again."""
+        self._mapped = None
+
+    def rows(self, index: Array) -> Array:
+        """Return features (len(index), D) of the rows `index`.
+
+        Raises
+        ------
+        FileNotFoundError    the file has gone meanwhile
+        CacheMismatch        the stored bytes have changed
+        """
+        if self._mapped is None:
+            self._mapped = map_again(self.path, self._seal)
+        data = self._mapped[self._offset :]
+        self._prove(data, index)
+        return np.asarray(data.view(self.dtype).reshape(self.shape)[index])
+
+    def _prove(self, data: Bytes, index: Array) -> None:
+        row_bytes = self.shape[1] * self.dtype.itemsize
+        touched = np.zeros(len(self._proved) + 1, np.int64)
+        np.add.at(touched, index * row_bytes // BLOCK, 1)
+        np.add.at(touched, ((index + 1) * row_bytes - 1) // BLOCK + 1, -1)
+        for block in np.flatnonzero((np.cumsum(touched)[:-1] > 0) & ~self._proved).tolist():
+            raw = data[block * BLOCK : (block + 1) * BLOCK].tobytes()
+            if hashlib.sha256(raw).digest() != self._blocks[block].tobytes():
+                raise damaged(self.path, f"MiB {block} of its features has changed")
+            self._proved[block] = True
+
+
+def _failures_of(arrays: Mapping[str, Array], path: Path) -> dict[bytes, FailureRecord]:
+    columns = [texts_of(arrays[f"failed/{name}"]) for name in ("stage", "reason", "decoder")]
+    keys = [key.tobytes() for key in arrays["failed/keys"]]
+    if any(len(column) != len(keys) for column in columns):
+        raise damaged(path, "its failures do not fit together")
+    return dict(zip(keys, zip(*columns, strict=True), strict=True))

@@ -1,0 +1,132 @@
+"""A memo (path, size, mtime, inode, ctime) -> sha256. Deletable; any trouble means hash again."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import sqlite3
+import stat
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import platformdirs
+
+RACY_NS = 2_000_000_000  # younger files may change again within one tick of their mtime
+BATCH = 1000
+MAX_INTEGER = (1 << 63) - 1  # of sqlite; inodes of some file systems are larger
+CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS keys (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER,"
+    " inode INTEGER, ctime_ns INTEGER, key BLOB) WITHOUT ROWID"
+)
+
+
+class KeyIndex:
+    """Keys of files: sha256 of their bytes, remembered between runs.
+
+    Parameters
+    ----------
+    path : Path    the sqlite file; default index.sqlite in the user's cache folder
+
+    Attributes
+    ----------
+    hashed : int    how many files had to be read
+
+    >>> with_index = KeyIndex()
+    >>> with_index.key_of(Path("a.jpg"))
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.hashed = 0
+        self._lock = threading.Lock()
+        self._new: list[tuple[bytes | int, ...]] = []
+        self._database = _connect(
+            path or Path(platformdirs.user_cache_dir("embedpipe"), "index.sqlite")
+        )
+
+    def key_of(self, path: str | os.PathLike[str]) -> bytes:
+        """Return the sha256 of a file's bytes, 32 bytes.
+
+        Raises
+        ------
+        OSError    it cannot be read, or is no regular file
+        """
+        name, now = os.fsencode(os.path.abspath(path)), time.time_ns()
+        before = _stat(name)
+        known = self._look_up(name, before)
+        if known is not None:
+            return known
+        with open(name, "rb") as stream:
+            key = hashlib.file_digest(stream, "sha256").digest()
+            after = _identity(os.fstat(stream.fileno()))
+        settled = after == before and max(after[1], after[3]) < now - RACY_NS
+        self._remember((name, *after, key) if settled else None)
+        return key
+
+    def close(self) -> None:
+        """Write what is new."""
+        with self._lock:
+            self._flush()
+            self._database.close()
+
+    def _look_up(self, name: bytes, identity: tuple[int, int, int, int]) -> bytes | None:
+        query = (
+            "SELECT key FROM keys WHERE (path, size, mtime_ns, inode, ctime_ns) = (?, ?, ?, ?, ?)"
+        )
+        with self._lock, suppress(sqlite3.Error):
+            row = self._database.execute(query, (name, *identity)).fetchone()
+            return row[0] if row and isinstance(row[0], bytes) else None
+        return None
+
+    def _remember(self, row: tuple[bytes | int, ...] | None) -> None:
+        with self._lock:
+            self.hashed += 1
+            if row is not None:
+                self._new.append(row)
+            if len(self._new) >= BATCH:
+                self._flush()
+
+    def _flush(self) -> None:
+        insert = "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?, ?)"
+        with suppress(sqlite3.Error), self._database:
+            self._database.executemany(insert, self._new)
+        self._new = []
+
+
+def _stat(name: bytes) -> tuple[int, int, int, int]:
+    status = os.stat(name)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", os.fsdecode(name))
+    return _identity(status)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ino & MAX_INTEGER, status.st_ctime_ns
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """Open the memo; a corrupt one is made anew, and one without a place lives in memory."""
+    with suppress(OSError, sqlite3.Error):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return _open(path)
+        except sqlite3.DatabaseError as exc:
+            if exc.sqlite_errorcode in CORRUPT:
+                path.unlink()
+                return _open(path)
+    return _open(":memory:")
+
+
+def _open(path: Path | str) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=0, check_same_thread=False)
+    try:
+        database.execute("PRAGMA synchronous = OFF")
+        database.execute(SCHEMA)
+    except sqlite3.Error:
+        database.close()
+        raise
+    return database

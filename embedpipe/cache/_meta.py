@@ -1,0 +1,78 @@
+"""meta.json of a space: its spec, the environments that made it, the pins under way."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from embedpipe.cache._disk import storage_errors
+from embedpipe.cache._sealed import FORMAT_VERSION, check_version
+from embedpipe.cache._structure import damaged
+from embedpipe.provenance import fingerprint, write_atomically
+
+FILE = "meta.json"
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What a space knows about itself.
+
+    Attributes
+    ----------
+    environments : the distinct records of libraries and device that added rows, oldest first
+    pins : of an extraction under way; None between extractions
+    """
+
+    name: str
+    spec: dict[str, Any]
+    feature_dim: int
+    dtype: str
+    environments: tuple[dict[str, Any], ...]
+    pins: dict[str, Any] | None
+
+
+def write_meta(folder: Path, meta: Meta) -> None:
+    """Replace meta.json atomically."""
+    write_atomically(folder / FILE, _render(meta))
+
+
+def read_meta(folder: Path) -> Meta | None:
+    """Return what meta.json says, None where there is none.
+
+    Raises
+    ------
+    CacheMismatch    newer format, other bytes than were written
+    """
+    path = folder / FILE
+    with storage_errors(path, "read", missing_ok=True):
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            return None
+    try:
+        fields = json.loads(raw)
+        version = int(fields.pop("format_version"))
+        del fields["fingerprint"], fields["seal"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+        raise damaged(path, "it is not a record of a space") from exc
+    check_version(version, path)
+    try:
+        meta = Meta(**{**fields, "environments": tuple(fields["environments"])})
+        intact = _render(meta) == raw
+    except (ValueError, KeyError, TypeError) as exc:
+        raise damaged(path, "its fields are not those of a space") from exc
+    if not intact:
+        raise damaged(path, "its bytes are not those that were written")
+    return meta
+
+
+def _render(meta: Meta) -> bytes:
+    fields = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint(meta.spec),
+        **asdict(meta),
+    }
+    sealed = {**fields, "seal": fingerprint(fields)}
+    return (json.dumps(sealed, indent=1, sort_keys=True) + "\n").encode()

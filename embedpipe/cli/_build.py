@@ -1,0 +1,233 @@
+"""How a command is made from a deed: its options from the signature, the shared options, and what it prints.
+
+>>> @command(extraction.extract, example="embedpipe extract data/ --backbone timm:resnet50")
+... @click.argument("data", nargs=-1, required=True)
+... def extract(session, data, **options): ...
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import rich_click as click
+from click.core import ParameterSource
+
+from embedpipe.config import SHARED, Option, check_value, options_of, parameter_helps, read_config
+
+SHARED_DEFAULTS = {"cache_dir": "cache", "runs_dir": "runs", "seed": 0}
+PRESENTATION = ("json", "quiet", "verbose")
+LOG_SECONDS = 5.0
+WARNINGS: list[str] = []  # of this process's one command, for the envelope
+
+
+@dataclass
+class Session:
+    """What a command body needs of the terminal: progress, and a place for its result."""
+
+    command: str
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    _bar: Any = field(default=None, repr=False)
+    _logged: float = field(default_factory=time.monotonic, repr=False)
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """Draw a bar on a terminal; elsewhere log a line every few seconds."""
+        if self.quiet or not total:
+            return
+        if sys.stderr.isatty():
+            self._draw(label, done, total)
+        elif time.monotonic() - self._logged > LOG_SECONDS:
+            self._logged = time.monotonic()
+            click.echo(f"{label}: {done} of {total}", err=True)
+
+    def _draw(self, label: str, done: int, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        if self._bar is None:
+            self._bar = Progress(console=Console(stderr=True), transient=True)
+            self._bar.start()
+        if not any(task.description == label for task in self._bar.tasks):
+            self._bar.add_task(label, total=total)
+        task = next(task for task in self._bar.tasks if task.description == label)
+        self._bar.update(task.id, completed=done, total=total)
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def note(self, text: str) -> None:
+        """Say something on stderr that is no result."""
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    def finish(self, data: Mapping[str, Any], text: str, *, failed: int = 0) -> None:
+        """Print the result, as JSON or as text, and end with 3 where samples failed."""
+        self.close()
+        if self.json:
+            print_envelope(self.command, data=data)
+        elif text:
+            click.echo(text)
+        if failed:
+            click.get_current_context().exit(3)
+
+
+def print_envelope(
+    command: str, *, data: Mapping[str, Any] | None = None, error: Mapping[str, Any] | None = None
+) -> None:
+    """Print the one JSON object that ends stdout."""
+    body = {"error": error} if error else {"data": data}
+    envelope = {"schema": 1, "command": command, "ok": not error, **body, "warnings": WARNINGS}
+    click.echo(json.dumps(envelope))
+
+
+class Typed(click.ParamType):
+    """A click type that checks a value against an option's annotation."""
+
+    name = "value"
+
+    def __init__(self, option: Option) -> None:
+        self.option = option
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return check_value(self.option, value)
+
+    def get_metavar(self, param: Any, ctx: Any) -> str:
+        return _metavar(self.option.annotation)
+
+
+def _metavar(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    parts = [a for a in get_args(annotation) if a is not type(None)] or [annotation]
+    if parts == [annotation]:
+        return {int: "INT", float: "FLOAT"}.get(annotation, "TEXT")
+    return "|".join(sorted({_metavar(part) for part in parts}, key=str.isupper))
+
+
+def click_option(option: Option) -> click.Option:
+    """Turn one option of a deed into click's."""
+    flag = "--" + option.name.replace("_", "-")
+    if option.annotation is bool:
+        declaration = f"{flag}/--no-{flag[2:]}" if option.default else flag
+        return click.Option([declaration], is_flag=True, default=option.default, help=option.help, show_default=True)
+    if is_multiple(option):
+        return click.Option([flag], multiple=True, type=str, default=(), help=option.help)
+    shown = option.default is not None
+    return click.Option([flag], type=Typed(option), default=option.default, help=option.help, show_default=shown)
+
+
+def is_multiple(option: Option) -> bool:
+    kinds = (option.annotation, *get_args(option.annotation))
+    return any(get_origin(kind) is tuple for kind in kinds)
+
+
+def shared_options() -> list[click.Option]:
+    """Return the options that stand before or after any command."""
+    return [
+        click.Option(["--cache-dir"], default="cache", show_default=True, help="Folder of the cache."),
+        click.Option(["--runs-dir"], default="runs", show_default=True, help="Folder of the runs."),
+        click.Option(["--config"], is_eager=True, callback=_load_config, expose_value=False, help="YAML file of settings."),
+        click.Option(["--seed"], type=int, default=0, show_default=True, help="Seed of all that is random."),
+        click.Option(["--json"], is_flag=True, help="Print one JSON object."),
+        click.Option(["--quiet"], is_flag=True, help="Print results and errors only."),
+        click.Option(["-v", "--verbose"], is_flag=True, help="Show the warnings of libraries."),
+    ]
+
+
+def command(deed: Callable[..., Any] | None, *, example: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Make a command of a function (session, arguments, **options): the deed's options, the shared ones, its help."""
+
+    def make(body: Callable[..., None]) -> click.Command:
+        @functools.wraps(body)
+        @click.pass_context
+        def run(ctx: click.Context, /, **values: Any) -> None:
+            shared = {name: _shared_value(ctx, name) for name in (*SHARED, *PRESENTATION)}
+            for name in shared:
+                values.pop(name, None)
+            session = Session(ctx.info_name or "", **{name: shared[name] for name in PRESENTATION})
+            ctx.call_on_close(session.close)
+            values |= {name: shared[name] for name in takes if name in shared}
+            body(session, **values)
+
+        options = options_of(deed) if deed else ()
+        takes = {option.name for option in options}
+        doc = (deed or body).__doc__ or ""
+        summary = doc.strip().split("\n    Parameters")[0].strip()
+        params = list(reversed(getattr(body, "__click_params__", [])))
+        described = _describe(params, parameter_helps(doc))
+        run.__click_params__ = []  # type: ignore[attr-defined]
+        return click.RichCommand(
+            name=body.__name__.replace("_", "-"),
+            callback=run,
+            help=f"{summary}{described}\n\nExample: `{example}`",
+            params=[*params, *(click_option(o) for o in options if o.name not in SHARED), *shared_options()],
+        )
+
+    return make
+
+
+def _describe(params: list[click.Parameter], helps: Mapping[str, str]) -> str:
+    lines = [
+        f"{p.human_readable_name}: {helps[p.name]}"
+        for p in params
+        if isinstance(p, click.Argument) and p.name in helps
+    ]
+    return "".join(f"\n\n{line}" for line in lines)
+
+
+def _shared_value(ctx: click.Context, name: str) -> Any:
+    """Return a shared option's value: flag over environment over config over default, after the command over before."""
+    ranks = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
+    chain = [c for c in (ctx, ctx.parent) if c is not None and name in c.params]
+    for rank in ranks:
+        for context in chain:
+            if context.get_parameter_source(name) is rank:
+                return context.params[name]
+    return chain[0].params[name]
+
+
+def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Put a YAML file's settings under the flags and the environment."""
+    if not value:
+        return
+    root = ctx.find_root()
+    assert isinstance(root.command, click.Group)
+    commands = {name: root.command.get_command(root, name) for name in root.command.list_commands(root)}
+    options = {
+        name: {p.name: p for p in one.params if isinstance(p, click.Option)}
+        for name, one in commands.items()
+        if one is not None
+    }
+    settings = read_config(Path(value), {name: tuple(o) for name, o in options.items()})
+    for name, section in settings.items():
+        if name in options:
+            for key, setting in section.items():
+                if options[name][key].multiple and not isinstance(setting, list):
+                    section[key] = [setting]
+    if ctx is not root:
+        shared = {key: value for key, value in settings.items() if key not in options}
+        settings = {**shared, **settings.get(ctx.info_name or "", {})}
+    ctx.default_map = settings
+
+
+def scores(metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a table of scores, a row a split."""
+    lines = [f"{'split':<6} {'n':>6} {'accuracy':>9}  {'95 % interval':<16} {'macro F1':>8} {'log loss':>9}"]
+    for split, one in metrics.items():
+        low, high = one["accuracy_ci95"]
+        lines.append(
+            f"{split:<6} {one['n']:>6} {one['accuracy']:>9.4f}  {f'{low:.4f} - {high:.4f}':<16} "
+            f"{one['macro_f1']:>8.4f} {one['log_loss']:>9.4f}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,20 @@
+"""embedpipe evaluate RUN [DATA]"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import rich_click as click
+
+from embedpipe import evaluation
+from embedpipe.cli._build import Session, command, scores
+
+
+@command(evaluation.evaluate, example="embedpipe evaluate RUN holdout/ --confusion confusion.csv")
+@click.argument("run")
+@click.argument("data", nargs=-1)
+def evaluate(session: Session, run: str, data: tuple[str, ...], **options: Any) -> None:
+    done = evaluation.evaluate(run, data or None, progress=session.progress, **options)
+    for failure in done.failed:
+        session.note(f"failed: {failure.path} ({failure.stage}): {failure.reason}")
+    session.finish(done.to_dict(), scores({done.split: done.metrics}), failed=len(done.failed))

@@ -1,0 +1,22 @@
+"""embedpipe finetune --unfreeze LAYER [RUN]"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import rich_click as click
+
+from embedpipe import finetuning
+from embedpipe.cli._build import Session, command, scores
+
+
+@command(finetuning.finetune, example="embedpipe finetune --unfreeze layer4")
+@click.argument("run", required=False)
+def finetune(session: Session, run: str | None, **options: Any) -> None:
+    report = finetuning.finetune(run, progress=session.progress, **options).report
+    title = (
+        f"run {report['run']}: {report['trainable_parameters']:,} parameters trained, "
+        f"{report['frozen_parameters']:,} frozen, best epoch {report['best_epoch']} "
+        f"of {len(report['epochs']) - 1}, {report['seconds']:.1f} s"
+    )
+    session.finish(report, f"{title}\n{scores(report['metrics'])}")

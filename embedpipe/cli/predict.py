@@ -1,0 +1,42 @@
+"""embedpipe predict RUN IMAGE_OR_FOLDER..."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+import rich_click as click
+
+from embedpipe import prediction
+from embedpipe.cli._build import Session, command
+
+
+@command(prediction.predict, example="embedpipe predict RUN photos/ > labels.csv")
+@click.argument("run")
+@click.argument("images", nargs=-1, required=True, metavar="IMAGE_OR_FOLDER...")
+@click.option("--top", type=click.IntRange(min=1), default=1, show_default=True, help="Classes an image, best first.")
+@click.option("--probabilities", is_flag=True, help="Probabilities of all classes.")
+def predict(
+    session: Session, run: str, images: tuple[str, ...], top: int, probabilities: bool, **options: Any
+) -> None:
+    done = prediction.predict(run, images, progress=session.progress, **options)
+    for failure in done.failed:
+        session.note(f"failed: {failure.path} ({failure.stage}): {failure.reason}")
+    records = [p.to_dict(top=top, probabilities=probabilities) for p in done.predictions]
+    data = {"predictions": records, "failed": [vars(failure) for failure in done.failed]}
+    text = "" if session.json else to_csv(done.predictions, top, probabilities)
+    session.finish(data, text, failed=len(done.failed))
+
+
+def to_csv(predictions: list[prediction.Prediction], top: int, probabilities: bool) -> str:
+    """Return `path,label,probability`, a row an image and class; with `probabilities` a column a class."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    classes = predictions[0].classes if probabilities and predictions else ()
+    writer.writerow(["path", "label", "probability", *classes])
+    for one in predictions:
+        values = [f"{p:.6f}" for p in one.values] if probabilities else []
+        for label, probability in one.top(top):
+            writer.writerow([one.path, label, f"{probability:.6f}", *values])
+    return out.getvalue().rstrip("\n")

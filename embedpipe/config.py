@@ -1,0 +1,126 @@
+"""From a deed's signature to options, and from YAML, environment and flags back to keyword arguments.
+
+For doors only. A deed's keyword-only parameters are its options: name, default and type stand in the signature, the help
+text in the docstring, and nowhere else. Nothing here imports a deed or torch.
+
+>>> [option.name for option in options_of(extraction.extract)][:2]
+['weights', 'layer']
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embedpipe.errors import UsageError
+from embedpipe.provenance import nearest
+
+SHARED = ("cache_dir", "runs_dir", "seed")
+NOT_OPTIONS = ("progress",)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: the parameter's name, its type, its default, and one line of help."""
+
+    name: str
+    annotation: Any
+    default: Any
+    help: str
+
+
+def options_of(deed: Callable[..., Any]) -> tuple[Option, ...]:
+    """Return the options that a deed's keyword-only parameters make, in their order."""
+    parameters = inspect.signature(deed).parameters.values()
+    helps = parameter_helps(deed.__doc__ or "")
+    module = vars(sys.modules[deed.__module__])
+    return tuple(
+        Option(p.name, eval(p.annotation, module), p.default, helps.get(p.name, ""))
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name not in NOT_OPTIONS
+    )
+
+
+def parameter_helps(docstring: str) -> dict[str, str]:
+    """Return the indented text below each `name : type` line of a numpydoc docstring, on one line."""
+    helps: dict[str, str] = {}
+    for names, text in re.findall(
+        r"^ {4}(\w[\w, ]*) : [^\n]*\n((?: {8}[^\n]*\n?)+)", docstring, re.MULTILINE
+    ):
+        helps |= dict.fromkeys(re.split(r",\s*", names), " ".join(text.split()))
+    return helps
+
+
+def check_value(option: Option, value: Any) -> Any:
+    """Return `value` as the option's type.
+
+    Raises
+    ------
+    UsageError    another type or range
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(option.annotation).validate_python(value)
+    except ValidationError as exc:
+        wanted = "; or ".join(dict.fromkeys(error["msg"] for error in exc.errors()))
+        flag = "--" + option.name.replace("_", "-")
+        raise UsageError(
+            f"{flag}: found {value!r}; {wanted[:1].lower()}{wanted[1:]}", option=option.name, value=value
+        ) from None
+
+
+def read_config(path: Path, commands: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Return a YAML file's settings: shared options at the top, a section for each command.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    commands : mapping of str to tuple of str
+        Names of the options that each command takes.
+
+    Returns
+    -------
+    dict
+        As click's `default_map` wants it: `{option: value, command: {option: value}}`.
+
+    Raises
+    ------
+    UsageError    no such file, no YAML, or a key that nobody knows
+    """
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        reason = " ".join(str(exc).split())
+        raise UsageError(f"--config {path}: {reason}", hint="name a YAML file, for example configs/digits.yaml") from exc
+    if not isinstance(settings, dict):
+        raise UsageError(f"--config {path}: expected keys and values, found {type(settings).__name__}")
+    flat = {key: value for key, value in settings.items() if key not in commands}
+    _check_keys(path, flat, SHARED, extra=tuple(commands))
+    sections = {}
+    for command, section in settings.items():
+        if command in commands:
+            if not isinstance(section, dict):
+                raise UsageError(f"--config {path}: {command} expected keys and values, found {section!r}")
+            section = {key.replace("-", "_"): value for key, value in section.items()}
+            _check_keys(path, section, (*commands[command], *SHARED), where=f" under {command}")
+            sections[command] = section
+    return {**{key.replace("-", "_"): value for key, value in flat.items()}, **sections}
+
+
+def _check_keys(
+    path: Path, found: Mapping[str, Any], known: tuple[str, ...], *, where: str = "", extra: tuple[str, ...] = ()
+) -> None:
+    for key in found:
+        if str(key).replace("-", "_") not in known:
+            close = nearest(str(key), [*known, *extra])
+            hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join((*known, *extra))}"
+            raise UsageError(f"--config {path}: unknown key {key!r}{where}", hint=hint)

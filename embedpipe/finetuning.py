@@ -1,0 +1,406 @@
+"""finetune: from the fitted head, with the last layers of the backbone unfrozen.
+
+The network starts as backbone + head, and proves before the first step that it gives what the head gave (LP-FT, Kumar et
+al., ICLR 2022). What is frozen is compared bit for bit afterwards.
+
+>>> tuned = finetune(head, unfreeze="layer4")
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, ModelMismatch, UsageError
+from embedpipe.provenance import digest_arrays
+
+if TYPE_CHECKING:
+    import torch
+
+    from embedpipe.backbones import Backbone
+    from embedpipe.classifier import Classifier, Scored
+    from embedpipe.features import FeatureSet
+    from embedpipe.heads import LinearHead
+    from embedpipe.manifest import Sample
+    from embedpipe.network import Network
+    from embedpipe.pipeline import Forward, Progress
+    from embedpipe.training import Epoch, Score
+
+PathLike = str | os.PathLike[str]
+PENULTIMATE = "penultimate"
+HANDOFF_TOLERANCE = 1e-3
+HANDOFF_ROWS = 32
+
+
+def finetune(
+    run: Classifier | PathLike | None = None,
+    *,
+    unfreeze: tuple[str, ...] | str = (),
+    epochs: int = 10,
+    lr: float = 3e-4,
+    head_lr: float = 1e-3,
+    weight_decay: float = 0.01,
+    batch_size: int = 32,
+    bn: Literal["frozen", "affine", "train"] = "affine",
+    augment: Literal["none", "flip"] = "none",
+    class_weight: Literal["none", "balanced"] = "none",
+    device: str = "auto",
+    workers: int | Literal["auto"] = "auto",
+    cache_dir: PathLike = "cache",
+    runs_dir: PathLike = "runs",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Classifier:
+    """Train the head and the unfrozen layers on the images of the run's data set; keep the best epoch by validation.
+
+    Parameters
+    ----------
+    run : Classifier, or id, prefix or folder of a run
+        Default: the latest run of fit-head with a linear head on the penultimate layer.
+    unfreeze : str or tuple of str
+        A layer (it and all executed after it), a glob, a number of last stages, all, or none; repeatable.
+    epochs : int
+        Passes over the train split.
+    lr : float
+        Learning rate of the unfrozen layers.
+    head_lr : float
+        Learning rate of the head.
+    weight_decay : float
+        AdamW's, on matrices and kernels only.
+    batch_size : int
+        Images a step.
+    bn : str
+        BatchNorm of unfrozen layers: frozen; affine (scale and shift learn, statistics stay); train (all move).
+    augment : str
+        flip mirrors every second training image at random.
+    class_weight : str
+        balanced gives every class the same weight in the loss.
+    device : str
+        auto, cpu, cuda, cuda:K or mps.
+    workers : int or auto
+        Decoding threads.
+
+    Returns
+    -------
+    Classifier
+        With all weights in its run folder.
+
+    Raises
+    ------
+    UsageError       the head is not a linear one on the penultimate layer, or `unfreeze` matches nothing
+    ModelMismatch    backbone and head do not give the logits that the head gave on the cached features
+    """
+    import torch
+
+    from embedpipe.cache import Cache
+    from embedpipe.features import open_features
+    from embedpipe.network import Network, release
+    from embedpipe.pipeline import plan_forward
+
+    start = time.monotonic()
+    if not unfreeze:
+        raise UsageError("found no layer to unfreeze", hint="try --unfreeze layer4, 1, all or none")
+    if epochs < 1 or batch_size < 1 or min(lr, head_lr, weight_decay) < 0:
+        raise UsageError("found a number out of range", hint="epochs and batch size: 1 or more; rates: not negative")
+    classifier = _starting_point(run, Path(runs_dir))
+    features = open_features(
+        Cache(Path(cache_dir)), classifier.dataset, spec=classifier.reference.spec
+    )
+    forward = plan_forward(
+        device=device, precision="fp32", store_dtype="float32", batch_size=batch_size, workers=workers
+    )
+    torch.manual_seed(seed)
+    backbone = replace(classifier.backbone, module=copy.deepcopy(classifier.backbone.module))
+    network = Network(backbone.module, classifier.head)
+    network.to(forward.device, memory_format=torch.channels_last)
+    photos = Photos(features, backbone, forward)
+    handoff = prove_handoff(network, classifier.head, photos)
+    patterns = (unfreeze,) if isinstance(unfreeze, str) else unfreeze
+    unfrozen, keep_eval = release(network, backbone, patterns, bn=bn)
+    history, scored = _train(
+        network,
+        photos,
+        keep_eval,
+        epochs=epochs,
+        rates={"lr": lr, "head_lr": head_lr, "weight_decay": weight_decay},
+        flip=augment == "flip",
+        balanced=class_weight == "balanced",
+        seed=seed,
+        progress=progress,
+    )
+    report = {
+        "dataset": features.manifest.name,
+        "from_run": classifier.report.get("run"),
+        "unfrozen": unfrozen,
+        **_count(network, unfrozen),
+        "cut": None,
+        "activations": {"cached": False, "rows": 0, "bytes": 0, "reused": 0},
+        "handoff_max_abs_diff": handoff,
+        "epochs": [epoch.to_dict() for epoch in history],
+        "best_epoch": _best(history),
+        "classes": list(classifier.classes),
+    }
+    return _save(network, backbone, photos, scored, report, Path(runs_dir), start)
+
+
+def _starting_point(run: Classifier | PathLike | None, runs_dir: Path) -> Classifier:
+    """Return the classifier to start from: a linear head on the penultimate layer."""
+    from embedpipe.classifier import Classifier
+    from embedpipe.runs import find_run, latest_run
+
+    if isinstance(run, Classifier):
+        classifier = run
+    elif run is not None:
+        classifier = Classifier.load(find_run(runs_dir, run))
+    else:
+        folder = latest_run(
+            runs_dir,
+            "fit-head",
+            lambda record: record["report"]["solver"] != "knn"
+            and record["reference"]["spec"]["layer"] == PENULTIMATE,
+        )
+        classifier = Classifier.load(folder)
+    if not hasattr(classifier.head, "weight"):
+        raise UsageError(
+            f"{classifier.name} has a kNN head, expected a linear one to start from",
+            hint="run `embedpipe fit-head` without --solver knn",
+        )
+    layer = classifier.reference.spec["layer"]
+    if layer != PENULTIMATE:
+        raise UsageError(
+            f"{classifier.name} is fitted on the layer {layer}, expected the penultimate features",
+            hint="run `embedpipe extract` without --layer, then `embedpipe fit-head`",
+        )
+    return classifier
+
+
+@dataclass(frozen=True)
+class Photos:
+    """The images of a data set as batches for a network, with their class indices."""
+
+    features: FeatureSet
+    backbone: Backbone
+    forward: Forward
+
+    def samples(self, split: str) -> tuple[Sample, ...]:
+        return self.features.samples(split, labelled=True)
+
+    def batches(self, samples: Sequence[Sample]) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[Sample]]]:
+        """Yield images float32 (n, 3, H, W), y int64 (n,) on the device, and their samples; unreadable ones are warned of."""
+        import torch
+
+        from embedpipe.images import image_batches
+
+        waiting: dict[bytes, deque[Sample]] = defaultdict(deque)
+        for sample in samples:
+            waiting[sample.key].append(sample)
+        items = [(sample.key, self.features.manifest.file_of(sample)) for sample in samples]
+        for batch in image_batches(
+            items,
+            self.backbone.transform,
+            batch_size=self.forward.batch_size,
+            workers=self.forward.workers,
+        ):
+            for key, _, reason in batch.failures:
+                path = self.features.manifest.name_of(waiting[key].popleft())
+                warnings.warn(f"{path} is left out: {reason}", EmbedpipeWarning, stacklevel=2)
+            if batch.keys:
+                these = [waiting[key].popleft() for key in batch.keys]
+                y = torch.tensor([self.features.classes.index(s.label or "") for s in these])
+                images = batch.images.to(self.forward.device, memory_format=torch.channels_last)
+                yield images, y.to(self.forward.device), these
+
+    def shuffled(self, *, seed: int, flip: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the train split in a random order, whole batches only; what is left over comes in another epoch."""
+        import torch
+
+        samples, size = self.samples("train"), self.forward.batch_size
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(samples), generator=generator).tolist()
+        for images, y, _ in self.batches([samples[k] for k in order[: self.steps * size]]):
+            if flip:
+                mirrored = torch.rand(len(images), generator=generator) < 0.5
+                images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
+            yield images, y
+
+    @property
+    def steps(self) -> int:
+        """Batches an epoch."""
+        return max(1, len(self.samples("train")) // self.forward.batch_size)
+
+    def scores(self, network: Network, split: str) -> Scored:
+        """Return the samples of a split and the probabilities float64 (N, C) that the network gives them."""
+        import torch
+
+        from embedpipe.classifier import Scored
+
+        samples, rows = [], [np.empty((0, len(self.features.classes)))]
+        with torch.inference_mode():
+            for images, _, these in self.batches(self.samples(split)):
+                rows.append(network(images).double().softmax(dim=1).cpu().numpy())
+                samples += these
+        return Scored(tuple(samples), np.concatenate(rows))
+
+
+def prove_handoff(network: Network, head: LinearHead, photos: Photos) -> float:
+    """Return how far the network's logits are from the head's on the cached features, at most.
+
+    Raises
+    ------
+    ModelMismatch    farther than 1e-3 x max(1, max |logit|): backbone, transform or head are not those of the cache
+    """
+    import torch
+
+    network.eval()
+    spec = photos.features.space.spec
+    exact = spec["precision"] == "fp32" and spec["stored_dtype"] == "float32"
+    samples = photos.samples("train")[:HANDOFF_ROWS]
+    worst = largest = 0.0
+    with torch.inference_mode():
+        for images, _, these in photos.batches(samples):
+            features = (
+                photos.features.read(tuple(these)) if exact else network.backbone(images).cpu().numpy()
+            )
+            logits = head.logits(features)
+            worst = max(worst, float(np.abs(network(images).cpu().numpy() - logits).max()))
+            largest = max(largest, float(np.abs(logits).max()))
+    if not worst <= HANDOFF_TOLERANCE * max(1.0, largest):
+        raise ModelMismatch(
+            f"backbone and head give logits {worst:.2g} away from those on the cached features, "
+            f"expected at most {HANDOFF_TOLERANCE * max(1.0, largest):.2g}",
+            hint="extract and fit the head again",
+        )
+    return worst
+
+
+def _train(
+    network: Network,
+    photos: Photos,
+    keep_eval: Sequence[torch.nn.Module],
+    *,
+    epochs: int,
+    rates: dict[str, float],
+    flip: bool,
+    balanced: bool,
+    seed: int,
+    progress: Progress | None,
+) -> tuple[list[Epoch], dict[str, Scored]]:
+    """Train, and return the epochs and the probabilities on val and, looked at this once, test.
+
+    Raises
+    ------
+    EmbedpipeError    something frozen has moved
+    """
+    from embedpipe.network import parameter_groups
+    from embedpipe.training import moving_names, train
+
+    validations: list[Scored] = []
+    done = 0
+
+    def validate() -> Score:
+        validations.append(photos.scores(network, "val"))
+        return _score(validations[-1], photos.features.classes)
+
+    def on_step() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress("finetune", done, photos.steps * epochs)
+
+    still = set(network.state_dict()) - moving_names(network, keep_eval)
+    before = _digests(network, still)
+    history = train(
+        network,
+        parameter_groups(network, **rates),
+        lambda epoch: photos.shuffled(seed=seed * 100_003 + epoch, flip=flip),
+        validate,
+        epochs=epochs,
+        steps=photos.steps,
+        keep_eval=keep_eval,
+        class_weight=_class_weight(photos) if balanced else None,
+        on_step=on_step,
+    )
+    moved = [name for name, digest in _digests(network, still).items() if digest != before[name]]
+    if moved:
+        raise EmbedpipeError(
+            f"{len(moved)} frozen tensors moved in training, first {moved[0]}; expected none",
+            hint="this is a defect of embedpipe: please report the model and the command",
+            moved=moved,
+        )
+    scored = {"val": validations[_best(history)]}
+    if photos.samples("test"):
+        scored["test"] = photos.scores(network, "test")
+    return history, scored
+
+
+def _best(history: Sequence[Epoch]) -> int:
+    return max(history, key=lambda epoch: (epoch.val_accuracy, -epoch.val_loss)).epoch
+
+
+def _score(scored: Scored, classes: Sequence[str]) -> Score:
+    from embedpipe.metrics import score
+    from embedpipe.training import Score
+
+    values = score(scored.probabilities, scored.labels(classes))
+    return Score(values["log_loss"], values["accuracy"])
+
+
+def _class_weight(photos: Photos) -> torch.Tensor:
+    import torch
+
+    from embedpipe.heads import class_weights
+
+    classes = photos.features.classes
+    y = np.array([classes.index(s.label or "") for s in photos.samples("train")])
+    weight = class_weights(y, len(classes))
+    return torch.as_tensor(weight, dtype=torch.float32, device=photos.forward.device)
+
+
+def _digests(network: Network, names: set[str]) -> dict[str, str]:
+    state = network.state_dict()
+    return {name: digest_arrays({name: state[name]}) for name in sorted(names)}
+
+
+def _count(network: Network, unfrozen: Sequence[str]) -> dict[str, int]:
+    sizes = {name: p.numel() for name, p in network.named_parameters()}
+    trainable = sum(sizes[name] for name in unfrozen)
+    return {
+        "trainable_parameters": trainable,
+        "frozen_parameters": sum(sizes.values()) - trainable,
+    }
+
+
+def _save(
+    network: Network,
+    backbone: Backbone,
+    photos: Photos,
+    scored: dict[str, Scored],
+    report: dict[str, Any],
+    runs_dir: Path,
+    start: float,
+) -> Classifier:
+    """Write the run with all its weights, and return the classifier that lies there."""
+    from embedpipe.backbones import refresh, save_model
+    from embedpipe.classifier import Classifier, Reference, save_run
+    from embedpipe.pipeline import space_spec
+    from embedpipe.runs import new_run
+
+    network.requires_grad_(False).to("cpu")
+    backbone = refresh(backbone, origin=f"fine-tuned from {backbone.origin}")
+    head = network.to_head(photos.features.classes)
+    reference = Reference(space_spec(backbone, "fp32", "float32"), {"name": "model"})
+    tuned = Classifier(head, reference, _backbone=backbone)
+    with new_run(runs_dir, "finetune") as run:
+        (run.folder / "model").mkdir()
+        save_model(backbone, head.weight, head.bias, head.classes, run.folder / "model")
+        seconds = time.monotonic() - start
+        return save_run(run, "finetune", tuned, photos.features, scored, report, seconds=seconds)

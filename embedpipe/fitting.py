@@ -1,0 +1,178 @@
+"""fit_head: a linear head on cached features, chosen on validation, in seconds.
+
+>>> classifier = fit_head(features)
+>>> classifier.report["metrics"]["test"]["accuracy"]
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from embedpipe.errors import EmbedpipeWarning, UsageError
+
+if TYPE_CHECKING:
+    from embedpipe.classifier import Classifier
+    from embedpipe.features import FeatureSet
+    from embedpipe.heads import KnnHead, LinearHead
+
+PathLike = str | os.PathLike[str]
+
+
+def fit_head(
+    features: FeatureSet | str | None = None,
+    *,
+    solver: Literal["auto", "lbfgs", "sklearn", "knn"] = "auto",
+    l2: float | Literal["auto"] = "auto",
+    refit: bool = False,
+    standardize: bool = True,
+    class_weight: Literal["none", "balanced"] = "none",
+    space: str | None = None,
+    backbone: str | None = None,
+    layer: str | None = None,
+    cache_dir: PathLike = "cache",
+    runs_dir: PathLike = "runs",
+    seed: int = 0,
+) -> Classifier:
+    """Fit a head on the train split, choose l2 on val, and score test once.
+
+    The objective is mean cross-entropy + l2/2 * ||W||^2 on standardised features, bias free.
+
+    Parameters
+    ----------
+    features : FeatureSet, or name, id or path of a data set
+        Default: the data set extracted last.
+    solver : str
+        lbfgs and sklearn solve the same objective; knn keeps the training features and asks the nearest.
+    l2 : float or auto
+        Strength of the penalty; auto takes the best of 45 values on val.
+    refit : bool
+        Fit once more on train and val together, with the l2 chosen.
+    standardize : bool
+        Scale features by mean and std of the train split; the scale is folded into the head.
+    class_weight : str
+        balanced gives every class the same weight.
+    space : str
+        Which space, when the data set has features in several: its folder's name or a prefix.
+    backbone : str
+        Take the space of this backbone.
+    layer : str
+        Take the space of this layer.
+
+    Returns
+    -------
+    Classifier
+        With the run's scores in `report`.
+
+    Raises
+    ------
+    UsageError          nothing extracted, no labels, fewer than two classes, no validation samples
+    NonFiniteFeatures   NaN or inf in the features
+    """
+    from embedpipe import heads
+    from embedpipe.cache import Cache
+    from embedpipe.classifier import Classifier, Reference, Scored, save_run
+    from embedpipe.features import FeatureSet, open_features
+    from embedpipe.runs import new_run
+
+    start = time.monotonic()
+    if not isinstance(features, FeatureSet):
+        features = open_features(
+            Cache(Path(cache_dir)), features, space=space, backbone=backbone, layer=layer
+        )
+    _check(features)
+    train, val = _split_or_empty(features, "train"), _split_or_empty(features, "val")
+    options = {"classes": features.classes, "standardize": standardize}
+    path: Any = None
+    head: LinearHead | KnnHead
+    if solver == "knn":
+        head = heads.fit_knn(*train, classes=features.classes)
+    else:
+        if l2 == "auto" and not len(val[1]):
+            raise UsageError(
+                f"{features.manifest.name} has no validation samples to choose l2 on",
+                hint="name one with --l2, or add val/ images",
+            )
+        path = heads.fit_path(
+            *train, *val, l2=l2, solver=solver, sample_weight=_sample_weight(class_weight, train[1], features), **options
+        )
+        head = path.head
+        if refit:
+            X, y = np.concatenate([train[0], val[0]]), np.concatenate([train[1], val[1]])
+            weight = _sample_weight(class_weight, y, features)
+            head = heads.fit_linear(X, y, l2=path.l2, solver=solver, sample_weight=weight, **options)
+    reference = Reference(features.space.spec, features.loader)
+    classifier = Classifier(head, reference, _backbone=features.backbone)
+    scored = {}
+    for split in features.splits:
+        samples = features.samples(split, labelled=True)
+        scored[split] = Scored(samples, head.predict_proba(features.read(samples)))
+    report = {
+        "dataset": features.manifest.name,
+        "solver": path.solver if path else solver,
+        "l2": path.l2 if path else None,
+        "l2_path": [
+            {"l2": p.l2, "val_accuracy": p.val_accuracy, "objective": p.objective}
+            for p in (path.points if path else ())
+        ],
+        "n_train": len(train[1]) + (len(val[1]) if refit else 0),
+        "classes": list(features.classes),
+        "leaks": find_leaks(features),
+    }
+    with new_run(Path(runs_dir), "fit-head") as run:
+        seconds = time.monotonic() - start
+        return save_run(run, "fit-head", classifier, features, scored, report, seconds=seconds)
+
+
+def _check(features: FeatureSet) -> None:
+    """Refuse what no head can be fitted on, in the user's words."""
+    name = features.manifest.name
+    if not features.manifest.labelled:
+        raise UsageError(
+            f"{name} has no labels, expected class folders or a manifest with a label column",
+            hint="sort the images into one folder a class",
+        )
+    if features.missing:
+        raise UsageError(
+            f"{features.missing} of {len(features.manifest.samples)} images of {name} have no features in "
+            f"{features.space.folder.name}",
+            hint=f"run `embedpipe extract {features.manifest.sources[0].argument}` again",
+        )
+    found = sorted({sample.label or "" for sample in features.samples("train", labelled=True)})
+    if len(found) < 2:
+        raise UsageError(
+            f"the train split of {name} has {len(found)} class ({', '.join(found) or 'none'}), expected at least 2",
+            hint="add a folder of images for every other class",
+        )
+    lacking = [name for name in features.classes if name not in found]
+    if lacking:
+        warnings.warn(
+            f"no training image of {', '.join(lacking)}: the head will never answer so", EmbedpipeWarning, stacklevel=3
+        )
+
+
+def _split_or_empty(features: FeatureSet, split: str) -> tuple[np.ndarray, np.ndarray]:
+    if split in features.splits:
+        return features.arrays(split)
+    return np.empty((0, features.feature_dim), np.float32), np.empty(0, np.int64)
+
+
+def _sample_weight(class_weight: str, y: np.ndarray, features: FeatureSet) -> np.ndarray | None:
+    from embedpipe.heads import class_weights
+
+    return class_weights(y, len(features.classes))[y] if class_weight == "balanced" else None
+
+
+def find_leaks(features: FeatureSet) -> dict[str, Any]:
+    """Count the images of val and test whose very content is in train too."""
+    train = {sample.key for sample in features.samples("train")}
+    others = Counter(
+        sample.split for sample in features.samples() if sample.split != "train" and sample.key in train
+    )
+    return {"duplicates_of_train": {split: others.get(split, 0) for split in features.splits if split != "train"}}

@@ -1,0 +1,47 @@
+"""Heads: from features (N, D) and labels (N,) to class probabilities. Floor 3 and above may enter.
+
+All linear heads minimise one `objective`, mean cross-entropy + l2/2 * ||W||^2 on standardised
+features with a free bias, whatever the solver. torch and scikit-learn load when a solver runs.
+
+>>> path = fit_path(X, y, X_val, y_val, classes=("cat", "dog"))
+>>> path.head.save("runs/mine")
+>>> load_head("runs/mine").predict_proba(X_new)
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path as FilePath
+
+from embedpipe.errors import ModelMismatch
+from embedpipe.heads._files import read_record
+from embedpipe.heads._fits import L2_GRID, SOLVERS, Path, PathPoint, fit_linear, fit_path
+from embedpipe.heads._frame import class_weights
+from embedpipe.heads._problem import objective
+from embedpipe.heads.knn import KnnHead, fit_knn
+from embedpipe.heads.linear import LinearHead
+
+__all__ = [
+    "L2_GRID",
+    "SOLVERS",
+    "KnnHead",
+    "LinearHead",
+    "Path",
+    "PathPoint",
+    "class_weights",
+    "fit_knn",
+    "fit_linear",
+    "fit_path",
+    "load_head",
+    "objective",
+]
+
+
+def load_head(folder: str | os.PathLike[str]) -> LinearHead | KnnHead:
+    """Read a head of either kind; raises as `LinearHead.load` does."""
+    kind = read_record(FilePath(folder)).get("kind")
+    if kind == LinearHead.kind:
+        return LinearHead.load(folder)
+    if kind == KnnHead.kind:
+        return KnnHead.load(folder)
+    raise ModelMismatch(f"a {kind} head in {folder}, expected linear or knn")

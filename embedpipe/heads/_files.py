@@ -1,0 +1,91 @@
+"""A head on disk: `head.safetensors` (arrays) and `head.json` (all else), for NumPy alone.
+
+`head.json` is written last and holds the digest of the arrays: a half overwritten head is refused.
+
+>>> save_head(folder, {"kind": "linear", "classes": ["a", "b"]}, {"weight": W, "bias": b})
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors
+
+from embedpipe.errors import ModelMismatch, StorageError, UsageError
+from embedpipe.provenance import digest_arrays, write_atomically
+
+ARRAYS, RECORD, FORMAT_VERSION = "head.safetensors", "head.json", 1
+Arrays = dict[str, NDArray[Any]]
+
+
+def save_head(folder: Path, record: Mapping[str, Any], arrays: Arrays) -> None:
+    """Write arrays, then the record with their digest.
+
+    Raises
+    ------
+    StorageError    the operating system refused
+    """
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    full = {"format_version": FORMAT_VERSION, **record, "digest": digest_arrays(arrays)}
+    write_atomically(folder / ARRAYS, safetensors.save(arrays))
+    write_atomically(folder / RECORD, (json.dumps(full, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read `head.json`.
+
+    Raises
+    ------
+    UsageError       no head in the folder
+    ModelMismatch    not the record of a head, or of a newer format
+    """
+    try:
+        record = json.loads(_read(folder / RECORD))
+    except ValueError as exc:
+        raise ModelMismatch(
+            f"{folder / RECORD} is not JSON: {exc}", hint="fit the head again"
+        ) from exc
+    version = record.get("format_version") if isinstance(record, dict) else None
+    if version != FORMAT_VERSION:
+        raise ModelMismatch(
+            f"{folder / RECORD} has format {version}, expected {FORMAT_VERSION}",
+            hint="read it with the embedpipe that wrote it, or fit the head again",
+        )
+    return dict(record)
+
+
+def read_head(folder: Path, kind: str) -> tuple[dict[str, Any], Arrays]:
+    """Read record and arrays of a head of one kind.
+
+    Raises
+    ------
+    UsageError       no head in the folder
+    ModelMismatch    a head of another kind, or arrays that do not belong to the record
+    """
+    record = read_record(folder)
+    if record.get("kind") != kind:
+        raise ModelMismatch(f"a {record.get('kind')} head in {folder}, expected a {kind} head")
+    try:
+        arrays = safetensors.load(_read(folder / ARRAYS))
+    except SafetensorError as exc:
+        raise ModelMismatch(f"{folder / ARRAYS} is damaged: {exc}", hint="fit it again") from exc
+    if digest_arrays(arrays) != record.get("digest"):
+        raise ModelMismatch(
+            f"{folder / ARRAYS} is not what {RECORD} describes", hint="fit the head again"
+        )
+    return record, arrays
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        raise UsageError(f"no {path.name} in {path.parent}", hint="name a run of fit-head") from exc
+    except OSError as exc:
+        raise StorageError(f"could not read {path}: {exc.strerror}", path=str(path)) from exc

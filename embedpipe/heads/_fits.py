@@ -1,0 +1,177 @@
+"""Fitting: one head for one l2, or a path over l2 with the choice made on validation.
+
+>>> path = fit_path(X, y, X_val, y_val, classes=("cat", "dog"))
+>>> path.l2, path.head.predict_proba(X_test)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from embedpipe.errors import UsageError
+from embedpipe.heads._frame import Frame, check_labelled, make_frame
+from embedpipe.heads._problem import Problem, Solution
+from embedpipe.heads.linear import LinearHead
+from embedpipe.metrics import score
+from embedpipe.provenance import nearest
+
+L2_GRID: tuple[float, ...] = tuple(float(l2) for l2 in np.logspace(-6, 2, 45))
+SOLVERS = ("lbfgs", "sklearn")
+Solver = Callable[[Problem, Sequence[float], Solution | None], list[Solution]]
+
+
+@dataclass(frozen=True)
+class PathPoint:
+    """One l2: the objective on train, and what validation says (None where there is none)."""
+
+    l2: float
+    objective: float
+    val_accuracy: float | None
+    val_log_loss: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """The head that was chosen, its l2, and all points in rising order of l2."""
+
+    head: LinearHead
+    l2: float
+    points: tuple[PathPoint, ...]
+
+
+def fit_linear(
+    X: ArrayLike,
+    y: ArrayLike,
+    *,
+    classes: Sequence[str],
+    l2: float,
+    solver: str = "auto",
+    standardize: bool = True,
+    sample_weight: ArrayLike | None = None,
+    warm_start: LinearHead | None = None,
+) -> LinearHead:
+    """Minimise mean cross-entropy + l2/2 * ||W||^2 (bias free) on standardised features.
+
+    Parameters
+    ----------
+    X : float (N, D)                        features, one row an image, any scale
+    y : int (N,)                            class index in [0, C); a class may lack samples
+    classes : C names
+    l2 : float > 0                          on the mean loss; scikit-learn's C = 1 / (N * l2)
+    sample_weight : float (N,), optional    not negative, divided by its sum
+    warm_start : LinearHead, optional       of the same classes and width
+
+    Raises
+    ------
+    UsageError           fewer than two classes with samples, l2 <= 0, unknown solver
+    NonFiniteFeatures    X has NaN or inf; the first bad row is named
+
+    Source: Bishop, PRML 4.3.4.
+    """
+    frame = make_frame(X, y, classes=classes, standardize=standardize, sample_weight=sample_weight)
+    name, solve_path = _solver(solver)
+    start = frame.solution_of(warm_start) if warm_start else None
+    [solution] = solve_path(frame.problem, _falling([l2]), start)
+    return _head(frame, solution, l2, solver=name, standardize=standardize)
+
+
+def fit_path(
+    X: ArrayLike,
+    y: ArrayLike,
+    X_val: ArrayLike | None,
+    y_val: ArrayLike | None,
+    *,
+    classes: Sequence[str],
+    l2: float | str = "auto",
+    solver: str = "auto",
+    standardize: bool = True,
+    sample_weight: ArrayLike | None = None,
+    grid: Sequence[float] = L2_GRID,
+) -> Path:
+    """Fit a head for every l2 of a grid (or the one given) on train, and choose on validation.
+
+    The highest validation accuracy wins; ties go to the lowest log loss, then to the largest l2.
+    X_val and y_val may be None or empty where l2 is a number. All else as in `fit_linear`.
+    """
+    values = _falling(grid if l2 == "auto" else [float(l2)])
+    validation = _validation(X_val, y_val, len(classes))
+    if validation is None and len(values) > 1:
+        raise UsageError(
+            "no validation samples, expected some to choose l2 on",
+            hint="give one l2 as a number, or keep a val split",
+        )
+    frame = make_frame(X, y, classes=classes, standardize=standardize, sample_weight=sample_weight)
+    name, solve_path = _solver(solver)
+    points, heads = [], []
+    for value, solution in zip(values, solve_path(frame.problem, values, None), strict=True):
+        head = _head(frame, solution, value, solver=name, standardize=standardize)
+        points.append(_point(head, validation))
+        heads.append(head)
+    best = max(range(len(points)), key=lambda i: _merit(points[i]))
+    return Path(heads[best], values[best], tuple(points[::-1]))
+
+
+def _solver(name: str) -> tuple[str, Solver]:
+    """Return a solver and its name; torch and scikit-learn are only imported here."""
+    if name in ("auto", "lbfgs"):
+        from embedpipe.heads import _lbfgs
+
+        return "lbfgs", _lbfgs.solve_path
+    if name == "sklearn":
+        from embedpipe.heads import _sklearn
+
+        return "sklearn", _sklearn.solve_path
+    close = nearest(name, ("auto", *SOLVERS))
+    raise UsageError(
+        f"no solver {name!r}, expected auto, {', '.join(SOLVERS)}",
+        hint=f"did you mean {close[0]!r}?" if close else "",
+        solver=name,
+    )
+
+
+def _falling(l2s: Sequence[float]) -> list[float]:
+    wrong = [l2 for l2 in l2s if not (math.isfinite(l2) and l2 > 0)]
+    if wrong or not len(l2s):
+        raise UsageError(f"l2 = {wrong[0] if wrong else 'nothing'}, expected a positive number")
+    return sorted({float(l2) for l2 in l2s}, reverse=True)
+
+
+def _head(
+    frame: Frame, solution: Solution, l2: float, *, solver: str, standardize: bool
+) -> LinearHead:
+    provenance = {
+        "solver": solver,
+        "l2": l2,
+        "objective": frame.problem.objective(solution, l2),
+        "standardize": standardize,
+        "n_train": len(frame.problem.y),
+    }
+    return frame.head_of(solution, provenance)
+
+
+def _validation(
+    X: ArrayLike | None, y: ArrayLike | None, n_classes: int
+) -> tuple[ArrayLike, ArrayLike] | None:
+    if X is None or y is None or not len(np.asarray(y)):
+        return None
+    return check_labelled(X, y, n_classes)
+
+
+def _point(head: LinearHead, validation: tuple[ArrayLike, ArrayLike] | None) -> PathPoint:
+    l2, objective = head.provenance["l2"], head.provenance["objective"]
+    if validation is None:
+        return PathPoint(l2, objective, None, None)
+    X, y = validation
+    scores = score(head.predict_proba(X), y)
+    return PathPoint(l2, objective, scores["accuracy"], scores["log_loss"])
+
+
+def _merit(point: PathPoint) -> tuple[float, float, float]:
+    if point.val_accuracy is None or point.val_log_loss is None:
+        return 0.0, 0.0, point.l2
+    return point.val_accuracy, -point.val_log_loss, point.l2

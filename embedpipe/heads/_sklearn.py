@@ -1,0 +1,31 @@
+"""Solver `sklearn`: the same objective is C = 1 / l2 with sample weights of sum 1.
+
+>>> [solution] = solve_path(problem, [1e-3])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+from embedpipe.heads._problem import Problem, Solution
+
+GRADIENT_TOLERANCE, ITERATIONS = 1e-8, 20_000
+
+
+def solve_path(
+    problem: Problem, l2s: Sequence[float], start: Solution | None = None
+) -> list[Solution]:
+    """Minimise the objective for every l2, falling, each from the solution before it."""
+    solution, X, solutions = start or problem.zero, problem.X.astype(np.float64), []
+    for l2 in l2s:
+        model = LogisticRegression(
+            C=1 / l2, tol=GRADIENT_TOLERANCE, max_iter=ITERATIONS, warm_start=True
+        )
+        model.coef_, model.intercept_ = solution.weight, solution.bias
+        model.fit(X, problem.y, sample_weight=problem.sample_weight)
+        solution = Solution(model.coef_.copy(), model.intercept_.copy())
+        solutions.append(solution)
+    return solutions

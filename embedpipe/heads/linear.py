@@ -1,0 +1,102 @@
+"""LinearHead: weight, bias and class names, the standardiser folded in; NumPy only.
+
+>>> head = LinearHead.load("runs/20250101-fit-head-ab12")
+>>> head.predict_proba(X).argmax(axis=1)
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from embedpipe.errors import ModelMismatch
+from embedpipe.heads._files import read_head, save_head
+from embedpipe.heads._problem import Float32, Float64, affine, log_normaliser
+
+
+@dataclass(frozen=True, eq=False)
+class LinearHead:
+    """A linear classifier on raw features.
+
+    Parameters
+    ----------
+    weight : float32 (C, D)      two classes: the rows -w/2 and +w/2 of their one logit
+    bias : float32 (C,)
+    classes : tuple of str       row c scores classes[c]
+    provenance : dict            JSON-able: how it was fitted, on what
+
+    Raises
+    ------
+    ModelMismatch    shapes that do not belong together
+    """
+
+    weight: Float32
+    bias: Float32
+    classes: tuple[str, ...]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    kind = "linear"
+
+    def __post_init__(self) -> None:
+        rows = len(self.classes)
+        if self.weight.ndim != 2 or len(self.weight) != rows or self.bias.shape != (rows,):
+            raise ModelMismatch(
+                f"weight {self.weight.shape} and bias {self.bias.shape} for {rows} classes"
+            )
+
+    @property
+    def feature_dim(self) -> int:
+        return int(self.weight.shape[1])
+
+    def logits(self, X: ArrayLike) -> Float64:
+        """Return X W' + b, float64 (N, C), for features (N, D) as the backbone gives them.
+
+        Raises
+        ------
+        ModelMismatch    features of another width
+        """
+        return affine(check_width(X, self.feature_dim), self.weight, self.bias)
+
+    def predict_proba(self, X: ArrayLike) -> Float64:
+        """Return class probabilities, float64 (N, C), rows sum to 1."""
+        logits = self.logits(X)
+        return np.asarray(np.exp(logits - log_normaliser(logits)[:, None]))
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `head.safetensors` and `head.json` into a folder."""
+        record = {
+            "kind": self.kind,
+            "classes": list(self.classes),
+            "feature_dim": self.feature_dim,
+            "provenance": self.provenance,
+        }
+        save_head(Path(folder), record, {"weight": self.weight, "bias": self.bias})
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> LinearHead:
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        UsageError       no head in the folder
+        ModelMismatch    another kind of head, or damaged files
+        """
+        record, arrays = read_head(Path(folder), cls.kind)
+        classes = tuple(record["classes"])
+        return cls(arrays["weight"], arrays["bias"], classes, record["provenance"])
+
+
+def check_width(X: ArrayLike, feature_dim: int) -> Float32:
+    """Return features as an array (N, D), or say which width was expected."""
+    array = np.asarray(X)
+    if array.ndim != 2 or array.shape[1] != feature_dim:
+        raise ModelMismatch(
+            f"features of shape {array.shape}, expected (N, {feature_dim})",
+            hint="use the backbone and layer that the head was fitted on",
+        )
+    return array

@@ -1,0 +1,15 @@
+"""Bytes to tensors: decode, orientation, colour policy, canonical transform, batches from threads.
+
+The pipeline, the classifier and the backbones may enter. torch is imported when a transform or a
+batch first needs it, never with this room.
+
+>>> image = decode_image(Path("cat.jpg").read_bytes())
+>>> Transform(crop_size=(224, 224), resize_size=256)(image).shape
+torch.Size([3, 224, 224])
+"""
+
+from embedpipe.images._batches import Batch, image_batches
+from embedpipe.images._decode import DECODER, decode_image
+from embedpipe.images._transform import Transform
+
+__all__ = ["DECODER", "Batch", "Transform", "decode_image", "image_batches"]

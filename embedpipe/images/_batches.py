@@ -1,0 +1,113 @@
+"""image_batches: files to full batches, decoded in threads, in order, in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from PIL import Image
+
+from embedpipe.errors import DecodeError
+from embedpipe.images._decode import decode_image
+
+if TYPE_CHECKING:
+    import torch
+
+Key = TypeVar("Key", bound=bytes | None)
+
+
+@dataclass(frozen=True)
+class Batch(Generic[Key]):
+    """Images that could be read, and what went wrong since the batch before.
+
+    Parameters
+    ----------
+    images : float32 (n, 3, H, W)              n = 0 where only failures are left to tell
+    keys : n keys                              as the items gave them
+    failures : list of (key, stage, reason)    "read" may pass next time, "decode" never will
+    """
+
+    images: torch.Tensor
+    keys: list[Key]
+    failures: list[tuple[Key, str, str]]
+
+
+def image_batches(
+    items: Iterable[tuple[Key, Path]],
+    transform: Callable[[Image.Image], torch.Tensor],
+    *,
+    batch_size: int,
+    workers: int,
+) -> Iterator[Batch[Key]]:
+    """Read, check, decode and transform files in threads; every batch but the last is full.
+
+    Parameters
+    ----------
+    items : iterable of (key, path)    a file whose sha256 is not its key fails; None: no check
+    transform : callable               RGB image -> float32 (3, H, W); its errors are raised
+    batch_size, workers : int >= 1     at most 2 * batch_size + workers images are held at a time
+    """
+    keys, tensors, failures = [], [], []
+    for key, loaded in _in_order(items, transform, window=batch_size + workers, workers=workers):
+        if isinstance(loaded, tuple):
+            failures.append((key, *loaded))
+            continue
+        keys.append(key)
+        tensors.append(loaded)
+        if len(tensors) == batch_size:
+            yield Batch(_stack(tensors), keys, failures)
+            keys, tensors, failures = [], [], []
+    if tensors or failures:
+        yield Batch(_stack(tensors), keys, failures)
+
+
+def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    return torch.stack(tensors) if tensors else torch.empty((0, 3, 0, 0))
+
+
+def _in_order(
+    items: Iterable[tuple[Key, Path]],
+    transform: Callable[[Image.Image], torch.Tensor],
+    *,
+    window: int,
+    workers: int,
+) -> Iterator[tuple[Key, torch.Tensor | tuple[str, str]]]:
+    """Yield keys and results in the order of the items, with at most `window` under way."""
+    remaining = iter(items)
+    under_way: deque[tuple[Key, Future[torch.Tensor | tuple[str, str]]]] = deque()
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    try:
+        while True:
+            for key, path in islice(remaining, window - len(under_way)):
+                under_way.append((key, executor.submit(_load, key, path, transform)))
+            if not under_way:
+                return
+            key, future = under_way.popleft()
+            yield key, future.result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _load(
+    key: bytes | None, path: Path, transform: Callable[[Image.Image], torch.Tensor]
+) -> torch.Tensor | tuple[str, str]:
+    """Return the tensor of a file, or (stage, reason) of its failure."""
+    try:
+        data = path.read_bytes()
+        if key is not None and hashlib.sha256(data).digest() != key:
+            return "read", "changed while reading"
+        return transform(decode_image(data))
+    except DecodeError as exc:
+        return "decode", str(exc)
+    except OSError as exc:
+        return "read", exc.strerror or str(exc)
+    except MemoryError:
+        return "read", "out of memory"

@@ -1,0 +1,154 @@
+"""Transform: the canonical, reproducible way from an RGB image to the tensor that a backbone takes.
+
+Its pixels are, bit for bit, those of torchvision's `ImageClassification` preset and of timm's
+evaluation transform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from embedpipe.errors import DecodeError
+from embedpipe.images._decode import MAX_PIXELS
+
+if TYPE_CHECKING:
+    import torch
+
+POLICIES = {
+    "orientation": "exif",
+    "alpha": "white",
+    "frame": 0,
+    "pixels": "exact",
+    "scale": "1/255",
+}
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Resize, crop the centre, scale to [0, 1], normalise.
+
+    Parameters
+    ----------
+    crop_size : (height, width)            of the result, px
+    resize_size : int or (height, width)   px; an int is the short side, for mode "short" only
+    resize_mode : str                      "short": keep the ratio, cover resize_size;
+                                           "squash": exactly resize_size;
+                                           "border": keep the ratio, fit into resize_size, pad
+                                           with the mean colour
+    interpolation : str                    a Pillow filter: nearest, bilinear, bicubic, ...
+    mean, std : three floats               of channels in [0, 1], in the order of `channels`
+    channels : str                         "rgb" or "bgr", order in the result
+    """
+
+    crop_size: tuple[int, int]
+    resize_size: int | tuple[int, int]
+    resize_mode: str = "short"
+    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    channels: str = "rgb"
+
+    def __post_init__(self) -> None:
+        if self.resize_mode not in ("short", "squash", "border") or self.channels not in (
+            "rgb",
+            "bgr",
+        ):
+            raise ValueError(
+                f"resize_mode {self.resize_mode!r} and channels {self.channels!r}, "
+                "expected short, squash or border and rgb or bgr"
+            )
+        if isinstance(self.resize_size, int) and self.resize_mode != "short":
+            raise ValueError(
+                f"resize_size {self.resize_size}, expected (height, width) for {self.resize_mode!r}"
+            )
+        if self.interpolation.upper() not in Image.Resampling.__members__:
+            raise ValueError(
+                f"interpolation {self.interpolation!r}, expected a Pillow filter such as 'bicubic'"
+            )
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Return float32 (3, height, width) of an RGB image.
+
+        Raises
+        ------
+        DecodeError    the image is so long and thin that its resized form would be a bomb
+        """
+        import torch
+
+        pixels = np.asarray(self._crop(self._resize(image)))
+        if self.channels == "bgr":
+            pixels = pixels[:, :, ::-1]
+        planes = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)
+        planes /= np.float32(255)
+        planes -= np.asarray(self.mean, np.float32)[:, None, None]
+        planes /= np.asarray(self.std, np.float32)[:, None, None]
+        return torch.from_numpy(planes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all that shapes a pixel, JSON-able, the fixed policies included."""
+        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {**lists, **POLICIES}
+
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any]) -> Transform:
+        """Return the transform that `to_dict` wrote.
+
+        Raises
+        ------
+        ValueError    it was written under other policies
+        """
+        if {name: written.get(name) for name in POLICIES} != POLICIES:
+            raise ValueError(
+                f"found the transform {dict(written)}, expected the policies {POLICIES}"
+            )
+        own: dict[str, Any] = {k: v for k, v in written.items() if k not in POLICIES}
+        own |= {k: tuple(v) for k, v in own.items() if isinstance(v, list)}
+        return cls(**own)
+
+    def _resize(self, image: Image.Image) -> Image.Image:
+        width, height = self._resized(image.width, image.height)
+        if width * height > MAX_PIXELS:
+            raise DecodeError(
+                f"{image.width} x {image.height} pixels become {width} x {height} when resized"
+            )
+        if (width, height) == image.size:
+            return image
+        return image.resize((width, height), Image.Resampling[self.interpolation.upper()])
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """Return (width, height). torchvision truncates the long side, timm's own resize rounds."""
+        if isinstance(self.resize_size, int):
+            short, long = sorted((width, height))
+            new_long = int(self.resize_size * long / short)
+            return (self.resize_size, new_long) if width <= height else (new_long, self.resize_size)
+        target_height, target_width = self.resize_size
+        if self.resize_mode == "squash":
+            return target_width, target_height
+        choose = min if self.resize_mode == "short" else max
+        ratio = choose(height / target_height, width / target_width)
+        return max(1, round(width / ratio)), max(1, round(height / ratio))
+
+    def _crop(self, image: Image.Image) -> Image.Image:
+        """Cut the centre out; where the image is smaller, pad."""
+        height, width = self.crop_size
+        canvas = Image.new("RGB", (width, height), self._fill())
+        canvas.paste(image, (-_offset(image.width, width), -_offset(image.height, height)))
+        return canvas
+
+    def _fill(self) -> tuple[int, ...]:
+        if self.resize_mode != "border":
+            return (0, 0, 0)
+        return tuple(
+            round(255 * value)
+            for value in (self.mean if self.channels == "rgb" else self.mean[::-1])
+        )
+
+
+def _offset(size: int, crop: int) -> int:
+    """Where a centred crop begins, px; negative where the image is the smaller one."""
+    return -((crop - size) // 2) if crop > size else round((size - crop) / 2)

@@ -1,0 +1,23 @@
+"""Sources to samples: class folders, flat folders and CSV, TSV or JSONL tables become a Manifest.
+
+Any deed and the pipeline may enter; the cache imports the nouns. Nothing here opens an image or
+imports torch: the content key of a file comes from the `key_of` function that the caller hands in.
+
+>>> manifest = read_manifest(["data"], key_of=index.key_of)
+>>> manifest.classes, manifest.splits
+(('cat', 'dog'), {'train': 70, 'val': 15, 'test': 15})
+"""
+
+from embedpipe.manifest._folder import IMAGE_SUFFIXES, list_images
+from embedpipe.manifest._read import read_manifest
+from embedpipe.manifest._sample import Failure, Manifest, Sample, Source
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "Failure",
+    "Manifest",
+    "Sample",
+    "Source",
+    "list_images",
+    "read_manifest",
+]

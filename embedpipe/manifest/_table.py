@@ -1,0 +1,163 @@
+"""Tables: CSV, TSV and JSONL with the columns `path`, `label`, `split`, `group`.
+
+Other columns are ignored. Text is UTF-8 (with or without a byte order mark), or UTF-16 with one;
+bytes that are neither pass through unchanged, as in file names. Paths are relative to the folder of
+the table.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import difflib
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from embedpipe.errors import StorageError, UsageError
+from embedpipe.manifest._folder import SPLIT_NAMES
+from embedpipe.manifest._sample import Listing, Row, Source
+
+COLUMNS = ("path", "label", "split", "group")
+Record = tuple[str, dict[str, str]]  # where it stands ("list.csv, line 3") and its cells
+
+
+def list_table(source: Source, file: Path, *, allow_outside: bool) -> Listing:
+    """Read a .csv, .tsv or .jsonl table.
+
+    Raises
+    ------
+    UsageError      a line, a column or a value that cannot be what was meant; the line is named
+    StorageError    the file cannot be read
+    """
+    try:
+        text = _decode(file.read_bytes())
+    except OSError as exc:
+        raise StorageError(
+            f"could not read {str(file)!r}: {exc.strerror}", hint="check its permissions"
+        ) from exc
+    records = _json_lines(text, file) if file.suffix.lower() == ".jsonl" else _cells(text, file)
+    rows = [(at, _row(cells, source.root, at, allow_outside)) for at, cells in records]
+    for column in ("label", "split"):
+        _check_complete(rows, column)
+    return Listing(source, tuple(row for _, row in rows))
+
+
+def _decode(data: bytes) -> str:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", "replace")
+    return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+
+
+def _cells(text: str, file: Path) -> Iterator[Record]:
+    """Read CSV or TSV; the delimiter of a .csv is whichever of `,` `;` tab its header has most."""
+    candidates = "\t" if file.suffix.lower() == ".tsv" else ",;\t"
+    delimiter = max(candidates, key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        columns = _check_columns(next(reader, []), f"{file.name}, line 1")
+        for cells in reader:
+            at = f"{file.name}, line {reader.line_num}"
+            if any(cells[len(columns) :]):
+                raise UsageError(
+                    f"{at}: found {len(cells)} values, expected {len(columns)}",
+                    hint='quote values that hold the delimiter: "a,b.jpg"',
+                )
+            if any(cells):
+                yield at, dict(zip(columns, cells, strict=False))
+    except csv.Error as exc:
+        at = f"{file.name}, line {reader.line_num}"
+        raise UsageError(f"{at}: {exc}", hint="check the quotes on that line") from exc
+
+
+def _json_lines(text: str, file: Path) -> Iterator[Record]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        at = f"{file.name}, line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as exc:
+            raise UsageError(f"{at}: not JSON ({exc})", hint="write one object a line") from exc
+        if not isinstance(record, dict):
+            raise UsageError(f"{at}: found {line[:40]!r}, expected a JSON object")
+        columns = _check_columns(list(record), at)
+        values = zip(columns, record.values(), strict=True)
+        yield at, {name: _text(value, at, name) for name, value in values if name in COLUMNS}
+
+
+def _text(value: object, at: str, column: str) -> str:
+    if value is None or isinstance(value, str | int | float):
+        return "" if value is None else str(value)
+    raise UsageError(f"{at}: {column} is {value!r}, expected a text or a number")
+
+
+def _check_columns(written: list[str], at: str) -> list[str]:
+    """Return the names in lower case; refuse a near miss of ours, one twice, and no `path`."""
+    names = [name.strip().lower() for name in written]
+    absent = [name for name in COLUMNS if name not in names]
+    for name in names:
+        meant = difflib.get_close_matches(name, absent, n=1, cutoff=0.75)
+        if meant:
+            raise UsageError(f"{at}: unknown column {name!r}", hint=f"did you mean {meant[0]!r}?")
+    if "path" in absent or any(names.count(name) > 1 for name in COLUMNS):
+        raise UsageError(
+            f"{at}: found the columns {', '.join(names) or '(none)'}, "
+            "expected path[,label][,split][,group], each once",
+            hint="call the column of file names 'path'",
+        )
+    return names
+
+
+def _row(cells: dict[str, str], root: Path, at: str, allow_outside: bool) -> Row:
+    path, label, split, group = (cells.get(name, "") for name in COLUMNS)
+    for text in (path, label, group):
+        _check_text(text, at)
+    return Row(
+        path=_relative(path, root, at, allow_outside),
+        label=label.strip() or None,
+        split=_split(split.strip().lower(), at),
+        group=group.strip() or None,
+    )
+
+
+def _check_text(text: str, at: str) -> None:
+    try:
+        valid = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        valid = False
+    if not valid:
+        raise UsageError(f"{at}: {text!r} holds characters that no file name can have")
+
+
+def _relative(path: str, root: Path, at: str, allow_outside: bool) -> str:
+    """Return the normalised path below `root`: what is checked here is what will be opened."""
+    if not path.strip():
+        raise UsageError(f"{at}: no path", hint="give every row the path of an image")
+    below, normal = os.path.join(root, ""), os.path.normpath(os.path.join(root, path))
+    if normal.startswith(below):
+        return normal.removeprefix(below)
+    if allow_outside:
+        return path
+    raise UsageError(
+        f"{at}: {path!r} leaves the folder of the table",
+        hint="move the table above its images, or allow paths outside",
+    )
+
+
+def _split(name: str, at: str) -> str:
+    if name and name not in SPLIT_NAMES:
+        raise UsageError(f"{at}: found the split {name!r}", hint="expected train, val or test")
+    return SPLIT_NAMES.get(name, "")
+
+
+def _check_complete(rows: list[tuple[str, Row]], column: str) -> None:
+    """A column is filled in every row or in none."""
+    empty = [at for at, row in rows if not getattr(row, column)]
+    if empty and len(empty) < len(rows):
+        raise UsageError(
+            f"{empty[0]}: no {column}, though {len(rows) - len(empty)} other rows have one",
+            hint=f"give every row a {column}, or none",
+        )

@@ -1,0 +1,119 @@
+"""predict: labels and probabilities for images; what the cache knows is not computed again.
+
+>>> predict("20260101-120000-fit-head-0a1b2c", ["photos/"]).predictions[0].label
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from embedpipe.errors import EmbedpipeError, UsageError
+
+if TYPE_CHECKING:
+    from embedpipe.classifier import Classifier
+    from embedpipe.manifest import Failure
+    from embedpipe.pipeline import Progress
+
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image: its most probable classes, best first, and all probabilities float64 (C,) in order of `classes`."""
+
+    path: str
+    classes: tuple[str, ...]
+    values: np.ndarray
+
+    @property
+    def label(self) -> str:
+        return self.classes[int(self.values.argmax())]
+
+    @property
+    def probability(self) -> float:
+        return float(self.values.max())
+
+    def top(self, count: int) -> list[tuple[str, float]]:
+        """Return the `count` most probable classes with their probabilities."""
+        order = np.argsort(-self.values, kind="stable")[:count]
+        return [(self.classes[k], float(self.values[k])) for k in order]
+
+    def to_dict(self, *, top: int = 1, probabilities: bool = False) -> dict[str, Any]:
+        record: dict[str, Any] = {"path": self.path, "label": self.label, "probability": self.probability}
+        if top > 1:
+            record["top"] = [{"label": name, "probability": p} for name, p in self.top(top)]
+        if probabilities:
+            record["probabilities"] = dict(zip(self.classes, map(float, self.values), strict=True))
+        return record
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """predictions : list of Prediction, in the order of the images; failed : images without one."""
+
+    predictions: list[Prediction]
+    failed: tuple[Failure, ...]
+
+
+def predict(
+    run: Classifier | PathLike,
+    images: PathLike | Sequence[PathLike],
+    *,
+    batch_size: int | Literal["auto"] = "auto",
+    device: str = "auto",
+    workers: int | Literal["auto"] = "auto",
+    strict: bool = False,
+    cache_dir: PathLike = "cache",
+    runs_dir: PathLike = "runs",
+    progress: Progress | None = None,
+) -> Predictions:
+    """Classify image files and all images in folders.
+
+    Parameters
+    ----------
+    run : Classifier, or id, prefix or folder of a run of fit-head or finetune
+    images : path or several
+    batch_size : int or auto
+        Images a forward pass.
+    device : str
+        auto, cpu, cuda, cuda:K or mps.
+    workers : int or auto
+        Decoding threads.
+    strict : bool
+        Exit with 1, not 3, when an image failed.
+
+    Raises
+    ------
+    UsageError       no such run, path or image
+    ModelMismatch    the backbone's weights are not those that the head was fitted on
+    """
+    from embedpipe.cache import Cache
+    from embedpipe.classifier import Classifier, classify
+    from embedpipe.manifest import list_images
+    from embedpipe.runs import find_run
+
+    if not isinstance(run, Classifier):
+        run = Classifier.load(find_run(Path(runs_dir), run))
+    files = list_images([images] if isinstance(images, str | os.PathLike) else list(images))
+    result = classify(
+        run,
+        files,
+        cache=Cache(Path(cache_dir)),
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        progress=progress,
+    )
+    if strict and result.failed:
+        raise EmbedpipeError(f"{result.failed[0].path}: {result.failed[0].reason}", hint="mend or remove it")
+    predictions = [
+        Prediction(path, run.classes, values)
+        for path, values in zip(result.paths, result.values, strict=True)
+    ]
+    return Predictions(predictions, result.failed)

@@ -1,0 +1,167 @@
+"""Features are what enters the classifier of the untouched library model: every torchvision model, one of each timm family.
+
+The reference knows nothing of the package: the library's model, the same weights, plain hooks. The slow tier takes all names.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.models import model_entrypoint
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torchvision import models
+
+from embedpipe.backbones import load_backbone
+from embedpipe.backbones._assembling import choose_taps, take_classifiers
+from embedpipe.backbones._headless import Headless
+from embedpipe.backbones._libraries import LIBRARIES
+from embedpipe.backbones._trace import Weightless, trace
+
+HERE = Path(__file__).parent
+TORCHVISION = [f"torchvision:{name}" for name in models.list_models(module=models)]
+SMALLEST = dict(
+    line.split() for line in (HERE / "smallest.txt").read_text().splitlines() if line and line[0] != "#"
+)
+CANNOT_WORK = dict(
+    line.split(": ", 1) for line in (HERE / "cannot_work.txt").read_text().splitlines() if line and line[0] != "#"
+)
+BIG = 100e6
+TINY_PX = 64
+TOO_SMALL_AT_64 = {"inception_v3": 96}
+TRAINED_WITH = {"aux_logits": False, "transform_input": True, "init_weights": True}  # googlenet, inception_v3
+
+
+class QuickRandom(TorchFunctionMode):
+    """Fill from one block of random numbers, again and again: the numbers need not be good, only there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normal = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
+        self.uniform = torch.rand(1 << 20, generator=torch.Generator().manual_seed(0))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in ("normal_", "uniform_") and args and args[0].numel() > 1000 and not args[0].is_meta:
+            first, second = (list(args[1:]) + [0.0, 1.0][len(args) - 1 :])[:2]
+            first, second = (kwargs or {}).get("mean", first), (kwargs or {}).get("std", second)
+            first, second = (kwargs or {}).get("a", first), (kwargs or {}).get("b", second)
+            block = self.normal * second + first if name == "normal_" else self.uniform * (second - first) + first
+            with torch.no_grad():
+                flat = args[0].view(-1)
+                for start in range(0, len(flat), len(block)):
+                    part = flat[start : start + len(block)]
+                    part.copy_(block[: len(part)])
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def library_model(name: str) -> nn.Module:
+    source, _, architecture = name.partition(":")
+    if source == "timm":
+        return timm.create_model(architecture)
+    return models.get_model(architecture, weights=None, **(TRAINED_WITH if architecture in ("googlenet", "inception_v3") else {}))
+
+
+def classifiers(name: str, model: nn.Module) -> list[str]:
+    source, _, architecture = name.partition(":")
+    if source == "timm":
+        named = timm.get_pretrained_cfg(architecture).classifier or ()
+        named = [named] if isinstance(named, str) else list(named)
+        return [n for n in named if not isinstance(dict(model.named_modules()).get(n), nn.Identity | None)]
+    found = [n for n, m in model.named_modules() if 1000 in (getattr(m, "out_features", 0), getattr(m, "out_channels", 0))]
+    return found[-1:]
+
+
+@contextmanager
+def caught(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    inputs: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(n).register_forward_pre_hook(lambda _, args, n=n: inputs.__setitem__(n, args[0])) for n in names
+    ]
+    yield inputs
+    for handle in handles:
+        handle.remove()
+
+
+def reference(name: str, model: nn.Module, images: Tensor) -> Tensor:
+    names = classifiers(name, model)
+    with torch.no_grad(), caught(model, names) as inputs:
+        output = model(images)
+    entered = [inputs[n] for n in names] or [output]
+    pooled = [x.mean((2, 3)) if x.ndim == 4 else x.mean(1) if x.ndim == 3 else x for x in entered]
+    return torch.cat(pooled, 1)
+
+
+def size_for(name: str) -> int | None:
+    source, _, architecture = name.partition(":")
+    if source == "timm":
+        cfg = timm.get_pretrained_cfg(architecture)
+        return None if cfg.fixed_input_size else max(TINY_PX, (cfg.min_input_size or (3, 0, 0))[1])
+    fixed = architecture.startswith(("vit", "maxvit"))
+    return None if fixed else TOO_SMALL_AT_64.get(architecture, TINY_PX)
+
+
+def check_numbers(name: str) -> None:
+    with QuickRandom():
+        backbone = load_backbone(name, weights="none", image_size=size_for(name))
+        untouched = library_model(name).eval()
+    missing, extra = untouched.load_state_dict(backbone.module.model.state_dict(), strict=False, assign=True)
+    heads = classifiers(name, untouched)
+    assert not extra
+    assert all(key.startswith(tuple(heads)) for key in missing), missing
+    images = torch.randn(2, 3, *backbone.image_size, generator=torch.Generator().manual_seed(1))
+    expected = reference(name, untouched, images)
+    with torch.no_grad():
+        features = backbone.module(images)
+    assert features.shape == (2, backbone.feature_dim)
+    assert torch.isfinite(expected).all()
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def check_structure(name: str) -> None:
+    source, _, architecture = name.partition(":")
+    library = LIBRARIES[source]
+    with Weightless():
+        model = library_model(name).eval()
+    size = library.transform_for(architecture, image_size=None, crop_pct=None, interpolation=None).crop_size
+    images = torch.empty(2, 3, *size, device="meta")
+    model = model.to("meta")
+    expected = reference(name, model, images)
+    heads = take_classifiers(model, library.classifiers_of(architecture, model))
+    taps = choose_taps(model, trace(model, size), heads=heads, layer=None, pool="auto", image_size=size, name=name)
+    with torch.no_grad():
+        features = Headless(model, taps).eval()(images)
+    assert features.shape == expected.shape
+
+
+def parameters(name: str) -> int:
+    with Weightless():
+        return sum(p.numel() for p in library_model(name).parameters())
+
+
+def check(name: str, *, big: float = BIG) -> None:
+    (check_numbers if parameters(name) <= big else check_structure)(name)
+    gc.collect()
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision(name: str) -> None:
+    check(name)
+
+
+@pytest.mark.parametrize("name", SMALLEST.values())
+def test_one_of_each_timm_family(name: str) -> None:
+    check(f"timm:{name}")
+
+
+def test_the_list_of_families_is_complete() -> None:
+    families = {model_entrypoint(name).__module__.rpartition(".")[2] for name in timm.list_models()}
+    assert families == set(SMALLEST)

@@ -1,0 +1,77 @@
+"""Sample tables come back as the manifests they were, whatever the names of the files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from embedpipe.cache import Cache, check_free_space
+from embedpipe.errors import CacheMismatch, StorageError, UsageError
+from embedpipe.manifest import Manifest, Sample, Source
+
+
+def manifest(folder: Path, name: str = "data") -> Manifest:
+    odd = os.fsdecode(b"a/\xff\n.png")
+    return Manifest(
+        name=name,
+        sources=(Source(str(folder / name), folder / name), Source("rel/ative.csv", folder)),
+        samples=(
+            Sample("a/1.png", "größe", "train", "patient 1", bytes(32), 0),
+            Sample(odd, None, "val", None, bytes(range(32)), 1),
+        ),
+        classes=("größe", "z"),
+        ignored=3,
+        unreadable=(),
+        warnings=("one class only",),
+    )
+
+
+def test_a_table_gives_the_manifest_back(cache: Cache, tmp_path: Path) -> None:
+    stored = manifest(tmp_path)
+    name = cache.write_dataset(stored)
+    assert cache.read_dataset(name) == stored
+    empty = Manifest("empty", (Source("e", tmp_path),), (), (), 0, (), ())
+    assert cache.read_dataset(cache.write_dataset(empty)) == empty
+
+
+def test_a_table_is_found_by_name_id_source_or_prefix(cache: Cache, tmp_path: Path) -> None:
+    stored = manifest(tmp_path)
+    name = cache.write_dataset(stored)
+    cache.write_dataset(manifest(tmp_path, "other"))
+    texts = [name, name.rpartition("-")[2], str(tmp_path / "data"), f"{tmp_path}/data/", "dat"]
+    for text in texts:
+        assert cache.read_dataset(text) == stored
+    with pytest.raises(UsageError, match="no data set 'dada'"):
+        cache.read_dataset("dada")
+
+
+def test_the_same_sources_replace_their_table(cache: Cache, tmp_path: Path) -> None:
+    first, second = manifest(tmp_path), manifest(tmp_path)
+    assert cache.write_dataset(first) == cache.write_dataset(second)
+    assert len(cache.datasets()) == 1
+
+
+def test_the_latest_is_read_by_default(cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="extract DATA"):
+        cache.read_dataset()
+    stored = manifest(tmp_path, "other")
+    cache.write_dataset(manifest(tmp_path))
+    cache.set_latest(cache.write_dataset(stored), ["timm-x-0123"])
+    assert cache.read_dataset() == stored
+    assert (cache.latest() or {})["spaces"] == ["timm-x-0123"]
+    (cache.root / "latest.json").write_bytes(b"{")
+    with pytest.raises(CacheMismatch):
+        cache.latest()
+
+
+def test_names_stay_inside_the_folder(cache: Cache, tmp_path: Path) -> None:
+    name = cache.write_dataset(manifest(tmp_path, "../../ev/il"))
+    assert [path.stem for path in (cache.root / "datasets").iterdir()] == [name]
+
+
+def test_a_plan_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    check_free_space(tmp_path / "not" / "yet", 1)
+    with pytest.raises(StorageError, match=r"are free in .*1000000000.0 GB are needed"):
+        check_free_space(tmp_path / "not" / "yet", 10**18)

@@ -1,0 +1,100 @@
+"""The memo of hashes: right when files change, silent when it is broken."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from embedpipe.cache import KeyIndex
+
+
+def old_file(path: Path, data: bytes) -> Path:
+    """Write a file; its ctime is of now, so the memo's own clock is moved instead."""
+    path.write_bytes(data)
+    return path
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files count as settled at once."""
+    monkeypatch.setattr("embedpipe.cache._index.RACY_NS", -(10**12))
+
+
+@pytest.mark.usefixtures("settled")
+def test_known_files_are_not_read_again(tmp_path: Path) -> None:
+    image = old_file(tmp_path / "a.jpg", b"abc")
+    odd = old_file(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n.jpg")), b"odd")
+    for expected in (2, 0):
+        index = KeyIndex(tmp_path / "memo" / "index.sqlite")
+        assert index.key_of(image) == hashlib.sha256(b"abc").digest()
+        assert index.key_of(odd) == hashlib.sha256(b"odd").digest()
+        assert index.hashed == expected
+        index.close()
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    image = old_file(tmp_path / "a.jpg", b"abc")
+    index = KeyIndex(tmp_path / "index.sqlite")
+    index.key_of(image)
+    index.close()
+    status = image.stat()
+    image.write_bytes(b"xyz")
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    index = KeyIndex(tmp_path / "index.sqlite")
+    assert index.key_of(image) == hashlib.sha256(b"xyz").digest()
+    index.close()
+
+
+def test_young_files_are_not_remembered(tmp_path: Path) -> None:
+    image = old_file(tmp_path / "a.jpg", b"abc")
+    for _ in range(2):
+        index = KeyIndex(tmp_path / "index.sqlite")
+        index.key_of(image)
+        assert index.hashed == 1
+        index.close()
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_broken_memo_is_made_anew(tmp_path: Path) -> None:
+    image, path = old_file(tmp_path / "a.jpg", b"abc"), tmp_path / "index.sqlite"
+    path.write_bytes(b"no database" * 1000)
+    for expected in (1, 0):
+        index = KeyIndex(path)
+        assert index.key_of(image) == hashlib.sha256(b"abc").digest()
+        assert index.hashed == expected
+        index.close()
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_locked_memo_is_not_waited_for(tmp_path: Path) -> None:
+    image, path = old_file(tmp_path / "a.jpg", b"abc"), tmp_path / "index.sqlite"
+    index = KeyIndex(path)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    assert index.key_of(image) == hashlib.sha256(b"abc").digest()
+    index.close()
+    late = KeyIndex(path)
+    assert late.key_of(image) == hashlib.sha256(b"abc").digest()
+    late.close()
+    other.close()
+
+
+def test_a_memo_without_a_place_still_hashes(tmp_path: Path) -> None:
+    image = old_file(tmp_path / "a.jpg", b"abc")
+    index = KeyIndex(image / "index.sqlite")
+    assert index.key_of(image) == hashlib.sha256(b"abc").digest()
+    index.close()
+
+
+def test_what_is_no_readable_file_raises(tmp_path: Path) -> None:
+    index = KeyIndex(tmp_path / "index.sqlite")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "absent.jpg", tmp_path, tmp_path / "pipe.jpg"):
+        with pytest.raises(OSError, match=r"."):
+            index.key_of(path)
+    index.close()

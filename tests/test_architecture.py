@@ -1,0 +1,114 @@
+"""The floors and doors of the house: imports go down only, and heavy libraries enter by few doors."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "embedpipe"
+
+FLOORS = [
+    {"errors", "provenance", "metrics", "training"},
+    {"manifest", "images", "runs"},
+    {"backbones", "cache", "heads"},
+    {"pipeline", "features", "network"},
+    {"classifier"},
+    {"extraction", "fitting", "finetuning", "prediction", "evaluation"},
+    {"config", "demo"},
+    {"cli"},
+    {"__main__", "__init__"},
+]
+# On these floors rooms may use their neighbours, in this order: the first knows none of the others.
+STAIRS = [["errors", "provenance"], ["errors", "training"], ["errors", "metrics"]]
+DOORS = {
+    "h5py": {"cache"},
+    "timm": {"backbones/_timm.py"},
+    "torchvision": {"backbones/_torchvision.py"},
+    "sklearn": {"heads/_sklearn.py", "metrics.py", "demo.py"},
+    "yaml": {"config.py"},
+    "pydantic": {"config.py"},
+    "click": {"cli"},
+    "rich_click": {"cli"},
+    "rich": {"cli", "demo.py"},
+    "PIL": {"images", "demo.py", "backbones"},
+    "sqlite3": {"cache"},
+    "pickle": set(),
+    "joblib": set(),
+}
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> list[tuple[str, bool]]:
+    """Every imported module of a file, with whether it is for type checking only."""
+    found: list[tuple[str, bool]] = []
+
+    def walk(node: ast.AST, typing_only: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            inside = typing_only or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+            if isinstance(child, ast.Import):
+                found.extend((alias.name, inside) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                module = child.module or ""
+                names = [f"embedpipe.{a.name}" for a in child.names] if module == "embedpipe" else [module]
+                found.extend((name, inside) for name in names)
+            walk(child, inside)
+
+    walk(ast.parse(path.read_text()), False)
+    return found
+
+
+def floor_of(room: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down_only(path: Path) -> None:
+    here = room_of(path)
+    for name, typing_only in imports_of(path):
+        parts = name.split(".")
+        if parts[0] != "embedpipe" or len(parts) == 1 or parts[1] == here or here == "__init__":
+            continue
+        there = parts[1]
+        same_floor = floor_of(there) == floor_of(here) and (typing_only or [there, here] in STAIRS)
+        assert floor_of(there) < floor_of(here) or same_floor, f"{here} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_heavy_libraries_enter_by_their_doors(path: Path) -> None:
+    place = path.relative_to(PACKAGE).as_posix()
+    for name, _ in imports_of(path):
+        doors = DOORS.get(name.split(".")[0])
+        assert doors is None or any(place == d or place.startswith(f"{d}/") for d in doors), f"{place} imports {name}"
+
+
+def test_every_room_stands_on_a_floor() -> None:
+    rooms = {room_of(path) for path in FILES}
+    assert rooms == set().union(*FLOORS)
+
+
+def test_no_deed_imports_a_deed() -> None:
+    """Only the doors combine deeds; `__init__` is the Python door."""
+    deeds = FLOORS[5]
+    for path in FILES:
+        if room_of(path) in deeds:
+            named = {name.split(".")[1] for name, _ in imports_of(path) if name.startswith("embedpipe.")}
+            assert not (named & deeds) - {room_of(path)}
+
+
+def test_functions_stay_short() -> None:
+    """No function grows past 60 lines without its docstring."""
+    long = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                doc = ast.get_docstring(node, clean=False) or ""
+                size = (node.end_lineno or 0) - node.lineno + 1 - len(doc.splitlines())
+                if size > 60:
+                    long.append(f"{path.name}:{node.name} {size}")
+    assert not long
