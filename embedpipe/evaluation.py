@@ -132,7 +132,7 @@ def evaluate(
     if strict and result.failed:
         raise EmbedpipeError(f"{result.failed[0].path}: {result.failed[0].reason}", hint="mend or remove it")
     y = np.array([files[Path(path)] for path in result.paths], dtype=np.int64)
-    matrix = metrics.confusion_matrix(result.values.argmax(axis=1), y, len(run.classes))
+    matrix = metrics.confusion_matrix(y, result.values.argmax(axis=1), len(run.classes))
     done = Evaluation(
         run.name,
         split,

@@ -8,6 +8,7 @@ from the memory-mapped file when somebody looks at it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +18,7 @@ import numpy as np
 
 from embedpipe.cache import Cache, Space, dataset_name
 from embedpipe.errors import UsageError
-from embedpipe.manifest import Manifest, Sample
+from embedpipe.manifest import SPLITS, Manifest, Sample
 
 if TYPE_CHECKING:
     from embedpipe.backbones import Backbone
@@ -75,8 +76,8 @@ class FeatureSet:
     @property
     def splits(self) -> dict[str, int]:
         """Count of samples with a row, by split."""
-        names = [sample.split for sample in self._present]
-        return {name: names.count(name) for name in dict.fromkeys(names)}
+        counts = Counter(sample.split for sample in self._present)
+        return {split: counts[split] for split in SPLITS if counts[split]}
 
     def samples(self, split: str | None = None, *, labelled: bool = False) -> tuple[Sample, ...]:
         """Return the samples that have a row, in order; of one split, and with a label, if asked so."""

@@ -115,7 +115,7 @@ def fit_head(
         scored[split] = Scored(samples, head.predict_proba(features.read(samples)))
     report = {
         "dataset": features.manifest.name,
-        "solver": path.solver if path else solver,
+        "solver": path.head.provenance["solver"] if path else solver,
         "l2": path.l2 if path else None,
         "l2_path": [
             {"l2": p.l2, "val_accuracy": p.val_accuracy, "objective": p.objective}

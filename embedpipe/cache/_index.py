@@ -36,8 +36,8 @@ class KeyIndex:
     ----------
     hashed : int    how many files had to be read
 
-    >>> with_index = KeyIndex()
-    >>> with_index.key_of(Path("a.jpg"))
+    >>> index = KeyIndex()
+    >>> index.key_of(Path("a.jpg"))
     """
 
     def __init__(self, path: Path | None = None) -> None:

@@ -82,6 +82,7 @@ def _stop(signum: int, frame: Any) -> None:
 
 def _listen_to_warnings(verbose: bool) -> None:
     """Show our own warnings as they come, and those of libraries on demand."""
+    WARNINGS.clear()
     warnings.simplefilter("default" if verbose else "ignore")
     warnings.simplefilter("always", EmbedpipeWarning)
 

@@ -45,8 +45,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     UsageError       no head in the folder
     ModelMismatch    not the record of a head, or of a newer format
     """
+    content = _read(folder / RECORD)
     try:
-        record = json.loads(_read(folder / RECORD))
+        record = json.loads(content)
     except ValueError as exc:
         raise ModelMismatch(
             f"{folder / RECORD} is not JSON: {exc}", hint="fit the head again"

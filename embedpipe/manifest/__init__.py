@@ -10,10 +10,11 @@ imports torch: the content key of a file comes from the `key_of` function that t
 
 from embedpipe.manifest._folder import IMAGE_SUFFIXES, list_images
 from embedpipe.manifest._read import read_manifest
-from embedpipe.manifest._sample import Failure, Manifest, Sample, Source
+from embedpipe.manifest._sample import SPLITS, Failure, Manifest, Sample, Source
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "SPLITS",
     "Failure",
     "Manifest",
     "Sample",

@@ -139,6 +139,40 @@ def test_a_refused_system_call_is_a_storage_error(
     assert space.pending_shards == 0
 
 
+def test_names_are_given_to_what_is_safe_on_disk(
+    space: Space, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rename follows the fsync of its file and is followed by that of its folder."""
+    steps: list[tuple[str, str]] = []
+    real_fsync, real_rename, real_unlink = os.fsync, os.rename, os.unlink
+
+    def fsync(descriptor: int) -> None:
+        steps.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        real_fsync(descriptor)
+
+    def rename(source: Any, target: Any) -> None:
+        steps.append(("rename", str(target)))
+        assert ("fsync", str(source)) in steps
+        real_rename(source, target)
+
+    def unlink(path: Any, **named: Any) -> None:
+        steps.append(("unlink", str(path)))
+        real_unlink(path, **named)
+
+    for name, spy in {"fsync": fsync, "rename": rename, "unlink": unlink}.items():
+        monkeypatch.setattr(os, name, spy)
+    extract(space)
+    renamed = [i for i, (call, _) in enumerate(steps) if call == "rename"]
+    assert len(renamed) == 6  # meta.json twice, three shards, features.h5
+    for i in renamed:
+        assert steps[i + 1] == ("fsync", str(Path(steps[i][1]).parent))
+    assert [call for call, _ in steps].index("unlink") > steps.index(
+        ("rename", str(space.features_path))
+    )
+    made = [str(space.folder.parents[2]), *map(str, space.folder.parents[:2]), str(space.folder)]
+    assert all(("fsync", folder) in steps for folder in made)
+
+
 def test_a_reader_sees_every_row_through_writing_and_merging(space: Space) -> None:
     child = os.fork()
     if child == 0:

@@ -46,7 +46,9 @@ def test_equal_accuracy_goes_to_the_lower_log_loss() -> None:
 def test_one_l2_needs_no_validation_and_a_grid_does() -> None:
     X, y = small()
     path = fit_path(X, y, None, None, classes=TEN[:3], l2=0.1)
-    assert len(path.points) == 1 and path.points[0].val_accuracy is None and path.l2 == 0.1
+    assert len(path.points) == 1
+    assert path.points[0].val_accuracy is None
+    assert path.l2 == 0.1
     with pytest.raises(UsageError, match="validation"):
         fit_path(X, y, X[:0], y[:0], classes=TEN[:3])
 
@@ -69,7 +71,7 @@ def test_objective_of_one_logit_is_that_of_its_two_rows() -> None:
 
 def test_objective_divides_sample_weights_by_their_sum() -> None:
     X, y = small()
-    weight, bias, weights = np.ones((3, 5)), np.zeros(3), np.arange(30.0)
+    weight, bias, weights = np.eye(3, 5), np.zeros(3), np.arange(30.0)
     once = objective(weight, bias, X, y, l2=0.1, sample_weight=weights)
     assert objective(weight, bias, X, y, l2=0.1, sample_weight=9 * weights) == pytest.approx(once)
     assert once != pytest.approx(objective(weight, bias, X, y, l2=0.1))
@@ -118,7 +120,8 @@ def test_a_class_without_samples_is_never_predicted_and_harms_no_other(
     head = fit_linear(X, y, classes=tuple("abcd"), l2=1e-2)
     probabilities = head.predict_proba(X)
     absent = sorted({0, 1, 2, 3} - set(kept))
-    assert probabilities.shape == (30, 4) and probabilities[:, absent].max() < 1e-8
+    assert probabilities.shape == (30, 4)
+    assert probabilities[:, absent].max() < 1e-8
     dense = fit_linear(X, np.searchsorted(kept, y), classes=tuple("xyz"[: len(kept)]), l2=1e-2)
     np.testing.assert_allclose(probabilities[:, kept], dense.predict_proba(X), atol=1e-6)
 
@@ -182,7 +185,8 @@ def test_any_small_problem_gives_a_valid_head_or_a_clear_error(
         assert len(np.unique(y[weights > 0])) < 2
         return
     probabilities = head.predict_proba(X)
-    assert np.isfinite(head.weight).all() and np.isfinite(head.bias).all()
+    assert np.isfinite(head.weight).all()
+    assert np.isfinite(head.bias).all()
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
     frequencies = np.bincount(y, weights, n_classes) / weights.sum()
     found = np.average(probabilities, axis=0, weights=weights)

@@ -25,7 +25,8 @@ def test_a_loaded_head_is_the_saved_one(kind: int, tmp_path: Path) -> None:
     head.save(tmp_path / "run")
     loaded = load_head(tmp_path / "run")
     assert type(loaded) is type(head)
-    assert loaded.classes == CLASSES and loaded.provenance == head.provenance
+    assert loaded.classes == CLASSES
+    assert loaded.provenance == head.provenance
     assert np.array_equal(loaded.logits(X), head.logits(X))
     assert np.array_equal(loaded.predict_proba(X), head.predict_proba(X))
 
@@ -37,7 +38,8 @@ def test_files_are_read_with_numpy_and_json_alone(tmp_path: Path) -> None:
         load_file(tmp_path / "head.safetensors"),
         json.loads((tmp_path / "head.json").read_text()),
     )
-    assert record["kind"] == "linear" and record["classes"] == list(CLASSES)
+    assert record["kind"] == "linear"
+    assert record["classes"] == list(CLASSES)
     assert arrays["weight"].dtype == arrays["bias"].dtype == np.float32
     np.testing.assert_allclose(X @ arrays["weight"].T + arrays["bias"], head.logits(X), atol=1e-5)
 
