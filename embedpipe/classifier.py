@@ -121,7 +121,9 @@ class Classifier:
         if self.folder is not None and loader["name"] == "model":
             loader["name"] = str(self.folder / "model")
         backbone = load_backbone(**loader)
-        spec = space_spec(backbone, self.reference.spec["precision"], self.reference.spec["stored_dtype"])
+        spec = space_spec(
+            backbone, self.reference.spec["precision"], self.reference.spec["stored_dtype"]
+        )
         if fingerprint(spec) != fingerprint(self.reference.spec):
             changed = [key for key in spec if spec[key] != self.reference.spec.get(key)]
             raise ModelMismatch(
@@ -142,7 +144,9 @@ class Classifier:
         result = classify(self, files)
         if result.failed:
             first = result.failed[0]
-            raise DecodeError(f"{first.path}: {first.reason}", hint="leave the file out", path=first.path)
+            raise DecodeError(
+                f"{first.path}: {first.reason}", hint="leave the file out", path=first.path
+            )
         return result.values
 
     def predict(self, paths: Sequence[str | os.PathLike[str]]) -> list[str]:
@@ -162,7 +166,10 @@ class Classifier:
 
         record = read_run(folder)
         if "reference" not in record:
-            raise UsageError(f"{folder.name} is a run of {record['verb']}", hint="name a run of fit-head or finetune")
+            raise UsageError(
+                f"{folder.name} is a run of {record['verb']}",
+                hint="name a run of fit-head or finetune",
+            )
         reference = Reference(**record["reference"])
         return cls(load_head(folder), reference, record["report"], folder, record["dataset"])
 

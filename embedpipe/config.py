@@ -71,7 +71,9 @@ def check_value(option: Option, value: Any) -> Any:
         wanted = "; or ".join(dict.fromkeys(error["msg"] for error in exc.errors()))
         flag = "--" + option.name.replace("_", "-")
         raise UsageError(
-            f"{flag}: found {value!r}; {wanted[:1].lower()}{wanted[1:]}", option=option.name, value=value
+            f"{flag}: found {value!r}; {wanted[:1].lower()}{wanted[1:]}",
+            option=option.name,
+            value=value,
         ) from None
 
 
@@ -100,16 +102,22 @@ def read_config(path: Path, commands: Mapping[str, tuple[str, ...]]) -> dict[str
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
         reason = " ".join(str(exc).split())
-        raise UsageError(f"--config {path}: {reason}", hint="name a YAML file, for example configs/digits.yaml") from exc
+        raise UsageError(
+            f"--config {path}: {reason}", hint="name a YAML file, for example configs/digits.yaml"
+        ) from exc
     if not isinstance(settings, dict):
-        raise UsageError(f"--config {path}: expected keys and values, found {type(settings).__name__}")
+        raise UsageError(
+            f"--config {path}: expected keys and values, found {type(settings).__name__}"
+        )
     flat = {key: value for key, value in settings.items() if key not in commands}
     _check_keys(path, flat, SHARED, extra=tuple(commands))
     sections = {}
     for command, section in settings.items():
         if command in commands:
             if not isinstance(section, dict):
-                raise UsageError(f"--config {path}: {command} expected keys and values, found {section!r}")
+                raise UsageError(
+                    f"--config {path}: {command} expected keys and values, found {section!r}"
+                )
             section = {key.replace("-", "_"): value for key, value in section.items()}
             _check_keys(path, section, (*commands[command], *SHARED), where=f" under {command}")
             sections[command] = section
@@ -117,10 +125,19 @@ def read_config(path: Path, commands: Mapping[str, tuple[str, ...]]) -> dict[str
 
 
 def _check_keys(
-    path: Path, found: Mapping[str, Any], known: tuple[str, ...], *, where: str = "", extra: tuple[str, ...] = ()
+    path: Path,
+    found: Mapping[str, Any],
+    known: tuple[str, ...],
+    *,
+    where: str = "",
+    extra: tuple[str, ...] = (),
 ) -> None:
     for key in found:
         if str(key).replace("-", "_") not in known:
             close = nearest(str(key), [*known, *extra])
-            hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join((*known, *extra))}"
+            hint = (
+                f"did you mean {', '.join(close)}?"
+                if close
+                else f"known: {', '.join((*known, *extra))}"
+            )
             raise UsageError(f"--config {path}: unknown key {key!r}{where}", hint=hint)

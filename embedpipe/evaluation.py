@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from embedpipe.errors import EmbedpipeError, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from embedpipe.classifier import Classifier
     from embedpipe.manifest import Failure, Manifest
     from embedpipe.pipeline import Progress
@@ -52,13 +54,12 @@ class Evaluation:
 
     def confusion_csv(self) -> str:
         """Return the confusion matrix as CSV: a header of predicted classes, then a row a true class."""
-        import csv
-        import io
-
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["true\\predicted", *self.classes])
-        writer.writerows([name, *row] for name, row in zip(self.classes, self.confusion.tolist(), strict=True))
+        writer.writerows(
+            [name, *row] for name, row in zip(self.classes, self.confusion.tolist(), strict=True)
+        )
         return out.getvalue()
 
 
@@ -103,6 +104,8 @@ def evaluate(
     ------
     UsageError    no labels, a label that the head does not know, or no sample in the split
     """
+    import numpy as np
+
     from embedpipe import metrics
     from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier, classify
@@ -115,9 +118,7 @@ def evaluate(
     manifest = _manifest(run, data, cache, allow_outside)
     if split == "auto":
         split = "test" if data is None else "all"
-    samples = [
-        s for s in manifest.samples if s.label is not None and split in ("all", s.split)
-    ]
+    samples = [s for s in manifest.samples if s.label is not None and split in ("all", s.split)]
     _check(manifest, run, [s.label or "" for s in samples], split)
     files = {manifest.file_of(s): run.classes.index(s.label or "") for s in samples}
     result = classify(
@@ -130,7 +131,9 @@ def evaluate(
         progress=progress,
     )
     if strict and result.failed:
-        raise EmbedpipeError(f"{result.failed[0].path}: {result.failed[0].reason}", hint="mend or remove it")
+        raise EmbedpipeError(
+            f"{result.failed[0].path}: {result.failed[0].reason}", hint="mend or remove it"
+        )
     y = np.array([files[Path(path)] for path in result.paths], dtype=np.int64)
     matrix = metrics.confusion_matrix(y, result.values.argmax(axis=1), len(run.classes))
     done = Evaluation(

@@ -18,10 +18,10 @@ from embedpipe.errors import EmbedpipeError, EmbedpipeWarning
 
 if TYPE_CHECKING:
     from embedpipe.backbones import Backbone
+    from embedpipe.cache import Cache, Space
     from embedpipe.features import FeatureSet
-    from embedpipe.cache import Space
     from embedpipe.manifest import Manifest
-    from embedpipe.pipeline import Filled, Progress
+    from embedpipe.pipeline import Filled, Forward, Progress
 
 PathLike = str | os.PathLike[str]
 
@@ -137,68 +137,78 @@ def extract(
     StorageError    the disk is full or refuses
     CacheBusy       another process writes the same space
     """
-    from embedpipe.cache import Cache, KeyIndex
+    from embedpipe.cache import Cache
     from embedpipe.features import FeatureSet
-    from embedpipe.manifest import read_manifest
-    from embedpipe.pipeline import fill_space, plan_forward, space_name, space_spec
+    from embedpipe.pipeline import plan_forward
 
-    start = time.monotonic()
-    cache, index = Cache(Path(cache_dir)), KeyIndex()
-    manifest = read_manifest(
-        [data] if isinstance(data, str | os.PathLike) else list(data),
-        key_of=index.key_of,
-        split_by=split_by,
-        val_fraction=val_fraction,
-        test_fraction=test_fraction,
-        limit=limit,
-        allow_outside=allow_outside,
-    )
-    index.close()
-    for warning in manifest.warnings:
-        warnings.warn(warning, EmbedpipeWarning, stacklevel=2)
-    forward = plan_forward(
-        device=device,
-        precision=precision,
-        store_dtype=store_dtype,
-        batch_size=batch_size,
-        workers=workers,
-    )
-    single = isinstance(backbone, str) or not isinstance(backbone, Sequence)
-    options = {
-        "weights": weights,
-        "pool": pool,
-        "image_size": image_size,
-        "crop_pct": crop_pct,
-        "interpolation": interpolation,
-        "seed": seed,
-    }
-    extracted = []
-    for name in [backbone] if single else list(backbone):
-        for one in layer or (None,):
-            loaded, loader = _load(name, {**options, "layer": one})
-            spec = space_spec(loaded, precision, store_dtype)
-            space = cache.open_space(spec, name=space_name(spec))
-            filled = fill_space(
-                space,
-                manifest,
-                loaded,
-                forward,
-                shard_rows=shard_rows,
-                retry_failed=retry_failed,
-                loader=loader,
-                progress=progress,
-            )
-            extracted.append(Extracted(loaded, space, filled))
+    start, cache = time.monotonic(), Cache(Path(cache_dir))
+    fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction}
+    manifest = _read(data, split_by=split_by, **fractions, limit=limit, allow_outside=allow_outside)
+    arithmetic = {"precision": precision, "store_dtype": store_dtype}
+    forward = plan_forward(device=device, batch_size=batch_size, workers=workers, **arithmetic)
+    shape = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
+    loader = {"weights": weights, "seed": seed, "pool": pool, **shape}
+    writing = {"shard_rows": shard_rows, "retry_failed": retry_failed, "progress": progress}
+    extracted = [
+        _extract_space(cache, manifest, name, {**loader, "layer": one}, forward=forward, **writing)
+        for name in ([backbone] if _is_single(backbone) else backbone)
+        for one in layer or (None,)
+    ]
     dataset = cache.write_dataset(manifest)
     cache.set_latest(dataset, [one.space.folder.name for one in extracted])
     summary = _summarise(manifest, dataset, extracted, time.monotonic() - start)
     if strict and summary["failed"]:
-        first = summary["failed"][0]
-        raise EmbedpipeError(
-            f"{len(summary['failed'])} of {summary['images']} images failed, first {first['path']}: {first['reason']}",
-            hint="mend or remove them, or run without --strict",
-        )
+        raise _refusal(summary)
     return FeatureSet(manifest, extracted[0].space, extracted[0].backbone, summary)
+
+
+def _is_single(backbone: Any) -> bool:
+    return isinstance(backbone, str) or not isinstance(backbone, Sequence)
+
+
+def _read(data: PathLike | Sequence[PathLike], **options: Any) -> Manifest:
+    """Return the manifest of the sources, its warnings told."""
+    from embedpipe.cache import KeyIndex
+    from embedpipe.manifest import read_manifest
+
+    sources = [data] if isinstance(data, str | os.PathLike) else list(data)
+    index = KeyIndex()
+    try:
+        manifest = read_manifest(sources, key_of=index.key_of, **options)
+    finally:
+        index.close()
+    for warning in manifest.warnings:
+        warnings.warn(warning, EmbedpipeWarning, stacklevel=3)
+    return manifest
+
+
+def _extract_space(
+    cache: Cache,
+    manifest: Manifest,
+    backbone: str | Backbone,
+    options: Mapping[str, Any],
+    *,
+    forward: Forward,
+    **writing: Any,
+) -> Extracted:
+    """Fill one space with the rows of the manifest that it lacks."""
+    from embedpipe.pipeline import fill_space, space_name, space_spec
+
+    loaded, loader = _load(backbone, options)
+    spec = space_spec(loaded, forward.precision, forward.store_dtype)
+    space = cache.open_space(spec, name=space_name(spec))
+    filled = fill_space(space, manifest, loaded, forward, loader=loader, **writing)
+    return Extracted(loaded, space, filled)
+
+
+def _refusal(summary: Mapping[str, Any]) -> EmbedpipeError:
+    failed = summary["failed"]
+    first = f"first {failed[0]['path']}: {failed[0]['reason']}"
+    return EmbedpipeError(
+        f"{len(failed)} of {summary['images']} images failed, {first}",
+        hint="mend or remove them, or run without --strict",
+        failed=failed,
+    )
 
 
 def _load(backbone: str | Backbone, options: Mapping[str, Any]) -> tuple[Backbone, dict[str, Any]]:

@@ -162,7 +162,9 @@ def open_features(
             f"{manifest.name} has features in {len(complete)} spaces: {names}",
             hint="name one with --space",
         )
-    asked = "".join(f" and {kind} {name}" for kind, name in (("backbone", backbone), ("layer", layer)) if name)
+    asked = "".join(
+        f" and {kind} {name}" for kind, name in (("backbone", backbone), ("layer", layer)) if name
+    )
     raise UsageError(
         f"no space holds the features of every image of {manifest.name}{asked and f' with{asked[4:]}'}",
         hint=f"run `embedpipe extract {manifest.sources[0].argument}`",

@@ -18,8 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, ModelMismatch, UsageError
 from embedpipe.provenance import digest_arrays
 
@@ -27,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from embedpipe.backbones import Backbone
+    from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier, Scored
     from embedpipe.features import FeatureSet
     from embedpipe.heads import LinearHead
@@ -102,7 +101,6 @@ def finetune(
     import torch
 
     from embedpipe.cache import Cache
-    from embedpipe.features import open_features
     from embedpipe.network import Network, release
     from embedpipe.pipeline import plan_forward
 
@@ -110,13 +108,18 @@ def finetune(
     if not unfreeze:
         raise UsageError("found no layer to unfreeze", hint="try --unfreeze layer4, 1, all or none")
     if epochs < 1 or batch_size < 1 or min(lr, head_lr, weight_decay) < 0:
-        raise UsageError("found a number out of range", hint="epochs and batch size: 1 or more; rates: not negative")
+        raise UsageError(
+            "found a number out of range",
+            hint="epochs and batch size: 1 or more; rates: not negative",
+        )
     classifier = _starting_point(run, Path(runs_dir))
-    features = open_features(
-        Cache(Path(cache_dir)), classifier.dataset, spec=classifier.reference.spec
-    )
+    features = _features_of(classifier, Cache(Path(cache_dir)))
     forward = plan_forward(
-        device=device, precision="fp32", store_dtype="float32", batch_size=batch_size, workers=workers
+        device=device,
+        precision="fp32",
+        store_dtype="float32",
+        batch_size=batch_size,
+        workers=workers,
     )
     torch.manual_seed(seed)
     backbone = replace(classifier.backbone, module=copy.deepcopy(classifier.backbone.module))
@@ -126,28 +129,15 @@ def finetune(
     handoff = prove_handoff(network, classifier.head, photos)
     patterns = (unfreeze,) if isinstance(unfreeze, str) else unfreeze
     unfrozen, keep_eval = release(network, backbone, patterns, bn=bn)
+    rates = {"lr": lr, "head_lr": head_lr, "weight_decay": weight_decay}
+    options = {"flip": augment == "flip", "balanced": class_weight == "balanced", "rates": rates}
     history, scored = _train(
-        network,
-        photos,
-        keep_eval,
-        epochs=epochs,
-        rates={"lr": lr, "head_lr": head_lr, "weight_decay": weight_decay},
-        flip=augment == "flip",
-        balanced=class_weight == "balanced",
-        seed=seed,
-        progress=progress,
+        network, photos, keep_eval, epochs=epochs, seed=seed, progress=progress, **options
     )
     report = {
-        "dataset": features.manifest.name,
         "from_run": classifier.report.get("run"),
-        "unfrozen": unfrozen,
-        **_count(network, unfrozen),
-        "cut": None,
-        "activations": {"cached": False, "rows": 0, "bytes": 0, "reused": 0},
         "handoff_max_abs_diff": handoff,
-        "epochs": [epoch.to_dict() for epoch in history],
-        "best_epoch": _best(history),
-        "classes": list(classifier.classes),
+        **_describe(network, photos, unfrozen, history),
     }
     return _save(network, backbone, photos, scored, report, Path(runs_dir), start)
 
@@ -165,8 +155,10 @@ def _starting_point(run: Classifier | PathLike | None, runs_dir: Path) -> Classi
         folder = latest_run(
             runs_dir,
             "fit-head",
-            lambda record: record["report"]["solver"] != "knn"
-            and record["reference"]["spec"]["layer"] == PENULTIMATE,
+            lambda record: (
+                record["report"]["solver"] != "knn"
+                and record["reference"]["spec"]["layer"] == PENULTIMATE
+            ),
         )
         classifier = Classifier.load(folder)
     if not hasattr(classifier.head, "weight"):
@@ -183,6 +175,28 @@ def _starting_point(run: Classifier | PathLike | None, runs_dir: Path) -> Classi
     return classifier
 
 
+def _features_of(classifier: Classifier, cache: Cache) -> FeatureSet:
+    """Return the data set and the space that the head was fitted on.
+
+    Raises
+    ------
+    UsageError    they are not in this cache
+    """
+    from embedpipe.features import FeatureSet
+    from embedpipe.pipeline import space_name
+
+    spec = dict(classifier.reference.spec)
+    space = cache.open_space(spec, name=space_name(spec))
+    features = FeatureSet(cache.read_dataset(classifier.dataset), space)
+    if not {"train", "val"} <= set(features.splits):
+        raise UsageError(
+            f"{features.dataset} has features of {', '.join(features.splits) or 'no split'} in {space.folder}, "
+            "expected train and val",
+            hint="name the cache with --cache-dir, or extract again",
+        )
+    return features
+
+
 @dataclass(frozen=True)
 class Photos:
     """The images of a data set as batches for a network, with their class indices."""
@@ -194,7 +208,9 @@ class Photos:
     def samples(self, split: str) -> tuple[Sample, ...]:
         return self.features.samples(split, labelled=True)
 
-    def batches(self, samples: Sequence[Sample]) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[Sample]]]:
+    def batches(
+        self, samples: Sequence[Sample]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[Sample]]]:
         """Yield images float32 (n, 3, H, W), y int64 (n,) on the device, and their samples; unreadable ones are warned of."""
         import torch
 
@@ -229,7 +245,9 @@ class Photos:
         for images, y, _ in self.batches([samples[k] for k in order[: self.steps * size]]):
             if flip:
                 mirrored = torch.rand(len(images), generator=generator) < 0.5
-                images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
+                images = torch.where(
+                    mirrored.to(images.device)[:, None, None, None], images.flip(3), images
+                )
             yield images, y
 
     @property
@@ -239,6 +257,7 @@ class Photos:
 
     def scores(self, network: Network, split: str) -> Scored:
         """Return the samples of a split and the probabilities float64 (N, C) that the network gives them."""
+        import numpy as np
         import torch
 
         from embedpipe.classifier import Scored
@@ -258,6 +277,7 @@ def prove_handoff(network: Network, head: LinearHead, photos: Photos) -> float:
     ------
     ModelMismatch    farther than 1e-3 x max(1, max |logit|): backbone, transform or head are not those of the cache
     """
+    import numpy as np
     import torch
 
     network.eval()
@@ -268,7 +288,9 @@ def prove_handoff(network: Network, head: LinearHead, photos: Photos) -> float:
     with torch.inference_mode():
         for images, _, these in photos.batches(samples):
             features = (
-                photos.features.read(tuple(these)) if exact else network.backbone(images).cpu().numpy()
+                photos.features.read(tuple(these))
+                if exact
+                else network.backbone(images).cpu().numpy()
             )
             logits = head.logits(features)
             worst = max(worst, float(np.abs(network(images).cpu().numpy() - logits).max()))
@@ -355,6 +377,7 @@ def _score(scored: Scored, classes: Sequence[str]) -> Score:
 
 
 def _class_weight(photos: Photos) -> torch.Tensor:
+    import numpy as np
     import torch
 
     from embedpipe.heads import class_weights
@@ -370,12 +393,21 @@ def _digests(network: Network, names: set[str]) -> dict[str, str]:
     return {name: digest_arrays({name: state[name]}) for name in sorted(names)}
 
 
-def _count(network: Network, unfrozen: Sequence[str]) -> dict[str, int]:
+def _describe(
+    network: Network, photos: Photos, unfrozen: Sequence[str], history: Sequence[Epoch]
+) -> dict[str, Any]:
     sizes = {name: p.numel() for name, p in network.named_parameters()}
     trainable = sum(sizes[name] for name in unfrozen)
     return {
+        "dataset": photos.features.dataset,
+        "unfrozen": list(unfrozen),
         "trainable_parameters": trainable,
         "frozen_parameters": sum(sizes.values()) - trainable,
+        "cut": None,
+        "activations": {"cached": False, "rows": 0, "bytes": 0, "reused": 0},
+        "epochs": [epoch.to_dict() for epoch in history],
+        "best_epoch": _best(history),
+        "classes": list(photos.features.classes),
     }
 
 

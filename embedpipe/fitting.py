@@ -13,8 +13,6 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from embedpipe.errors import EmbedpipeWarning, UsageError
 
 if TYPE_CHECKING:
@@ -75,7 +73,6 @@ def fit_head(
     UsageError          nothing extracted, no labels, fewer than two classes, no validation samples
     NonFiniteFeatures   NaN or inf in the features
     """
-    from embedpipe import heads
     from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier, Reference, Scored, save_run
     from embedpipe.features import FeatureSet, open_features
@@ -83,51 +80,78 @@ def fit_head(
 
     start = time.monotonic()
     if not isinstance(features, FeatureSet):
-        features = open_features(
-            Cache(Path(cache_dir)), features, space=space, backbone=backbone, layer=layer
-        )
+        asked = {"space": space, "backbone": backbone, "layer": layer}
+        features = open_features(Cache(Path(cache_dir)), features, **asked)
     _check(features)
-    train, val = _split_or_empty(features, "train"), _split_or_empty(features, "val")
-    options = {"classes": features.classes, "standardize": standardize}
-    path: Any = None
-    head: LinearHead | KnnHead
-    if solver == "knn":
-        head = heads.fit_knn(*train, classes=features.classes)
-    else:
-        if l2 == "auto" and not len(val[1]):
-            raise UsageError(
-                f"{features.manifest.name} has no validation samples to choose l2 on",
-                hint="name one with --l2, or add val/ images",
-            )
-        path = heads.fit_path(
-            *train, *val, l2=l2, solver=solver, sample_weight=_sample_weight(class_weight, train[1], features), **options
-        )
-        head = path.head
-        if refit:
-            X, y = np.concatenate([train[0], val[0]]), np.concatenate([train[1], val[1]])
-            weight = _sample_weight(class_weight, y, features)
-            head = heads.fit_linear(X, y, l2=path.l2, solver=solver, sample_weight=weight, **options)
-    reference = Reference(features.space.spec, features.loader)
-    classifier = Classifier(head, reference, _backbone=features.backbone)
+    options = {"standardize": standardize, "class_weight": class_weight}
+    head, fitted = (
+        _fit_knn(features)
+        if solver == "knn"
+        else _fit_linear(features, solver=solver, l2=l2, refit=refit, **options)
+    )
+    classifier = Classifier(
+        head, Reference(features.space.spec, features.loader), _backbone=features.backbone
+    )
     scored = {}
     for split in features.splits:
         samples = features.samples(split, labelled=True)
         scored[split] = Scored(samples, head.predict_proba(features.read(samples)))
     report = {
-        "dataset": features.manifest.name,
-        "solver": path.head.provenance["solver"] if path else solver,
-        "l2": path.l2 if path else None,
-        "l2_path": [
-            {"l2": p.l2, "val_accuracy": p.val_accuracy, "objective": p.objective}
-            for p in (path.points if path else ())
-        ],
-        "n_train": len(train[1]) + (len(val[1]) if refit else 0),
+        "dataset": features.dataset,
+        **fitted,
         "classes": list(features.classes),
         "leaks": find_leaks(features),
     }
     with new_run(Path(runs_dir), "fit-head") as run:
         seconds = time.monotonic() - start
         return save_run(run, "fit-head", classifier, features, scored, report, seconds=seconds)
+
+
+def _fit_knn(features: FeatureSet) -> tuple[KnnHead, dict[str, Any]]:
+    from embedpipe.heads import fit_knn
+
+    X, y = features.arrays("train")
+    head = fit_knn(X, y, classes=features.classes)
+    return head, {"solver": "knn", "l2": None, "l2_path": [], "n_train": len(y)}
+
+
+def _fit_linear(
+    features: FeatureSet,
+    *,
+    solver: str,
+    l2: float | str,
+    refit: bool,
+    standardize: bool,
+    class_weight: str,
+) -> tuple[LinearHead, dict[str, Any]]:
+    """Fit the path over l2, choose on validation, and say what came of it."""
+    import numpy as np
+
+    from embedpipe.heads import class_weights, fit_linear, fit_path
+
+    def options(y: np.ndarray) -> dict[str, Any]:
+        balanced = class_weight == "balanced"
+        weight = class_weights(y, len(features.classes))[y] if balanced else None
+        common = {"classes": features.classes, "solver": solver, "standardize": standardize}
+        return {**common, "sample_weight": weight}
+
+    X, y = features.arrays("train")
+    X_val, y_val = features.arrays("val") if "val" in features.splits else (X[:0], y[:0])
+    if l2 == "auto" and not len(y_val):
+        raise UsageError(
+            f"{features.manifest.name} has no validation samples to choose l2 on",
+            hint="name one with --l2, or add val/ images",
+        )
+    path = fit_path(X, y, X_val, y_val, l2=l2, **options(y))
+    head = path.head
+    if refit:
+        X, y = np.concatenate([X, X_val]), np.concatenate([y, y_val])
+        head = fit_linear(X, y, l2=path.l2, **options(y))
+    points = [
+        {"l2": p.l2, "val_accuracy": p.val_accuracy, "objective": p.objective} for p in path.points
+    ]
+    solved = head.provenance["solver"]
+    return head, {"solver": solved, "l2": path.l2, "l2_path": points, "n_train": len(y)}
 
 
 def _check(features: FeatureSet) -> None:
@@ -153,26 +177,22 @@ def _check(features: FeatureSet) -> None:
     lacking = [name for name in features.classes if name not in found]
     if lacking:
         warnings.warn(
-            f"no training image of {', '.join(lacking)}: the head will never answer so", EmbedpipeWarning, stacklevel=3
+            f"no training image of {', '.join(lacking)}: the head will never answer so",
+            EmbedpipeWarning,
+            stacklevel=3,
         )
-
-
-def _split_or_empty(features: FeatureSet, split: str) -> tuple[np.ndarray, np.ndarray]:
-    if split in features.splits:
-        return features.arrays(split)
-    return np.empty((0, features.feature_dim), np.float32), np.empty(0, np.int64)
-
-
-def _sample_weight(class_weight: str, y: np.ndarray, features: FeatureSet) -> np.ndarray | None:
-    from embedpipe.heads import class_weights
-
-    return class_weights(y, len(features.classes))[y] if class_weight == "balanced" else None
 
 
 def find_leaks(features: FeatureSet) -> dict[str, Any]:
     """Count the images of val and test whose very content is in train too."""
     train = {sample.key for sample in features.samples("train")}
     others = Counter(
-        sample.split for sample in features.samples() if sample.split != "train" and sample.key in train
+        sample.split
+        for sample in features.samples()
+        if sample.split != "train" and sample.key in train
     )
-    return {"duplicates_of_train": {split: others.get(split, 0) for split in features.splits if split != "train"}}
+    return {
+        "duplicates_of_train": {
+            split: others.get(split, 0) for split in features.splits if split != "train"
+        }
+    }

@@ -70,7 +70,9 @@ def release(
         if isinstance(module, BATCH_NORMS)
     }
     if bn == "frozen":
-        chosen -= {f"{name}.{p}" for name, module in norms.items() for p, _ in module.named_parameters()}
+        chosen -= {
+            f"{name}.{p}" for name, module in norms.items() for p, _ in module.named_parameters()
+        }
     if bn != "train":
         keep_eval += norms.values()
     network.requires_grad_(False)

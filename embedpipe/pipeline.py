@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-NON_FINITE = "the features are not finite in {precision}; try --precision fp32 --store-dtype float32"
+NON_FINITE = (
+    "the features are not finite in {precision}; try --precision fp32 --store-dtype float32"
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ def plan_forward(
     UsageError    the device is not there (there is no silent fall-back), or a number is below 1
     """
     device = resolve_device(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     for name, value in (("batch-size", batch_size), ("workers", workers)):
         if value != "auto" and int(value) < 1:
             raise UsageError(f"--{name} is {value}, expected 1 or more")
@@ -149,7 +153,9 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return there[0]
     if device not in there:
-        raise UsageError(f"--device {device} is not there; found {', '.join(there)}", hint="use --device auto")
+        raise UsageError(
+            f"--device {device} is not there; found {', '.join(there)}", hint="use --device auto"
+        )
     return device
 
 
@@ -272,8 +278,13 @@ def stream_rows(
                     forward.store_dtype
                 )
             finite = np.isfinite(features).all(axis=1)
-            failures += [(key, "forward", reason) for key, ok in zip(keys, finite, strict=True) if not ok]
-            keys, features = [key for key, ok in zip(keys, finite, strict=True) if ok], features[finite]
+            failures += [
+                (key, "forward", reason) for key, ok in zip(keys, finite, strict=True) if not ok
+            ]
+            keys, features = (
+                [key for key, ok in zip(keys, finite, strict=True) if ok],
+                features[finite],
+            )
         waited_s, start = decoded - start, time.monotonic()
         yield Rows(keys, features, failures, waited_s, start - decoded)
         start = time.monotonic()
@@ -288,9 +299,7 @@ def _pad(images: torch.Tensor, size: int) -> torch.Tensor:
     return torch.cat([images, images.new_zeros(size - len(images), *images.shape[1:])])
 
 
-def prepare_forward(
-    backbone: Backbone, forward: Forward
-) -> Callable[[torch.Tensor], np.ndarray]:
+def prepare_forward(backbone: Backbone, forward: Forward) -> Callable[[torch.Tensor], np.ndarray]:
     """Return a function from images float32 (N, 3, H, W) to features float32 (N, D) under these settings."""
     import torch
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
-from embedpipe.errors import EmbedpipeError, UsageError
+from embedpipe.errors import EmbedpipeError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from embedpipe.classifier import Classifier
     from embedpipe.manifest import Failure
     from embedpipe.pipeline import Progress
@@ -41,11 +41,15 @@ class Prediction:
 
     def top(self, count: int) -> list[tuple[str, float]]:
         """Return the `count` most probable classes with their probabilities."""
-        order = np.argsort(-self.values, kind="stable")[:count]
-        return [(self.classes[k], float(self.values[k])) for k in order]
+        pairs = zip(self.classes, map(float, self.values), strict=True)
+        return sorted(pairs, key=lambda pair: -pair[1])[:count]
 
     def to_dict(self, *, top: int = 1, probabilities: bool = False) -> dict[str, Any]:
-        record: dict[str, Any] = {"path": self.path, "label": self.label, "probability": self.probability}
+        record: dict[str, Any] = {
+            "path": self.path,
+            "label": self.label,
+            "probability": self.probability,
+        }
         if top > 1:
             record["top"] = [{"label": name, "probability": p} for name, p in self.top(top)]
         if probabilities:
@@ -111,7 +115,9 @@ def predict(
         progress=progress,
     )
     if strict and result.failed:
-        raise EmbedpipeError(f"{result.failed[0].path}: {result.failed[0].reason}", hint="mend or remove it")
+        raise EmbedpipeError(
+            f"{result.failed[0].path}: {result.failed[0].reason}", hint="mend or remove it"
+        )
     predictions = [
         Prediction(path, run.classes, values)
         for path, values in zip(result.paths, result.values, strict=True)

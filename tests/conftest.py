@@ -17,7 +17,12 @@ import pytest
 from PIL import Image
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
-TINY = ["--backbone", "timm:test_resnet", "--weights", "none"]  # random weights: mechanics, no accuracy
+TINY = [
+    "--backbone",
+    "timm:test_resnet",
+    "--weights",
+    "none",
+]  # random weights: mechanics, no accuracy
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +38,9 @@ def write_photo(path: Path, colour: tuple[int, int, int], seed: int) -> Path:
     return path
 
 
-def write_photos(folder: Path, per_class: int = 12, classes: tuple[str, ...] = tuple(COLOURS)) -> Path:
+def write_photos(
+    folder: Path, per_class: int = 12, classes: tuple[str, ...] = tuple(COLOURS)
+) -> Path:
     """Write class folders of PNG files."""
     for c, name in enumerate(classes):
         for k in range(per_class):

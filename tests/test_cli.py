@@ -58,14 +58,13 @@ def test_predict_prints_csv(run: Run, photos: Path) -> None:
     done = run("predict", name, photos / "blue" / "000.png", "--top", 2)
     rows = list(csv.reader(io.StringIO(done.out)))
     assert rows[0] == ["path", "label", "probability"]
-    assert [row[1] for row in rows[1:]][0] == "blue"
+    assert rows[1][1] == "blue"
     assert len(rows) == 3
     wide = run("predict", name, photos / "blue", "--probabilities", "--json").data["predictions"][0]
     assert sum(wide["probabilities"].values()) == pytest.approx(1)
 
 
 def test_prediction_of_known_images_does_not_touch_them(run: Run, photos: Path) -> None:
-    """Rows come from the cache: after the pixels' decoder is fed garbage under a known key, nothing would decode."""
     run("extract", photos, *TINY)
     name = run("fit-head", "--json").data["run"]
     process = subprocess.run(
@@ -85,7 +84,7 @@ def test_confusion_matrix(run: Run, photos: Path, tmp_path: Path) -> None:
     write_photo(wrong / "green" / "a.png", COLOURS["red"], 1)
     write_photo(wrong / "green" / "b.png", COLOURS["green"], 2)
     run("evaluate", name, wrong, "--confusion", "c.csv")
-    rows = list(csv.reader(Path("c.csv").open()))
+    rows = list(csv.reader(io.StringIO(Path("c.csv").read_text())))
     assert rows[0][1:] == ["blue", "green", "red"]
     assert rows[2] == ["green", "0", "1", "1"]
 
@@ -146,7 +145,10 @@ def test_importing_the_package_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["extract", "fit-head", "finetune", "predict", "evaluate", "models", "layers", "demo"])
+@pytest.mark.parametrize(
+    "command",
+    ["extract", "fit-head", "finetune", "predict", "evaluate", "models", "layers", "demo"],
+)
 def test_every_help_carries_an_example(run: Run, command: str) -> None:
     text = run(command, "--help").out
     assert f"embedpipe {command}" in text.partition("Example:")[2]
@@ -172,8 +174,13 @@ def test_shared_options_before_and_after_the_command(run: Run, photos: Path) -> 
     after = run("extract", photos, *TINY, "--cache-dir", "elsewhere", "--json").data
     assert before["space"].startswith("elsewhere/")
     assert after["reused"] == 36
-    Path("c.yaml").write_text("cache_dir: elsewhere\nextract:\n  backbone: timm:test_resnet\n  weights: none\n")
-    for flags in (["--config", "c.yaml", "extract", photos], ["extract", photos, "--config", "c.yaml"]):
+    Path("c.yaml").write_text(
+        "cache_dir: elsewhere\nextract:\n  backbone: timm:test_resnet\n  weights: none\n"
+    )
+    for flags in (
+        ["--config", "c.yaml", "extract", photos],
+        ["extract", photos, "--config", "c.yaml"],
+    ):
         assert run(*flags, "--json").data["reused"] == 36
 
 
@@ -266,9 +273,18 @@ def test_bad_images_are_recorded_and_the_rest_goes_on(run: Run, photos: Path) ->
     assert run("extract", photos, *TINY, "--strict").code == 1
     assert run("fit-head", "--json").code == 0
     name = run("fit-head", "--json").data["run"]
-    part = run("predict", name, photos / "red")
+    part = run("predict", name, photos / "red", "--json")
     assert part.code == 3
-    assert part.out.count("\n") == 14  # a header and 13 images
+    assert len(part.data["predictions"]) == 13
+
+
+def test_names_that_are_no_utf8_come_out_as_they_are(run: Run, photos: Path) -> None:
+    odd = os.fsencode(photos / "red") + b"/caf\xe9.png"
+    Path(os.fsdecode(odd)).write_bytes((photos / "red" / "001.png").read_bytes() + b" ")
+    run("extract", photos, *TINY)
+    name = run("fit-head", "--l2", 0.1, "--json").data["run"]
+    command = [sys.executable, "-m", "embedpipe", "predict", name, odd]
+    assert subprocess.run(command, capture_output=True, check=True).stdout.count(odd) == 1
 
 
 def test_a_manifest_with_a_missing_label(run: Run, photos: Path) -> None:
@@ -286,7 +302,10 @@ def test_a_weights_file_of_another_model(run: Run, photos: Path) -> None:
     done = run("extract", photos, "--backbone", "test_resnet", "--weights", "other.safetensors")
     assert done.code == 4
     Path("garbage.pth").write_bytes(b"not weights")
-    assert run("extract", photos, "--backbone", "test_resnet", "--weights", "garbage.pth").code in (2, 4)
+    assert run("extract", photos, "--backbone", "test_resnet", "--weights", "garbage.pth").code in (
+        2,
+        4,
+    )
     assert run("extract", photos, "--backbone", "test_resnet", "--weights", "absent.pth").code == 2
 
 
@@ -309,7 +328,9 @@ def test_a_knn_head_cannot_be_tuned(run: Run, photos: Path) -> None:
     assert "kNN" in done.line
 
 
-def test_weights_without_network_or_package(run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_without_network_or_package(
+    run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     done = run("extract", photos, "--backbone", "timm:test_resnet")
     assert done.code == 1

@@ -21,8 +21,8 @@ from embedpipe.errors import (
     EmbedpipeError,
     EmbedpipeWarning,
     Interrupted,
-    StorageError,
     Stopped,
+    StorageError,
     UsageError,
 )
 
@@ -55,7 +55,10 @@ def _group() -> click.Group:
     return Commands(
         name="embedpipe",
         help=HELP,
-        params=[*shared_options(), click.version_option(metadata.version("embedpipe"))(lambda: None).__click_params__[0]],
+        params=[
+            *shared_options(),
+            click.version_option(metadata.version("embedpipe"))(lambda: None).__click_params__[0],
+        ],
         context_settings={"auto_envvar_prefix": "EMBEDPIPE", "help_option_names": ["-h", "--help"]},
     )
 
@@ -77,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _stop(signum: int, frame: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what is done is being committed
-    raise Stopped("stopped by SIGTERM; what was done is committed", hint="run the same command to go on")
+    raise Stopped(
+        "stopped by SIGTERM; what was done is committed", hint="run the same command to go on"
+    )
 
 
 def _listen_to_warnings(verbose: bool) -> None:
@@ -110,15 +115,24 @@ def _report(exc: BaseException, command: str, as_json: bool) -> int:
 
 def _describe(exc: BaseException) -> tuple[int, dict[str, str]]:
     if isinstance(exc, click.exceptions.Abort | KeyboardInterrupt):
-        exc = Interrupted("interrupted; what was done is committed", hint="run the same command to go on")
+        exc = Interrupted(
+            "interrupted; what was done is committed", hint="run the same command to go on"
+        )
     elif isinstance(exc, click.ClickException):
         exc = UsageError(exc.format_message().rstrip("."), hint=_help_hint(exc))
     elif isinstance(exc, OSError) and not isinstance(exc, EmbedpipeError):
-        exc = StorageError(f"{exc.filename or 'input/output'}: {exc.strerror or exc}", hint="check the disk and the permissions")
+        exc = StorageError(
+            f"{exc.filename or 'input/output'}: {exc.strerror or exc}",
+            hint="check the disk and the permissions",
+        )
     if isinstance(exc, EmbedpipeError):
         return exc.exit_code, {"code": exc.code, "message": exc.message, "hint": exc.hint}
     message = f"{type(exc).__name__}: {exc}"
-    return 1, {"code": "Defect", "message": message, "hint": "please report this with the lines above"}
+    return 1, {
+        "code": "Defect",
+        "message": message,
+        "hint": "please report this with the lines above",
+    }
 
 
 def _help_hint(exc: click.ClickException) -> str:

@@ -19,11 +19,15 @@ from embedpipe.cli._build import Session, command
     show_default=True,
     help="timm:NAME, torchvision:NAME or a model folder; repeatable. A bare name means timm.",
 )
-def extract(session: Session, data: tuple[str, ...], backbone: tuple[str, ...], **options: Any) -> None:
+def extract(
+    session: Session, data: tuple[str, ...], backbone: tuple[str, ...], **options: Any
+) -> None:
     found = extraction.extract(data, backbone, progress=session.progress, **options).summary
     for failure in found["failed"]:
         session.note(f"failed: {failure['path']} ({failure['stage']}): {failure['reason']}")
-    lines = [f"{found['dataset']}: {found['images']} images, {len(found['classes'])} classes, {counts(found['splits'])}"]
+    lines = [
+        f"{found['dataset']}: {found['images']} images, {len(found['classes'])} classes, {counts(found['splits'])}"
+    ]
     lines += [
         f"{space['space']}: {space['feature_dim']} features, {space['computed']} computed, {space['reused']} reused"
         for space in found["spaces"]

@@ -27,15 +27,23 @@ from embedpipe.backbones._trace import Weightless, trace
 HERE = Path(__file__).parent
 TORCHVISION = [f"torchvision:{name}" for name in models.list_models(module=models)]
 SMALLEST = dict(
-    line.split() for line in (HERE / "smallest.txt").read_text().splitlines() if line and line[0] != "#"
+    line.split()
+    for line in (HERE / "smallest.txt").read_text().splitlines()
+    if line and line[0] != "#"
 )
 CANNOT_WORK = dict(
-    line.split(": ", 1) for line in (HERE / "cannot_work.txt").read_text().splitlines() if line and line[0] != "#"
+    line.split(": ", 1)
+    for line in (HERE / "cannot_work.txt").read_text().splitlines()
+    if line and line[0] != "#"
 )
 BIG = 100e6
 TINY_PX = 64
 TOO_SMALL_AT_64 = {"inception_v3": 96}
-TRAINED_WITH = {"aux_logits": False, "transform_input": True, "init_weights": True}  # googlenet, inception_v3
+TRAINED_WITH = {
+    "aux_logits": False,
+    "transform_input": True,
+    "init_weights": True,
+}  # googlenet, inception_v3
 
 
 class QuickRandom(TorchFunctionMode):
@@ -48,11 +56,20 @@ class QuickRandom(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
-        if name in ("normal_", "uniform_") and args and args[0].numel() > 1000 and not args[0].is_meta:
+        if (
+            name in ("normal_", "uniform_")
+            and args
+            and args[0].numel() > 1000
+            and not args[0].is_meta
+        ):
             first, second = (list(args[1:]) + [0.0, 1.0][len(args) - 1 :])[:2]
             first, second = (kwargs or {}).get("mean", first), (kwargs or {}).get("std", second)
             first, second = (kwargs or {}).get("a", first), (kwargs or {}).get("b", second)
-            block = self.normal * second + first if name == "normal_" else self.uniform * (second - first) + first
+            block = (
+                self.normal * second + first
+                if name == "normal_"
+                else self.uniform * (second - first) + first
+            )
             with torch.no_grad():
                 flat = args[0].view(-1)
                 for start in range(0, len(flat), len(block)):
@@ -66,7 +83,11 @@ def library_model(name: str) -> nn.Module:
     source, _, architecture = name.partition(":")
     if source == "timm":
         return timm.create_model(architecture)
-    return models.get_model(architecture, weights=None, **(TRAINED_WITH if architecture in ("googlenet", "inception_v3") else {}))
+    return models.get_model(
+        architecture,
+        weights=None,
+        **(TRAINED_WITH if architecture in ("googlenet", "inception_v3") else {}),
+    )
 
 
 def classifiers(name: str, model: nn.Module) -> list[str]:
@@ -74,8 +95,16 @@ def classifiers(name: str, model: nn.Module) -> list[str]:
     if source == "timm":
         named = timm.get_pretrained_cfg(architecture).classifier or ()
         named = [named] if isinstance(named, str) else list(named)
-        return [n for n in named if not isinstance(dict(model.named_modules()).get(n), nn.Identity | None)]
-    found = [n for n, m in model.named_modules() if 1000 in (getattr(m, "out_features", 0), getattr(m, "out_channels", 0))]
+        return [
+            n
+            for n in named
+            if not isinstance(dict(model.named_modules()).get(n), nn.Identity | None)
+        ]
+    found = [
+        n
+        for n, m in model.named_modules()
+        if 1000 in (getattr(m, "out_features", 0), getattr(m, "out_channels", 0))
+    ]
     return found[-1:]
 
 
@@ -83,7 +112,10 @@ def classifiers(name: str, model: nn.Module) -> list[str]:
 def caught(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
     inputs: dict[str, Tensor] = {}
     handles = [
-        model.get_submodule(n).register_forward_pre_hook(lambda _, args, n=n: inputs.__setitem__(n, args[0])) for n in names
+        model.get_submodule(n).register_forward_pre_hook(
+            lambda _, args, n=n: inputs.__setitem__(n, args[0])
+        )
+        for n in names
     ]
     yield inputs
     for handle in handles:
@@ -112,7 +144,9 @@ def check_numbers(name: str) -> None:
     with QuickRandom():
         backbone = load_backbone(name, weights="none", image_size=size_for(name))
         untouched = library_model(name).eval()
-    missing, extra = untouched.load_state_dict(backbone.module.model.state_dict(), strict=False, assign=True)
+    missing, extra = untouched.load_state_dict(
+        backbone.module.model.state_dict(), strict=False, assign=True
+    )
     heads = classifiers(name, untouched)
     assert not extra
     assert all(key.startswith(tuple(heads)) for key in missing), missing
@@ -123,7 +157,9 @@ def check_numbers(name: str) -> None:
     assert features.shape == (2, backbone.feature_dim)
     assert torch.isfinite(expected).all()
     assert expected.abs().max() > 0
-    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        features, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())
+    )
 
 
 def check_structure(name: str) -> None:
@@ -131,12 +167,16 @@ def check_structure(name: str) -> None:
     library = LIBRARIES[source]
     with Weightless():
         model = library_model(name).eval()
-    size = library.transform_for(architecture, image_size=None, crop_pct=None, interpolation=None).crop_size
+    size = library.transform_for(
+        architecture, image_size=None, crop_pct=None, interpolation=None
+    ).crop_size
     images = torch.empty(2, 3, *size, device="meta")
     model = model.to("meta")
     expected = reference(name, model, images)
     heads = take_classifiers(model, library.classifiers_of(architecture, model))
-    taps = choose_taps(model, trace(model, size), heads=heads, layer=None, pool="auto", image_size=size, name=name)
+    taps = choose_taps(
+        model, trace(model, size), heads=heads, layer=None, pool="auto", image_size=size, name=name
+    )
     with torch.no_grad():
         features = Headless(model, taps).eval()(images)
     assert features.shape == expected.shape

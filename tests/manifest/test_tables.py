@@ -152,6 +152,10 @@ def test_paths_outside_need_leave(tmp_path: Path, path: str) -> None:
     )
 
 
+def test_a_sibling_whose_name_begins_alike_is_outside(tmp_path: Path) -> None:
+    assert "leaves the folder" in refused(tmp_path, f"path\n../{tmp_path.name}-2/a.png\n")
+
+
 def test_inside_paths_are_normalised(tmp_path: Path) -> None:
     text = f"path\nx/../a.png\n{tmp_path}/y/b.png\n./c.png\n..d/e.png\n"
     assert [s.path for s in read(tmp_path, text).samples] == [
