@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from embedpipe.classifier import Classifier
     from embedpipe.manifest import Failure, Manifest
+    from embedpipe.metrics import Score
     from embedpipe.pipeline import Progress
 
 PathLike = str | os.PathLike[str]
@@ -37,7 +38,7 @@ class Evaluation:
 
     run: str
     split: str
-    metrics: dict[str, Any]
+    metrics: Score
     confusion: np.ndarray
     classes: tuple[str, ...]
     failed: tuple[Failure, ...]

@@ -151,7 +151,7 @@ def extract(
     writing = {"shard_rows": shard_rows, "retry_failed": retry_failed, "progress": progress}
     extracted = [
         _extract_space(cache, manifest, name, {**loader, "layer": one}, forward=forward, **writing)
-        for name in ([backbone] if _is_single(backbone) else backbone)
+        for name in _as_list(backbone)
         for one in layer or (None,)
     ]
     dataset = cache.write_dataset(manifest)
@@ -162,8 +162,9 @@ def extract(
     return FeatureSet(manifest, extracted[0].space, extracted[0].backbone, summary)
 
 
-def _is_single(backbone: Any) -> bool:
-    return isinstance(backbone, str) or not isinstance(backbone, Sequence)
+def _as_list(backbone: str | Backbone | Sequence[str]) -> list[Any]:
+    several = isinstance(backbone, Sequence) and not isinstance(backbone, str)
+    return list(backbone) if several else [backbone]  # type: ignore[arg-type]
 
 
 def _read(data: PathLike | Sequence[PathLike], **options: Any) -> Manifest:

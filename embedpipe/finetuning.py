@@ -112,25 +112,20 @@ def finetune(
             "found a number out of range",
             hint="epochs and batch size: 1 or more; rates: not negative",
         )
-    classifier = _starting_point(run, Path(runs_dir))
+    classifier, head = _starting_point(run, Path(runs_dir))
     features = _features_of(classifier, Cache(Path(cache_dir)))
-    forward = plan_forward(
-        device=device,
-        precision="fp32",
-        store_dtype="float32",
-        batch_size=batch_size,
-        workers=workers,
-    )
+    forward = plan_forward(device=device, batch_size=batch_size, workers=workers)
     torch.manual_seed(seed)
     backbone = replace(classifier.backbone, module=copy.deepcopy(classifier.backbone.module))
-    network = Network(backbone.module, classifier.head)
-    network.to(forward.device, memory_format=torch.channels_last)
+    network = Network(backbone.module, head)
+    network.to(forward.device).to(memory_format=torch.channels_last)
     photos = Photos(features, backbone, forward)
-    handoff = prove_handoff(network, classifier.head, photos)
+    handoff = prove_handoff(network, head, photos)
     patterns = (unfreeze,) if isinstance(unfreeze, str) else unfreeze
     unfrozen, keep_eval = release(network, backbone, patterns, bn=bn)
     rates = {"lr": lr, "head_lr": head_lr, "weight_decay": weight_decay}
-    options = {"flip": augment == "flip", "balanced": class_weight == "balanced", "rates": rates}
+    flip, balanced = augment == "flip", class_weight == "balanced"
+    options: dict[str, Any] = {"rates": rates, "flip": flip, "balanced": balanced}
     history, scored = _train(
         network, photos, keep_eval, epochs=epochs, seed=seed, progress=progress, **options
     )
@@ -142,9 +137,12 @@ def finetune(
     return _save(network, backbone, photos, scored, report, Path(runs_dir), start)
 
 
-def _starting_point(run: Classifier | PathLike | None, runs_dir: Path) -> Classifier:
-    """Return the classifier to start from: a linear head on the penultimate layer."""
+def _starting_point(
+    run: Classifier | PathLike | None, runs_dir: Path
+) -> tuple[Classifier, LinearHead]:
+    """Return the classifier to start from, and its head: a linear one on the penultimate layer."""
     from embedpipe.classifier import Classifier
+    from embedpipe.heads import LinearHead
     from embedpipe.runs import find_run, latest_run
 
     if isinstance(run, Classifier):
@@ -161,7 +159,7 @@ def _starting_point(run: Classifier | PathLike | None, runs_dir: Path) -> Classi
             ),
         )
         classifier = Classifier.load(folder)
-    if not hasattr(classifier.head, "weight"):
+    if not isinstance(classifier.head, LinearHead):
         raise UsageError(
             f"{classifier.name} has a kNN head, expected a linear one to start from",
             hint="run `embedpipe fit-head` without --solver knn",
@@ -172,7 +170,7 @@ def _starting_point(run: Classifier | PathLike | None, runs_dir: Path) -> Classi
             f"{classifier.name} is fitted on the layer {layer}, expected the penultimate features",
             hint="run `embedpipe extract` without --layer, then `embedpipe fit-head`",
         )
-    return classifier
+    return classifier, classifier.head
 
 
 def _features_of(classifier: Classifier, cache: Cache) -> FeatureSet:

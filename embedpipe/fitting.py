@@ -83,12 +83,14 @@ def fit_head(
         asked = {"space": space, "backbone": backbone, "layer": layer}
         features = open_features(Cache(Path(cache_dir)), features, **asked)
     _check(features)
-    options = {"standardize": standardize, "class_weight": class_weight}
-    head, fitted = (
-        _fit_knn(features)
-        if solver == "knn"
-        else _fit_linear(features, solver=solver, l2=l2, refit=refit, **options)
-    )
+    options: dict[str, Any] = {
+        "l2": l2,
+        "refit": refit,
+        "standardize": standardize,
+        "class_weight": class_weight,
+    }
+    fit = _fit_knn if solver == "knn" else _fit_linear
+    head, fitted = fit(features, solver=solver, **options)
     classifier = Classifier(
         head, Reference(features.space.spec, features.loader), _backbone=features.backbone
     )
@@ -107,7 +109,7 @@ def fit_head(
         return save_run(run, "fit-head", classifier, features, scored, report, seconds=seconds)
 
 
-def _fit_knn(features: FeatureSet) -> tuple[KnnHead, dict[str, Any]]:
+def _fit_knn(features: FeatureSet, **_: Any) -> tuple[KnnHead, dict[str, Any]]:
     from embedpipe.heads import fit_knn
 
     X, y = features.arrays("train")

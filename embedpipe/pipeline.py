@@ -109,7 +109,12 @@ class Filled:
 
 
 def plan_forward(
-    *, device: str, precision: str, store_dtype: str, batch_size: int | str, workers: int | str
+    *,
+    device: str,
+    batch_size: int | str,
+    workers: int | str,
+    precision: str = "fp32",
+    store_dtype: str = "float32",
 ) -> Forward:
     """Turn what a user asked for into settings of this machine.
 
@@ -277,12 +282,14 @@ def stream_rows(
                 features = run(_pad(batch.images, forward.batch_size))[: len(keys)].astype(
                     forward.store_dtype
                 )
-            finite = np.isfinite(features).all(axis=1)
+            finite: np.ndarray = np.isfinite(features).all(axis=1)
             failures += [
-                (key, "forward", reason) for key, ok in zip(keys, finite, strict=True) if not ok
+                (key, "forward", reason)
+                for key, ok in zip(keys, finite.tolist(), strict=True)
+                if not ok
             ]
             keys, features = (
-                [key for key, ok in zip(keys, finite, strict=True) if ok],
+                [key for key, ok in zip(keys, finite.tolist(), strict=True) if ok],
                 features[finite],
             )
         waited_s, start = decoded - start, time.monotonic()
@@ -304,7 +311,7 @@ def prepare_forward(backbone: Backbone, forward: Forward) -> Callable[[torch.Ten
     import torch
 
     memory = torch.channels_last if forward.channels_last else torch.contiguous_format
-    module = backbone.module.to(forward.device, memory_format=memory)
+    module = backbone.module.to(forward.device).to(memory_format=memory)
     dtype = getattr(torch, DTYPES[forward.precision])
 
     def run(images: torch.Tensor) -> np.ndarray:

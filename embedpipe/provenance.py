@@ -7,14 +7,12 @@ Any room may enter. Nothing here imports torch.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
 import platform
 import tempfile
 from collections.abc import Iterable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +79,8 @@ def environment(device: str = "cpu") -> dict[str, str]:
 
 
 def _version(name: str) -> str:
+    from importlib import metadata
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -127,4 +127,6 @@ def sync_folder(folder: Path) -> None:
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     """Return the names that look most like `name`, best first."""
+    import difflib
+
     return difflib.get_close_matches(name, list(names), n=count, cutoff=0.5)

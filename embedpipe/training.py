@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class Epoch:
 
 def train(
     network: nn.Module,
-    groups: Sequence[Mapping[str, Any]],
+    groups: list[dict[str, Any]],
     batches: Callable[[int], Iterable[tuple[Tensor, Tensor]]],
     validate: Callable[[], Score],
     *,
@@ -85,7 +85,7 @@ def train(
 
     Source: Loshchilov and Hutter, ICLR 2019 (AdamW) and ICLR 2017 (cosine schedule).
     """
-    optimizer = torch.optim.AdamW(list(groups))
+    optimizer = torch.optim.AdamW(groups)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_cosine(epochs * steps))
     history, best, best_rank = [], _moving(network, keep_eval), (-math.inf, 0.0)
     try:
@@ -100,7 +100,7 @@ def train(
                         hint="try a smaller --lr",
                     )
                 optimizer.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
                 nn.utils.clip_grad_norm_(_trainable(network), CLIP_NORM)
                 optimizer.step()
                 schedule.step()

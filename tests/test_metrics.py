@@ -59,6 +59,8 @@ def test_ece_by_hand() -> None:
     # bin of 0.6: |0.6 - 0.5|, a third of the samples; bin of 0.9: |0.9 - 1|, two thirds
     assert expected_calibration_error(confidence, correct, bins=10) == pytest.approx(0.1)
     assert expected_calibration_error(np.ones(4), np.ones(4, dtype=bool)) == 0
+    edge = expected_calibration_error(np.array([0.42, 0.5]), np.array([True, False]), bins=10)
+    assert edge == pytest.approx(0.04)  # one bin, (0.4, 0.5]: |0.92 - 1| / 2
 
 
 def test_calibrated_probabilities_have_a_small_ece_and_sharpened_ones_a_large() -> None:

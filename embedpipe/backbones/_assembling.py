@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,15 +26,23 @@ PREFIX_TOKENS = re.compile(r"(cls|class|dist|reg|register)_tokens?_?\d*")
 Images = Callable[[Any], Tensor]
 
 
-def take_classifiers(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
-    """Put an identity in the place of each named classifier that the model really has; return their names."""
+def find_classifiers(model: nn.Module, names: Sequence[str]) -> tuple[str, ...]:
+    """Return those of the named classifiers that the model really has."""
     modules = dict(model.named_modules())
-    taken = tuple(
-        name for name in names if not isinstance(modules.get(name, nn.Identity()), nn.Identity)
-    )
-    for name in taken:
-        model.set_submodule(name, nn.Identity())
-    return taken
+    return tuple(n for n in names if not isinstance(modules.get(n, nn.Identity()), nn.Identity))
+
+
+def take_classifiers(model: nn.Module, heads: Sequence[str], record: Trace) -> Trace:
+    """Put an identity in the place of each classifier, in the model and in what is known of its pass."""
+    for head in heads:
+        model.set_submodule(head, nn.Identity())
+        visit = record.visits.get(head)
+        if visit is None or visit.entered is None or visit.output is None:
+            continue
+        if len(heads) == 1 and _is_same(record.output, visit.output):
+            record = replace(record, output=visit.entered.flatten(1))
+        visit.output = visit.entered
+    return record
 
 
 def assemble(
@@ -48,14 +57,15 @@ def assemble(
     origin: str,
     build: dict[str, Any],
 ) -> Backbone:
-    """Return the backbone of a model whose classifiers (`heads`) are identities by now.
+    """Take the classifiers (`heads`) out of a model and return its backbone.
 
     Raises
     ------
     UsageError    unknown layer or pool; an image size that the model refuses
     """
     model.eval().requires_grad_(False)
-    record = _trace_or_explain(model, image_size, name)
+    heads = find_classifiers(model, heads)
+    record = take_classifiers(model, heads, trace_or_explain(model, image_size, name))
     taps = choose_taps(
         model, record, heads=heads, layer=layer, pool=pool, image_size=image_size, name=name
     )
@@ -78,6 +88,7 @@ def assemble(
         spec=spec,
         origin=origin,
         image_size=image_size,
+        trace=record,
         build=build,
     )
 
@@ -155,8 +166,8 @@ def choose_taps(
     taps = [
         _tap(model, record, point, pool=pool, image_size=image_size, name=name) for point in wanted
     ]
-    passed_on = layer is None and len(taps) == 1 and _is_passed_on(record, taps[0])
-    return [] if passed_on else taps
+    passed_on = _is_same(record.output, record.visits[wanted[0]].output)
+    return [] if layer is None and len(taps) == 1 and passed_on else taps
 
 
 def _tap(
@@ -192,13 +203,12 @@ def _tap(
     return Tap(point, Pooling("none" if layout == "vector" else kind, layout, prefix), visit.count)
 
 
-def _is_passed_on(record: Trace, tap: Tap) -> bool:
-    """Tell whether what the tapped module gave is what the whole model returns, at most flattened."""
-    given, output = record.visits[tap.name].output, record.output
-    assert given is not None
-    if output.ndim != 2 or given.shape[:2] != output.shape or given.numel() != output.numel():
+def _is_same(output: Tensor, given: Tensor | None) -> bool:
+    """Tell whether a model's output (N, D) is what a module gave, at most flattened."""
+    if given is None or output.ndim != 2 or given.numel() != output.numel():
         return False
-    return output is given or output.untyped_storage()._cdata == given.untyped_storage()._cdata
+    same_memory = output.untyped_storage()._cdata == given.untyped_storage()._cdata
+    return output is given or (same_memory and given.shape[:2] == output.shape)
 
 
 def _check_layer(model: nn.Module, record: Trace, layer: str, name: str) -> None:
@@ -241,7 +251,7 @@ def _feature_dim(record: Trace, taps: Sequence[Tap]) -> int:
     )
 
 
-def _trace_or_explain(model: nn.Module, image_size: tuple[int, int], name: str) -> Trace:
+def trace_or_explain(model: nn.Module, image_size: tuple[int, int], name: str) -> Trace:
     try:
         return trace(model, image_size)
     except (RuntimeError, AssertionError, ValueError, TypeError) as exc:

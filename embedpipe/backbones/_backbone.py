@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from embedpipe.backbones._headless import Headless
-from embedpipe.backbones._trace import Trace, trace
+from embedpipe.backbones._trace import Trace
 from embedpipe.provenance import digest_arrays
 
 STAGES_WANTED = 4
@@ -43,6 +43,7 @@ class Backbone:
     spec : dict             JSON-able: all that shapes a feature but precision and stored dtype
     origin : str            where the weights came from; recorded, never hashed
     image_size : (H, W)     that the model was checked with
+    trace : Trace           what runs when in the model
     build : dict            arguments of the library's builder that made this model
     """
 
@@ -53,12 +54,8 @@ class Backbone:
     spec: dict[str, Any]
     origin: str
     image_size: tuple[int, int]
+    trace: Trace = field(repr=False)
     build: dict[str, Any] = field(default_factory=dict)
-
-    @cached_property
-    def trace(self) -> Trace:
-        """What runs when in the model."""
-        return trace(self.module.model, self.image_size)
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:

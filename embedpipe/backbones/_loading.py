@@ -13,12 +13,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from embedpipe.backbones._assembling import Images, assemble, take_classifiers, wrap_module
+from embedpipe.backbones._assembling import (
+    Images,
+    assemble,
+    find_classifiers,
+    take_classifiers,
+    trace_or_explain,
+    wrap_module,
+)
 from embedpipe.backbones._backbone import Backbone, Layer, find_stages
 from embedpipe.backbones._libraries import LIBRARIES, Library, resolve_name
 from embedpipe.backbones._saving import DESCRIPTION, load_model
-from embedpipe.backbones._state import fill, read_weights
-from embedpipe.backbones._trace import Weightless, trace
+from embedpipe.backbones._state import fill, headless_state, read_weights
+from embedpipe.backbones._trace import Weightless
 from embedpipe.backbones.weights import package_for
 from embedpipe.errors import UsageError
 from embedpipe.images import Transform
@@ -65,25 +72,19 @@ def load_backbone(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = library.build(architecture, options=options, pretrained=weights == "pretrained")
-    heads = take_classifiers(model, library.classifiers_of(architecture, model))
+    heads = library.classifiers_of(architecture, model)
     if weights == "pretrained":
         origin = library.origin_of(architecture)
     elif weights == "none":
         origin = f"none: seed {seed}"
     elif weights == "packaged":
         package = package_for(f"{source}:{library.bare_name(architecture)}")
-        state = package.read(package.locate(), model.state_dict())
-        fill(model, state, dropped=(), source=package.distribution, name=architecture)
+        state = package.read(package.locate(), headless_state(model, heads))
+        fill(model, state, heads=heads, source=package.distribution, name=architecture)
         canonical, origin = replace(canonical, **package.transform), package.origin
     else:
-        dropped = (*heads, *library.AUXILIARY)
-        fill(
-            model,
-            read_weights(Path(weights)),
-            dropped=dropped,
-            source=str(weights),
-            name=f"{source}:{architecture}",
-        )
+        state = read_weights(Path(weights), dropped=library.AUXILIARY)
+        fill(model, state, heads=heads, source=str(weights), name=f"{source}:{architecture}")
         origin = f"file: {os.fspath(weights)}"
     return assemble(
         model,
@@ -111,9 +112,12 @@ def describe_layers(name: str) -> tuple[Layer, ...]:
         model = library.build(
             architecture, options=library.options_for(architecture, None), pretrained=False
         ).eval()
-    take_classifiers(model, library.classifiers_of(architecture, model))
     size = _transform_for(library, architecture, None, None, None).crop_size
-    return find_stages(model, trace(model, size))
+    record = trace_or_explain(model, size, name)
+    take_classifiers(
+        model, find_classifiers(model, library.classifiers_of(architecture, model)), record
+    )
+    return find_stages(model, record)
 
 
 def _transform_for(

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from embedpipe.backbones._assembling import assemble, take_classifiers
+from embedpipe.backbones._assembling import assemble
 from embedpipe.backbones._backbone import Backbone
 from embedpipe.backbones._libraries import LIBRARIES
 from embedpipe.backbones._state import State, fill, read_weights
@@ -100,9 +100,9 @@ def load_model(
         )
     library = LIBRARIES[source]
     model = library.build(architecture, options=stored["build"], pretrained=False)
-    heads = take_classifiers(model, library.classifiers_of(architecture, model))
-    state = {k: v for k, v in read_weights(root / WEIGHTS).items() if k not in stored["classifier"]}
-    fill(model, state, dropped=(), source=str(root), name=stored["name"])
+    heads = library.classifiers_of(architecture, model)
+    state = read_weights(root / WEIGHTS)
+    fill(model, state, heads=heads, source=str(root), name=stored["name"])
     return assemble(
         model,
         name=stored["name"],

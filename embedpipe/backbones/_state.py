@@ -21,8 +21,8 @@ from embedpipe.errors import ModelMismatch, UsageError
 State = dict[str, Tensor]
 
 
-def read_weights(path: Path) -> State:
-    """Return the state dict in a .safetensors, .pth or .pt file, its wrappers and prefixes taken off.
+def read_weights(path: Path, *, dropped: tuple[str, ...] = ()) -> State:
+    """Return the state dict in a .safetensors, .pth or .pt file, without wrappers, prefixes and what is `dropped`.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def read_weights(path: Path) -> State:
             hint="save it with safetensors, or with torch.save(model.state_dict(), ...)",
             path=str(path),
         ) from exc
-    return _unwrap(state, path)
+    return {k: v for k, v in _unwrap(state, path).items() if not _is_under(k, dropped)}
 
 
 def _unwrap(state: Any, path: Path) -> State:
@@ -74,17 +74,20 @@ def _unwrap(state: Any, path: Path) -> State:
     return dict(state)
 
 
-def fill(
-    model: nn.Module, state: State, *, dropped: tuple[str, ...], source: str, name: str
-) -> None:
-    """Load `state` into a headless model, ignoring what lies below the `dropped` names (its classifiers).
+def headless_state(model: nn.Module, heads: tuple[str, ...]) -> State:
+    """Return the model's state without its classifiers."""
+    return {k: v for k, v in model.state_dict().items() if not _is_under(k, heads)}
+
+
+def fill(model: nn.Module, state: State, *, heads: tuple[str, ...], source: str, name: str) -> None:
+    """Load `state` into all of a model but its classifiers (`heads`).
 
     Raises
     ------
     ModelMismatch    a parameter is missing, left over or of another shape
     """
-    own = model.state_dict()
-    given = {k: v for k, v in state.items() if not k.startswith(tuple(f"{d}." for d in dropped))}
+    own = headless_state(model, heads)
+    given = {k: v for k, v in state.items() if not _is_under(k, heads)}
     missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
     extra = [k for k in given if k not in own]
     shapes = [
@@ -100,3 +103,7 @@ def fill(
                 keys=keys,
             )
     model.load_state_dict(given, strict=False)
+
+
+def _is_under(key: str, names: tuple[str, ...]) -> bool:
+    return key.startswith(tuple(f"{name}." for name in names))

@@ -32,10 +32,10 @@ def names() -> list[str]:
 
 def knows(architecture: str) -> bool:
     """Tell whether timm has this architecture, with or without a pretrained tag (`resnet18.a1_in1k`)."""
-    bare, _, tag = architecture.partition(".")
-    return bool(timm.is_model(bare)) and (
-        not tag or timm.get_pretrained_cfg(architecture) is not None
-    )
+    try:
+        return bool(timm.is_model(architecture)) and bool(timm.get_pretrained_cfg(architecture))
+    except RuntimeError:  # an unknown tag
+        return False
 
 
 def bare_name(architecture: str) -> str:

@@ -19,7 +19,6 @@ AUXILIARY: tuple[str, ...] = (
     "AuxLogits",
 )  # training-time classifiers, never built here
 
-# What torchvision itself passes when it loads these models' weights.
 OPTIONS = {
     "googlenet": {"aux_logits": False, "transform_input": True, "init_weights": True},
     "inception_v3": {"aux_logits": False, "transform_input": True, "init_weights": True},
@@ -42,8 +41,10 @@ def bare_name(architecture: str) -> str:
 
 
 def options_for(architecture: str, image_size: int | None) -> dict[str, Any]:
-    """Return the builder's arguments; no model here is built for one size."""
-    return dict(OPTIONS.get(architecture, {}))
+    """Return the builder's arguments: those that torchvision itself uses with its default weights."""
+    if not architecture.startswith("vit_"):
+        return dict(OPTIONS.get(architecture, {}))
+    return {"image_size": models.get_model_weights(architecture).DEFAULT.meta["min_size"][0]}
 
 
 def build(architecture: str, *, options: dict[str, Any], pretrained: bool) -> nn.Module:

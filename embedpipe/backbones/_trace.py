@@ -6,34 +6,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 BATCH = 2
 
 
 class Weightless(TorchFunctionMode):
-    """Build models inside without memory for their weights: uninitialised tensors go to the meta device."""
+    """Build models inside without memory for their weights: blank tensors go to the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.empty and kwargs.get("device") is None:
+        if func in (torch.empty, torch.zeros, torch.ones) and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
 
 
 @dataclass
 class Visit:
-    """One module in a forward pass: when it started first, how often it ran, what it gave last (on the meta device)."""
+    """One module in a forward pass: when it started, how often it ran, what it took and gave last."""
 
     first: int
     count: int = 0
+    entered: Tensor | None = None
     output: Tensor | None = None
 
     @property
@@ -81,7 +82,7 @@ def first_tensor(output: Any) -> Tensor | None:
 
 @torch.no_grad()
 def trace(model: nn.Module, image_size: tuple[int, int]) -> Trace:
-    """Run `model` on the meta device with two images of `image_size` (H, W) and note what its modules do.
+    """Run `model` on the meta device with two images of `image_size` (H, W).
 
     Raises
     ------
@@ -90,8 +91,8 @@ def trace(model: nn.Module, image_size: tuple[int, int]) -> Trace:
     visits: dict[str, Visit] = {}
     names = {module: name for name, module in model.named_modules()}
 
-    def enter(module: nn.Module, _: Any) -> None:
-        visits.setdefault(names[module], Visit(len(visits)))
+    def enter(module: nn.Module, inputs: Any) -> None:
+        visits.setdefault(names[module], Visit(len(visits))).entered = first_tensor(inputs)
 
     def leave(module: nn.Module, _: Any, output: Any) -> None:
         visit = visits[names[module]]
@@ -99,10 +100,9 @@ def trace(model: nn.Module, image_size: tuple[int, int]) -> Trace:
 
     handles = [module.register_forward_pre_hook(enter) for module in names]
     handles += [module.register_forward_hook(leave) for module in names]
-    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    ghosts = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
     try:
-        functional_call(model, ghosts, (torch.empty(BATCH, 3, *image_size, device="meta"),))
+        with _on_meta(model):
+            model(torch.empty(BATCH, 3, *image_size, device="meta"))
     finally:
         for handle in handles:
             handle.remove()
@@ -110,3 +110,22 @@ def trace(model: nn.Module, image_size: tuple[int, int]) -> Trace:
     if output is None:
         raise TypeError(f"{type(model).__name__} returns no tensor")
     return Trace(visits, output)
+
+
+@contextmanager
+def _on_meta(model: nn.Module) -> Iterator[None]:
+    """Put ghosts in the place of all parameters and buffers for a while; shared ones stay shared."""
+    tables: list[dict[str, Any]] = []
+    for module in model.modules():
+        tables += [module._parameters, module._buffers]
+    before = [dict(table) for table in tables]
+    ghosts: dict[Any, Any] = {None: None}
+    for table in before:
+        ghosts |= {t: torch.empty_like(t, device="meta") for t in table.values() if t is not None}
+    try:
+        for table in tables:
+            table.update({name: ghosts[tensor] for name, tensor in table.items()})
+        yield
+    finally:
+        for table, old in zip(tables, before, strict=True):
+            table.update(old)

@@ -11,7 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any, NoReturn
 
 import rich_click as click
@@ -25,6 +25,7 @@ from embedpipe.errors import (
     StorageError,
     UsageError,
 )
+from embedpipe.provenance import nearest
 
 COMMANDS = ("extract", "fit-head", "finetune", "predict", "evaluate", "models", "layers", "demo")
 HELP = """Features of a frozen backbone, computed once and cached; heads in seconds; fine-tuning from there.
@@ -47,18 +48,32 @@ class Commands(click.RichGroup):
         return None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        self.commands = dict.fromkeys(COMMANDS)  # type: ignore[arg-type]  # what click suggests from
+        if args and args[0] not in COMMANDS:
+            close = nearest(args[0], COMMANDS) or COMMANDS
+            raise UsageError(f"no command {args[0]!r}", hint=f"did you mean {', '.join(close)}?")
         return super().resolve_command(ctx, args)
 
 
+def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        click.echo(f"embedpipe {version('embedpipe')}")
+        ctx.exit()
+
+
 def _group() -> click.Group:
+    version = click.Option(
+        ["--version"],
+        is_flag=True,
+        expose_value=False,
+        callback=_print_version,
+        help="Show the version and exit.",
+    )
     return Commands(
         name="embedpipe",
         help=HELP,
-        params=[
-            *shared_options(),
-            click.version_option(metadata.version("embedpipe"))(lambda: None).__click_params__[0],
-        ],
+        params=[*shared_options(), version],
         context_settings={"auto_envvar_prefix": "EMBEDPIPE", "help_option_names": ["-h", "--help"]},
     )
 
@@ -114,7 +129,7 @@ def _report(exc: BaseException, command: str, as_json: bool) -> int:
 
 
 def _describe(exc: BaseException) -> tuple[int, dict[str, str]]:
-    if isinstance(exc, click.exceptions.Abort | KeyboardInterrupt):
+    if isinstance(exc, click.Abort | KeyboardInterrupt):
         exc = Interrupted(
             "interrupted; what was done is committed", hint="run the same command to go on"
         )

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import rich_click as click
 from click.core import ParameterSource
+from click.exceptions import Exit
 
 from embedpipe.config import SHARED, Option, check_value, options_of, parameter_helps, read_config
 
@@ -79,7 +80,7 @@ class Session:
         elif text:
             click.echo(text)
         if failed:
-            click.get_current_context().exit(3)
+            raise Exit(3)
 
 
 def print_envelope(
@@ -91,7 +92,7 @@ def print_envelope(
     click.echo(json.dumps(envelope))
 
 
-class Typed(click.ParamType):
+class Typed(click.ParamType[Any]):
     """A click type that checks a value against an option's annotation."""
 
     name = "value"

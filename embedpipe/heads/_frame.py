@@ -121,7 +121,6 @@ def measure(X: Float32) -> tuple[Float64, Float64]:
     mean = X.mean(axis=0, dtype=np.float64)
     squares = sum(np.square(X[rows] - mean).sum(axis=0) for rows in blocks(len(X)))
     std = np.sqrt(squares / len(X))
-    std[std <= 1e-12 * np.abs(mean)] = 0  # rounding of the mean of a constant
     alive = std[std > 0] if std.any() else np.ones(1)
     return mean, np.maximum(std, STD_FLOOR * (np.median(std) or np.median(alive)))
 

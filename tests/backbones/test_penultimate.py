@@ -5,7 +5,7 @@ The reference knows nothing of the package: the library's model, the same weight
 
 from __future__ import annotations
 
-import gc
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torchvision import models
 
 from embedpipe.backbones import load_backbone
-from embedpipe.backbones._assembling import choose_taps, take_classifiers
+from embedpipe.backbones._assembling import choose_taps, find_classifiers, take_classifiers
 from embedpipe.backbones._headless import Headless
 from embedpipe.backbones._libraries import LIBRARIES
 from embedpipe.backbones._trace import Weightless, trace
@@ -38,12 +38,12 @@ CANNOT_WORK = dict(
 )
 BIG = 100e6
 TINY_PX = 64
-TOO_SMALL_AT_64 = {"inception_v3": 96}
-TRAINED_WITH = {
-    "aux_logits": False,
-    "transform_input": True,
-    "init_weights": True,
-}  # googlenet, inception_v3
+LEAST_PX = dict.fromkeys(("inception_v3", "inception_v4", "inception_resnet_v2"), 96)
+AS_PUBLISHED = {
+    "googlenet": {"aux_logits": False, "transform_input": True, "init_weights": False},
+    "inception_v3": {"aux_logits": False, "transform_input": True, "init_weights": False},
+    "vit_h_14": {"image_size": 518},
+}
 
 
 class QuickRandom(TorchFunctionMode):
@@ -79,15 +79,11 @@ class QuickRandom(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def library_model(name: str) -> nn.Module:
+def library_model(name: str, *, img_size: int | None = None) -> nn.Module:
     source, _, architecture = name.partition(":")
     if source == "timm":
-        return timm.create_model(architecture)
-    return models.get_model(
-        architecture,
-        weights=None,
-        **(TRAINED_WITH if architecture in ("googlenet", "inception_v3") else {}),
-    )
+        return timm.create_model(architecture, **({"img_size": img_size} if img_size else {}))
+    return models.get_model(architecture, weights=None, **AS_PUBLISHED.get(architecture, {}))
 
 
 def classifiers(name: str, model: nn.Module) -> list[str]:
@@ -133,63 +129,62 @@ def reference(name: str, model: nn.Module, images: Tensor) -> Tensor:
 
 def size_for(name: str) -> int | None:
     source, _, architecture = name.partition(":")
+    least = LEAST_PX.get(architecture, TINY_PX)
     if source == "timm":
         cfg = timm.get_pretrained_cfg(architecture)
-        return None if cfg.fixed_input_size else max(TINY_PX, (cfg.min_input_size or (3, 0, 0))[1])
-    fixed = architecture.startswith(("vit", "maxvit"))
-    return None if fixed else TOO_SMALL_AT_64.get(architecture, TINY_PX)
+        return None if cfg.fixed_input_size else max(least, (cfg.min_input_size or (3, 0))[1])
+    return None if architecture.startswith(("vit", "maxvit")) else least
 
 
 def check_numbers(name: str) -> None:
     with QuickRandom():
         backbone = load_backbone(name, weights="none", image_size=size_for(name))
-        untouched = library_model(name).eval()
-    missing, extra = untouched.load_state_dict(
-        backbone.module.model.state_dict(), strict=False, assign=True
-    )
-    heads = classifiers(name, untouched)
+        untouched = library_model(name, img_size=backbone.build.get("img_size")).eval()
+    state = backbone.module.model.state_dict()
+    missing, extra = untouched.load_state_dict(state, strict=False, assign=True)
     assert not extra
-    assert all(key.startswith(tuple(heads)) for key in missing), missing
+    assert all(key.startswith(tuple(classifiers(name, untouched))) for key in missing), missing
     images = torch.randn(2, 3, *backbone.image_size, generator=torch.Generator().manual_seed(1))
     expected = reference(name, untouched, images)
     with torch.no_grad():
         features = backbone.module(images)
     assert features.shape == (2, backbone.feature_dim)
     assert torch.isfinite(expected).all()
-    assert expected.abs().max() > 0
-    torch.testing.assert_close(
-        features, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())
-    )
+    largest = float(expected.abs().max())
+    assert largest > 0
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5 * largest)
 
 
 def check_structure(name: str) -> None:
     source, _, architecture = name.partition(":")
     library = LIBRARIES[source]
     with Weightless():
-        model = library_model(name).eval()
+        untouched = library_model(name).eval().to("meta")
     size = library.transform_for(
         architecture, image_size=None, crop_pct=None, interpolation=None
     ).crop_size
     images = torch.empty(2, 3, *size, device="meta")
-    model = model.to("meta")
-    expected = reference(name, model, images)
-    heads = take_classifiers(model, library.classifiers_of(architecture, model))
+    expected = reference(name, untouched, images)
+    heads = find_classifiers(untouched, library.classifiers_of(architecture, untouched))
+    record = take_classifiers(untouched, heads, trace(untouched, size))
     taps = choose_taps(
-        model, trace(model, size), heads=heads, layer=None, pool="auto", image_size=size, name=name
+        untouched, record, heads=heads, layer=None, pool="auto", image_size=size, name=name
     )
     with torch.no_grad():
-        features = Headless(model, taps).eval()(images)
+        features = Headless(untouched, taps).eval()(images)
     assert features.shape == expected.shape
 
 
 def parameters(name: str) -> int:
+    source, _, architecture = name.partition(":")
+    if source == "torchvision":
+        return models.get_model_weights(architecture).DEFAULT.meta["num_params"]
     with Weightless():
         return sum(p.numel() for p in library_model(name).parameters())
 
 
-def check(name: str, *, big: float = BIG) -> None:
-    (check_numbers if parameters(name) <= big else check_structure)(name)
-    gc.collect()
+def check(name: str) -> None:
+    (check_numbers if parameters(name) <= BIG else check_structure)(name)
 
 
 @pytest.mark.parametrize("name", TORCHVISION)
@@ -205,3 +200,16 @@ def test_one_of_each_timm_family(name: str) -> None:
 def test_the_list_of_families_is_complete() -> None:
     families = {model_entrypoint(name).__module__.rpartition(".")[2] for name in timm.list_models()}
     assert families == set(SMALLEST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", timm.list_models())
+def test_every_timm_name_works_or_is_listed(name: str) -> None:
+    if name not in CANNOT_WORK:
+        return check(f"timm:{name}")
+    with pytest.raises(Exception, match=re.escape(CANNOT_WORK[name])):
+        check(f"timm:{name}")
+
+
+def test_what_cannot_work_exists() -> None:
+    assert set(CANNOT_WORK) <= set(timm.list_models())

@@ -191,3 +191,12 @@ def test_any_small_problem_gives_a_valid_head_or_a_clear_error(
     frequencies = np.bincount(y, weights, n_classes) / weights.sum()
     found = np.average(probabilities, axis=0, weights=weights)
     np.testing.assert_allclose(found, frequencies, atol=0.02)  # the bias is free
+
+
+def test_features_that_are_mostly_dead_are_not_blown_up() -> None:
+    X, y = small()
+    dead = np.tile(np.linspace(0.1, 0.9, 8), (30, 1))
+    X = np.hstack([X, dead]).astype(np.float32)
+    head = fit_linear(X, y, classes=TEN[:3], l2=1e-3)
+    moved = X + np.repeat([0, 1], [5, 8])
+    np.testing.assert_allclose(head.logits(moved), head.logits(X), atol=1e-3)
