@@ -25,7 +25,7 @@ fix: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/first_and_second_extract.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/second_extract.py $(ARGS)
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)

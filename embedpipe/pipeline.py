@@ -282,7 +282,7 @@ def stream_rows(
                 features = run(_pad(batch.images, forward.batch_size))[: len(keys)].astype(
                     forward.store_dtype
                 )
-            finite: np.ndarray = np.isfinite(features).all(axis=1)
+            finite: np.ndarray = np.asarray(np.isfinite(features).all(axis=1))
             failures += [
                 (key, "forward", reason)
                 for key, ok in zip(keys, finite.tolist(), strict=True)

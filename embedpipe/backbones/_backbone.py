@@ -1,4 +1,5 @@
-"""The nouns of the room: `Backbone`, `Layer`, and the stages of a model in the order in which they run.
+"""The nouns of the room: `Backbone`, `Layer`, and the stages of a model in the order in which they
+run.
 
 >>> [layer.name for layer in backbone.layers]
 ['conv1', 'layer1', 'layer2', 'layer3', 'layer4']
@@ -23,7 +24,9 @@ STAGES_WANTED = 4
 
 @dataclass(frozen=True)
 class Layer:
-    """A stage of a model: dotted name, number of parameters, shape of its output without the batch axis."""
+    """A stage of a model: dotted name, number of parameters, shape of its output without the batch
+    axis.
+    """
 
     name: str
     parameters: int
@@ -38,11 +41,11 @@ class Backbone:
     ----------
     name : str              "timm:resnet18"
     module : Headless       images float32 (N, 3, H, W) -> features (N, D); eval mode, no gradients
-    transform : callable    RGB image -> float32 (3, H, W); an `images.Transform` unless the user brought another
+    transform : callable    RGB image -> float32 (3, H, W); an `images.Transform` unless the user
+        brought another
     feature_dim : int       D
     spec : dict             JSON-able: all that shapes a feature but precision and stored dtype
     origin : str            where the weights came from; recorded, never hashed
-    image_size : (H, W)     that the model was checked with
     trace : Trace           what runs when in the model
     build : dict            arguments of the library's builder that made this model
     """
@@ -53,9 +56,13 @@ class Backbone:
     feature_dim: int
     spec: dict[str, Any]
     origin: str
-    image_size: tuple[int, int]
     trace: Trace = field(repr=False)
     build: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) that the model was checked with."""
+        return self.trace.image_size
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -64,23 +71,29 @@ class Backbone:
 
 
 def refresh(backbone: Backbone, origin: str) -> Backbone:
-    """Return the backbone with its present weights in the spec, frozen again: what fine-tuning ends with."""
+    """Return the backbone with its present weights in the spec, frozen again: what fine-tuning ends
+    with.
+    """
     backbone.module.eval().requires_grad_(False)
     spec = {**backbone.spec, "weights": digest_weights(backbone.module.model)}
     return replace(backbone, spec=spec, origin=origin)
 
 
 def digest_weights(model: nn.Module) -> str:
-    """Return the digest of all parameters and buffers that the library stores; the classifier is gone by now."""
+    """Return the digest of all parameters and buffers that the library stores; the classifier is
+    gone by now.
+    """
     return digest_arrays(
         {name: value for name, value in model.state_dict().items() if hasattr(value, "detach")}
     )
 
 
 def find_stages(model: nn.Module, record: Trace) -> tuple[Layer, ...]:
-    """Cut a model into stages: its largest composite module is opened until four of them stand side by side.
+    """Cut a model into stages: its largest composite module is opened until four of them stand side
+    by side.
 
-    Modules without a weight matrix or kernel (norms, activations, pools) belong to the stage before them.
+    Modules without a weight matrix or kernel (norms, activations, pools) belong to the stage before
+    them.
     """
     modules = dict(model.named_modules())
     names = _children(modules, record, "")

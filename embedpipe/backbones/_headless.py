@@ -1,8 +1,11 @@
-"""A model without its classifier: images in, one vector an image out, the library's own parameter names kept.
+"""A model without its classifier: images in, one vector an image out, the library's own parameter
+names kept.
 
-Two ways, chosen once when the model is loaded. Where the classifier was the last thing to act on the features, the model's own
-output is the feature, and nothing else happens. Elsewhere (an intermediate layer, several heads, a pooling after a
-convolutional classifier) the outputs of named modules are caught and the pass ends there.
+Two ways, chosen once when the model is loaded. Where the classifier was the last thing to act on
+the features, the model's own output is the feature, and nothing else happens. Elsewhere (an
+intermediate layer, several heads, a pooling after a convolutional classifier) the outputs of named
+modules are caught and the pass ends
+there.
 
 >>> Headless(model, [Tap("layer3", Pooling("avg", "map"))])(images).shape
 torch.Size([8, 256])
@@ -10,7 +13,6 @@ torch.Size([8, 256])
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +24,6 @@ from torch import Tensor, nn
 
 from embedpipe.backbones._trace import first_tensor
 
-POOLS = ("auto", "avg", "cls", "max", "none")
-
 
 @dataclass(frozen=True)
 class Pooling:
@@ -33,7 +33,8 @@ class Pooling:
     ----------
     kind : "avg", "cls", "max" or "none" (flattened)
     layout : "vector" (N, D), "map" (N, C, H, W), "nhwc" (N, H, W, C) or "tokens" (N, T, C)
-    prefix : int    class, register and distillation tokens in front, which never enter an average or a maximum
+    prefix : int    class, register and distillation tokens in front, which never enter an average
+        or a maximum
     """
 
     kind: str
@@ -65,17 +66,26 @@ class Tap:
     count: int = 1
 
 
+class PassThrough(nn.Module):
+    """Stands where a classifier stood. No `nn.Identity`: some models skip their head when they see one."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
 class _Reached(Exception):
     pass
 
 
 class Headless(nn.Module):
-    """Images float32 (N, 3, H, W) -> features (N, D): `model` without its classifier, tapped where need be.
+    """Images float32 (N, 3, H, W) -> features (N, D): `model` without its classifier, tapped where
+    need be.
 
     Parameters
     ----------
-    model : nn.Module    the library's model; its classifiers are identities by now
-    taps : sequence of Tap    modules whose pooled outputs are concatenated; empty = the model's output is the feature
+    model : nn.Module    the library's model; without its classifiers
+    taps : sequence of Tap    modules whose pooled outputs are concatenated; empty = the model's
+        output is the feature
     """
 
     def __init__(self, model: nn.Module, taps: Sequence[Tap] = ()) -> None:
@@ -102,7 +112,9 @@ class Headless(nn.Module):
         return vectors[0] if len(vectors) == 1 else torch.cat(vectors, 1)
 
     def train(self, mode: bool = True) -> Headless:
-        """Switch the layers, never the root's own flag: there it only selects training-time outputs."""
+        """Switch the layers, never the root's own flag: there it only selects training-time
+        outputs.
+        """
         super().train(mode)
         self.model.training = False
         return self
@@ -116,37 +128,3 @@ class Headless(nn.Module):
         caught[index].append(tensor)
         if all(len(outputs) == tap.count for outputs, tap in zip(caught, self.taps, strict=True)):
             raise _Reached
-
-
-def layout_of(
-    shape: Sequence[int], image_size: tuple[int, int], *, channels_last: bool = False
-) -> str:
-    """Name the layout of an output (N, ...) of images (H, W); `channels_last` decides where the shape cannot.
-
-    A map has the aspect ratio of the image in its last two axes, an NHWC map in the two before.
-
-    Raises
-    ------
-    ValueError    neither a vector, nor tokens, nor a map
-    """
-    if len(shape) == 4:
-        aspect = math.log(image_size[0] / image_size[1])
-        last = abs(math.log(shape[2] / shape[3]) - aspect)
-        first = abs(math.log(shape[1] / shape[2]) - aspect)
-        return "nhwc" if first < last or (first == last and channels_last) else "map"
-    if len(shape) not in (2, 3):
-        raise ValueError(f"an output of shape {tuple(shape)}")
-    return "vector" if len(shape) == 2 else "tokens"
-
-
-def count_prefix(tokens: int, image_size: tuple[int, int], declared: int) -> int:
-    """Return how many of `tokens` stand in front of the patches: `declared` where the rest is a grid, else none."""
-
-    def is_grid(count: int) -> bool:
-        height = round(math.sqrt(count * image_size[0] / image_size[1]))
-        width = round(math.sqrt(count * image_size[1] / image_size[0]))
-        return count > 0 and height * width == count
-
-    if is_grid(tokens - declared) or (tokens > declared and not is_grid(tokens)):
-        return declared
-    return 0

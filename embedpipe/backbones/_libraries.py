@@ -1,4 +1,5 @@
-"""The two libraries behind one seam, and the grammar of names: `timm:NAME`, `torchvision:NAME`, bare = timm.
+"""The two libraries behind one seam, and the grammar of names: `timm:NAME`, `torchvision:NAME`,
+bare = timm.
 
 >>> resolve_name("resnet18")
 ('timm', 'resnet18')
@@ -54,7 +55,9 @@ LIBRARIES: dict[str, Library] = {"timm": _timm, "torchvision": _torchvision}
 
 
 def list_models(pattern: str | None = None) -> list[str]:
-    """Return the classification models of both libraries, those that hold or (as a glob) match `pattern`."""
+    """Return the classification models of both libraries, those that hold or (as a glob) match
+    `pattern`.
+    """
     names = [
         f"{source}:{name}" for source, library in LIBRARIES.items() for name in library.names()
     ]

@@ -43,22 +43,24 @@ def load_backbone(
     interpolation: str | None = None,
     transform: Images | None = None,
 ) -> Backbone:
-    """Return a frozen backbone that gives the penultimate features, or those of an intermediate layer.
+    """Return a frozen backbone that gives the penultimate features, or those of an intermediate
+    layer.
 
     Parameters
     ----------
-    name : "timm:NAME", "torchvision:NAME", a bare timm name, a folder that `save_model` wrote, or a user's own module
-        whose output is the feature (it comes with its weights and needs a `transform`)
-    weights : "pretrained" (the library's hub), "none" (random from `seed`), "packaged" (an installed package) or a file
-    layer : dotted module name; None for what enters the classifier
-    pool : "auto", "avg", "max", "cls" or "none"    from maps and tokens to one vector; auto = average over patches
-    image_size, crop_pct, interpolation    change the model's own evaluation transform
-    transform : callable    RGB image -> float32 (3, H, W), in place of it
+    name : "timm:NAME", "torchvision:NAME", a bare timm name, a folder that `save_model` wrote, or a
+        user's own module whose output is the feature (it comes with its weights and needs a
+        `transform`) weights : "pretrained" (the library's hub), "none" (random from `seed`),
+        "packaged" (an installed package) or a file layer : dotted module name; None for what enters
+        the classifier pool : "auto", "avg", "max", "cls" or "none"    from maps and tokens to one
+        vector; auto = average over patches image_size, crop_pct, interpolation    change the
+        model's own evaluation transform transform : callable    RGB image -> float32 (3, H, W), in
+        place of it
 
     Raises
     ------
-    UsageError            unknown model, layer, pool or weights; an image size that the model refuses
-    WeightsUnavailable    no network, or no package with weights for this model
+    UsageError            unknown model, layer, pool or weights; an image size that the model
+    refuses WeightsUnavailable    no network, or no package with weights for this model
     ModelMismatch         a weights file of another model
     """
     if isinstance(name, nn.Module):
@@ -69,26 +71,25 @@ def load_backbone(
     library = LIBRARIES[source]
     canonical = _transform_for(library, architecture, image_size, crop_pct, interpolation)
     options = library.options_for(architecture, image_size)
+    pretrained = weights == "pretrained"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = library.build(architecture, options=options, pretrained=weights == "pretrained")
+        model = library.build(architecture, options=options, pretrained=pretrained)
     heads = library.classifiers_of(architecture, model)
-    if weights == "pretrained":
-        origin = library.origin_of(architecture)
-    elif weights == "none":
-        origin = f"none: seed {seed}"
-    elif weights == "packaged":
+    full_name = f"{source}:{architecture}"
+    origin = library.origin_of(architecture) if pretrained else f"none: seed {seed}"
+    if weights == "packaged":
         package = package_for(f"{source}:{library.bare_name(architecture)}")
         state = package.read(package.locate(), headless_state(model, heads))
-        fill(model, state, heads=heads, source=package.distribution, name=architecture)
+        fill(model, state, heads=heads, source=package.distribution, name=full_name)
         canonical, origin = replace(canonical, **package.transform), package.origin
-    else:
+    elif weights not in ("pretrained", "none"):
         state = read_weights(Path(weights), dropped=library.AUXILIARY)
-        fill(model, state, heads=heads, source=str(weights), name=f"{source}:{architecture}")
+        fill(model, state, heads=heads, source=str(weights), name=full_name)
         origin = f"file: {os.fspath(weights)}"
     return assemble(
         model,
-        name=f"{source}:{architecture}",
+        name=full_name,
         heads=heads,
         layer=layer,
         pool=pool,
@@ -100,7 +101,8 @@ def load_backbone(
 
 
 def describe_layers(name: str) -> tuple[Layer, ...]:
-    """Return the stages of a model in the order in which they run; it is built on the meta device, without weights.
+    """Return the stages of a model in the order in which they run; it is built on the meta device,
+    without weights.
 
     Raises
     ------

@@ -1,6 +1,8 @@
-"""A model on disk that its own library reads, and that `load_model` turns into the same backbone again.
+"""A model on disk that its own library reads, and that `load_model` turns into the same backbone
+again.
 
-`model.safetensors` holds the library's parameter names, `config.json` what the library wants to know, `embedpipe.json` the rest.
+`model.safetensors` holds the library's parameter names, `config.json` what the library wants to
+know, `embedpipe.json` the rest.
 
 >>> save_model(backbone, weight, bias, ["cat", "dog"], folder)
 >>> timm.create_model(f"local-dir:{folder}", pretrained=True)
@@ -38,9 +40,11 @@ def save_model(
     classes: Sequence[str],
     folder: Path,
 ) -> bool:
-    """Write the whole model into an existing folder; tell whether the library's own classifier could take the new one.
+    """Write the whole model into an existing folder; tell whether the library's own classifier
+    could take the new one.
 
-    It can where one linear classifier acts on the penultimate features; elsewhere only the backbone is written.
+    It can where one linear classifier acts on the penultimate features; elsewhere only the backbone
+    is written.
 
     Parameters
     ----------
@@ -83,7 +87,8 @@ def save_model(
 def load_model(
     folder: str | os.PathLike[str], *, layer: str | None = None, pool: str = "auto"
 ) -> Backbone:
-    """Return the backbone in a folder that `save_model` wrote, at the layer it was saved with or at another one.
+    """Return the backbone in a folder that `save_model` wrote, at the layer it was saved with or at
+    another one.
 
     Raises
     ------
@@ -117,7 +122,9 @@ def load_model(
 
 
 def _classifier_state(backbone: Backbone, weight: Tensor, bias: Tensor) -> State:
-    """Return the new classifier under the library's names, nothing where it has no single linear one on the features."""
+    """Return the new classifier under the library's names, nothing where it has no single linear
+    one on the features.
+    """
     source, _, architecture = backbone.name.partition(":")
     if source not in LIBRARIES or backbone.module.taps:
         return {}

@@ -22,7 +22,8 @@ State = dict[str, Tensor]
 
 
 def read_weights(path: Path, *, dropped: tuple[str, ...] = ()) -> State:
-    """Return the state dict in a .safetensors, .pth or .pt file, without wrappers, prefixes and what is `dropped`.
+    """Return the state dict in a .safetensors, .pth or .pt file, without wrappers, prefixes and
+    what is `dropped`.
 
     Raises
     ------
@@ -97,8 +98,9 @@ def fill(model: nn.Module, state: State, *, heads: tuple[str, ...], source: str,
     ]
     for what, keys in (("lacks", missing), ("has in excess", extra), ("has other shapes:", shapes)):
         if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise ModelMismatch(
-                f"{source} is not for {name}: it {what} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}",
+                f"{source} is not for {name}: it {what} {', '.join(keys[:3])}{more}",
                 hint="name the model that the weights belong to",
                 keys=keys,
             )

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import socket
 import urllib.parse
@@ -31,7 +30,9 @@ def names() -> list[str]:
 
 
 def knows(architecture: str) -> bool:
-    """Tell whether timm has this architecture, with or without a pretrained tag (`resnet18.a1_in1k`)."""
+    """Tell whether timm has this architecture, with or without a pretrained tag
+    (`resnet18.a1_in1k`).
+    """
     try:
         return bool(timm.is_model(architecture)) and bool(timm.get_pretrained_cfg(architecture))
     except RuntimeError:  # an unknown tag
@@ -44,7 +45,9 @@ def bare_name(architecture: str) -> str:
 
 
 def options_for(architecture: str, image_size: int | None) -> dict[str, Any]:
-    """Return the builder's arguments: models of one fixed input size are built for the size that is wanted."""
+    """Return the builder's arguments: models of one fixed input size are built for the size that is
+    wanted.
+    """
     fixed = timm.get_pretrained_cfg(architecture).fixed_input_size
     return {"img_size": image_size} if image_size and fixed else {}
 
@@ -156,7 +159,9 @@ def _create(architecture: str, arguments: dict[str, Any]) -> nn.Module:
 
 @contextmanager
 def _quick_when_offline() -> Iterator[None]:
-    """Spare the hub client's 50 s of retries where its host does not answer; what is stored is still found."""
+    """Spare the hub client's 50 s of retries where its host does not answer; what is stored is
+    still found.
+    """
     before = hub.HF_HUB_OFFLINE
     hub.HF_HUB_OFFLINE = before or not _answers(hub.ENDPOINT)
     try:
@@ -166,13 +171,14 @@ def _quick_when_offline() -> Iterator[None]:
 
 
 def _answers(endpoint: str, timeout_s: float = 5.0) -> bool:
+    """Tell whether the endpoint, or the proxy in front of it, accepts a connection."""
     url = urllib.parse.urlsplit(endpoint)
-    if urllib.request.getproxies():
-        return True
+    proxy = urllib.request.getproxies().get(url.scheme)
+    if proxy and not urllib.request.proxy_bypass(url.hostname or ""):
+        url = urllib.parse.urlsplit(proxy)
     try:
         port = url.port or (443 if url.scheme == "https" else 80)
         socket.create_connection((url.hostname or "", port), timeout_s).close()
     except OSError:
-        logging.getLogger(__name__).debug("%s does not answer", endpoint)
         return False
     return True

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 from torch import nn
@@ -75,7 +77,9 @@ def classifiers_of(architecture: str, model: nn.Module) -> tuple[str, ...]:
 def transform_for(
     architecture: str, *, image_size: int | None, crop_pct: float | None, interpolation: str | None
 ) -> Transform:
-    """Return the transform of the default weights; `image_size` keeps their ratio of crop to resize."""
+    """Return the transform of the default weights; `image_size` keeps their ratio of crop to
+    resize.
+    """
     preset = models.get_model_weights(architecture).DEFAULT.transforms()
     default = preset.crop_size[0]
     crop = image_size or default
@@ -109,10 +113,10 @@ def config_for(
 
 
 def _download(architecture: str) -> dict[str, Any]:
+    entry = models.get_model_weights(architecture).DEFAULT
     try:
-        state: dict[str, Any] = models.get_model_weights(architecture).DEFAULT.get_state_dict(
-            progress=False, check_hash=True
-        )
+        with redirect_stdout(sys.stderr):  # torch announces the download on stdout
+            state: dict[str, Any] = entry.get_state_dict(progress=False, check_hash=True)
     except OSError as exc:
         raise WeightsUnavailable(
             f"no network and no stored weights for torchvision:{architecture}",

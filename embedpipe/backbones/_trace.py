@@ -1,4 +1,5 @@
-"""What runs when in a model, found by one forward pass on the meta device: no weights are read, nothing is computed.
+"""What runs when in a model, found by one forward pass on the meta device: no weights are read,
+nothing is computed.
 
 >>> trace(model, (224, 224)).visits["layer4"].shape
 (2, 512, 7, 7)
@@ -30,7 +31,7 @@ class Weightless(TorchFunctionMode):
 
 @dataclass
 class Visit:
-    """One module in a forward pass: when it started, how often it ran, what it took and gave last."""
+    """One module in a forward pass: its start, how often it ran, what it took and gave last."""
 
     first: int
     count: int = 0
@@ -44,13 +45,14 @@ class Visit:
 
 @dataclass(frozen=True)
 class Trace:
-    """A forward pass: the modules that ran, by dotted name in order of their start, and the model's output."""
+    """A forward pass: the modules that ran, by name in order of their start, and the output."""
 
     visits: Mapping[str, Visit]
     output: Tensor
+    image_size: tuple[int, int]
 
     def start_of(self, name: str) -> int:
-        """Return when a module started; one that is never called itself counts with the caller that holds it."""
+        """Return when a module started; one never called counts with the caller that holds it."""
         while name not in self.visits:
             name = name.rpartition(".")[0]
         return self.visits[name].first
@@ -62,7 +64,7 @@ class Trace:
 
 
 def is_below(name: str, prefix: str) -> bool:
-    """Tell whether a dotted name is `prefix` or lies under it (everything lies under the empty one)."""
+    """Tell whether a dotted name is `prefix` or lies under it; all lie under the empty one."""
     return not prefix or name == prefix or name.startswith(f"{prefix}.")
 
 
@@ -70,14 +72,11 @@ def first_tensor(output: Any) -> Tensor | None:
     """Return the first tensor in what a module returned (a tuple, a dict, ...)."""
     if isinstance(output, Tensor):
         return output
-    parts = (
-        output.values()
-        if isinstance(output, Mapping)
-        else output
-        if isinstance(output, (tuple, list))
-        else ()
-    )
-    return next((tensor for part in parts if (tensor := first_tensor(part)) is not None), None)
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if not isinstance(output, (tuple, list)):
+        return None
+    return next((tensor for part in output if (tensor := first_tensor(part)) is not None), None)
 
 
 @torch.no_grad()
@@ -109,7 +108,7 @@ def trace(model: nn.Module, image_size: tuple[int, int]) -> Trace:
     output = visits[""].output
     if output is None:
         raise TypeError(f"{type(model).__name__} returns no tensor")
-    return Trace(visits, output)
+    return Trace(visits, output, image_size)
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from embedpipe.provenance import nearest
 
 
 def unfreeze_parameters(backbone: Backbone, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Return the parameters of `backbone.module.model` that the patterns unfreeze, in the model's order.
+    """Return the parameters of `backbone.module.model` that the patterns unfreeze, in the model's
+    order.
 
     Parameters
     ----------
@@ -38,8 +39,10 @@ def unfreeze_parameters(backbone: Backbone, patterns: Sequence[str]) -> tuple[st
 def frozen_modules(backbone: Backbone, unfrozen: Sequence[str]) -> tuple[nn.Module, ...]:
     """Return the modules to keep in eval mode while the named parameters train.
 
-    They are the largest modules without an unfrozen parameter; those without any parameter (dropout, stochastic depth)
-    count as frozen where they run before the first unfrozen one. The rest of the model may be in train mode.
+    They are the largest modules without an unfrozen parameter; those without any parameter
+    (dropout, stochastic depth) count as frozen where they run before the first unfrozen one. The
+    rest of the model may be in
+    train mode.
     """
     record, wanted = backbone.trace, set(unfrozen)
     first = min((record.start_of(_owner(name)) for name in wanted), default=len(record.visits))

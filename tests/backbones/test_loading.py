@@ -1,4 +1,6 @@
-"""Names, transforms, seeds, image sizes, a user's own module: what `load_backbone` takes and how it says no."""
+"""Names, transforms, seeds, image sizes, a user's own module: what `load_backbone` takes and how it
+says no.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ def test_list_models() -> None:
 def test_unknown_model_names_the_nearest_of_both_libraries() -> None:
     with pytest.raises(UsageError, match="timm:resnet18 or torchvision:resnet18"):
         load_backbone("resnet_18", weights="none")
-    with pytest.raises(UsageError, match="no model 'timm:resnet18.nosuch'"):
+    with pytest.raises(UsageError, match=r"no model 'timm:resnet18\.nosuch'"):
         load_backbone("timm:resnet18.nosuch", weights="none")
     with pytest.raises(UsageError, match="no model 'keras:resnet18'"):
         load_backbone("keras:resnet18", weights="none")

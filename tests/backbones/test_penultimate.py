@@ -1,6 +1,8 @@
-"""Features are what enters the classifier of the untouched library model: every torchvision model, one of each timm family.
+"""Features are what enters the classifier of the untouched library model: every torchvision model,
+one of each timm family.
 
-The reference knows nothing of the package: the library's model, the same weights, plain hooks. The slow tier takes all names.
+The reference knows nothing of the package: the library's model, the same weights, plain hooks. The
+slow tier takes all names.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from torch.overrides import TorchFunctionMode
 from torchvision import models
 
 from embedpipe.backbones import load_backbone
-from embedpipe.backbones._assembling import choose_taps, find_classifiers, take_classifiers
+from embedpipe.backbones._assembling import find_classifiers, take_classifiers
 from embedpipe.backbones._headless import Headless
 from embedpipe.backbones._libraries import LIBRARIES
+from embedpipe.backbones._tapping import choose_taps
 from embedpipe.backbones._trace import Weightless, trace
 
 HERE = Path(__file__).parent
@@ -47,36 +50,40 @@ AS_PUBLISHED = {
 
 
 class QuickRandom(TorchFunctionMode):
-    """Fill from one block of random numbers, again and again: the numbers need not be good, only there."""
+    """Fill from one block of random numbers, again and again: the numbers need not be good, only
+    there.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.normal = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))
-        self.uniform = torch.rand(1 << 20, generator=torch.Generator().manual_seed(0))
+        self.normal = torch.randn(1 << 18, generator=torch.Generator().manual_seed(0))
+        self.uniform = torch.rand(1 << 18, generator=torch.Generator().manual_seed(0))
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        if (
-            name in ("normal_", "uniform_")
-            and args
-            and args[0].numel() > 1000
-            and not args[0].is_meta
-        ):
-            first, second = (list(args[1:]) + [0.0, 1.0][len(args) - 1 :])[:2]
-            first, second = (kwargs or {}).get("mean", first), (kwargs or {}).get("std", second)
-            first, second = (kwargs or {}).get("a", first), (kwargs or {}).get("b", second)
-            block = (
-                self.normal * second + first
-                if name == "normal_"
-                else self.uniform * (second - first) + first
-            )
-            with torch.no_grad():
-                flat = args[0].view(-1)
-                for start in range(0, len(flat), len(block)):
-                    part = flat[start : start + len(block)]
-                    part.copy_(block[: len(part)])
+        name, named = getattr(func, "__name__", ""), dict(kwargs or {})
+        if name == "erfinv_":  # uniform numbers will do
             return args[0]
-        return func(*args, **(kwargs or {}))
+        tensor = args[0] if args else named.get("tensor")
+        if name not in self.RANDOM or tensor.numel() < 1000 or tensor.is_meta:
+            return func(*args, **named)
+        if name == "normal_":
+            mean, std = (*args[1:], *(0.0, 1.0)[len(args) - 1 :])
+            return self.fill(tensor, self.normal, named.get("std", std), named.get("mean", mean))
+        if name == "uniform_":
+            low, high = (*args[1:], *(0.0, 1.0)[len(args) - 1 :])
+            low, high = named.get("a", low), named.get("b", high)
+            return self.fill(tensor, self.uniform, high - low, low)
+        return self.fill(tensor, self.normal, (tensor.numel() / len(tensor)) ** -0.5, 0.0)
+
+    RANDOM = ("normal_", "uniform_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_")
+
+    @staticmethod
+    def fill(tensor: Tensor, block: Tensor, scale: float, shift: float) -> Tensor:
+        with torch.no_grad():
+            flat, numbers = tensor.view(-1), block * scale + shift
+            for start in range(0, len(flat), len(numbers)):
+                flat[start : start + len(numbers)] = numbers[: len(flat) - start]
+        return tensor
 
 
 def library_model(name: str, *, img_size: int | None = None) -> nn.Module:
@@ -144,11 +151,13 @@ def check_numbers(name: str) -> None:
     missing, extra = untouched.load_state_dict(state, strict=False, assign=True)
     assert not extra
     assert all(key.startswith(tuple(classifiers(name, untouched))) for key in missing), missing
-    images = torch.randn(2, 3, *backbone.image_size, generator=torch.Generator().manual_seed(1))
+    count = 2 if backbone.image_size[0] <= 2 * TINY_PX else 1
+    shape = (count, 3, *backbone.image_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     expected = reference(name, untouched, images)
     with torch.no_grad():
         features = backbone.module(images)
-    assert features.shape == (2, backbone.feature_dim)
+    assert features.shape == (count, backbone.feature_dim)
     assert torch.isfinite(expected).all()
     largest = float(expected.abs().max())
     assert largest > 0
@@ -167,9 +176,7 @@ def check_structure(name: str) -> None:
     expected = reference(name, untouched, images)
     heads = find_classifiers(untouched, library.classifiers_of(architecture, untouched))
     record = take_classifiers(untouched, heads, trace(untouched, size))
-    taps = choose_taps(
-        untouched, record, heads=heads, layer=None, pool="auto", image_size=size, name=name
-    )
+    taps = choose_taps(untouched, record, heads=heads, layer=None, pool="auto", name=name)
     with torch.no_grad():
         features = Headless(untouched, taps).eval()(images)
     assert features.shape == expected.shape

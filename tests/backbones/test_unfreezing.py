@@ -12,7 +12,9 @@ from embedpipe.images import Transform
 
 
 class Shuffled(nn.Module):
-    """Registered in another order than it runs; parameters of its own, dropout on both sides of the cut."""
+    """Registered in another order than it runs; parameters of its own, dropout on both sides of the
+    cut.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +84,7 @@ def test_nothing_matched(shuffled, pattern: str) -> None:
 
 def test_nearest_names() -> None:
     backbone = load_backbone("test_resnet", weights="none")
-    with pytest.raises(UsageError, match="did you mean 'layer4'|'layer4"):
+    with pytest.raises(UsageError, match=r"did you mean 'layer4'|'layer4"):
         unfreeze_parameters(backbone, ["layer44"])
 
 

@@ -21,7 +21,9 @@ LITE = [f"tf_efficientnet_lite{n}" for n in (0, 1, 2)]
 
 
 def lukemelas(name: str) -> str:
-    """Translate timm's name of a lite model's tensor of the first stage, the stem or the head, by hand."""
+    """Translate timm's name of a lite model's tensor of the first stage, the stem or the head, by
+    hand.
+    """
     return (
         name.replace("conv_stem", "_conv_stem")
         .replace("conv_head", "_conv_head")
@@ -110,7 +112,7 @@ def test_squeezenet_kernels_are_transposed() -> None:
         ("features.12.squeeze", "fire9/squeeze1x1"),
     ):
         kernel, bias = raw[theirs]
-        assert own[f"{ours}.weight"][3, 1, 0, 0] == float(kernel[0, 0, 1, 3])
+        assert torch.equal(own[f"{ours}.weight"], torch.from_numpy(kernel).permute(3, 2, 0, 1))
         assert own[f"{ours}.bias"].tolist() == bias.tolist()
 
 
@@ -121,7 +123,7 @@ def test_the_pickle_in_the_package_runs_nothing(tmp_path) -> None:
 
     file = tmp_path / "weights.pkl"
     file.write_bytes(pickle.dumps({"conv1": [Payload(), Payload()]}))
-    with pytest.raises(ModelMismatch, match="builtins.print"):
+    with pytest.raises(ModelMismatch, match=r"builtins.print"):
         package_for("torchvision:squeezenet1_1").read(file, {})
 
 
@@ -167,7 +169,7 @@ def test_safetensors_and_pth_of_the_same_weights_are_the_same_backbone(state, tm
 
 def test_file_of_another_model(state, tmp_path) -> None:
     torch.save(state, tmp_path / "a.pth")
-    with pytest.raises(ModelMismatch, match="lacks .* and .* more") as caught:
+    with pytest.raises(ModelMismatch, match=r"lacks .* and .* more") as caught:
         load_backbone("test_vit", weights=tmp_path / "a.pth")
     assert caught.value.exit_code == 4
     other = dict(state) | {"conv1.0.weight": torch.zeros(1, 1, 1, 1)}
@@ -209,4 +211,6 @@ def test_inception_is_built_as_with_its_published_weights(tmp_path) -> None:
     published.fc = torch.nn.Identity()
     images = torch.randn(1, 3, 299, 299)
     with torch.no_grad():
-        torch.testing.assert_close(backbone.module(images), published(images))
+        expected = published(images)
+        largest = float(expected.abs().max())
+        torch.testing.assert_close(backbone.module(images), expected, rtol=0, atol=1e-5 * largest)

@@ -1,0 +1,64 @@
+"""Canonical JSON, fingerprints, digests, and files written whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from embedpipe.errors import CacheBusy, EmbedpipeError, StorageError
+from embedpipe.provenance import canonical_json, digest_arrays, fingerprint, nearest, write_atomically
+
+
+def test_the_order_of_keys_does_not_matter() -> None:
+    assert fingerprint({"a": 1, "b": [1.5, None]}) == fingerprint({"b": [1.5, None], "a": 1})
+    assert fingerprint({"a": 1}) != fingerprint({"a": 2})
+    assert canonical_json({"b": 1, "a": "é"}) == '{"a":"\\u00e9","b":1}'
+
+
+def test_nan_has_no_canonical_form() -> None:
+    with pytest.raises(ValueError):
+        canonical_json({"a": float("nan")})
+
+
+def test_a_digest_sees_names_types_shapes_and_bytes() -> None:
+    base = {"w": np.arange(6, dtype=np.float32)}
+    others = [
+        {"v": base["w"]},
+        {"w": base["w"].astype(np.float64)},
+        {"w": base["w"].reshape(2, 3)},
+        {"w": base["w"] + 1},
+        {"w": base["w"], "b": np.empty(0, np.float32)},
+    ]
+    digests = [digest_arrays(named) for named in (base, *others)]
+    assert len(set(digests)) == len(digests)
+    assert digest_arrays({"w": torch.arange(6, dtype=torch.float32)}) == digests[0]
+    strided = np.arange(12, dtype=np.float32).reshape(6, 2)[:, 0]
+    assert digest_arrays({"w": strided}) == digest_arrays({"w": strided.copy()})
+    assert digest_arrays({"w": torch.tensor(1.0, dtype=torch.bfloat16)}) != digest_arrays({"w": torch.tensor(2.0, dtype=torch.bfloat16)})
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "deep" / "a.txt", b"one")
+    write_atomically(tmp_path / "deep" / "a.txt", b"two")
+    assert (tmp_path / "deep" / "a.txt").read_bytes() == b"two"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(StorageError, match="folder"):
+        write_atomically(tmp_path / "folder", b"x")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "folder"]
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.txt"]
+
+
+def test_errors_have_two_parents_and_keep_their_facts() -> None:
+    busy = CacheBusy("found a writer, expected none", hint="wait", pid=7)
+    assert isinstance(busy, BlockingIOError)
+    assert isinstance(busy, EmbedpipeError)
+    assert (busy.pid, busy.exit_code) == (7, 75)  # type: ignore[attr-defined]
+    assert str(busy) == "found a writer, expected none; wait"
+
+
+def test_nearest() -> None:
+    assert nearest("resnet81", ["resnet18", "vgg11"])[0] == "resnet18"
+    assert nearest("qqqq", ["resnet18"]) == []

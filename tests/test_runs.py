@@ -1,0 +1,52 @@
+"""Run folders: whole or absent, found by id, prefix or path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from embedpipe.errors import ModelMismatch, UsageError
+from embedpipe.runs import find_run, latest_run, list_runs, new_run, read_run
+
+
+def make(runs: Path, verb: str = "fit-head") -> Path:
+    with new_run(runs, verb) as run:
+        run.write_json("run.json", {"verb": verb})
+    return run.final
+
+
+def test_a_run_appears_whole(tmp_path: Path) -> None:
+    with new_run(tmp_path, "fit-head") as run:
+        run.write_json("run.json", {"verb": "fit-head"})
+        assert list_runs(tmp_path) == []
+    assert list_runs(tmp_path) == [run.final]
+    assert read_run(run.final) == {"verb": "fit-head"}
+
+
+def test_a_run_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), new_run(tmp_path, "fit-head") as run:
+        run.write_json("run.json", {"verb": "fit-head"})
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_is_found_by_id_prefix_and_folder(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    make(tmp_path, "finetune")
+    for text in (run.name, run.name[:-2], run.name.rsplit("-", 1)[-1], str(run)):
+        assert find_run(tmp_path, text) == run
+    assert latest_run(tmp_path, "fit-head") == run
+    with pytest.raises(UsageError, match="2 runs begin"):
+        find_run(tmp_path, run.name[:4])
+    with pytest.raises(UsageError, match="did you mean"):
+        find_run(tmp_path, run.name + "x")
+    with pytest.raises(UsageError, match="no run of extract"):
+        latest_run(tmp_path, "extract")
+
+
+def test_a_broken_record_is_named(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    (run / "run.json").write_text("{")
+    with pytest.raises(ModelMismatch, match=r"run\.json"):
+        read_run(run)
