@@ -41,7 +41,7 @@ def run_demo(folder: Path, *, quick: bool, say: Say) -> dict[str, Any]:
     written = write_digits(data, QUICK_SPLITS if quick else SPLITS)
     say(f"{written} images of handwritten digits in {data}\n")
     shared = ["--cache-dir", str(folder / "cache"), "--runs-dir", str(folder / "runs")]
-    epochs = "2" if quick else "10"
+    epochs = "2" if quick else "6"
     unfreeze = ["--unfreeze", LAST_STAGE, "--epochs", epochs]
     extract = ["extract", str(data), "--backbone", BACKBONE, "--weights", "packaged"]
     steps = {

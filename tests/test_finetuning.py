@@ -84,7 +84,7 @@ def test_epoch_zero_is_the_head(head: ep.Classifier) -> None:
 def test_a_backbone_of_other_weights_is_refused(head: ep.Classifier) -> None:
     """The hand-off compares images through the network with the head on cached features."""
     with torch.no_grad():
-        head.backbone.module.model.layer4[0].conv1.weight.mul_(3.0)
+        next(head.backbone.module.model.parameters()).mul_(3.0)
     with pytest.raises(ModelMismatch, match="expected at most"):
         ep.finetune(head, unfreeze="layer4", **FAST)
 

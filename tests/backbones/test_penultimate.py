@@ -67,10 +67,10 @@ class QuickRandom(TorchFunctionMode):
         if name not in self.RANDOM or tensor.numel() < 1000 or tensor.is_meta:
             return func(*args, **named)
         if name == "normal_":
-            mean, std = (*args[1:], *(0.0, 1.0)[len(args) - 1 :])
+            mean, std = (*args[1:], *(0.0, 1.0)[max(len(args) - 1, 0) :])
             return self.fill(tensor, self.normal, named.get("std", std), named.get("mean", mean))
         if name == "uniform_":
-            low, high = (*args[1:], *(0.0, 1.0)[len(args) - 1 :])
+            low, high = (*args[1:], *(0.0, 1.0)[max(len(args) - 1, 0) :])
             low, high = named.get("a", low), named.get("b", high)
             return self.fill(tensor, self.uniform, high - low, low)
         return self.fill(tensor, self.normal, (tensor.numel() / len(tensor)) ** -0.5, 0.0)
