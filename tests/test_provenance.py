@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from embedpipe.errors import CacheBusy, EmbedpipeError, StorageError
-from embedpipe.provenance import canonical_json, digest_arrays, fingerprint, nearest, write_atomically
+from embedpipe.provenance import (
+    canonical_json,
+    digest_arrays,
+    fingerprint,
+    nearest,
+    write_atomically,
+)
 
 
 def test_the_order_of_keys_does_not_matter() -> None:
@@ -37,7 +43,9 @@ def test_a_digest_sees_names_types_shapes_and_bytes() -> None:
     assert digest_arrays({"w": torch.arange(6, dtype=torch.float32)}) == digests[0]
     strided = np.arange(12, dtype=np.float32).reshape(6, 2)[:, 0]
     assert digest_arrays({"w": strided}) == digest_arrays({"w": strided.copy()})
-    assert digest_arrays({"w": torch.tensor(1.0, dtype=torch.bfloat16)}) != digest_arrays({"w": torch.tensor(2.0, dtype=torch.bfloat16)})
+    assert digest_arrays({"w": torch.tensor(1.0, dtype=torch.bfloat16)}) != digest_arrays(
+        {"w": torch.tensor(2.0, dtype=torch.bfloat16)}
+    )
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -25,9 +25,13 @@ def test_a_run_appears_whole(tmp_path: Path) -> None:
 
 
 def test_a_run_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), new_run(tmp_path, "fit-head") as run:
-        run.write_json("run.json", {"verb": "fit-head"})
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with new_run(tmp_path, "fit-head") as run:
+            run.write_json("run.json", {"verb": "fit-head"})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 
