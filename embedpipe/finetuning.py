@@ -45,7 +45,7 @@ def finetune(
     *,
     unfreeze: tuple[str, ...] | str = (),
     epochs: int = 10,
-    lr: float = 5e-4,
+    lr: float = 1e-3,
     head_lr: float = 1e-3,
     weight_decay: float = 0.01,
     batch_size: int = 32,
