@@ -1,4 +1,4 @@
-"""From a library's model to a `Backbone`: take the classifier out, write down what shapes a feature.
+"""From a library's model to a `Backbone`: take the classifier out, note what shapes a feature.
 
 The rule: a feature is what enters the main classifier. Several classifiers: their inputs,
 concatenated; a convolutional one: its pooled input; none (an identity): the model's output.

@@ -67,7 +67,7 @@ class Tap:
 
 
 class PassThrough(nn.Module):
-    """Stands where a classifier stood. No `nn.Identity`: some models skip their head when they see one."""
+    """Stands where a classifier stood. No `nn.Identity`: some models skip theirs."""
 
     def forward(self, features: Tensor) -> Tensor:
         return features

@@ -1,4 +1,4 @@
-"""Where the feature of a model is: which modules to tap, and how each output becomes one vector an image.
+"""Where the feature of a model is: which modules to tap, how an output becomes one vector.
 
 >>> choose_taps(model, record, heads=("fc",), layer=None, pool="auto", name="timm:resnet18")
 []

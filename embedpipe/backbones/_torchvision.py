@@ -43,7 +43,7 @@ def bare_name(architecture: str) -> str:
 
 
 def options_for(architecture: str, image_size: int | None) -> dict[str, Any]:
-    """Return the builder's arguments: those that torchvision itself uses with its default weights."""
+    """Return the builder's arguments: what torchvision itself uses with its default weights."""
     if not architecture.startswith("vit_"):
         return dict(OPTIONS.get(architecture, {}))
     return {"image_size": models.get_model_weights(architecture).DEFAULT.meta["min_size"][0]}
