@@ -59,7 +59,7 @@ class Pooling:
 
 @dataclass(frozen=True)
 class Tap:
-    """A module whose output is wanted, and how often it runs in one pass (the last output counts)."""
+    """A module whose output is wanted; it runs `count` times a pass, the last output counts."""
 
     name: str
     pooling: Pooling

@@ -102,7 +102,7 @@ def config_for(
     feature_dim: int,
     transform: Any,
 ) -> dict[str, Any]:
-    """Return a `config.json` for `models.get_model(architecture, num_classes=..., **model_args)`."""
+    """Return the `config.json` for `models.get_model(architecture, **model_args)`."""
     return {
         "architecture": architecture,
         "num_classes": len(classes),

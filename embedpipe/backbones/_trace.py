@@ -113,7 +113,7 @@ def trace(model: nn.Module, image_size: tuple[int, int]) -> Trace:
 
 @contextmanager
 def _on_meta(model: nn.Module) -> Iterator[None]:
-    """Put ghosts in the place of all parameters and buffers for a while; shared ones stay shared."""
+    """Put ghosts in the place of all parameters and buffers; shared ones stay shared."""
     tables: list[dict[str, Any]] = []
     for module in model.modules():
         tables += [module._parameters, module._buffers]
