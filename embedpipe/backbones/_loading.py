@@ -63,10 +63,13 @@ def load_backbone(
     refuses WeightsUnavailable    no network, or no package with weights for this model
     ModelMismatch         a weights file of another model
     """
+    asked = {"crop_pct": crop_pct, "interpolation": interpolation}
     if isinstance(name, nn.Module):
+        _refuse("a module of your own", weights=weights, **asked)
         return wrap_module(name, layer=layer, pool=pool, image_size=image_size, transform=transform)
     if (Path(name) / DESCRIPTION).is_file():
-        return load_model(name, layer=layer, pool=pool)
+        _refuse(f"the model in {os.fspath(name)}", weights=weights, image_size=image_size, **asked)
+        return load_model(name, layer=layer, pool=pool, transform=transform)
     source, architecture = resolve_name(os.fspath(name))
     library = LIBRARIES[source]
     canonical = _transform_for(library, architecture, image_size, crop_pct, interpolation)
@@ -108,6 +111,8 @@ def describe_layers(name: str) -> tuple[Layer, ...]:
     ------
     UsageError    unknown model
     """
+    if (Path(name) / DESCRIPTION).is_file():
+        return load_model(name).layers
     source, architecture = resolve_name(name)
     library = LIBRARIES[source]
     with Weightless():
@@ -120,6 +125,17 @@ def describe_layers(name: str) -> tuple[Layer, ...]:
         model, find_classifiers(model, library.classifiers_of(architecture, model)), record
     )
     return find_stages(model, record)
+
+
+def _refuse(what: str, *, weights: str | os.PathLike[str], **options: float | str | None) -> None:
+    """Say which options a model cannot take that brings its own weights and its own transform."""
+    asked = [name for name, value in options.items() if value is not None]
+    asked += ["weights"] if weights != "pretrained" else []
+    if asked:
+        raise UsageError(
+            f"{what} brings its own weights and transform, found --{asked[0].replace('_', '-')} beside it",
+            hint="leave that out, or name a model of timm or torchvision",
+        )
 
 
 def _transform_for(

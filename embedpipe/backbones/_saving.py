@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from embedpipe.backbones._assembling import assemble
+from embedpipe.backbones._assembling import Images, assemble
 from embedpipe.backbones._backbone import Backbone
 from embedpipe.backbones._libraries import LIBRARIES
 from embedpipe.backbones._state import State, fill, read_weights
@@ -85,7 +85,11 @@ def save_model(
 
 
 def load_model(
-    folder: str | os.PathLike[str], *, layer: str | None = None, pool: str = "auto"
+    folder: str | os.PathLike[str],
+    *,
+    layer: str | None = None,
+    pool: str = "auto",
+    transform: Images | None = None,
 ) -> Backbone:
     """Return the backbone in a folder that `save_model` wrote, at the layer it was saved with or at
     another one.
@@ -114,7 +118,7 @@ def load_model(
         heads=heads,
         layer=layer or stored["layer"],
         pool=pool if layer else stored["pool"],
-        transform=Transform.from_dict(stored["transform"]),
+        transform=transform or Transform.from_dict(stored["transform"]),
         image_size=tuple(stored["image_size"]),
         origin=stored["origin"],
         build=stored["build"],

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -26,6 +27,7 @@ def unfreeze_parameters(backbone: Backbone, patterns: Sequence[str]) -> tuple[st
     patterns : a layer's name    its modules and everything executed after them
                a glob            exactly the parameters, or modules' parameters, that it matches
                a number N        the last N stages of `backbone.layers`
+               "P%"              the last P percent of the modules that hold parameters, rounded up
                "all", "none"     everything; nothing
 
     Raises
@@ -69,6 +71,8 @@ def _matches(backbone: Backbone, pattern: str) -> list[str]:
         return names if pattern == "all" else []
     if pattern.isdecimal():
         return _last_stages(backbone, int(pattern))
+    if pattern.endswith("%"):
+        return _last_percent(backbone, pattern)
     globbed = any(character in pattern for character in "*?[")
     found = [n for n in names if _is_globbed(n, pattern)] if globbed else _from(backbone, pattern)
     if not found:
@@ -91,6 +95,19 @@ def _last_stages(backbone: Backbone, count: int) -> list[str]:
             hint="use 'all', or fewer stages",
         )
     return _from(backbone, backbone.layers[-count].name) if count else []
+
+
+def _last_percent(backbone: Backbone, pattern: str) -> list[str]:
+    try:
+        share = float(pattern.removesuffix("%")) / 100
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise UsageError(f"{pattern!r} to unfreeze", hint="expected 0% to 100%")
+    names = _parameters(backbone)
+    owners = sorted({_owner(name) for name in names}, key=backbone.trace.start_of)
+    kept = {*owners[len(owners) - math.ceil(share * len(owners)) :]}
+    return [name for name in names if _owner(name) in kept]
 
 
 def _from(backbone: Backbone, prefix: str) -> list[str]:

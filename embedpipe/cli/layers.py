@@ -15,7 +15,7 @@ def layers(session: Session, model: str) -> None:
     Parameters
     ----------
     model : str
-        timm:NAME or torchvision:NAME.
+        timm:NAME, torchvision:NAME, or the model/ folder of a fine-tuned run.
     """
     from embedpipe.backbones import describe_layers
 

@@ -14,8 +14,8 @@ import torch
 from timm.data import create_transform, resolve_model_data_config
 from torchvision import models
 
-from embedpipe.backbones import load_backbone, load_model, save_model
-from embedpipe.errors import ModelMismatch, StorageError
+from embedpipe.backbones import describe_layers, load_backbone, load_model, save_model
+from embedpipe.errors import ModelMismatch, StorageError, UsageError
 from embedpipe.images import Transform
 
 CLASSES = ["cat", "class_10", "class_2"]
@@ -110,6 +110,28 @@ def test_another_layer_of_a_stored_model(tmp_path) -> None:
     stored = load_model(tmp_path, layer="layer2")
     plain = load_backbone("test_resnet", weights="none", layer="layer2")
     assert stored.spec == plain.spec
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"weights": "packaged"}, {"image_size": 96}, {"crop_pct": 0.9}, {"interpolation": "bilinear"}],
+)
+def test_a_stored_model_keeps_its_own_weights_and_transform(option, tmp_path) -> None:
+    saved("timm:test_resnet", tmp_path)
+    flag = next(iter(option)).replace("_", "-")
+    with pytest.raises(UsageError, match=f"brings its own weights and transform, found --{flag}"):
+        load_backbone(tmp_path, **option)
+
+
+def test_another_transform_of_a_stored_model(tmp_path) -> None:
+    saved("timm:test_resnet", tmp_path)
+    other = Transform(crop_size=(32, 32), resize_size=32)
+    assert load_backbone(tmp_path, transform=other).spec["transform"] == other.to_dict()
+
+
+def test_layers_of_a_stored_model(tmp_path) -> None:
+    saved("timm:test_resnet", tmp_path)
+    assert describe_layers(str(tmp_path)) == describe_layers("timm:test_resnet")
 
 
 def test_saved_bytes_are_the_same_each_time(tmp_path) -> None:

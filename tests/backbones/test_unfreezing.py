@@ -76,7 +76,16 @@ def test_numbers_all_and_none(shuffled) -> None:
     assert unfreeze_parameters(shuffled, ["all"]) == everything
 
 
-@pytest.mark.parametrize("pattern", ["layer4x", "sec", "early_drop.x", "3", "never.zz", "zz*"])
+def test_a_percentage_means_the_last_modules_to_run(shuffled) -> None:
+    order = ["", "never", "first.0", "first.1", "second.0", "second.1", "norm"]  # as they start
+    for percent, count in ((0, 0), (10, 1), (28, 2), (50, 4), (71, 5), (100, 7)):
+        assert owners(unfreeze_parameters(shuffled, [f"{percent}%"])) == {*order[7 - count :]}
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["layer4x", "sec", "early_drop.x", "3", "never.zz", "zz*", "101%", "-1%", "x%", "nan%"],
+)
 def test_nothing_matched(shuffled, pattern: str) -> None:
     with pytest.raises(UsageError):
         unfreeze_parameters(shuffled, [pattern])
