@@ -17,12 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-BACKBONE = [
-    "--backbone",
-    "timm:test_resnet",
-    "--weights",
-    "none",
-]  # random weights: only time is measured
+BACKBONE = ["--backbone", "timm:test_resnet", "--weights", "none"]  # random weights: only time is measured
 
 
 def write_images(folder: Path, numbers: range) -> None:
@@ -65,9 +60,7 @@ def main() -> None:
     print(f"{'run':<10}{'median s':>10}{'min':>8}{'max':>8}{'of first':>10}")
     for step, values in times.items():
         middle = statistics.median(values)
-        print(
-            f"{step:<10}{middle:>10.2f}{min(values):>8.2f}{max(values):>8.2f}{middle / first:>10.3f}"
-        )
+        print(f"{step:<10}{middle:>10.2f}{min(values):>8.2f}{max(values):>8.2f}{middle / first:>10.3f}")
 
 
 if __name__ == "__main__":

@@ -121,9 +121,7 @@ class Classifier:
         if self.folder is not None and loader["name"] == "model":
             loader["name"] = str(self.folder / "model")
         backbone = load_backbone(**loader)
-        spec = space_spec(
-            backbone, self.reference.spec["precision"], self.reference.spec["stored_dtype"]
-        )
+        spec = space_spec(backbone, self.reference.spec["precision"], self.reference.spec["stored_dtype"])
         if fingerprint(spec) != fingerprint(self.reference.spec):
             changed = [key for key in spec if spec[key] != self.reference.spec.get(key)]
             raise ModelMismatch(
@@ -144,9 +142,7 @@ class Classifier:
         result = classify(self, files)
         if result.failed:
             first = result.failed[0]
-            raise DecodeError(
-                f"{first.path}: {first.reason}", hint="leave the file out", path=first.path
-            )
+            raise DecodeError(f"{first.path}: {first.reason}", hint="leave the file out", path=first.path)
         return result.values
 
     def predict(self, paths: Sequence[str | os.PathLike[str]]) -> list[str]:
@@ -166,10 +162,7 @@ class Classifier:
 
         record = read_run(folder)
         if "reference" not in record:
-            raise UsageError(
-                f"{folder.name} is a run of {record['verb']}",
-                hint="name a run of fit-head or finetune",
-            )
+            raise UsageError(f"{folder.name} is a run of {record['verb']}", hint="name a run of fit-head or finetune")
         reference = Reference(**record["reference"])
         return cls(load_head(folder), reference, record["report"], folder, record["dataset"])
 
@@ -224,9 +217,7 @@ def classify(
         X = np.stack([rows[keys[file]] for file in good]).astype(np.float32)
         values = classifier.head.predict_proba(X)
     return Probabilities(
-        [str(file) for file in good],
-        values,
-        tuple(Failure(str(file), *reason) for file, reason in failed.items()),
+        [str(file) for file in good], values, tuple(Failure(str(file), *reason) for file, reason in failed.items())
     )
 
 
@@ -262,9 +253,7 @@ def save_run(
         **report,
         "run": run.final.name,
         "folder": str(run.final),
-        "metrics": {
-            split: score(one.probabilities, one.labels(classes)) for split, one in scored.items()
-        },
+        "metrics": {split: score(one.probabilities, one.labels(classes)) for split, one in scored.items()},
         "seconds": round(seconds, 3),
     }
     classifier.head.save(run.folder)
@@ -283,9 +272,7 @@ def save_run(
     return replace(classifier, report=report, folder=run.final, dataset=features.dataset)
 
 
-def _predictions_csv(
-    classes: Sequence[str], manifest: Manifest, scored: Mapping[str, Scored]
-) -> str:
+def _predictions_csv(classes: Sequence[str], manifest: Manifest, scored: Mapping[str, Scored]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["path", "split", "label", "predicted", "probability"])

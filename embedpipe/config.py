@@ -49,9 +49,7 @@ def options_of(deed: Callable[..., Any]) -> tuple[Option, ...]:
 def parameter_helps(docstring: str) -> dict[str, str]:
     """Return the indented text below each `name : type` line of a numpydoc docstring, on one line."""
     helps: dict[str, str] = {}
-    for names, text in re.findall(
-        r"^ {4}(\w[\w, ]*) : [^\n]*\n((?: {8}[^\n]*\n?)+)", docstring, re.MULTILINE
-    ):
+    for names, text in re.findall(r"^ {4}(\w[\w, ]*) : [^\n]*\n((?: {8}[^\n]*\n?)+)", docstring, re.MULTILINE):
         helps |= dict.fromkeys(re.split(r",\s*", names), " ".join(text.split()))
     return helps
 
@@ -71,9 +69,7 @@ def check_value(option: Option, value: Any) -> Any:
         wanted = "; or ".join(dict.fromkeys(error["msg"] for error in exc.errors()))
         flag = "--" + option.name.replace("_", "-")
         raise UsageError(
-            f"{flag}: found {value!r}; {wanted[:1].lower()}{wanted[1:]}",
-            option=option.name,
-            value=value,
+            f"{flag}: found {value!r}; {wanted[:1].lower()}{wanted[1:]}", option=option.name, value=value
         ) from None
 
 
@@ -106,18 +102,14 @@ def read_config(path: Path, commands: Mapping[str, tuple[str, ...]]) -> dict[str
             f"--config {path}: {reason}", hint="name a YAML file, for example configs/digits.yaml"
         ) from exc
     if not isinstance(settings, dict):
-        raise UsageError(
-            f"--config {path}: expected keys and values, found {type(settings).__name__}"
-        )
+        raise UsageError(f"--config {path}: expected keys and values, found {type(settings).__name__}")
     flat = {key: value for key, value in settings.items() if key not in commands}
     _check_keys(path, flat, SHARED, extra=tuple(commands))
     sections = {}
     for command, section in settings.items():
         if command in commands:
             if not isinstance(section, dict):
-                raise UsageError(
-                    f"--config {path}: {command} expected keys and values, found {section!r}"
-                )
+                raise UsageError(f"--config {path}: {command} expected keys and values, found {section!r}")
             section = {key.replace("-", "_"): value for key, value in section.items()}
             _check_keys(path, section, (*commands[command], *SHARED), where=f" under {command}")
             sections[command] = section
@@ -125,19 +117,10 @@ def read_config(path: Path, commands: Mapping[str, tuple[str, ...]]) -> dict[str
 
 
 def _check_keys(
-    path: Path,
-    found: Mapping[str, Any],
-    known: tuple[str, ...],
-    *,
-    where: str = "",
-    extra: tuple[str, ...] = (),
+    path: Path, found: Mapping[str, Any], known: tuple[str, ...], *, where: str = "", extra: tuple[str, ...] = ()
 ) -> None:
     for key in found:
         if str(key).replace("-", "_") not in known:
             close = nearest(str(key), [*known, *extra])
-            hint = (
-                f"did you mean {', '.join(close)}?"
-                if close
-                else f"known: {', '.join((*known, *extra))}"
-            )
+            hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join((*known, *extra))}"
             raise UsageError(f"--config {path}: unknown key {key!r}{where}", hint=hint)

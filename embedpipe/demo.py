@@ -69,9 +69,7 @@ def write_digits(folder: Path, splits: dict[str, int]) -> int:
     from sklearn.datasets import load_digits
 
     if folder.exists() and not (folder / ".digits").exists():
-        raise UsageError(
-            f"{folder} is there and is no demo of embedpipe", hint="name another folder with --dir"
-        )
+        raise UsageError(f"{folder} is there and is no demo of embedpipe", hint="name another folder with --dir")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".digits").touch()
     digits = load_digits()
@@ -97,9 +95,7 @@ def _run(arguments: Sequence[str], say: Say) -> dict[str, Any]:
     )
     seconds = time.monotonic() - start
     if done.returncode:
-        raise EmbedpipeError(
-            f"`embedpipe {arguments[0]}` ended with {done.returncode}", hint="see above"
-        )
+        raise EmbedpipeError(f"`embedpipe {arguments[0]}` ended with {done.returncode}", hint="see above")
     data: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])["data"]
     say(f"  {seconds:.1f} s\n")
     return {**data, "wall_s": seconds}
@@ -130,11 +126,7 @@ def _table(steps: dict[str, dict[str, Any]], summary: dict[str, Any]) -> str:
     return "\n".join(
         [
             row("extract", "extract", f"{extract['computed']} images computed"),
-            row(
-                "extract, a second time",
-                "extract again",
-                f"{summary['second_extract_computed']} computed",
-            ),
+            row("extract, a second time", "extract again", f"{summary['second_extract_computed']} computed"),
             row("fit-head", "fit-head", accuracy("head_accuracy")),
             row(f"finetune {LAST_STAGE}", "finetune", accuracy("tuned_accuracy")),
             row("predict", "predict", f"{len(steps['predict']['predictions'])} images"),

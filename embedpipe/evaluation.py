@@ -58,9 +58,7 @@ class Evaluation:
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["true\\predicted", *self.classes])
-        writer.writerows(
-            [name, *row] for name, row in zip(self.classes, self.confusion.tolist(), strict=True)
-        )
+        writer.writerows([name, *row] for name, row in zip(self.classes, self.confusion.tolist(), strict=True))
         return out.getvalue()
 
 
@@ -123,39 +121,21 @@ def evaluate(
     _check(manifest, run, [s.label or "" for s in samples], split)
     files = {manifest.file_of(s): run.classes.index(s.label or "") for s in samples}
     result = classify(
-        run,
-        list(files),
-        cache=cache,
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-        progress=progress,
+        run, list(files), cache=cache, device=device, batch_size=batch_size, workers=workers, progress=progress
     )
     if strict and result.failed:
-        raise EmbedpipeError(
-            f"{result.failed[0].path}: {result.failed[0].reason}", hint="mend or remove it"
-        )
+        raise EmbedpipeError(f"{result.failed[0].path}: {result.failed[0].reason}", hint="mend or remove it")
     y = np.array([files[Path(path)] for path in result.paths], dtype=np.int64)
     matrix = metrics.confusion_matrix(y, result.values.argmax(axis=1), len(run.classes))
     done = Evaluation(
-        run.name,
-        split,
-        metrics.score(result.values, y),
-        matrix,
-        run.classes,
-        (*manifest.unreadable, *result.failed),
+        run.name, split, metrics.score(result.values, y), matrix, run.classes, (*manifest.unreadable, *result.failed)
     )
     if confusion:
         write_atomically(Path(confusion), done.confusion_csv().encode("utf-8", "surrogateescape"))
     return done
 
 
-def _manifest(
-    run: Classifier,
-    data: PathLike | Sequence[PathLike] | None,
-    cache: Any,
-    allow_outside: bool,
-) -> Manifest:
+def _manifest(run: Classifier, data: PathLike | Sequence[PathLike] | None, cache: Any, allow_outside: bool) -> Manifest:
     from embedpipe.cache import KeyIndex
     from embedpipe.manifest import read_manifest
 

@@ -222,9 +222,7 @@ def _load(backbone: str | Backbone, options: Mapping[str, Any]) -> tuple[Backbon
     return load_backbone(**loader), loader
 
 
-def _summarise(
-    manifest: Manifest, dataset: str, extracted: Sequence[Extracted], seconds: float
-) -> dict[str, Any]:
+def _summarise(manifest: Manifest, dataset: str, extracted: Sequence[Extracted], seconds: float) -> dict[str, Any]:
     """Return the JSON of the verb; the scalars of the first space are mirrored at the top."""
     spaces = [one.to_dict() for one in extracted]
     computed = sum(space["computed"] for space in spaces)

@@ -148,9 +148,7 @@ def open_features(
     complete = [
         features
         for one in cache.spaces()
-        if _fits(one, backbone, layer)
-        and (features := FeatureSet(manifest, one)).splits
-        and not features.missing
+        if _fits(one, backbone, layer) and (features := FeatureSet(manifest, one)).splits and not features.missing
     ]
     latest = cache.latest() or {"spaces": []}
     newest = [f for f in complete if f.space.folder.name in latest["spaces"][:1]]
@@ -159,12 +157,9 @@ def open_features(
     if complete:
         names = ", ".join(features.space.folder.name for features in complete)
         raise UsageError(
-            f"{manifest.name} has features in {len(complete)} spaces: {names}",
-            hint="name one with --space",
+            f"{manifest.name} has features in {len(complete)} spaces: {names}", hint="name one with --space"
         )
-    asked = "".join(
-        f" and {kind} {name}" for kind, name in (("backbone", backbone), ("layer", layer)) if name
-    )
+    asked = "".join(f" and {kind} {name}" for kind, name in (("backbone", backbone), ("layer", layer)) if name)
     raise UsageError(
         f"no space holds the features of every image of {manifest.name}{asked and f' with{asked[4:]}'}",
         hint=f"run `embedpipe extract {manifest.sources[0].argument}`",

@@ -108,10 +108,7 @@ def finetune(
     if not unfreeze:
         raise UsageError("found no layer to unfreeze", hint="try --unfreeze layer4, 1, all or none")
     if epochs < 1 or batch_size < 1 or min(lr, head_lr, weight_decay) < 0:
-        raise UsageError(
-            "found a number out of range",
-            hint="epochs and batch size: 1 or more; rates: not negative",
-        )
+        raise UsageError("found a number out of range", hint="epochs and batch size: 1 or more; rates: not negative")
     classifier, head = _starting_point(run, Path(runs_dir))
     features = _features_of(classifier, Cache(Path(cache_dir)))
     forward = plan_forward(device=device, batch_size=batch_size, workers=workers)
@@ -126,9 +123,7 @@ def finetune(
     rates = {"lr": lr, "head_lr": head_lr, "weight_decay": weight_decay}
     flip, balanced = augment == "flip", class_weight == "balanced"
     options: dict[str, Any] = {"rates": rates, "flip": flip, "balanced": balanced}
-    history, scored = _train(
-        network, photos, keep_eval, epochs=epochs, seed=seed, progress=progress, **options
-    )
+    history, scored = _train(network, photos, keep_eval, epochs=epochs, seed=seed, progress=progress, **options)
     report = {
         "from_run": classifier.report.get("run"),
         "handoff_max_abs_diff": handoff,
@@ -137,9 +132,7 @@ def finetune(
     return _save(network, backbone, photos, scored, report, Path(runs_dir), start)
 
 
-def _starting_point(
-    run: Classifier | PathLike | None, runs_dir: Path
-) -> tuple[Classifier, LinearHead]:
+def _starting_point(run: Classifier | PathLike | None, runs_dir: Path) -> tuple[Classifier, LinearHead]:
     """Return the classifier to start from, and its head: a linear one on the penultimate layer."""
     from embedpipe.classifier import Classifier
     from embedpipe.heads import LinearHead
@@ -153,10 +146,7 @@ def _starting_point(
         folder = latest_run(
             runs_dir,
             "fit-head",
-            lambda record: (
-                record["report"]["solver"] != "knn"
-                and record["reference"]["spec"]["layer"] == PENULTIMATE
-            ),
+            lambda record: record["report"]["solver"] != "knn" and record["reference"]["spec"]["layer"] == PENULTIMATE,
         )
         classifier = Classifier.load(folder)
     if not isinstance(classifier.head, LinearHead):
@@ -206,9 +196,7 @@ class Photos:
     def samples(self, split: str) -> tuple[Sample, ...]:
         return self.features.samples(split, labelled=True)
 
-    def batches(
-        self, samples: Sequence[Sample]
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[Sample]]]:
+    def batches(self, samples: Sequence[Sample]) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[Sample]]]:
         """Yield images float32 (n, 3, H, W), y int64 (n,) on the device, and their samples; unreadable ones are warned of."""
         import torch
 
@@ -219,10 +207,7 @@ class Photos:
             waiting[sample.key].append(sample)
         items = [(sample.key, self.features.manifest.file_of(sample)) for sample in samples]
         for batch in image_batches(
-            items,
-            self.backbone.transform,
-            batch_size=self.forward.batch_size,
-            workers=self.forward.workers,
+            items, self.backbone.transform, batch_size=self.forward.batch_size, workers=self.forward.workers
         ):
             for key, _, reason in batch.failures:
                 path = self.features.manifest.name_of(waiting[key].popleft())
@@ -243,9 +228,7 @@ class Photos:
         for images, y, _ in self.batches([samples[k] for k in order[: self.steps * size]]):
             if flip:
                 mirrored = torch.rand(len(images), generator=generator) < 0.5
-                images = torch.where(
-                    mirrored.to(images.device)[:, None, None, None], images.flip(3), images
-                )
+                images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
             yield images, y
 
     @property
@@ -285,11 +268,7 @@ def prove_handoff(network: Network, head: LinearHead, photos: Photos) -> float:
     worst = largest = 0.0
     with torch.inference_mode():
         for images, _, these in photos.batches(samples):
-            features = (
-                photos.features.read(tuple(these))
-                if exact
-                else network.backbone(images).cpu().numpy()
-            )
+            features = photos.features.read(tuple(these)) if exact else network.backbone(images).cpu().numpy()
             logits = head.logits(features)
             worst = max(worst, float(np.abs(network(images).cpu().numpy() - logits).max()))
             largest = max(largest, float(np.abs(logits).max()))
@@ -391,9 +370,7 @@ def _digests(network: Network, names: set[str]) -> dict[str, str]:
     return {name: digest_arrays({name: state[name]}) for name in sorted(names)}
 
 
-def _describe(
-    network: Network, photos: Photos, unfrozen: Sequence[str], history: Sequence[Epoch]
-) -> dict[str, Any]:
+def _describe(network: Network, photos: Photos, unfrozen: Sequence[str], history: Sequence[Epoch]) -> dict[str, Any]:
     sizes = {name: p.numel() for name, p in network.named_parameters()}
     trainable = sum(sizes[name] for name in unfrozen)
     return {

@@ -83,27 +83,15 @@ def fit_head(
         asked = {"space": space, "backbone": backbone, "layer": layer}
         features = open_features(Cache(Path(cache_dir)), features, **asked)
     _check(features)
-    options: dict[str, Any] = {
-        "l2": l2,
-        "refit": refit,
-        "standardize": standardize,
-        "class_weight": class_weight,
-    }
+    options: dict[str, Any] = {"l2": l2, "refit": refit, "standardize": standardize, "class_weight": class_weight}
     fit = _fit_knn if solver == "knn" else _fit_linear
     head, fitted = fit(features, solver=solver, **options)
-    classifier = Classifier(
-        head, Reference(features.space.spec, features.loader), _backbone=features.backbone
-    )
+    classifier = Classifier(head, Reference(features.space.spec, features.loader), _backbone=features.backbone)
     scored = {}
     for split in features.splits:
         samples = features.samples(split, labelled=True)
         scored[split] = Scored(samples, head.predict_proba(features.read(samples)))
-    report = {
-        "dataset": features.dataset,
-        **fitted,
-        "classes": list(features.classes),
-        "leaks": find_leaks(features),
-    }
+    report = {"dataset": features.dataset, **fitted, "classes": list(features.classes), "leaks": find_leaks(features)}
     with new_run(Path(runs_dir), "fit-head") as run:
         seconds = time.monotonic() - start
         return save_run(run, "fit-head", classifier, features, scored, report, seconds=seconds)
@@ -118,13 +106,7 @@ def _fit_knn(features: FeatureSet, **_: Any) -> tuple[KnnHead, dict[str, Any]]:
 
 
 def _fit_linear(
-    features: FeatureSet,
-    *,
-    solver: str,
-    l2: float | str,
-    refit: bool,
-    standardize: bool,
-    class_weight: str,
+    features: FeatureSet, *, solver: str, l2: float | str, refit: bool, standardize: bool, class_weight: str
 ) -> tuple[LinearHead, dict[str, Any]]:
     """Fit the path over l2, choose on validation, and say what came of it."""
     import numpy as np
@@ -149,9 +131,7 @@ def _fit_linear(
     if refit:
         X, y = np.concatenate([X, X_val]), np.concatenate([y, y_val])
         head = fit_linear(X, y, l2=path.l2, **options(y))
-    points = [
-        {"l2": p.l2, "val_accuracy": p.val_accuracy, "objective": p.objective} for p in path.points
-    ]
+    points = [{"l2": p.l2, "val_accuracy": p.val_accuracy, "objective": p.objective} for p in path.points]
     solved = head.provenance["solver"]
     return head, {"solver": solved, "l2": path.l2, "l2_path": points, "n_train": len(y)}
 
@@ -179,22 +159,12 @@ def _check(features: FeatureSet) -> None:
     lacking = [name for name in features.classes if name not in found]
     if lacking:
         warnings.warn(
-            f"no training image of {', '.join(lacking)}: the head will never answer so",
-            EmbedpipeWarning,
-            stacklevel=3,
+            f"no training image of {', '.join(lacking)}: the head will never answer so", EmbedpipeWarning, stacklevel=3
         )
 
 
 def find_leaks(features: FeatureSet) -> dict[str, Any]:
     """Count the images of val and test whose very content is in train too."""
     train = {sample.key for sample in features.samples("train")}
-    others = Counter(
-        sample.split
-        for sample in features.samples()
-        if sample.split != "train" and sample.key in train
-    )
-    return {
-        "duplicates_of_train": {
-            split: others.get(split, 0) for split in features.splits if split != "train"
-        }
-    }
+    others = Counter(sample.split for sample in features.samples() if sample.split != "train" and sample.key in train)
+    return {"duplicates_of_train": {split: others.get(split, 0) for split in features.splits if split != "train"}}

@@ -116,9 +116,7 @@ def expected_calibration_error(
 def _labels(y: ArrayLike, n: int, n_classes: int) -> NDArray[np.int64]:
     truth = np.asarray(y, dtype=np.int64)
     if n == 0 or truth.shape != (n,):
-        raise UsageError(
-            f"{n} predictions and {truth.size} labels, expected as many of each and at least one"
-        )
+        raise UsageError(f"{n} predictions and {truth.size} labels, expected as many of each and at least one")
     if truth.min() < 0 or truth.max() >= n_classes:
         wrong = int(truth[(truth < 0) | (truth >= n_classes)][0])
         raise UsageError(f"label {wrong}, expected 0 to {n_classes - 1}", label=wrong)

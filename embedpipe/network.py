@@ -64,15 +64,9 @@ def release(
     """
     chosen = set(unfreeze_parameters(backbone, unfreeze))
     keep_eval = list(frozen_modules(backbone, tuple(chosen)))
-    norms = {
-        name: module
-        for name, module in backbone.module.model.named_modules()
-        if isinstance(module, BATCH_NORMS)
-    }
+    norms = {name: module for name, module in backbone.module.model.named_modules() if isinstance(module, BATCH_NORMS)}
     if bn == "frozen":
-        chosen -= {
-            f"{name}.{p}" for name, module in norms.items() for p, _ in module.named_parameters()
-        }
+        chosen -= {f"{name}.{p}" for name, module in norms.items() for p, _ in module.named_parameters()}
     if bn != "train":
         keep_eval += norms.values()
     network.requires_grad_(False)
@@ -82,9 +76,7 @@ def release(
     return [name for name, p in network.named_parameters() if p.requires_grad], keep_eval
 
 
-def parameter_groups(
-    network: Network, *, lr: float, head_lr: float, weight_decay: float
-) -> list[dict[str, Any]]:
+def parameter_groups(network: Network, *, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
     """Return optimiser groups: two rates, and decay on matrices and kernels only."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
@@ -92,7 +84,4 @@ def parameter_groups(
             rate = lr if name.startswith(PREFIX) else head_lr
             decay = weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((rate, decay), []).append(parameter)
-    return [
-        {"params": parameters, "lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
-    ]
+    return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]

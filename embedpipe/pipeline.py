@@ -32,9 +32,7 @@ if TYPE_CHECKING:
 
 Progress = Callable[[str, int, int], None]
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-NON_FINITE = (
-    "the features are not finite in {precision}; try --precision fp32 --store-dtype float32"
-)
+NON_FINITE = "the features are not finite in {precision}; try --precision fp32 --store-dtype float32"
 
 
 @dataclass(frozen=True)
@@ -109,12 +107,7 @@ class Filled:
 
 
 def plan_forward(
-    *,
-    device: str,
-    batch_size: int | str,
-    workers: int | str,
-    precision: str = "fp32",
-    store_dtype: str = "float32",
+    *, device: str, batch_size: int | str, workers: int | str, precision: str = "fp32", store_dtype: str = "float32"
 ) -> Forward:
     """Turn what a user asked for into settings of this machine.
 
@@ -123,9 +116,7 @@ def plan_forward(
     UsageError    the device is not there (there is no silent fall-back), or a number is below 1
     """
     device = resolve_device(device)
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for name, value in (("batch-size", batch_size), ("workers", workers)):
         if value != "auto" and int(value) < 1:
             raise UsageError(f"--{name} is {value}, expected 1 or more")
@@ -158,9 +149,7 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         return there[0]
     if device not in there:
-        raise UsageError(
-            f"--device {device} is not there; found {', '.join(there)}", hint="use --device auto"
-        )
+        raise UsageError(f"--device {device} is not there; found {', '.join(there)}", hint="use --device auto")
     return device
 
 
@@ -231,9 +220,7 @@ def fill_space(
         view = space.view()
     reasons = {key: (stage, reason) for key, (stage, reason, _) in view.failures.items()} | passing
     failed = tuple(
-        Failure(manifest.name_of(sample), *reasons[sample.key])
-        for sample in manifest.samples
-        if sample.key in reasons
+        Failure(manifest.name_of(sample), *reasons[sample.key]) for sample in manifest.samples if sample.key in reasons
     )
     computed = sum(key not in reasons for key in missing)
     reused = sum(key not in reasons for key in wanted) - computed
@@ -242,9 +229,7 @@ def fill_space(
 
 def _missing(wanted: Mapping[bytes, Sample], view: Any, retry_failed: bool) -> dict[bytes, Sample]:
     return {
-        key: sample
-        for key, sample in wanted.items()
-        if key not in view and (retry_failed or key not in view.failures)
+        key: sample for key, sample in wanted.items() if key not in view and (retry_failed or key not in view.failures)
     }
 
 
@@ -255,9 +240,7 @@ def _check_plan(space: Space, rows: int, backbone: Backbone, forward: Forward) -
     check_free_space(space.folder, 2 * rows * row_bytes + min(held, 1 << 30))
 
 
-def stream_rows(
-    items: Iterable[tuple[bytes, Path]], backbone: Backbone, forward: Forward
-) -> Iterator[Rows]:
+def stream_rows(items: Iterable[tuple[bytes, Path]], backbone: Backbone, forward: Forward) -> Iterator[Rows]:
     """Decode and forward images batch by batch, in the order given.
 
     Yields
@@ -271,27 +254,16 @@ def stream_rows(
     run = prepare_forward(backbone, forward)
     reason = NON_FINITE.format(precision=forward.precision)
     start = time.monotonic()
-    for batch in image_batches(
-        items, backbone.transform, batch_size=forward.batch_size, workers=forward.workers
-    ):
+    for batch in image_batches(items, backbone.transform, batch_size=forward.batch_size, workers=forward.workers):
         decoded = time.monotonic()
         keys, failures = batch.keys, list(batch.failures)
         features = np.empty((0, backbone.feature_dim), forward.store_dtype)
         if keys:
             with np.errstate(over="ignore"):
-                features = run(_pad(batch.images, forward.batch_size))[: len(keys)].astype(
-                    forward.store_dtype
-                )
+                features = run(_pad(batch.images, forward.batch_size))[: len(keys)].astype(forward.store_dtype)
             finite: np.ndarray = np.asarray(np.isfinite(features).all(axis=1))
-            failures += [
-                (key, "forward", reason)
-                for key, ok in zip(keys, finite.tolist(), strict=True)
-                if not ok
-            ]
-            keys, features = (
-                [key for key, ok in zip(keys, finite.tolist(), strict=True) if ok],
-                features[finite],
-            )
+            failures += [(key, "forward", reason) for key, ok in zip(keys, finite.tolist(), strict=True) if not ok]
+            keys, features = ([key for key, ok in zip(keys, finite.tolist(), strict=True) if ok], features[finite])
         waited_s, start = decoded - start, time.monotonic()
         yield Rows(keys, features, failures, waited_s, start - decoded)
         start = time.monotonic()
@@ -318,9 +290,7 @@ def prepare_forward(backbone: Backbone, forward: Forward) -> Callable[[torch.Ten
         images = images.to(forward.device, memory_format=memory)
         with (
             torch.inference_mode(),
-            torch.autocast(
-                forward.device.partition(":")[0], dtype, enabled=dtype is not torch.float32
-            ),
+            torch.autocast(forward.device.partition(":")[0], dtype, enabled=dtype is not torch.float32),
         ):
             features: np.ndarray = module(images).float().cpu().numpy()
         return features

@@ -45,11 +45,7 @@ class Prediction:
         return sorted(pairs, key=lambda pair: -pair[1])[:count]
 
     def to_dict(self, *, top: int = 1, probabilities: bool = False) -> dict[str, Any]:
-        record: dict[str, Any] = {
-            "path": self.path,
-            "label": self.label,
-            "probability": self.probability,
-        }
+        record: dict[str, Any] = {"path": self.path, "label": self.label, "probability": self.probability}
         if top > 1:
             record["top"] = [{"label": name, "probability": p} for name, p in self.top(top)]
         if probabilities:
@@ -115,11 +111,8 @@ def predict(
         progress=progress,
     )
     if strict and result.failed:
-        raise EmbedpipeError(
-            f"{result.failed[0].path}: {result.failed[0].reason}", hint="mend or remove it"
-        )
+        raise EmbedpipeError(f"{result.failed[0].path}: {result.failed[0].reason}", hint="mend or remove it")
     predictions = [
-        Prediction(path, run.classes, values)
-        for path, values in zip(result.paths, result.values, strict=True)
+        Prediction(path, run.classes, values) for path, values in zip(result.paths, result.values, strict=True)
     ]
     return Predictions(predictions, result.failed)

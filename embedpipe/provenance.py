@@ -70,12 +70,7 @@ def _tensor_bytes(tensor: Any) -> Any:
 def environment(device: str = "cpu") -> dict[str, str]:
     """Return library versions, platform and device: what is recorded beside features, never hashed."""
     versions = {name: _version(name) for name in LIBRARIES}
-    return {
-        **versions,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "device": device,
-    }
+    return {**versions, "python": platform.python_version(), "machine": platform.machine(), "device": device}
 
 
 def _version(name: str) -> str:

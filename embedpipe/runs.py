@@ -84,9 +84,7 @@ def list_runs(runs_dir: Path) -> list[Path]:
     """Return the complete runs, oldest first."""
     if not runs_dir.is_dir():
         return []
-    return sorted(
-        p.parent for p in runs_dir.glob("*/run.json") if not p.parent.name.startswith(".")
-    )
+    return sorted(p.parent for p in runs_dir.glob("*/run.json") if not p.parent.name.startswith("."))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -118,16 +116,12 @@ def find_run(runs_dir: Path, text: str | os.PathLike[str]) -> Path:
     if (Path(text) / "run.json").is_file():
         return Path(text)
     runs = list_runs(runs_dir)
-    hits = [
-        p for p in runs if p.name.startswith(text) or p.name.rsplit("-", 1)[-1].startswith(text)
-    ]
+    hits = [p for p in runs if p.name.startswith(text) or p.name.rsplit("-", 1)[-1].startswith(text)]
     if len(hits) == 1:
         return hits[0]
     if hits:
         shown = ", ".join(p.name for p in hits[-3:])
-        raise UsageError(
-            f"{len(hits)} runs begin with {text!r}: {shown}", hint="give more of the name"
-        )
+        raise UsageError(f"{len(hits)} runs begin with {text!r}: {shown}", hint="give more of the name")
     close = nearest(text, [p.name for p in runs]) or [p.name for p in runs[-3:]]
     raise UsageError(
         f"no run {text!r} in {runs_dir}",
@@ -135,9 +129,7 @@ def find_run(runs_dir: Path, text: str | os.PathLike[str]) -> Path:
     )
 
 
-def latest_run(
-    runs_dir: Path, verb: str, accept: Callable[[dict[str, Any]], bool] = lambda _: True
-) -> Path:
+def latest_run(runs_dir: Path, verb: str, accept: Callable[[dict[str, Any]], bool] = lambda _: True) -> Path:
     """Return the newest run of `verb` whose record `accept` takes.
 
     Raises
@@ -148,6 +140,4 @@ def latest_run(
         record = read_run(folder)
         if record["verb"] == verb and accept(record):
             return folder
-    raise UsageError(
-        f"no run of {verb} that fits in {runs_dir}", hint=f"run `embedpipe {verb}` first"
-    )
+    raise UsageError(f"no run of {verb} that fits in {runs_dir}", hint=f"run `embedpipe {verb}` first")

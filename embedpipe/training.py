@@ -96,8 +96,7 @@ def train(
                 loss = F.cross_entropy(network(images), y, weight=class_weight)
                 if not torch.isfinite(loss):
                     raise EmbedpipeError(
-                        f"the training loss became {loss.item()} in epoch {epoch}",
-                        hint="try a smaller --lr",
+                        f"the training loss became {loss.item()} in epoch {epoch}", hint="try a smaller --lr"
                     )
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
@@ -136,9 +135,7 @@ def moving_names(network: nn.Module, keep_eval: Sequence[nn.Module]) -> set[str]
     still = {id(module) for frozen in keep_eval for module in frozen.modules()}
     for prefix, module in network.named_modules():
         if id(module) not in still:
-            names |= {
-                f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False)
-            }
+            names |= {f"{prefix}.{name}".lstrip(".") for name, _ in module.named_buffers(recurse=False)}
     return names & set(network.state_dict())
 
 

@@ -17,12 +17,7 @@ import pytest
 from PIL import Image
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
-TINY = [
-    "--backbone",
-    "timm:test_resnet",
-    "--weights",
-    "none",
-]  # random weights: mechanics, no accuracy
+TINY = ["--backbone", "timm:test_resnet", "--weights", "none"]  # random weights: mechanics, no accuracy
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +33,7 @@ def write_photo(path: Path, colour: tuple[int, int, int], seed: int) -> Path:
     return path
 
 
-def write_photos(
-    folder: Path, per_class: int = 12, classes: tuple[str, ...] = tuple(COLOURS)
-) -> Path:
+def write_photos(folder: Path, per_class: int = 12, classes: tuple[str, ...] = tuple(COLOURS)) -> Path:
     """Write class folders of PNG files."""
     for c, name in enumerate(classes):
         for k in range(per_class):
@@ -86,9 +79,7 @@ Run = Callable[..., Ended]
 
 
 @pytest.fixture
-def run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Run]:
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Run]:
     """Call the command line in this process, from an empty folder."""
     import warnings
 
@@ -120,9 +111,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
         cwd = tmp_path / "work"
-        processes.append(
-            subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True)
-        )
+        processes.append(subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True))
         return processes[-1]
 
     yield begin

@@ -50,18 +50,12 @@ def imports_of(path: Path) -> list[tuple[str, bool]]:
 
     def walk(node: ast.AST, typing_only: bool) -> None:
         for child in ast.iter_child_nodes(node):
-            inside = typing_only or (
-                isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-            )
+            inside = typing_only or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
             if isinstance(child, ast.Import):
                 found.extend((alias.name, inside) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
                 module = child.module or ""
-                names = (
-                    [f"embedpipe.{a.name}" for a in child.names]
-                    if module == "embedpipe"
-                    else [module]
-                )
+                names = [f"embedpipe.{a.name}" for a in child.names] if module == "embedpipe" else [module]
                 found.extend((name, inside) for name in names)
             walk(child, inside)
 
@@ -82,9 +76,7 @@ def test_imports_go_down_only(path: Path) -> None:
             continue
         there = parts[1]
         same_floor = floor_of(there) == floor_of(here) and (typing_only or [there, here] in STAIRS)
-        assert floor_of(there) < floor_of(here) or same_floor, (
-            f"{here} imports {name}, which is not below it"
-        )
+        assert floor_of(there) < floor_of(here) or same_floor, f"{here} imports {name}, which is not below it"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -92,9 +84,7 @@ def test_heavy_libraries_enter_by_their_doors(path: Path) -> None:
     place = path.relative_to(PACKAGE).as_posix()
     for name, _ in imports_of(path):
         doors = DOORS.get(name.split(".")[0])
-        assert doors is None or any(place == d or place.startswith(f"{d}/") for d in doors), (
-            f"{place} imports {name}"
-        )
+        assert doors is None or any(place == d or place.startswith(f"{d}/") for d in doors), f"{place} imports {name}"
 
 
 def test_every_room_stands_on_a_floor() -> None:
@@ -107,9 +97,7 @@ def test_no_deed_imports_a_deed() -> None:
     deeds = FLOORS[5]
     for path in FILES:
         if room_of(path) in deeds:
-            named = {
-                name.split(".")[1] for name, _ in imports_of(path) if name.startswith("embedpipe.")
-            }
+            named = {name.split(".")[1] for name, _ in imports_of(path) if name.startswith("embedpipe.")}
             assert not (named & deeds) - {room_of(path)}
 
 

@@ -130,10 +130,7 @@ def test_moved_and_relabelled_images_compute_nothing(run: Run, photos: Path) -> 
 
 def test_help_is_quick_and_loads_no_torch() -> None:
     process = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "embedpipe", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-X", "importtime", "-m", "embedpipe", "--help"], capture_output=True, text=True, check=True
     )
     loaded = {line.rsplit("|", 1)[-1].strip() for line in process.stderr.splitlines()}
     assert not loaded & {"torch", "numpy", "h5py", "sklearn", "timm", "pydantic"}
@@ -146,8 +143,7 @@ def test_importing_the_package_loads_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "command",
-    ["extract", "fit-head", "finetune", "predict", "evaluate", "models", "layers", "demo"],
+    "command", ["extract", "fit-head", "finetune", "predict", "evaluate", "models", "layers", "demo"]
 )
 def test_every_help_carries_an_example(run: Run, command: str) -> None:
     text = run(command, "--help").out
@@ -174,13 +170,8 @@ def test_shared_options_before_and_after_the_command(run: Run, photos: Path) -> 
     after = run("extract", photos, *TINY, "--cache-dir", "elsewhere", "--json").data
     assert before["space"].startswith("elsewhere/")
     assert after["reused"] == 36
-    Path("c.yaml").write_text(
-        "cache_dir: elsewhere\nextract:\n  backbone: timm:test_resnet\n  weights: none\n"
-    )
-    for flags in (
-        ["--config", "c.yaml", "extract", photos],
-        ["extract", photos, "--config", "c.yaml"],
-    ):
+    Path("c.yaml").write_text("cache_dir: elsewhere\nextract:\n  backbone: timm:test_resnet\n  weights: none\n")
+    for flags in (["--config", "c.yaml", "extract", photos], ["extract", photos, "--config", "c.yaml"]):
         assert run(*flags, "--json").data["reused"] == 36
 
 
@@ -302,10 +293,7 @@ def test_a_weights_file_of_another_model(run: Run, photos: Path) -> None:
     done = run("extract", photos, "--backbone", "test_resnet", "--weights", "other.safetensors")
     assert done.code == 4
     Path("garbage.pth").write_bytes(b"not weights")
-    assert run("extract", photos, "--backbone", "test_resnet", "--weights", "garbage.pth").code in (
-        2,
-        4,
-    )
+    assert run("extract", photos, "--backbone", "test_resnet", "--weights", "garbage.pth").code in (2, 4)
     assert run("extract", photos, "--backbone", "test_resnet", "--weights", "absent.pth").code == 2
 
 
@@ -328,9 +316,7 @@ def test_a_knn_head_cannot_be_tuned(run: Run, photos: Path) -> None:
     assert "kNN" in done.line
 
 
-def test_weights_without_network_or_package(
-    run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_weights_without_network_or_package(run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     done = run("extract", photos, "--backbone", "timm:test_resnet")
     assert done.code == 1
@@ -347,9 +333,7 @@ def test_a_place_that_cannot_be_written(run: Run, photos: Path) -> None:
     assert run("fit-head", "--l2", 0.1, "--runs-dir", "file/runs").code == 74
 
 
-def test_a_full_disk_is_found_before_the_start(
-    photos: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_found_before_the_start(photos: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plan is checked against free space before the first image is decoded."""
     import shutil
 
@@ -370,9 +354,7 @@ def test_a_device_that_is_not_there(run: Run, photos: Path) -> None:
     assert "cpu" in done.line
 
 
-def test_sigterm_commits_and_resumes(
-    run: Run, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
-) -> None:
+def test_sigterm_commits_and_resumes(run: Run, tmp_path: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
     photos = write_photos(tmp_path / "many", 400)
     process = start("extract", photos, *TINY, "--batch-size", 4, "--shard-rows", 64, "--json")
     shards = tmp_path / "work" / "cache" / "spaces"

@@ -60,14 +60,10 @@ def test_frozen_parameters_and_buffers_stay_bit_for_bit(
     assert moved("running_mean") is statistics_move
     assert moved("weight") is affine_moves
     assert not torch.equal(before["layer4.0.conv1.weight"], after["layer4.0.conv1.weight"])
-    assert all(
-        torch.equal(before[n], t) for n, t in state_of(head).items()
-    )  # the caller's model is his
+    assert all(torch.equal(before[n], t) for n, t in state_of(head).items())  # the caller's model is his
 
 
-def test_moving_statistics_of_a_frozen_layer_fail_the_run(
-    head: ep.Classifier, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_moving_statistics_of_a_frozen_layer_fail_the_run(head: ep.Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
     """Put everything into train mode, as a plain loop does: the proof after training has to notice."""
     monkeypatch.setattr(training, "set_modes", lambda network, keep_eval: network.train())
     with pytest.raises(EmbedpipeError, match="frozen tensors moved"):
@@ -97,9 +93,7 @@ def test_training_never_ends_below_its_start(head: ep.Classifier) -> None:
 
 
 def test_two_learning_rates(head: ep.Classifier) -> None:
-    still = stored(
-        ep.finetune(head, unfreeze="layer4", epochs=1, batch_size=8, lr=0.0, weight_decay=0.0)
-    )
+    still = stored(ep.finetune(head, unfreeze="layer4", epochs=1, batch_size=8, lr=0.0, weight_decay=0.0))
     for name, tensor in state_of(head).items():
         assert torch.equal(tensor, still[name]), name
 
@@ -139,7 +133,5 @@ def test_unfreezing_nothing_trains_the_head_alone(head: ep.Classifier) -> None:
 
 
 def test_the_same_seed_gives_the_same_weights(head: ep.Classifier) -> None:
-    first, second = (
-        stored(ep.finetune(head, unfreeze="layer4", augment="flip", **FAST)) for _ in range(2)
-    )
+    first, second = (stored(ep.finetune(head, unfreeze="layer4", augment="flip", **FAST)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -25,9 +25,7 @@ def jpegs(tmp_path: Path) -> list[Path]:
     folder.mkdir()
     paths = []
     for p, photo in enumerate(load_sample_images().images):
-        for k, (height, width) in enumerate(
-            [(427, 640), (301, 223), (180, 333), (224, 224), (90, 77)]
-        ):
+        for k, (height, width) in enumerate([(427, 640), (301, 223), (180, 333), (224, 224), (90, 77)]):
             paths.append(folder / f"{p}{k}.jpg")
             Image.fromarray(photo[:height, :width]).save(paths[-1], quality=90)
     return paths
@@ -57,10 +55,7 @@ def from_command_line(run: Run, folder: Path, *arguments: object) -> tuple[np.nd
     """Return features and paths as plain h5py reads them."""
     data = run("extract", folder, *arguments, "--json").data
     with h5py.File(data["features"]) as file:
-        rows = {
-            key.tobytes(): row
-            for key, row in zip(file["keys"][()], file["features"][()], strict=True)
-        }
+        rows = {key.tobytes(): row for key, row in zip(file["keys"][()], file["features"][()], strict=True)}
     with h5py.File(Path("cache") / "datasets" / f"{data['dataset']}.h5") as table:
         paths = [path.decode() for path in table["path"][()]]
         return np.stack([rows[key.tobytes()] for key in table["key"][()]]), paths
@@ -73,17 +68,12 @@ def cosine_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("recipe", "name", "suffix"),
-    [
-        (plain_timm, "timm:resnet18", "safetensors"),
-        (plain_torchvision, "torchvision:mobilenet_v3_small", "pth"),
-    ],
+    [(plain_timm, "timm:resnet18", "safetensors"), (plain_torchvision, "torchvision:mobilenet_v3_small", "pth")],
 )
 def test_features_equal_the_plain_recipe(run, jpegs, tmp_path, recipe, name, suffix) -> None:  # type: ignore[no-untyped-def]
     weights = tmp_path / f"weights.{suffix}"
     wanted = recipe(jpegs, weights)
-    found, paths = from_command_line(
-        run, jpegs[0].parent, "--backbone", name, "--weights", weights, "--batch-size", 4
-    )
+    found, paths = from_command_line(run, jpegs[0].parent, "--backbone", name, "--weights", weights, "--batch-size", 4)
     assert paths == [path.name for path in jpegs]
     assert cosine_distance(found, wanted).max() < 1e-5
     np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
@@ -99,9 +89,7 @@ def test_a_row_does_not_depend_on_its_batch(run: Run, photos: Path) -> None:
     assert part.tobytes() == whole[24:].tobytes()
 
 
-def test_features_that_overflow_float16_are_failures(
-    run: Run, photos: Path, tmp_path: Path
-) -> None:
+def test_features_that_overflow_float16_are_failures(run: Run, photos: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("test_resnet")
     with torch.no_grad():

@@ -9,13 +9,7 @@ import pytest
 import torch
 
 from embedpipe.errors import CacheBusy, EmbedpipeError, StorageError
-from embedpipe.provenance import (
-    canonical_json,
-    digest_arrays,
-    fingerprint,
-    nearest,
-    write_atomically,
-)
+from embedpipe.provenance import canonical_json, digest_arrays, fingerprint, nearest, write_atomically
 
 
 def test_the_order_of_keys_does_not_matter() -> None:

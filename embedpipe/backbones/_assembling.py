@@ -89,12 +89,7 @@ def assemble(
 
 
 def wrap_module(
-    module: nn.Module,
-    *,
-    layer: str | None,
-    pool: str,
-    image_size: int | None,
-    transform: Images | None,
+    module: nn.Module, *, layer: str | None, pool: str, image_size: int | None, transform: Images | None
 ) -> Backbone:
     """Return the backbone of a user's own module: its output, or a layer of it, is the feature.
 
@@ -103,10 +98,7 @@ def wrap_module(
     UsageError    no transform; unknown layer or pool; an image size that the module refuses
     """
     if transform is None:
-        raise UsageError(
-            "a module without a transform",
-            hint="pass transform=, e.g. an embedpipe.images.Transform",
-        )
+        raise UsageError("a module without a transform", hint="pass transform=, e.g. an embedpipe.images.Transform")
     kind = type(module)
     crop = getattr(transform, "crop_size", (image_size or 224, image_size or 224))
     return assemble(

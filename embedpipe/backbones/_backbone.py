@@ -83,9 +83,7 @@ def digest_weights(model: nn.Module) -> str:
     """Return the digest of all parameters and buffers that the library stores; the classifier is
     gone by now.
     """
-    return digest_arrays(
-        {name: value for name, value in model.state_dict().items() if hasattr(value, "detach")}
-    )
+    return digest_arrays({name: value for name, value in model.state_dict().items() if hasattr(value, "detach")})
 
 
 def find_stages(model: nn.Module, record: Trace) -> tuple[Layer, ...]:
@@ -110,11 +108,7 @@ def find_stages(model: nn.Module, record: Trace) -> tuple[Layer, ...]:
 def _children(modules: dict[str, nn.Module], record: Trace, prefix: str) -> list[str]:
     """Return the child modules that run and hold a weight matrix or kernel."""
     names = [f"{prefix}.{name}".lstrip(".") for name, _ in modules[prefix].named_children()]
-    return [
-        n
-        for n in names
-        if n in modules and record.start_below(n) is not None and _has_kernel(modules[n])
-    ]
+    return [n for n in names if n in modules and record.start_below(n) is not None and _has_kernel(modules[n])]
 
 
 def _has_kernel(module: nn.Module) -> bool:

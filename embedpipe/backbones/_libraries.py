@@ -27,27 +27,14 @@ class Library(Protocol):
     def knows(self, architecture: str) -> bool: ...
     def bare_name(self, architecture: str) -> str: ...
     def options_for(self, architecture: str, image_size: int | None) -> dict[str, Any]: ...
-    def build(
-        self, architecture: str, *, options: dict[str, Any], pretrained: bool
-    ) -> nn.Module: ...
+    def build(self, architecture: str, *, options: dict[str, Any], pretrained: bool) -> nn.Module: ...
     def origin_of(self, architecture: str) -> str: ...
     def classifiers_of(self, architecture: str, model: nn.Module) -> tuple[str, ...]: ...
     def transform_for(
-        self,
-        architecture: str,
-        *,
-        image_size: int | None,
-        crop_pct: float | None,
-        interpolation: str | None,
+        self, architecture: str, *, image_size: int | None, crop_pct: float | None, interpolation: str | None
     ) -> Transform: ...
     def config_for(
-        self,
-        architecture: str,
-        *,
-        options: dict[str, Any],
-        classes: list[str],
-        feature_dim: int,
-        transform: Any,
+        self, architecture: str, *, options: dict[str, Any], classes: list[str], feature_dim: int, transform: Any
     ) -> dict[str, Any]: ...
 
 
@@ -58,15 +45,9 @@ def list_models(pattern: str | None = None) -> list[str]:
     """Return the classification models of both libraries, those that hold or (as a glob) match
     `pattern`.
     """
-    names = [
-        f"{source}:{name}" for source, library in LIBRARIES.items() for name in library.names()
-    ]
+    names = [f"{source}:{name}" for source, library in LIBRARIES.items() for name in library.names()]
     glob = pattern if pattern and any(c in pattern for c in "*?[") else f"*{pattern or ''}*"
-    return [
-        name
-        for name in names
-        if fnmatchcase(name, glob) or fnmatchcase(name.partition(":")[2], glob)
-    ]
+    return [name for name in names if fnmatchcase(name, glob) or fnmatchcase(name.partition(":")[2], glob)]
 
 
 def resolve_name(name: str) -> tuple[str, str]:

@@ -116,14 +116,10 @@ def describe_layers(name: str) -> tuple[Layer, ...]:
     source, architecture = resolve_name(name)
     library = LIBRARIES[source]
     with Weightless():
-        model = library.build(
-            architecture, options=library.options_for(architecture, None), pretrained=False
-        ).eval()
+        model = library.build(architecture, options=library.options_for(architecture, None), pretrained=False).eval()
     size = _transform_for(library, architecture, None, None, None).crop_size
     record = trace_or_explain(model, size, name)
-    take_classifiers(
-        model, find_classifiers(model, library.classifiers_of(architecture, model)), record
-    )
+    take_classifiers(model, find_classifiers(model, library.classifiers_of(architecture, model)), record)
     return find_stages(model, record)
 
 
@@ -139,11 +135,7 @@ def _refuse(what: str, *, weights: str | os.PathLike[str], **options: float | st
 
 
 def _transform_for(
-    library: Library,
-    architecture: str,
-    image_size: int | None,
-    crop_pct: float | None,
-    interpolation: str | None,
+    library: Library, architecture: str, image_size: int | None, crop_pct: float | None, interpolation: str | None
 ) -> Transform:
     try:
         return library.transform_for(

@@ -34,11 +34,7 @@ DESCRIPTION, CONFIG, WEIGHTS = "embedpipe.json", "config.json", "model.safetenso
 
 
 def save_model(
-    backbone: Backbone,
-    weight: np.ndarray | Tensor,
-    bias: np.ndarray | Tensor,
-    classes: Sequence[str],
-    folder: Path,
+    backbone: Backbone, weight: np.ndarray | Tensor, bias: np.ndarray | Tensor, classes: Sequence[str], folder: Path
 ) -> bool:
     """Write the whole model into an existing folder; tell whether the library's own classifier
     could take the new one.
@@ -58,8 +54,7 @@ def save_model(
     """
     source, _, architecture = backbone.name.partition(":")
     state = {
-        name: tensor.detach().cpu().contiguous().clone()
-        for name, tensor in backbone.module.model.state_dict().items()
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in backbone.module.model.state_dict().items()
     }
     head = _classifier_state(backbone, torch.as_tensor(weight), torch.as_tensor(bias))
     files = {WEIGHTS: safetensors.torch.save(state | head, {"format": "pt"})}
@@ -78,18 +73,13 @@ def save_model(
             (folder / name).write_bytes(data)
     except OSError as exc:
         raise StorageError(
-            f"could not write {exc.filename}: {exc.strerror}",
-            hint="free some space or check the permissions",
+            f"could not write {exc.filename}: {exc.strerror}", hint="free some space or check the permissions"
         ) from exc
     return bool(head)
 
 
 def load_model(
-    folder: str | os.PathLike[str],
-    *,
-    layer: str | None = None,
-    pool: str = "auto",
-    transform: Images | None = None,
+    folder: str | os.PathLike[str], *, layer: str | None = None, pool: str = "auto", transform: Images | None = None
 ) -> Backbone:
     """Return the backbone in a folder that `save_model` wrote, at the layer it was saved with or at
     another one.
@@ -134,9 +124,7 @@ def _classifier_state(backbone: Backbone, weight: Tensor, bias: Tensor) -> State
         return {}
     options = backbone.build | {"num_classes": len(bias)}
     with Weightless():
-        whole = (
-            LIBRARIES[source].build(architecture, options=options, pretrained=False).state_dict()
-        )
+        whole = LIBRARIES[source].build(architecture, options=options, pretrained=False).state_dict()
     own = backbone.module.model.state_dict()
     missing = {name: tensor.shape for name, tensor in whole.items() if name not in own}
     return _fit_classifier(missing, weight.float(), bias.float())
@@ -149,14 +137,10 @@ def _fit_classifier(missing: dict[str, torch.Size], weight: Tensor, bias: Tensor
         return {}
     if any(missing[kinds[kind]].numel() != tensor.numel() for kind, tensor in given.items()):
         return {}
-    return {
-        kinds[kind]: tensor.reshape(missing[kinds[kind]]).clone() for kind, tensor in given.items()
-    }
+    return {kinds[kind]: tensor.reshape(missing[kinds[kind]]).clone() for kind, tensor in given.items()}
 
 
-def _description(
-    backbone: Backbone, classifier: list[str], classes: Sequence[str]
-) -> dict[str, Any]:
+def _description(backbone: Backbone, classifier: list[str], classes: Sequence[str]) -> dict[str, Any]:
     layer = backbone.spec["layer"]
     return {
         "schema": SCHEMA,
@@ -177,13 +161,10 @@ def _read_description(folder: Path) -> dict[str, Any]:
     try:
         stored: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
     except (OSError, ValueError) as exc:
-        raise ModelMismatch(
-            f"{folder} holds no model of embedpipe", hint=f"expected a {DESCRIPTION} in it"
-        ) from exc
+        raise ModelMismatch(f"{folder} holds no model of embedpipe", hint=f"expected a {DESCRIPTION} in it") from exc
     if stored.get("schema") != SCHEMA:
         raise ModelMismatch(
-            f"{folder} has the format {stored.get('schema')}, this version reads {SCHEMA}",
-            hint="use a newer embedpipe",
+            f"{folder} has the format {stored.get('schema')}, this version reads {SCHEMA}", hint="use a newer embedpipe"
         )
     return stored
 

@@ -41,14 +41,7 @@ def read_weights(path: Path, *, dropped: tuple[str, ...] = ()) -> State:
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except (
-        safetensors.SafetensorError,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        ValueError,
-    ) as exc:
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as exc:
         raise ModelMismatch(
             f"{path} is not a state dict that can be read without running code in it",
             hint="save it with safetensors, or with torch.save(model.state_dict(), ...)",
@@ -61,14 +54,8 @@ def _unwrap(state: Any, path: Path) -> State:
     for wrapper in ("state_dict", "model", "state_dict_ema", "model_state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
-    if (
-        not isinstance(state, Mapping)
-        or not state
-        or not all(isinstance(v, Tensor) for v in state.values())
-    ):
-        raise ModelMismatch(
-            f"{path} holds no state dict of tensors", hint="save model.state_dict()", path=str(path)
-        )
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ModelMismatch(f"{path} holds no state dict of tensors", hint="save model.state_dict()", path=str(path))
     for prefix in ("module.", "model."):
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}

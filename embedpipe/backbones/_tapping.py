@@ -22,13 +22,7 @@ PREFIX_TOKENS = re.compile(r"(cls|class|dist|reg|register)_tokens?_?\d*")
 
 
 def choose_taps(
-    model: nn.Module,
-    record: Trace,
-    *,
-    heads: Sequence[str],
-    layer: str | None,
-    pool: str,
-    name: str,
+    model: nn.Module, record: Trace, *, heads: Sequence[str], layer: str | None, pool: str, name: str
 ) -> list[Tap]:
     """Return the modules whose outputs make the feature; none where the model's output is it.
 
@@ -53,8 +47,7 @@ def _tap(model: nn.Module, record: Trace, point: str, *, pool: str, name: str) -
     layout = layout_of(visit.shape, record.image_size, channels_last=last)
     if visit.shape[:1] != (BATCH,) or (layout == "unknown" and pool != "none"):
         raise UsageError(
-            f"{where} has the shape {visit.shape} for {BATCH} images, "
-            "expected a vector, tokens or a map of each image",
+            f"{where} has the shape {visit.shape} for {BATCH} images, expected a vector, tokens or a map of each image",
             hint="name the block that holds this layer, or use --pool none",
         )
     if layout == "vector":
@@ -87,9 +80,7 @@ def _check_layer(model: nn.Module, record: Trace, layer: str, name: str) -> None
             layer=layer,
         )
     if layer not in record.visits or record.visits[layer].output is None:
-        raise UsageError(
-            f"layer {layer!r} of {name} gives no output of its own", hint="name a module inside it"
-        )
+        raise UsageError(f"layer {layer!r} of {name} gives no output of its own", hint="name a module inside it")
 
 
 def _declared_prefix(model: nn.Module) -> int:
@@ -104,9 +95,7 @@ def _declared_prefix(model: nn.Module) -> int:
     return sum(counts.values())
 
 
-def layout_of(
-    shape: Sequence[int], image_size: tuple[int, int], *, channels_last: bool = False
-) -> str:
+def layout_of(shape: Sequence[int], image_size: tuple[int, int], *, channels_last: bool = False) -> str:
     """Name the layout of an output (N, ...) of images (H, W); `channels_last` decides where the
     shape cannot.
 

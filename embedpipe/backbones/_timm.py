@@ -63,8 +63,7 @@ def build(architecture: str, *, options: dict[str, Any], pretrained: bool) -> nn
         return _create(architecture, options)
     if not timm.get_pretrained_cfg(architecture).has_weights:
         raise WeightsUnavailable(
-            f"timm publishes no pretrained weights for {architecture}",
-            hint="use --weights FILE or --weights none",
+            f"timm publishes no pretrained weights for {architecture}", hint="use --weights FILE or --weights none"
         )
     try:
         with _quick_when_offline():
@@ -93,9 +92,7 @@ def transform_for(
 ) -> Transform:
     """Return what timm's own evaluation transform does, from the default configuration."""
     asked = {"img_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
-    data = resolve_data_config(
-        asked, pretrained_cfg=timm.get_pretrained_cfg(architecture).to_dict()
-    )
+    data = resolve_data_config(asked, pretrained_cfg=timm.get_pretrained_cfg(architecture).to_dict())
     height, width = data["input_size"][1:]
     resized = (math.floor(height / data["crop_pct"]), math.floor(width / data["crop_pct"]))
     mode = data["crop_mode"] if data["crop_mode"] in ("squash", "border") else "short"
@@ -110,12 +107,7 @@ def transform_for(
 
 
 def config_for(
-    architecture: str,
-    *,
-    options: dict[str, Any],
-    classes: list[str],
-    feature_dim: int,
-    transform: Any,
+    architecture: str, *, options: dict[str, Any], classes: list[str], feature_dim: int, transform: Any
 ) -> dict[str, Any]:
     """Return the `config.json` that `timm.create_model("local-dir:FOLDER")` reads."""
     cfg = timm.get_pretrained_cfg(architecture).to_dict(remove_source=True, remove_null=True)
@@ -134,11 +126,7 @@ def _data_config(transform: Any) -> dict[str, Any]:
     if not isinstance(transform, Transform):
         return {}
     height, width = transform.crop_size
-    resized = (
-        transform.resize_size
-        if isinstance(transform.resize_size, int)
-        else transform.resize_size[0]
-    )
+    resized = transform.resize_size if isinstance(transform.resize_size, int) else transform.resize_size[0]
     crop_pct = height / resized
     while math.floor(height / crop_pct) < resized:  # the quotient may round down
         crop_pct = math.nextafter(crop_pct, 0)

@@ -15,11 +15,7 @@ from torchvision import models
 from embedpipe.errors import WeightsUnavailable
 from embedpipe.images import Transform
 
-AUXILIARY: tuple[str, ...] = (
-    "aux1",
-    "aux2",
-    "AuxLogits",
-)  # training-time classifiers, never built here
+AUXILIARY: tuple[str, ...] = ("aux1", "aux2", "AuxLogits")  # training-time classifiers, never built here
 
 OPTIONS = {
     "googlenet": {"aux_logits": False, "transform_input": True, "init_weights": True},
@@ -95,12 +91,7 @@ def transform_for(
 
 
 def config_for(
-    architecture: str,
-    *,
-    options: dict[str, Any],
-    classes: list[str],
-    feature_dim: int,
-    transform: Any,
+    architecture: str, *, options: dict[str, Any], classes: list[str], feature_dim: int, transform: Any
 ) -> dict[str, Any]:
     """Return the `config.json` for `models.get_model(architecture, **model_args)`."""
     return {

@@ -56,11 +56,7 @@ def frozen_modules(backbone: Backbone, unfrozen: Sequence[str]) -> tuple[nn.Modu
         if not owned:
             start = record.start_below(prefix)
             return [module] if start is None or start < first else []
-        return [
-            m
-            for name, child in module.named_children()
-            for m in frozen_in(child, _join(prefix, name))
-        ]
+        return [m for name, child in module.named_children() for m in frozen_in(child, _join(prefix, name))]
 
     return tuple(frozen_in(backbone.module.model, ""))
 
@@ -80,9 +76,7 @@ def _matches(backbone: Backbone, pattern: str) -> list[str]:
         close = nearest(pattern, modules)
         raise UsageError(
             f"nothing to unfreeze in {backbone.name} matches {pattern!r}",
-            hint=f"did you mean {' or '.join(map(repr, close))}?"
-            if close
-            else "see `embedpipe layers`",
+            hint=f"did you mean {' or '.join(map(repr, close))}?" if close else "see `embedpipe layers`",
             pattern=pattern,
         )
     return found
@@ -91,8 +85,7 @@ def _matches(backbone: Backbone, pattern: str) -> list[str]:
 def _last_stages(backbone: Backbone, count: int) -> list[str]:
     if count > len(backbone.layers):
         raise UsageError(
-            f"{count} stages to unfreeze, {backbone.name} has {len(backbone.layers)}",
-            hint="use 'all', or fewer stages",
+            f"{count} stages to unfreeze, {backbone.name} has {len(backbone.layers)}", hint="use 'all', or fewer stages"
         )
     return _from(backbone, backbone.layers[-count].name) if count else []
 
@@ -115,11 +108,7 @@ def _from(backbone: Backbone, prefix: str) -> list[str]:
     start = backbone.trace.start_below(prefix)
     if start is None:
         return [name for name in _parameters(backbone) if is_below(name, prefix)]
-    return [
-        n
-        for n in _parameters(backbone)
-        if is_below(n, prefix) or backbone.trace.start_of(_owner(n)) >= start
-    ]
+    return [n for n in _parameters(backbone) if is_below(n, prefix) or backbone.trace.start_of(_owner(n)) >= start]
 
 
 def _is_globbed(parameter: str, pattern: str) -> bool:

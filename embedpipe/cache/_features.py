@@ -15,14 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from embedpipe.cache._sealed import (
-    FORMAT_VERSION,
-    USER_BLOCK,
-    build_head,
-    map_again,
-    open_sealed,
-    seal,
-)
+from embedpipe.cache._sealed import FORMAT_VERSION, USER_BLOCK, build_head, map_again, open_sealed, seal
 from embedpipe.cache._structure import Bytes, Large, damaged
 from embedpipe.provenance import canonical_json, fingerprint
 
@@ -138,9 +131,7 @@ class FeatureFile:
         self.shape, self.dtype = sealed.large.shape, sealed.large.dtype
         self._blocks, self._offset = sealed.arrays["blocks"], sealed.offset
         row_blocks = -(-(sealed.mapped.size - sealed.offset) // BLOCK)
-        consistent = (
-            self.keys.shape == (self.shape[0], KEY_BYTES) and len(self._blocks) >= row_blocks
-        )
+        consistent = self.keys.shape == (self.shape[0], KEY_BYTES) and len(self._blocks) >= row_blocks
         if not consistent or sealed.arrays["blocks"].shape[1:] != (KEY_BYTES,):
             raise damaged(path, "its keys, rows and block digests do not fit together")
         self.failures = _failures_of(sealed.arrays, path)

@@ -44,9 +44,7 @@ class KeyIndex:
         self.hashed = 0
         self._lock = threading.Lock()
         self._new: list[tuple[bytes | int, ...]] = []
-        self._database = _connect(
-            path or Path(platformdirs.user_cache_dir("embedpipe"), "index.sqlite")
-        )
+        self._database = _connect(path or Path(platformdirs.user_cache_dir("embedpipe"), "index.sqlite"))
 
     def key_of(self, path: str | os.PathLike[str]) -> bytes:
         """Return the sha256 of a file's bytes, 32 bytes.
@@ -74,9 +72,7 @@ class KeyIndex:
             self._database.close()
 
     def _look_up(self, name: bytes, identity: tuple[int, int, int, int]) -> bytes | None:
-        query = (
-            "SELECT key FROM keys WHERE (path, size, mtime_ns, inode, ctime_ns) = (?, ?, ?, ?, ?)"
-        )
+        query = "SELECT key FROM keys WHERE (path, size, mtime_ns, inode, ctime_ns) = (?, ?, ?, ?, ?)"
         with self._lock, suppress(sqlite3.Error):
             row = self._database.execute(query, (name, *identity)).fetchone()
             return row[0] if row and isinstance(row[0], bytes) else None

@@ -55,9 +55,7 @@ class WriterLock:
                 raise
         with suppress(OSError):  # who holds it is a courtesy: a full disk must not forbid the lock
             os.ftruncate(self._descriptor, 0)
-            os.pwrite(
-                self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0
-            )
+            os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         return True
 
 

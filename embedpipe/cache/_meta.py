@@ -69,10 +69,6 @@ def read_meta(folder: Path) -> Meta | None:
 
 
 def _render(meta: Meta) -> bytes:
-    fields = {
-        "format_version": FORMAT_VERSION,
-        "fingerprint": fingerprint(meta.spec),
-        **asdict(meta),
-    }
+    fields = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint(meta.spec), **asdict(meta)}
     sealed = {**fields, "seal": fingerprint(fields)}
     return (json.dumps(sealed, indent=1, sort_keys=True) + "\n").encode()

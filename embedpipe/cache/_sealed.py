@@ -67,20 +67,13 @@ class _Head(io.BytesIO):
         return self.size
 
 
-def build_head(
-    arrays: Mapping[str, Any], attrs: Mapping[str, int | str], large: Large | None = None
-) -> bytes:
+def build_head(arrays: Mapping[str, Any], attrs: Mapping[str, int | str], large: Large | None = None) -> bytes:
     """Return all bytes before the data of `large`, the user block empty; deterministic."""
     import h5py
 
     head, offset, size = _Head(), 0, 0
     with h5py.File(
-        head,
-        "w",
-        libver="earliest",
-        userblock_size=USER_BLOCK,
-        alignment_threshold=1,
-        alignment_interval=ALIGNMENT,
+        head, "w", libver="earliest", userblock_size=USER_BLOCK, alignment_threshold=1, alignment_interval=ALIGNMENT
     ) as file:
         for name, value in attrs.items():
             file.attrs[name] = np.bytes_(value) if isinstance(value, str) else np.int64(value)
@@ -121,9 +114,7 @@ def _user_block(offset: int, data_bytes: int, body: Any) -> bytes:
     return block.encode().ljust(USER_BLOCK - 1) + b"\n"
 
 
-def write_sealed(
-    stream: IO[bytes], arrays: Mapping[str, Any], attrs: Mapping[str, int | str]
-) -> None:
+def write_sealed(stream: IO[bytes], arrays: Mapping[str, Any], attrs: Mapping[str, int | str]) -> None:
     """Write a sealed file that has no large array."""
     stream.write(seal(build_head(arrays, attrs), 0))
 
@@ -144,10 +135,7 @@ def open_sealed(path: Path, schema: Schema, *, large: str | None = None) -> Seal
     """
     if path.is_symlink():
         raise damaged(path, "it is a symbolic link")
-    with (
-        storage_errors(path, "read", missing_ok=True),
-        open(path, "rb", opener=_open_plain) as stream,
-    ):
+    with storage_errors(path, "read", missing_ok=True), open(path, "rb", opener=_open_plain) as stream:
         mapped = _map(stream, path)
         offset, size = _prove(mapped, path)
         attrs, extents = structure(stream, path)
@@ -169,10 +157,7 @@ def map_again(path: Path, block: bytes) -> Bytes:
     ------
     FileNotFoundError    it is gone
     """
-    with (
-        storage_errors(path, "read", missing_ok=True),
-        open(path, "rb", opener=_open_plain) as stream,
-    ):
+    with storage_errors(path, "read", missing_ok=True), open(path, "rb", opener=_open_plain) as stream:
         mapped = _map(stream, path)
     if mapped[:USER_BLOCK].tobytes() != block:
         raise FileNotFoundError(path)

@@ -60,9 +60,7 @@ def structure(stream: IO[bytes], path: Path) -> tuple[dict[str, Any], dict[str, 
     try:
         with h5py.File(stream, "r") as file:
             attrs = {name: _attribute(file, name, path) for name in file.attrs}
-            return attrs, {
-                name: _extent(name, member, path) for name, member in _members(file, path)
-            }
+            return attrs, {name: _extent(name, member, path) for name, member in _members(file, path)}
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as exc:
         if isinstance(exc, CacheMismatch):
             raise

@@ -9,14 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from embedpipe.cache._features import (
-    FORGOTTEN,
-    KEY_BYTES,
-    Array,
-    FailureRecord,
-    FeatureFile,
-    key_matrix,
-)
+from embedpipe.cache._features import FORGOTTEN, KEY_BYTES, Array, FailureRecord, FeatureFile, key_matrix
 from embedpipe.cache._space import Space
 from embedpipe.cache._structure import Bytes, damaged
 
@@ -112,9 +105,7 @@ class SpaceView:
         latest: dict[bytes, FailureRecord] = {}
         for file in self._table.files:
             latest.update(file.failures)
-        return {
-            key: record for key, record in latest.items() if record != FORGOTTEN and key not in self
-        }
+        return {key: record for key, record in latest.items() if record != FORGOTTEN and key not in self}
 
 
 def _open_files(space: Space) -> list[FeatureFile]:

@@ -19,13 +19,7 @@ from typing import IO, Any, Self
 import numpy as np
 
 from embedpipe.cache._disk import make_folder, publish, storage_errors, sweep
-from embedpipe.cache._features import (
-    FORGOTTEN,
-    Array,
-    FailureRecord,
-    key_matrix,
-    write_features,
-)
+from embedpipe.cache._features import FORGOTTEN, Array, FailureRecord, key_matrix, write_features
 from embedpipe.cache._lock import WriterLock
 from embedpipe.cache._meta import Meta, write_meta
 from embedpipe.cache._space import Space
@@ -52,9 +46,7 @@ class SpaceWriter:
     CacheMismatch    on entering: the space has rows of another width or dtype
     """
 
-    def __init__(
-        self, space: Space, wanted: Meta, *, shard_rows: int, commit_seconds: float
-    ) -> None:
+    def __init__(self, space: Space, wanted: Meta, *, shard_rows: int, commit_seconds: float) -> None:
         self._space, self._meta = space, wanted
         self._shard_rows, self._commit_seconds = shard_rows, commit_seconds
         self._rows: list[tuple[Sequence[bytes], Array]] = []
@@ -190,13 +182,7 @@ class SpaceWriter:
         small = base_bytes + shard_bytes < ALWAYS_MERGED_BYTES
         return small or shard_bytes > MERGED_SHARE * base_bytes
 
-    def _write(
-        self,
-        path: Path,
-        keys: Bytes,
-        chunks: Iterable[Array],
-        failed: Mapping[bytes, FailureRecord],
-    ) -> None:
+    def _write(self, path: Path, keys: Bytes, chunks: Iterable[Array], failed: Mapping[bytes, FailureRecord]) -> None:
         shape, dtype = (len(keys), self._meta.feature_dim), np.dtype(self._meta.dtype)
 
         def write(stream: IO[bytes]) -> None:
@@ -218,8 +204,7 @@ def _check_finite(keys: Sequence[bytes], features: Array, stored: Array) -> None
         return
     overflow = bool(np.isfinite(features[bad]).all())
     raise NonFiniteFeatures(
-        f"row {bad[0]} of {len(stored)} "
-        + (f"is too large for {stored.dtype}" if overflow else "has NaN or infinity"),
+        f"row {bad[0]} of {len(stored)} " + (f"is too large for {stored.dtype}" if overflow else "has NaN or infinity"),
         hint="store float32 (--store-dtype float32)" if overflow else "try --precision fp32",
         rows=bad,
         keys=[keys[row] for row in bad],

@@ -17,14 +17,7 @@ from typing import Any, NoReturn
 import rich_click as click
 
 from embedpipe.cli._build import WARNINGS, print_envelope, shared_options
-from embedpipe.errors import (
-    EmbedpipeError,
-    EmbedpipeWarning,
-    Interrupted,
-    Stopped,
-    StorageError,
-    UsageError,
-)
+from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, Interrupted, Stopped, StorageError, UsageError
 from embedpipe.provenance import nearest
 
 COMMANDS = ("extract", "fit-head", "finetune", "predict", "evaluate", "models", "layers", "demo")
@@ -64,11 +57,7 @@ def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> N
 
 def _group() -> click.Group:
     version = click.Option(
-        ["--version"],
-        is_flag=True,
-        expose_value=False,
-        callback=_print_version,
-        help="Show the version and exit.",
+        ["--version"], is_flag=True, expose_value=False, callback=_print_version, help="Show the version and exit."
     )
     return Commands(
         name="embedpipe",
@@ -95,9 +84,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def _stop(signum: int, frame: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what is done is being committed
-    raise Stopped(
-        "stopped by SIGTERM; what was done is committed", hint="run the same command to go on"
-    )
+    raise Stopped("stopped by SIGTERM; what was done is committed", hint="run the same command to go on")
 
 
 def _listen_to_warnings(verbose: bool) -> None:
@@ -130,24 +117,17 @@ def _report(exc: BaseException, command: str, as_json: bool) -> int:
 
 def _describe(exc: BaseException) -> tuple[int, dict[str, str]]:
     if isinstance(exc, click.Abort | KeyboardInterrupt):
-        exc = Interrupted(
-            "interrupted; what was done is committed", hint="run the same command to go on"
-        )
+        exc = Interrupted("interrupted; what was done is committed", hint="run the same command to go on")
     elif isinstance(exc, click.ClickException):
         exc = UsageError(exc.format_message().rstrip("."), hint=_help_hint(exc))
     elif isinstance(exc, OSError) and not isinstance(exc, EmbedpipeError):
         exc = StorageError(
-            f"{exc.filename or 'input/output'}: {exc.strerror or exc}",
-            hint="check the disk and the permissions",
+            f"{exc.filename or 'input/output'}: {exc.strerror or exc}", hint="check the disk and the permissions"
         )
     if isinstance(exc, EmbedpipeError):
         return exc.exit_code, {"code": exc.code, "message": exc.message, "hint": exc.hint}
     message = f"{type(exc).__name__}: {exc}"
-    return 1, {
-        "code": "Defect",
-        "message": message,
-        "hint": "please report this with the lines above",
-    }
+    return 1, {"code": "Defect", "message": message, "hint": "please report this with the lines above"}
 
 
 def _help_hint(exc: click.ClickException) -> str:

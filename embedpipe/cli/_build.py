@@ -121,15 +121,11 @@ def click_option(option: Option) -> click.Option:
     flag = "--" + option.name.replace("_", "-")
     if option.annotation is bool:
         declaration = f"{flag}/--no-{flag[2:]}" if option.default else flag
-        return click.Option(
-            [declaration], is_flag=True, default=option.default, help=option.help, show_default=True
-        )
+        return click.Option([declaration], is_flag=True, default=option.default, help=option.help, show_default=True)
     if is_multiple(option):
         return click.Option([flag], multiple=True, type=str, default=(), help=option.help)
     shown = option.default is not None
-    return click.Option(
-        [flag], type=Typed(option), default=option.default, help=option.help, show_default=shown
-    )
+    return click.Option([flag], type=Typed(option), default=option.default, help=option.help, show_default=shown)
 
 
 def is_multiple(option: Option) -> bool:
@@ -140,29 +136,19 @@ def is_multiple(option: Option) -> bool:
 def shared_options() -> list[click.Option]:
     """Return the options that stand before or after any command."""
     return [
-        click.Option(
-            ["--cache-dir"], default="cache", show_default=True, help="Folder of the cache."
-        ),
+        click.Option(["--cache-dir"], default="cache", show_default=True, help="Folder of the cache."),
         click.Option(["--runs-dir"], default="runs", show_default=True, help="Folder of the runs."),
         click.Option(
-            ["--config"],
-            is_eager=True,
-            callback=_load_config,
-            expose_value=False,
-            help="YAML file of settings.",
+            ["--config"], is_eager=True, callback=_load_config, expose_value=False, help="YAML file of settings."
         ),
-        click.Option(
-            ["--seed"], type=int, default=0, show_default=True, help="Seed of all that is random."
-        ),
+        click.Option(["--seed"], type=int, default=0, show_default=True, help="Seed of all that is random."),
         click.Option(["--json"], is_flag=True, help="Print one JSON object."),
         click.Option(["--quiet"], is_flag=True, help="Print results and errors only."),
         click.Option(["-v", "--verbose"], is_flag=True, help="Show the warnings of libraries."),
     ]
 
 
-def command(
-    deed: Callable[..., Any] | None, *, example: str
-) -> Callable[[Callable[..., None]], click.Command]:
+def command(deed: Callable[..., Any] | None, *, example: str) -> Callable[[Callable[..., None]], click.Command]:
     """Make a command of a function (session, arguments, **options): the deed's options, the shared ones, its help."""
 
     def make(body: Callable[..., None]) -> click.Command:
@@ -188,11 +174,7 @@ def command(
             name=body.__name__.replace("_", "-"),
             callback=run,
             help=f"{summary}{described}\n\nExample: `{example}`",
-            params=[
-                *params,
-                *(click_option(o) for o in options if o.name not in SHARED),
-                *shared_options(),
-            ],
+            params=[*params, *(click_option(o) for o in options if o.name not in SHARED), *shared_options()],
         )
 
     return make
@@ -200,9 +182,7 @@ def command(
 
 def _describe(params: list[click.Parameter], helps: Mapping[str, str]) -> str:
     lines = [
-        f"{p.human_readable_name}: {helps[p.name]}"
-        for p in params
-        if isinstance(p, click.Argument) and p.name in helps
+        f"{p.human_readable_name}: {helps[p.name]}" for p in params if isinstance(p, click.Argument) and p.name in helps
     ]
     return "".join(f"\n\n{line}" for line in lines)
 
@@ -224,9 +204,7 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) 
         return
     root = ctx.find_root()
     assert isinstance(root.command, click.Group)
-    commands = {
-        name: root.command.get_command(root, name) for name in root.command.list_commands(root)
-    }
+    commands = {name: root.command.get_command(root, name) for name in root.command.list_commands(root)}
     options = {
         name: {p.name: p for p in one.params if isinstance(p, click.Option)}
         for name, one in commands.items()
@@ -246,9 +224,7 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) 
 
 def scores(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """Return a table of scores, a row a split."""
-    lines = [
-        f"{'split':<6} {'n':>6} {'accuracy':>9}  {'95 % interval':<16} {'macro F1':>8} {'log loss':>9}"
-    ]
+    lines = [f"{'split':<6} {'n':>6} {'accuracy':>9}  {'95 % interval':<16} {'macro F1':>8} {'log loss':>9}"]
     for split, one in metrics.items():
         low, high = one["accuracy_ci95"]
         lines.append(

@@ -19,9 +19,7 @@ from embedpipe.cli._build import Session, command
     show_default=True,
     help="timm:NAME, torchvision:NAME or a model folder; repeatable. A bare name means timm.",
 )
-def extract(
-    session: Session, data: tuple[str, ...], backbone: tuple[str, ...], **options: Any
-) -> None:
+def extract(session: Session, data: tuple[str, ...], backbone: tuple[str, ...], **options: Any) -> None:
     found = extraction.extract(data, backbone, progress=session.progress, **options).summary
     for failure in found["failed"]:
         session.note(f"failed: {failure['path']} ({failure['stage']}): {failure['reason']}")

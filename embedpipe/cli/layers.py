@@ -22,8 +22,5 @@ def layers(session: Session, model: str) -> None:
     found = describe_layers(model)
     width = max(len(layer.name) for layer in found)
     lines = [f"{'layer':<{width}}  {'parameters':>12}  output shape"]
-    lines += [
-        f"{one.name:<{width}}  {one.parameters:>12,}  {'x'.join(map(str, one.shape))}"
-        for one in found
-    ]
+    lines += [f"{one.name:<{width}}  {one.parameters:>12,}  {'x'.join(map(str, one.shape))}" for one in found]
     session.finish({"model": model, "layers": [vars(layer) for layer in found]}, "\n".join(lines))

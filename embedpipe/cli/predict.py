@@ -15,22 +15,9 @@ from embedpipe.cli._build import Session, command
 @command(prediction.predict, example="embedpipe predict RUN photos/ > labels.csv")
 @click.argument("run")
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE_OR_FOLDER...")
-@click.option(
-    "--top",
-    type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Classes an image, best first.",
-)
+@click.option("--top", type=click.IntRange(min=1), default=1, show_default=True, help="Classes an image, best first.")
 @click.option("--probabilities", is_flag=True, help="Probabilities of all classes.")
-def predict(
-    session: Session,
-    run: str,
-    images: tuple[str, ...],
-    top: int,
-    probabilities: bool,
-    **options: Any,
-) -> None:
+def predict(session: Session, run: str, images: tuple[str, ...], top: int, probabilities: bool, **options: Any) -> None:
     done = prediction.predict(run, images, progress=session.progress, **options)
     for failure in done.failed:
         session.note(f"failed: {failure.path} ({failure.stage}): {failure.reason}")

@@ -49,9 +49,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(content)
     except ValueError as exc:
-        raise ModelMismatch(
-            f"{folder / RECORD} is not JSON: {exc}", hint="fit the head again"
-        ) from exc
+        raise ModelMismatch(f"{folder / RECORD} is not JSON: {exc}", hint="fit the head again") from exc
     version = record.get("format_version") if isinstance(record, dict) else None
     if version != FORMAT_VERSION:
         raise ModelMismatch(
@@ -77,9 +75,7 @@ def read_head(folder: Path, kind: str) -> tuple[dict[str, Any], Arrays]:
     except SafetensorError as exc:
         raise ModelMismatch(f"{folder / ARRAYS} is damaged: {exc}", hint="fit it again") from exc
     if digest_arrays(arrays) != record.get("digest"):
-        raise ModelMismatch(
-            f"{folder / ARRAYS} is not what {RECORD} describes", hint="fit the head again"
-        )
+        raise ModelMismatch(f"{folder / ARRAYS} is not what {RECORD} describes", hint="fit the head again")
     return record, arrays
 
 

@@ -102,8 +102,7 @@ def fit_path(
     validation = _validation(X_val, y_val, len(classes))
     if validation is None and len(values) > 1:
         raise UsageError(
-            "no validation samples, expected some to choose l2 on",
-            hint="give one l2 as a number, or keep a val split",
+            "no validation samples, expected some to choose l2 on", hint="give one l2 as a number, or keep a val split"
         )
     frame = make_frame(X, y, classes=classes, standardize=standardize, sample_weight=sample_weight)
     name, solve_path = _solver(solver)
@@ -141,9 +140,7 @@ def _falling(l2s: Sequence[float]) -> list[float]:
     return sorted({float(l2) for l2 in l2s}, reverse=True)
 
 
-def _head(
-    frame: Frame, solution: Solution, l2: float, *, solver: str, standardize: bool
-) -> LinearHead:
+def _head(frame: Frame, solution: Solution, l2: float, *, solver: str, standardize: bool) -> LinearHead:
     provenance = {
         "solver": solver,
         "l2": l2,
@@ -154,9 +151,7 @@ def _head(
     return frame.head_of(solution, provenance)
 
 
-def _validation(
-    X: ArrayLike | None, y: ArrayLike | None, n_classes: int
-) -> tuple[ArrayLike, ArrayLike] | None:
+def _validation(X: ArrayLike | None, y: ArrayLike | None, n_classes: int) -> tuple[ArrayLike, ArrayLike] | None:
     if X is None or y is None or not len(np.asarray(y)):
         return None
     return check_labelled(X, y, n_classes)

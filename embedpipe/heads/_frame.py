@@ -79,12 +79,7 @@ class Frame:
 
 
 def make_frame(
-    X: ArrayLike,
-    y: ArrayLike,
-    *,
-    classes: Sequence[str],
-    standardize: bool,
-    sample_weight: ArrayLike | None,
+    X: ArrayLike, y: ArrayLike, *, classes: Sequence[str], standardize: bool, sample_weight: ArrayLike | None
 ) -> Frame:
     """Check and standardise training data; samples of weight zero only count for the standardiser.
 
@@ -99,8 +94,7 @@ def make_frame(
     present, place = np.unique(labels[kept], return_inverse=True)
     if len(present) < 2:
         raise UsageError(
-            f"classes with training samples: {len(present)}, expected at least 2",
-            hint="add images of another class",
+            f"classes with training samples: {len(present)}, expected at least 2", hint="add images of another class"
         )
     mean, std = np.zeros(features.shape[1]), np.ones(features.shape[1])
     if standardize:
@@ -150,24 +144,17 @@ def check_labelled(X: ArrayLike, y: ArrayLike, n_classes: int) -> tuple[Float32,
         raise UsageError(f"X {features.shape} and y {labels.shape}, expected (N, D) and (N,)")
     bad = np.flatnonzero((labels < 0) | (labels >= n_classes))
     if len(bad):
-        raise UsageError(
-            f"label {labels[bad[0]]} in row {bad[0]}, expected 0 to {n_classes - 1}",
-            row=int(bad[0]),
-        )
+        raise UsageError(f"label {labels[bad[0]]} in row {bad[0]}, expected 0 to {n_classes - 1}", row=int(bad[0]))
     for rows in blocks(len(features)):
         bad = np.flatnonzero(~np.isfinite(features[rows]).all(axis=1))
         if len(bad):
             row = rows.start + int(bad[0])
-            raise NonFiniteFeatures(
-                f"NaN or infinity in row {row} of the features", hint="extract it again", row=row
-            )
+            raise NonFiniteFeatures(f"NaN or infinity in row {row} of the features", hint="extract it again", row=row)
     return features, labels
 
 
 def _check_weights(sample_weight: ArrayLike | None, n: int) -> Float64:
     weights = np.ones(n) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
     if weights.shape != (n,) or not np.isfinite(weights).all() or (weights < 0).any():
-        raise UsageError(
-            f"sample_weight of shape {weights.shape}, expected ({n},) finite and not negative"
-        )
+        raise UsageError(f"sample_weight of shape {weights.shape}, expected ({n},) finite and not negative")
     return weights

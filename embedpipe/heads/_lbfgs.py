@@ -64,9 +64,7 @@ class Rotated:
         return mean.clamp_min(LEAST_CURVATURE)[:, None] * self.spectrum
 
 
-def solve_path(
-    problem: Problem, l2s: Sequence[float], start: Solution | None = None
-) -> list[Solution]:
+def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = None) -> list[Solution]:
     """Minimise the objective for every l2, falling, each from where the last two point to."""
     rotated = rotate(problem)
     before = [] if start else [l2 for l2 in APPROACH if l2 > l2s[0]]

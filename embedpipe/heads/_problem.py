@@ -56,19 +56,11 @@ class Problem:
 
     def objective(self, solution: Solution, l2: float) -> float:
         weights = self.sample_weight
-        return objective(
-            solution.weight, solution.bias, self.X, self.y, l2=l2, sample_weight=weights
-        )
+        return objective(solution.weight, solution.bias, self.X, self.y, l2=l2, sample_weight=weights)
 
 
 def objective(
-    weight: ArrayLike,
-    bias: ArrayLike,
-    X: ArrayLike,
-    y: ArrayLike,
-    *,
-    l2: float,
-    sample_weight: ArrayLike | None = None,
+    weight: ArrayLike, bias: ArrayLike, X: ArrayLike, y: ArrayLike, *, l2: float, sample_weight: ArrayLike | None = None
 ) -> float:
     """Return weighted mean cross-entropy + l2/2 * ||W||^2, in float64.
 
@@ -96,9 +88,7 @@ def log_normaliser(logits: Float64) -> Float64:
     return np.asarray(top + np.log(np.exp(logits - top[:, None]).sum(axis=1)))
 
 
-def affine(
-    X: NDArray[np.floating], weight: NDArray[np.floating], bias: NDArray[np.floating]
-) -> Float64:
+def affine(X: NDArray[np.floating], weight: NDArray[np.floating], bias: NDArray[np.floating]) -> Float64:
     """Return X W' + b in float64 (N, K), block by block, so that X may be a memory map."""
     out = np.empty((len(X), len(weight)))
     W = weight.astype(np.float64).T

@@ -91,9 +91,7 @@ class KnnHead:
         )
 
 
-def fit_knn(
-    X: ArrayLike, y: ArrayLike, *, classes: tuple[str, ...], k: int = 20, temperature: float = 0.07
-) -> KnnHead:
+def fit_knn(X: ArrayLike, y: ArrayLike, *, classes: tuple[str, ...], k: int = 20, temperature: float = 0.07) -> KnnHead:
     """Keep the training features (N, D) and labels (N,) as a head; k larger than N means N.
 
     Raises
@@ -103,9 +101,7 @@ def fit_knn(
     """
     features, labels = check_labelled(X, y, len(classes))
     if k < 1 or not temperature > 0 or not len(labels):
-        raise UsageError(
-            f"k = {k}, temperature = {temperature} on {len(labels)} samples, expected all positive"
-        )
+        raise UsageError(f"k = {k}, temperature = {temperature} on {len(labels)} samples, expected all positive")
     provenance = {"solver": "knn", "n_train": len(labels)}
     k = min(k, len(labels))
     return KnnHead(unit_rows(features), labels, tuple(classes), k, temperature, provenance)

@@ -45,9 +45,7 @@ class LinearHead:
     def __post_init__(self) -> None:
         rows = len(self.classes)
         if self.weight.ndim != 2 or len(self.weight) != rows or self.bias.shape != (rows,):
-            raise ModelMismatch(
-                f"weight {self.weight.shape} and bias {self.bias.shape} for {rows} classes"
-            )
+            raise ModelMismatch(f"weight {self.weight.shape} and bias {self.bias.shape} for {rows} classes")
 
     @property
     def feature_dim(self) -> int:

@@ -74,11 +74,7 @@ def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _in_order(
-    items: Iterable[tuple[Key, Path]],
-    transform: Callable[[Image.Image], torch.Tensor],
-    *,
-    window: int,
-    workers: int,
+    items: Iterable[tuple[Key, Path]], transform: Callable[[Image.Image], torch.Tensor], *, window: int, workers: int
 ) -> Iterator[tuple[Key, torch.Tensor | tuple[str, str]]]:
     """Yield keys and results in the order of the items, with at most `window` under way."""
     remaining = iter(items)

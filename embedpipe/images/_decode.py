@@ -70,9 +70,7 @@ def decode_image(data: bytes) -> Image.Image:
     except (DecodeError, MemoryError):
         raise
     except UnidentifiedImageError as exc:
-        raise DecodeError(
-            f"not an image (starts with {data[:8]!r})", hint=f"expected {', '.join(FORMATS)}"
-        ) from exc
+        raise DecodeError(f"not an image (starts with {data[:8]!r})", hint=f"expected {', '.join(FORMATS)}") from exc
     except Exception as exc:  # decoders raise anything: ValueError, struct.error, IndexError, ...
         reason = " ".join(str(exc).split()) or "no reason given"
         raise DecodeError(f"{type(exc).__name__}: {reason}") from exc
@@ -81,9 +79,7 @@ def decode_image(data: bytes) -> Image.Image:
 def _decode(data: bytes) -> Image.Image:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
-            raise DecodeError(
-                f"{image.width} x {image.height} pixels", hint=f"expected at most {MAX_PIXELS}"
-            )
+            raise DecodeError(f"{image.width} x {image.height} pixels", hint=f"expected at most {MAX_PIXELS}")
         image.load()
         return _to_rgb(_upright(image))
 
@@ -100,9 +96,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = _high_byte(image)
     if image.mode == "F":
-        raise DecodeError(
-            "floating-point pixels have no fixed scale", hint="expected 1, 8 or 16 bits a channel"
-        )
+        raise DecodeError("floating-point pixels have no fixed scale", hint="expected 1, 8 or 16 bits a channel")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, WHITE), layer)
@@ -113,7 +107,5 @@ def _high_byte(image: Image.Image) -> Image.Image:
     """Scale 16-bit grey to 8 bits, as Pillow does for 16-bit colour."""
     pixels = np.asarray(image)
     if pixels.min() < 0 or pixels.max() > 0xFFFF:
-        raise DecodeError(
-            "32-bit pixels have no fixed scale", hint="expected 1, 8 or 16 bits a channel"
-        )
+        raise DecodeError("32-bit pixels have no fixed scale", hint="expected 1, 8 or 16 bits a channel")
     return Image.fromarray((pixels >> 8).astype(np.uint8))

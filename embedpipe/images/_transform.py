@@ -19,13 +19,7 @@ from embedpipe.images._decode import MAX_PIXELS
 if TYPE_CHECKING:
     import torch
 
-POLICIES = {
-    "orientation": "exif",
-    "alpha": "white",
-    "frame": 0,
-    "pixels": "exact",
-    "scale": "1/255",
-}
+POLICIES = {"orientation": "exif", "alpha": "white", "frame": 0, "pixels": "exact", "scale": "1/255"}
 
 
 @dataclass(frozen=True)
@@ -54,22 +48,15 @@ class Transform:
     channels: str = "rgb"
 
     def __post_init__(self) -> None:
-        if self.resize_mode not in ("short", "squash", "border") or self.channels not in (
-            "rgb",
-            "bgr",
-        ):
+        if self.resize_mode not in ("short", "squash", "border") or self.channels not in ("rgb", "bgr"):
             raise ValueError(
                 f"resize_mode {self.resize_mode!r} and channels {self.channels!r}, "
                 "expected short, squash or border and rgb or bgr"
             )
         if isinstance(self.resize_size, int) and self.resize_mode != "short":
-            raise ValueError(
-                f"resize_size {self.resize_size}, expected (height, width) for {self.resize_mode!r}"
-            )
+            raise ValueError(f"resize_size {self.resize_size}, expected (height, width) for {self.resize_mode!r}")
         if self.interpolation.upper() not in Image.Resampling.__members__:
-            raise ValueError(
-                f"interpolation {self.interpolation!r}, expected a Pillow filter such as 'bicubic'"
-            )
+            raise ValueError(f"interpolation {self.interpolation!r}, expected a Pillow filter such as 'bicubic'")
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return float32 (3, height, width) of an RGB image.
@@ -103,9 +90,7 @@ class Transform:
         ValueError    it was written under other policies
         """
         if {name: written.get(name) for name in POLICIES} != POLICIES:
-            raise ValueError(
-                f"found the transform {dict(written)}, expected the policies {POLICIES}"
-            )
+            raise ValueError(f"found the transform {dict(written)}, expected the policies {POLICIES}")
         own: dict[str, Any] = {k: v for k, v in written.items() if k not in POLICIES}
         own |= {k: tuple(v) for k, v in own.items() if isinstance(v, list)}
         return cls(**own)
@@ -113,9 +98,7 @@ class Transform:
     def _resize(self, image: Image.Image) -> Image.Image:
         width, height = self._resized(image.width, image.height)
         if width * height > MAX_PIXELS:
-            raise DecodeError(
-                f"{image.width} x {image.height} pixels become {width} x {height} when resized"
-            )
+            raise DecodeError(f"{image.width} x {image.height} pixels become {width} x {height} when resized")
         if (width, height) == image.size:
             return image
         return image.resize((width, height), Image.Resampling[self.interpolation.upper()])
@@ -143,10 +126,7 @@ class Transform:
     def _fill(self) -> tuple[int, ...]:
         if self.resize_mode != "border":
             return (0, 0, 0)
-        return tuple(
-            round(255 * value)
-            for value in (self.mean if self.channels == "rgb" else self.mean[::-1])
-        )
+        return tuple(round(255 * value) for value in (self.mean if self.channels == "rgb" else self.mean[::-1]))
 
 
 def _offset(size: int, crop: int) -> int:

@@ -12,13 +12,4 @@ from embedpipe.manifest._folder import IMAGE_SUFFIXES, list_images
 from embedpipe.manifest._read import read_manifest
 from embedpipe.manifest._sample import SPLITS, Failure, Manifest, Sample, Source
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "SPLITS",
-    "Failure",
-    "Manifest",
-    "Sample",
-    "Source",
-    "list_images",
-    "read_manifest",
-]
+__all__ = ["IMAGE_SUFFIXES", "SPLITS", "Failure", "Manifest", "Sample", "Source", "list_images", "read_manifest"]

@@ -37,18 +37,13 @@ def list_folder(source: Source) -> Listing:
     has_splits = _are_splits(folders, source.argument)
     rows = [_row(path, has_splits) for path in images]
     labelled = any(row.label for row in rows)
-    kept = tuple(
-        row for row in rows if bool(row.label) == labelled and bool(row.split) == has_splits
-    )
+    kept = tuple(row for row in rows if bool(row.label) == labelled and bool(row.split) == has_splits)
     strays = sorted({row.path for row in rows} - {row.path for row in kept})
     return Listing(
         source=source,
         rows=kept,
         ignored=ignored + len(strays),
-        unreadable=tuple(
-            Failure(os.path.join(source.prefix, folder), "read", reason)
-            for folder, reason in unreadable
-        ),
+        unreadable=tuple(Failure(os.path.join(source.prefix, folder), "read", reason) for folder, reason in unreadable),
         warnings=tuple(
             f"{len(strays)} image(s) of {source.argument!r} lie outside the class folders "
             f"and were left out, first {stray!r}"
@@ -79,10 +74,7 @@ def _images_of(argument: Path) -> list[Path]:
     if argument.is_dir():
         return [argument / path for path in _walk(argument)[0]]
     if not os.path.lexists(argument):
-        raise UsageError(
-            f"{str(argument)!r} does not exist, expected an image or a folder",
-            hint="check the path",
-        )
+        raise UsageError(f"{str(argument)!r} does not exist, expected an image or a folder", hint="check the path")
     return [argument]
 
 

@@ -11,15 +11,7 @@ from pathlib import Path
 
 from embedpipe.errors import UsageError
 from embedpipe.manifest._folder import IMAGE_SUFFIXES, list_folder
-from embedpipe.manifest._sample import (
-    TABLE_SUFFIXES,
-    Failure,
-    Listing,
-    Manifest,
-    Row,
-    Sample,
-    Source,
-)
+from embedpipe.manifest._sample import TABLE_SUFFIXES, Failure, Listing, Manifest, Row, Sample, Source
 from embedpipe.manifest._split import assign_splits
 from embedpipe.manifest._table import list_table
 
@@ -58,9 +50,7 @@ def read_manifest(
     samples, unreadable = _read_keys(_limited(rows, limit), listings, key_of)
     if split_by == "hash":
         samples = [replace(sample, split="") for sample in samples]
-    samples, warnings = assign_splits(
-        samples, val_fraction=val_fraction, test_fraction=test_fraction
-    )
+    samples, warnings = assign_splits(samples, val_fraction=val_fraction, test_fraction=test_fraction)
     classes = tuple(sorted({sample.label for sample in samples if sample.label is not None}))
     return Manifest(
         name=_name([listing.source for listing in listings]),
@@ -69,17 +59,11 @@ def read_manifest(
         classes=classes,
         ignored=sum(listing.ignored for listing in listings),
         unreadable=(*(f for listing in listings for f in listing.unreadable), *unreadable),
-        warnings=(
-            *(text for listing in listings for text in listing.warnings),
-            *warnings,
-            *_one_class(classes),
-        ),
+        warnings=(*(text for listing in listings for text in listing.warnings), *warnings, *_one_class(classes)),
     )
 
 
-def _check_options(
-    split_by: str, val_fraction: float, test_fraction: float, limit: int | None
-) -> None:
+def _check_options(split_by: str, val_fraction: float, test_fraction: float, limit: int | None) -> None:
     if split_by not in ("auto", "folder", "column", "hash"):
         raise UsageError(f"split_by {split_by!r}", hint="expected auto, folder, column or hash")
     if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
@@ -164,8 +148,7 @@ def _read_keys(
             samples.append(Sample(row.path, row.label, row.split, row.group, key, index))
     if not samples:
         raise UsageError(
-            f"no image can be read, first of {len(unreadable)}: "
-            f"{unreadable[0].path!r}: {unreadable[0].reason}",
+            f"no image can be read, first of {len(unreadable)}: {unreadable[0].path!r}: {unreadable[0].reason}",
             hint="check paths and permissions; paths in a table are relative to its folder",
         )
     return samples, unreadable

@@ -44,8 +44,7 @@ def hash_split(
     bounds = {"test": (0.0, test_fraction), "val": (test_fraction, val_end), "train": (val_end, 1)}
     members = _components(samples)
     split_of = {
-        name: next(split for split, (_, end) in bounds.items() if position(name) < end)
-        for name in set(members)
+        name: next(split for split, (_, end) in bounds.items() if position(name) < end) for name in set(members)
     }
     parts: dict[str, set[str]] = defaultdict(set)
     for name, sample in zip(members, samples, strict=True):

@@ -35,9 +35,7 @@ def list_table(source: Source, file: Path, *, allow_outside: bool) -> Listing:
     try:
         text = _decode(file.read_bytes())
     except OSError as exc:
-        raise StorageError(
-            f"could not read {str(file)!r}: {exc.strerror}", hint="check its permissions"
-        ) from exc
+        raise StorageError(f"could not read {str(file)!r}: {exc.strerror}", hint="check its permissions") from exc
     records = _json_lines(text, file) if file.suffix.lower() == ".jsonl" else _cells(text, file)
     rows = [(at, _row(cells, source.root, at, allow_outside)) for at, cells in records]
     for column in ("label", "split"):
@@ -104,8 +102,7 @@ def _check_columns(written: list[str], at: str) -> list[str]:
             raise UsageError(f"{at}: unknown column {name!r}", hint=f"did you mean {meant[0]!r}?")
     if "path" in absent or any(names.count(name) > 1 for name in COLUMNS):
         raise UsageError(
-            f"{at}: found the columns {', '.join(names) or '(none)'}, "
-            "expected path[,label][,split][,group], each once",
+            f"{at}: found the columns {', '.join(names) or '(none)'}, expected path[,label][,split][,group], each once",
             hint="call the column of file names 'path'",
         )
     return names
@@ -142,8 +139,7 @@ def _relative(path: str, root: Path, at: str, allow_outside: bool) -> str:
     if allow_outside:
         return path
     raise UsageError(
-        f"{at}: {path!r} leaves the folder of the table",
-        hint="move the table above its images, or allow paths outside",
+        f"{at}: {path!r} leaves the folder of the table", hint="move the table above its images, or allow paths outside"
     )
 
 

@@ -15,9 +15,7 @@ from embedpipe.errors import UsageError
 
 def outputs_of(model: nn.Module, layer: str, images: Tensor) -> Tensor:
     kept: list[Tensor] = []
-    handle = model.get_submodule(layer).register_forward_hook(
-        lambda _, args, output: kept.append(output)
-    )
+    handle = model.get_submodule(layer).register_forward_hook(lambda _, args, output: kept.append(output))
     with torch.no_grad():
         model(images)
     handle.remove()
@@ -37,11 +35,7 @@ def both(name: str, layer: str, pool: str = "auto") -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     ("pool", "reduce"),
-    [
-        ("auto", lambda x: x.mean((2, 3))),
-        ("max", lambda x: x.amax((2, 3))),
-        ("none", lambda x: x.flatten(1)),
-    ],
+    [("auto", lambda x: x.mean((2, 3))), ("max", lambda x: x.amax((2, 3))), ("none", lambda x: x.flatten(1))],
 )
 def test_map(pool: str, reduce) -> None:
     features, output = both("test_resnet", "layer2", pool)
@@ -81,9 +75,7 @@ def test_register_tokens_stay_out() -> None:
     name = "timm:vit_small_patch14_reg4_dinov2"
     backbone = load_backbone(name, weights="none", layer="blocks.0", image_size=56)
     images = torch.randn(1, 3, 56, 56)
-    output = outputs_of(
-        load_backbone(name, weights="none", image_size=56).module.model, "blocks.0", images
-    )
+    output = outputs_of(load_backbone(name, weights="none", image_size=56).module.model, "blocks.0", images)
     assert output.shape[1] == 1 + 4 + 16
     torch.testing.assert_close(backbone.module(images), output[:, 5:].mean(1))
 
@@ -116,9 +108,7 @@ def test_said_no() -> None:
         load_backbone("test_resnet", weights="none", pool="mean")
     with pytest.raises(UsageError, match="gives no output of its own"):
         load_backbone(
-            "torchvision:vit_b_32",
-            weights="none",
-            layer="encoder.layers.encoder_layer_0.self_attention.out_proj",
+            "torchvision:vit_b_32", weights="none", layer="encoder.layers.encoder_layer_0.self_attention.out_proj"
         )
 
 

@@ -46,9 +46,7 @@ def test_unknown_model_names_the_nearest_of_both_libraries() -> None:
         load_backbone("keras:resnet18", weights="none")
 
 
-@pytest.mark.parametrize(
-    "name", ["test_resnet", "vit_tiny_patch16_224", "tf_efficientnet_lite0", "resnet18.tv_in1k"]
-)
+@pytest.mark.parametrize("name", ["test_resnet", "vit_tiny_patch16_224", "tf_efficientnet_lite0", "resnet18.tv_in1k"])
 def test_transform_is_timms(name: str) -> None:
     backbone = load_backbone(name, weights="none")
     cfg = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
@@ -56,13 +54,9 @@ def test_transform_is_timms(name: str) -> None:
 
 
 def test_transform_overrides_are_timms() -> None:
-    backbone = load_backbone(
-        "test_resnet", weights="none", image_size=96, crop_pct=0.8, interpolation="bilinear"
-    )
+    backbone = load_backbone("test_resnet", weights="none", image_size=96, crop_pct=0.8, interpolation="bilinear")
     asked = {"img_size": 96, "crop_pct": 0.8, "interpolation": "bilinear"}
-    cfg = resolve_data_config(
-        asked, pretrained_cfg=timm.get_pretrained_cfg("test_resnet").to_dict()
-    )
+    cfg = resolve_data_config(asked, pretrained_cfg=timm.get_pretrained_cfg("test_resnet").to_dict())
     assert torch.equal(backbone.transform(PHOTO), create_transform(**cfg)(PHOTO))
     assert backbone.image_size == (96, 96)
 
@@ -101,9 +95,7 @@ def test_spec_changes_with_all_that_shapes_a_feature() -> None:
         load(image_size=128),
     ]
     assert len({fingerprint(b.spec) for b in variants}) == len(variants)
-    assert fingerprint(load(layer="blocks.0", pool="avg").spec) == fingerprint(
-        load(layer="blocks.0").spec
-    )
+    assert fingerprint(load(layer="blocks.0", pool="avg").spec) == fingerprint(load(layer="blocks.0").spec)
 
 
 def test_frozen_and_in_eval_mode() -> None:
@@ -138,25 +130,13 @@ def test_no_network_says_so_in_one_line_and_at_once(tmp_path) -> None:
         "    except e.WeightsUnavailable as exc: print(exc)\n"
         "print('quick' if time.monotonic() - start < 20 else 'slow')\n"
     )
-    nowhere = {
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "https_proxy": "http://127.0.0.1:9",
-        "no_proxy": "127.0.0.1",
-    }
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
     homes = {"HF_HOME": str(tmp_path / "hf"), "TORCH_HOME": str(tmp_path / "torch")}
-    env = (
-        {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")} | nowhere | homes
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-    )
+    env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")} | nowhere | homes
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     timm_line, torchvision_line, pace = done.stdout.splitlines()
-    assert timm_line.startswith(
-        "no network and no stored weights for timm:test_resnet; use --weights packaged"
-    )
-    assert torchvision_line.startswith(
-        "no network and no stored weights for torchvision:squeezenet1_1"
-    )
+    assert timm_line.startswith("no network and no stored weights for timm:test_resnet; use --weights packaged")
+    assert torchvision_line.startswith("no network and no stored weights for torchvision:squeezenet1_1")
     assert pace == "quick"
 
 
@@ -203,10 +183,7 @@ def test_describe_layers_builds_no_weights_and_agrees_with_the_backbone() -> Non
     for name in ("timm:test_resnet", "timm:test_vit", "torchvision:regnet_y_400mf"):
         assert describe_layers(name) == load_backbone(name, weights="none").layers
     big = describe_layers("torchvision:vit_h_14")
-    assert [layer.name for layer in big[1:3]] == [
-        "encoder.layers.encoder_layer_0",
-        "encoder.layers.encoder_layer_1",
-    ]
+    assert [layer.name for layer in big[1:3]] == ["encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_1"]
 
 
 def test_layers_are_stages_in_order_of_execution() -> None:
@@ -215,11 +192,7 @@ def test_layers_are_stages_in_order_of_execution() -> None:
     assert layers[-1].shape == (512, 2, 2)
     assert layers[-1].parameters == 8_393_728
     layers = load_backbone("tf_efficientnet_lite0", weights="none").layers
-    assert [layer.name for layer in layers] == [
-        "conv_stem",
-        *(f"blocks.{n}" for n in range(7)),
-        "conv_head",
-    ]
+    assert [layer.name for layer in layers] == ["conv_stem", *(f"blocks.{n}" for n in range(7)), "conv_head"]
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"layer": "blocks.1"}])

@@ -29,15 +29,9 @@ from embedpipe.backbones._trace import Weightless, trace
 
 HERE = Path(__file__).parent
 TORCHVISION = [f"torchvision:{name}" for name in models.list_models(module=models)]
-SMALLEST = dict(
-    line.split()
-    for line in (HERE / "smallest.txt").read_text().splitlines()
-    if line and line[0] != "#"
-)
+SMALLEST = dict(line.split() for line in (HERE / "smallest.txt").read_text().splitlines() if line and line[0] != "#")
 CANNOT_WORK = dict(
-    line.split(": ", 1)
-    for line in (HERE / "cannot_work.txt").read_text().splitlines()
-    if line and line[0] != "#"
+    line.split(": ", 1) for line in (HERE / "cannot_work.txt").read_text().splitlines() if line and line[0] != "#"
 )
 BIG = 100e6
 A_MINUTE = "torchvision:vit_h_14"  # 630 M parameters at 518 px: its numbers are for the slow tier
@@ -99,15 +93,9 @@ def classifiers(name: str, model: nn.Module) -> list[str]:
     if source == "timm":
         named = timm.get_pretrained_cfg(architecture).classifier or ()
         named = [named] if isinstance(named, str) else list(named)
-        return [
-            n
-            for n in named
-            if not isinstance(dict(model.named_modules()).get(n), nn.Identity | None)
-        ]
+        return [n for n in named if not isinstance(dict(model.named_modules()).get(n), nn.Identity | None)]
     found = [
-        n
-        for n, m in model.named_modules()
-        if 1000 in (getattr(m, "out_features", 0), getattr(m, "out_channels", 0))
+        n for n, m in model.named_modules() if 1000 in (getattr(m, "out_features", 0), getattr(m, "out_channels", 0))
     ]
     return found[-1:]
 
@@ -116,9 +104,7 @@ def classifiers(name: str, model: nn.Module) -> list[str]:
 def caught(model: nn.Module, names: list[str]) -> Iterator[dict[str, Tensor]]:
     inputs: dict[str, Tensor] = {}
     handles = [
-        model.get_submodule(n).register_forward_pre_hook(
-            lambda _, args, n=n: inputs.__setitem__(n, args[0])
-        )
+        model.get_submodule(n).register_forward_pre_hook(lambda _, args, n=n: inputs.__setitem__(n, args[0]))
         for n in names
     ]
     yield inputs
@@ -170,9 +156,7 @@ def check_structure(name: str) -> None:
     library = LIBRARIES[source]
     with Weightless():
         untouched = library_model(name).eval().to("meta")
-    size = library.transform_for(
-        architecture, image_size=None, crop_pct=None, interpolation=None
-    ).crop_size
+    size = library.transform_for(architecture, image_size=None, crop_pct=None, interpolation=None).crop_size
     images = torch.empty(2, 3, *size, device="meta")
     expected = reference(name, untouched, images)
     heads = find_classifiers(untouched, library.classifiers_of(architecture, untouched))

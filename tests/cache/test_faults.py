@@ -139,9 +139,7 @@ def test_a_refused_system_call_is_a_storage_error(
     assert space.pending_shards == 0
 
 
-def test_names_are_given_to_what_is_safe_on_disk(
-    space: Space, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_names_are_given_to_what_is_safe_on_disk(space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every rename follows the fsync of its file and is followed by that of its folder."""
     steps: list[tuple[str, str]] = []
     real_fsync, real_rename, real_unlink = os.fsync, os.rename, os.unlink
@@ -166,9 +164,7 @@ def test_names_are_given_to_what_is_safe_on_disk(
     assert len(renamed) == 6  # meta.json twice, three shards, features.h5
     for i in renamed:
         assert steps[i + 1] == ("fsync", str(Path(steps[i][1]).parent))
-    assert [call for call, _ in steps].index("unlink") > steps.index(
-        ("rename", str(space.features_path))
-    )
+    assert [call for call, _ in steps].index("unlink") > steps.index(("rename", str(space.features_path)))
     made = [str(space.folder.parents[2]), *map(str, space.folder.parents[:2]), str(space.folder)]
     assert all(("fsync", folder) in steps for folder in made)
 

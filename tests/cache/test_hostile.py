@@ -124,10 +124,7 @@ def forge(space: Space, craft: Craft, outside: Path) -> None:
     write(space, KEYS, X)
     forged = outside.with_suffix(".forged")
     layout = {"userblock_size": 512, "alignment_threshold": 1, "alignment_interval": 64}
-    with (
-        h5py.File(space.features_path) as real,
-        h5py.File(forged, "w", libver="earliest", **layout) as file,
-    ):
+    with h5py.File(space.features_path) as real, h5py.File(forged, "w", libver="earliest", **layout) as file:
         for name, value in real.attrs.items():
             file.attrs[name] = value
         for name in ("keys", "blocks", "failed"):

@@ -72,9 +72,7 @@ def agree(*_: Any) -> None:
 
 
 @pytest.mark.parametrize("flock", [refuse, agree])
-def test_without_a_proved_lock_writers_only_add(
-    space: Space, monkeypatch: pytest.MonkeyPatch, flock: Any
-) -> None:
+def test_without_a_proved_lock_writers_only_add(space: Space, monkeypatch: pytest.MonkeyPatch, flock: Any) -> None:
     keys, X = rows(10)
     write(space, keys[:2], X[:2])
     base = space.features_path.read_bytes()

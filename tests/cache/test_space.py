@@ -118,9 +118,7 @@ def test_failures_are_kept_until_forgotten_or_mended(space: Space) -> None:
             writer.fail(key, "decode", "trüncated\nfile", "pillow 13")
         assert space.view().failures == {}
         writer.finish()
-    assert space.view().failures == dict.fromkeys(
-        keys[1:], ("decode", "trüncated\nfile", "pillow 13")
-    )
+    assert space.view().failures == dict.fromkeys(keys[1:], ("decode", "trüncated\nfile", "pillow 13"))
     with space.writer(**OPTIONS) as writer:
         writer.forget_failures(keys[1:3])
         writer.append(keys[3:], X[3:])
@@ -197,9 +195,7 @@ def test_a_view_outlives_a_merge(space: Space, monkeypatch: pytest.MonkeyPatch) 
     assert (pickle.loads(pickle.dumps(view)).read(keys) == X).all()
 
 
-def test_a_few_new_rows_do_not_rewrite_a_large_base(
-    space: Space, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_few_new_rows_do_not_rewrite_a_large_base(space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_writer, "ALWAYS_MERGED_BYTES", 0)
     keys, X = rows(1000, 512)
     write(space, keys[:600], X[:600])

@@ -112,9 +112,7 @@ def test_features_that_are_all_dead_leave_the_class_frequencies() -> None:
 
 
 @pytest.mark.parametrize("kept", [(0, 1, 3), (1, 3)])
-def test_a_class_without_samples_is_never_predicted_and_harms_no_other(
-    kept: tuple[int, ...],
-) -> None:
+def test_a_class_without_samples_is_never_predicted_and_harms_no_other(kept: tuple[int, ...]) -> None:
     X, y = small(len(kept))
     y = np.array(kept)[y]
     head = fit_linear(X, y, classes=tuple("abcd"), l2=1e-2)

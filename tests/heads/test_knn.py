@@ -14,9 +14,9 @@ TEN = tuple("0123456789")
 
 def test_votes_are_those_of_scikit_learn_with_the_same_weights() -> None:
     X_train, X_test = X[:600], X[600:800]
-    reference = KNeighborsClassifier(
-        20, metric="cosine", weights=lambda distance: np.exp(-distance / 0.07)
-    ).fit(X_train, Y[:600])
+    reference = KNeighborsClassifier(20, metric="cosine", weights=lambda distance: np.exp(-distance / 0.07)).fit(
+        X_train, Y[:600]
+    )
     found = fit_knn(X_train, Y[:600], classes=TEN).predict_proba(X_test)
     np.testing.assert_allclose(found, reference.predict_proba(X_test), atol=1e-4)
     assert (found.argmax(axis=1) == Y[600:800]).mean() > 0.88
@@ -31,9 +31,7 @@ def test_one_neighbour_recalls_the_training_set_and_k_is_at_most_n() -> None:
 
 def test_length_does_not_count_and_zero_rows_do_no_harm() -> None:
     head = fit_knn(np.vstack([X[:100], np.zeros((1, 64))]), Y[:101], classes=TEN)
-    np.testing.assert_allclose(
-        head.predict_proba(X[:5] * 1e4), head.predict_proba(X[:5]), atol=1e-4
-    )
+    np.testing.assert_allclose(head.predict_proba(X[:5] * 1e4), head.predict_proba(X[:5]), atol=1e-4)
     assert np.isfinite(head.predict_proba(np.zeros((1, 64)))).all()
     assert np.isfinite(head.logits(X[:5])).all()
 

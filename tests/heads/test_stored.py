@@ -34,10 +34,7 @@ def test_a_loaded_head_is_the_saved_one(kind: int, tmp_path: Path) -> None:
 def test_files_are_read_with_numpy_and_json_alone(tmp_path: Path) -> None:
     head = heads()[0]
     head.save(tmp_path)
-    arrays, record = (
-        load_file(tmp_path / "head.safetensors"),
-        json.loads((tmp_path / "head.json").read_text()),
-    )
+    arrays, record = (load_file(tmp_path / "head.safetensors"), json.loads((tmp_path / "head.json").read_text()))
     assert record["kind"] == "linear"
     assert record["classes"] == list(CLASSES)
     assert arrays["weight"].dtype == arrays["bias"].dtype == np.float32
@@ -54,10 +51,7 @@ def test_the_same_head_is_the_same_bytes(tmp_path: Path) -> None:
 def test_arrays_of_another_head_are_refused(tmp_path: Path) -> None:
     linear = heads()[0]
     linear.save(tmp_path)
-    save_file(
-        {"weight": linear.logits(X)[:3].astype(np.float32), "bias": Y[:3]},
-        tmp_path / "head.safetensors",
-    )
+    save_file({"weight": linear.logits(X)[:3].astype(np.float32), "bias": Y[:3]}, tmp_path / "head.safetensors")
     with pytest.raises(ModelMismatch, match=r"not what head\.json describes"):
         load_head(tmp_path)
 

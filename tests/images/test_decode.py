@@ -76,9 +76,7 @@ def test_orientation(orientation: int, stored, name: str) -> None:
 
 
 def test_broken_exif_is_as_none() -> None:
-    data = encode(
-        Image.new("RGB", (8, 8), RED), "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff nonsense"
-    )
+    data = encode(Image.new("RGB", (8, 8), RED), "PNG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff nonsense")
     assert colour(data) == RED
 
 
@@ -113,9 +111,7 @@ def test_big_endian_sixteen_bits() -> None:
 
 def test_sixteen_bit_colour_agrees_with_sixteen_bit_grey() -> None:
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return (
-            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        )
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0)
     body = zlib.compress(b"\0" + struct.pack(">HHH", 0x12FF, 0x7F80, 0xFFFF))
@@ -129,9 +125,7 @@ def test_grey_bilevel_and_cmyk() -> None:
     assert near(colour(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")), RED)
 
 
-@pytest.mark.parametrize(
-    "pixels", [np.zeros((2, 2), np.float32), np.full((2, 2), 70_000, np.int32)]
-)
+@pytest.mark.parametrize("pixels", [np.zeros((2, 2), np.float32), np.full((2, 2), 70_000, np.int32)])
 def test_pixels_without_a_scale_are_refused(pixels: np.ndarray) -> None:
     with pytest.raises(DecodeError, match="no fixed scale"):
         decode_image(encode(Image.fromarray(pixels), "TIFF"))
@@ -182,9 +176,7 @@ GOOD = [
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(GOOD), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255))))
-def test_damaged_bytes_give_an_image_or_a_decode_error(
-    good: bytes, damage: list[tuple[int, int]]
-) -> None:
+def test_damaged_bytes_give_an_image_or_a_decode_error(good: bytes, damage: list[tuple[int, int]]) -> None:
     data = bytearray(good)
     for at, value in damage:
         data[at % len(data)] = value

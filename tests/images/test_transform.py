@@ -27,12 +27,8 @@ def noise(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("crop", "resize"), [(224, 256), (224, 224), (65, 57), (60, 65)])
 @pytest.mark.parametrize("size", SIZES)
-def test_torchvision_preset(
-    size: tuple[int, int], crop: int, resize: int, interpolation: str
-) -> None:
-    preset = ImageClassification(
-        crop_size=crop, resize_size=resize, interpolation=InterpolationMode(interpolation)
-    )
+def test_torchvision_preset(size: tuple[int, int], crop: int, resize: int, interpolation: str) -> None:
+    preset = ImageClassification(crop_size=crop, resize_size=resize, interpolation=InterpolationMode(interpolation))
     ours = Transform((crop, crop), resize, interpolation=interpolation)
     image = noise(*size)
     assert torch.equal(ours(image), preset(image))
@@ -59,11 +55,7 @@ def timm_twin(config: dict[str, Any]) -> Transform:
 @pytest.mark.parametrize("crop_pct", [0.875, 1.0])
 @pytest.mark.parametrize("size", SIZES)
 def test_timm_evaluation_transform(
-    size: tuple[int, int],
-    crop_pct: float,
-    input_size: tuple[int, int, int],
-    crop_mode: str,
-    interpolation: str,
+    size: tuple[int, int], crop_pct: float, input_size: tuple[int, int, int], crop_mode: str, interpolation: str
 ) -> None:
     asked = {
         "input_size": input_size,
@@ -80,31 +72,18 @@ def test_timm_evaluation_transform(
 
 def test_bgr_reverses_channels_and_takes_mean_in_that_order() -> None:
     image = Image.new("RGB", (8, 8), (255, 0, 51))
-    transform = Transform(
-        (8, 8),
-        8,
-        mean=(0.2, 0.0, 0.0),
-        std=(1.0, 1.0, 0.5),
-        channels="bgr",
-        interpolation="nearest",
-    )
+    transform = Transform((8, 8), 8, mean=(0.2, 0.0, 0.0), std=(1.0, 1.0, 0.5), channels="bgr", interpolation="nearest")
     assert transform(image)[:, 0, 0].tolist() == [0.0, 0.0, 2.0]
 
 
 def test_border_of_bgr_is_the_mean_colour() -> None:
     image = Image.new("RGB", (8, 4), (0, 0, 0))
-    transform = Transform(
-        (8, 8), (8, 8), "border", mean=(0.2, 0.4, 0.8), std=(1.0, 1.0, 1.0), channels="bgr"
-    )
+    transform = Transform((8, 8), (8, 8), "border", mean=(0.2, 0.4, 0.8), std=(1.0, 1.0, 1.0), channels="bgr")
     assert transform(image)[:, 0, 0].abs().max() < 1e-6
 
 
 @pytest.mark.parametrize(
-    "transform",
-    [
-        Transform((224, 224), 256),
-        Transform((96, 128), (100, 130), "squash", "bicubic", channels="bgr"),
-    ],
+    "transform", [Transform((224, 224), 256), Transform((96, 128), (100, 130), "squash", "bicubic", channels="bgr")]
 )
 def test_dictionary_round_trip_through_json(transform: Transform) -> None:
     written = json.loads(json.dumps(transform.to_dict()))
@@ -119,10 +98,7 @@ def test_other_policies_are_refused() -> None:
         Transform.from_dict(written)
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"resize_mode": "stretch"}, {"channels": "gbr"}, {"interpolation": "best"}],
-)
+@pytest.mark.parametrize("wrong", [{"resize_mode": "stretch"}, {"channels": "gbr"}, {"interpolation": "best"}])
 def test_unknown_names_are_refused(wrong: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="expected"):
         Transform((8, 8), (8, 8), **wrong)

@@ -33,10 +33,7 @@ def facts(manifest: Manifest) -> list[tuple[str, str | None, str]]:
 
 
 def test_class_folders(tmp_path: Path) -> None:
-    write(
-        tmp_path,
-        *(f"{c}/{d}{i}.png" for c in ("b", "a") for d in ("", "deep/x/") for i in range(20)),
-    )
+    write(tmp_path, *(f"{c}/{d}{i}.png" for c in ("b", "a") for d in ("", "deep/x/") for i in range(20)))
     write(tmp_path, "README.md", "a/notes.txt")
     manifest = read(tmp_path)
     assert manifest.classes == ("a", "b")
@@ -176,9 +173,7 @@ def test_several_sources_are_one_data_set(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_sources_must_agree(tmp_path: Path) -> None:
-    write(
-        tmp_path, "lab/a/1.png", "lab/b/2.png", "flat/3.png", "cut/train/a/4.png", "cut/val/a/5.png"
-    )
+    write(tmp_path, "lab/a/1.png", "lab/b/2.png", "flat/3.png", "cut/train/a/4.png", "cut/val/a/5.png")
     with pytest.raises(UsageError, match="has labels"):
         read(tmp_path / "lab", tmp_path / "flat")
     with pytest.raises(UsageError, match="has splits"):
@@ -263,12 +258,7 @@ def test_a_limit_is_not_hashed_beyond(tmp_path: Path) -> None:
 def test_list_images(tmp_path: Path, monkeypatch) -> None:
     write(tmp_path, "d/b.png", "d/a.png", "d/x.txt", "odd.dat", "d/sub/.h.png", "d/sub/c.jpg")
     monkeypatch.chdir(tmp_path)
-    assert [str(p) for p in list_images(["odd.dat", "d"])] == [
-        "odd.dat",
-        "d/a.png",
-        "d/b.png",
-        "d/sub/c.jpg",
-    ]
+    assert [str(p) for p in list_images(["odd.dat", "d"])] == ["odd.dat", "d/a.png", "d/b.png", "d/sub/c.jpg"]
     with pytest.raises(UsageError, match="does not exist"):
         list_images(["gone.png"])
     (tmp_path / "none").mkdir()

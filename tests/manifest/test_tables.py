@@ -147,9 +147,7 @@ def test_paths_outside_need_leave(tmp_path: Path, path: str) -> None:
     text = f"path\n{path}\n"
     assert "leaves the folder" in refused(tmp_path, text)
     manifest = read(tmp_path, text, allow_outside=True)
-    assert os.path.normpath(manifest.file_of(manifest.samples[0])) == os.path.normpath(
-        tmp_path / path
-    )
+    assert os.path.normpath(manifest.file_of(manifest.samples[0])) == os.path.normpath(tmp_path / path)
 
 
 def test_a_sibling_whose_name_begins_alike_is_outside(tmp_path: Path) -> None:
@@ -158,12 +156,7 @@ def test_a_sibling_whose_name_begins_alike_is_outside(tmp_path: Path) -> None:
 
 def test_inside_paths_are_normalised(tmp_path: Path) -> None:
     text = f"path\nx/../a.png\n{tmp_path}/y/b.png\n./c.png\n..d/e.png\n"
-    assert [s.path for s in read(tmp_path, text).samples] == [
-        "a.png",
-        "y/b.png",
-        "c.png",
-        "..d/e.png",
-    ]
+    assert [s.path for s in read(tmp_path, text).samples] == ["a.png", "y/b.png", "c.png", "..d/e.png"]
 
 
 def test_missing_files_are_unreadable_not_fatal(tmp_path: Path) -> None:
