@@ -108,7 +108,7 @@ def evaluate(
     from embedpipe import metrics
     from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier, classify
-    from embedpipe.provenance import write_atomically
+    from embedpipe.disk import publish
     from embedpipe.runs import find_run
 
     if not isinstance(run, Classifier):
@@ -131,7 +131,7 @@ def evaluate(
         run.name, split, metrics.score(result.values, y), matrix, run.classes, (*manifest.unreadable, *result.failed)
     )
     if confusion:
-        write_atomically(Path(confusion), done.confusion_csv().encode("utf-8", "surrogateescape"))
+        publish(Path(confusion), done.confusion_csv().encode("utf-8", "surrogateescape"))
     return done
 
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedpipe.cache import Space, check_free_space
+from embedpipe.cache import Space
+from embedpipe.disk import check_free_space
 from embedpipe.errors import UsageError
 from embedpipe.images import DECODER, image_batches
 from embedpipe.manifest import Failure, Manifest, Sample

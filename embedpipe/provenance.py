@@ -1,4 +1,4 @@
-"""Where a thing comes from: canonical JSON, fingerprints, digests, the environment, and files written whole.
+"""Where a thing comes from: canonical JSON, fingerprints, digests and the environment.
 
 Any room may enter. Nothing here imports torch.
 
@@ -9,14 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
-
-from embedpipe.errors import StorageError
 
 LIBRARIES = ("embedpipe", "torch", "torchvision", "timm", "numpy", "h5py", "pillow", "scikit-learn")
 
@@ -80,44 +75,6 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "absent"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole: temporary name, fsync, rename, fsync of the folder.
-
-    Raises
-    ------
-    StorageError    the operating system refused (disk full, permission, input/output)
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=".tmp-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.chmod(temporary, 0o644)
-            os.rename(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
-    except OSError as exc:
-        raise StorageError(
-            f"could not write {path}: {exc.strerror or exc}",
-            hint="free some space or check the permissions, then run the same command again",
-            path=str(path),
-        ) from exc
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:

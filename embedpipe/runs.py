@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedpipe.errors import ModelMismatch, StorageError, UsageError
-from embedpipe.provenance import nearest, sync_folder
+from embedpipe.disk import make_folder, storage_errors, sync_folder
+from embedpipe.errors import ModelMismatch, UsageError
+from embedpipe.provenance import nearest
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ def new_run(runs_dir: Path, verb: str) -> Iterator[RunFolder]:
     """
     name = f"{time.strftime('%Y%m%d-%H%M%S')}-{verb}-{secrets.token_hex(3)}"
     run = RunFolder(runs_dir / f".tmp-{name}", runs_dir / name)
-    try:
-        run.folder.mkdir(parents=True)
+    with storage_errors(run.final, "write the run folder"):
+        make_folder(runs_dir)
+        run.folder.mkdir()
         try:
             yield run
             _sync_tree(run.folder)
@@ -62,13 +64,6 @@ def new_run(runs_dir: Path, verb: str) -> Iterator[RunFolder]:
         except BaseException:
             shutil.rmtree(run.folder, ignore_errors=True)
             raise
-    except OSError as exc:
-        if isinstance(exc, StorageError):
-            raise
-        raise StorageError(
-            f"could not write the run folder {run.final}: {exc.strerror or exc}",
-            hint="free some space, or name another place with --runs-dir",
-        ) from exc
 
 
 def _sync_tree(folder: Path) -> None:

@@ -1,15 +1,13 @@
-"""Canonical JSON, fingerprints, digests, and files written whole."""
+"""Canonical JSON, fingerprints and digests."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from embedpipe.errors import CacheBusy, EmbedpipeError, StorageError
-from embedpipe.provenance import canonical_json, digest_arrays, fingerprint, nearest, write_atomically
+from embedpipe.errors import CacheBusy, EmbedpipeError
+from embedpipe.provenance import canonical_json, digest_arrays, fingerprint, nearest
 
 
 def test_the_order_of_keys_does_not_matter() -> None:
@@ -40,17 +38,6 @@ def test_a_digest_sees_names_types_shapes_and_bytes() -> None:
     assert digest_arrays({"w": torch.tensor(1.0, dtype=torch.bfloat16)}) != digest_arrays(
         {"w": torch.tensor(2.0, dtype=torch.bfloat16)}
     )
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    write_atomically(tmp_path / "deep" / "a.txt", b"one")
-    write_atomically(tmp_path / "deep" / "a.txt", b"two")
-    assert (tmp_path / "deep" / "a.txt").read_bytes() == b"two"
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(StorageError, match="folder"):
-        write_atomically(tmp_path / "folder", b"x")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "folder"]
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.txt"]
 
 
 def test_errors_have_two_parents_and_keep_their_facts() -> None:

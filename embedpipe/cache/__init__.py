@@ -12,10 +12,9 @@ The only room that imports h5py. Deeds and the pipeline may enter; it imports on
 
 from embedpipe.cache._cache import Cache
 from embedpipe.cache._datasets import dataset_name
-from embedpipe.cache._disk import check_free_space
 from embedpipe.cache._index import KeyIndex
 from embedpipe.cache._space import Space
 from embedpipe.cache._view import SpaceView
 from embedpipe.cache._writer import SpaceWriter
 
-__all__ = ["Cache", "KeyIndex", "Space", "SpaceView", "SpaceWriter", "check_free_space", "dataset_name"]
+__all__ = ["Cache", "KeyIndex", "Space", "SpaceView", "SpaceWriter", "dataset_name"]

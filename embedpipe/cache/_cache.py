@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from embedpipe.cache._datasets import dataset_name, read_table, reads, write_table
-from embedpipe.cache._disk import make_folder, storage_errors
 from embedpipe.cache._meta import FILE, read_meta
 from embedpipe.cache._space import Space
 from embedpipe.cache._structure import damaged
+from embedpipe.disk import publish, storage_errors
 from embedpipe.errors import UsageError
-from embedpipe.provenance import canonical_json, fingerprint, nearest, write_atomically
+from embedpipe.provenance import canonical_json, fingerprint, nearest
 
 if TYPE_CHECKING:
     from embedpipe.manifest import Manifest
@@ -96,9 +96,8 @@ class Cache:
 
     def set_latest(self, dataset: str, spaces: Sequence[str]) -> None:
         """Record the last extraction: its sample table and the folders of its spaces, by name."""
-        make_folder(self.root)
         fields = {"dataset": dataset, "spaces": list(spaces)}
-        write_atomically(self._latest, (canonical_json(fields) + "\n").encode())
+        publish(self._latest, (canonical_json(fields) + "\n").encode())
 
     @property
     def _spaces(self) -> Path:

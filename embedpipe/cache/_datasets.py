@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedpipe.cache._disk import make_folder, publish
 from embedpipe.cache._features import key_matrix, text_column, texts_of
 from embedpipe.cache._sealed import FORMAT_VERSION, Sealed, open_sealed, write_sealed
+from embedpipe.disk import publish
 
 if TYPE_CHECKING:
     from embedpipe.manifest import Manifest
@@ -60,7 +60,6 @@ def write_table(path: Path, manifest: Manifest) -> None:
         "ignored": manifest.ignored,
         "format_version": FORMAT_VERSION,
     }
-    make_folder(path.parent)
     publish(path, lambda stream: write_sealed(stream, arrays, attrs))
 
 

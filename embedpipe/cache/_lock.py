@@ -9,7 +9,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from embedpipe.cache._disk import storage_errors
+from embedpipe.disk import storage_errors
 from embedpipe.errors import CacheBusy
 
 LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)

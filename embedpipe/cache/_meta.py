@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from embedpipe.cache._disk import storage_errors
 from embedpipe.cache._sealed import FORMAT_VERSION, check_version
 from embedpipe.cache._structure import damaged
-from embedpipe.provenance import fingerprint, write_atomically
+from embedpipe.disk import publish, storage_errors
+from embedpipe.provenance import fingerprint
 
 FILE = "meta.json"
 
@@ -35,7 +35,7 @@ class Meta:
 
 def write_meta(folder: Path, meta: Meta) -> None:
     """Replace meta.json atomically."""
-    write_atomically(folder / FILE, _render(meta))
+    publish(folder / FILE, _render(meta))
 
 
 def read_meta(folder: Path) -> Meta | None:

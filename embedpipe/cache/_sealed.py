@@ -26,8 +26,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from embedpipe.cache._disk import storage_errors
 from embedpipe.cache._structure import Bytes, Large, Schema, check_extent, damaged, structure
+from embedpipe.disk import storage_errors
 from embedpipe.errors import CacheMismatch
 from embedpipe.provenance import canonical_json
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedpipe.cache._disk import storage_errors
 from embedpipe.cache._meta import Meta, read_meta
 from embedpipe.cache._structure import damaged
+from embedpipe.disk import storage_errors
 from embedpipe.provenance import fingerprint
 
 if TYPE_CHECKING:

@@ -18,15 +18,14 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from embedpipe.cache._disk import make_folder, publish, storage_errors, sweep
 from embedpipe.cache._features import FORGOTTEN, Array, FailureRecord, key_matrix, write_features
 from embedpipe.cache._lock import WriterLock
 from embedpipe.cache._meta import Meta, write_meta
 from embedpipe.cache._space import Space
 from embedpipe.cache._structure import Bytes
 from embedpipe.cache._view import SpaceView
+from embedpipe.disk import make_folder, publish, storage_errors, sweep, sync_folder
 from embedpipe.errors import CacheMismatch, NonFiniteFeatures
-from embedpipe.provenance import sync_folder
 
 ALWAYS_MERGED_BYTES = 1 << 30
 MERGED_SHARE = 0.05

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
+from embedpipe.disk import publish
 from embedpipe.errors import ModelMismatch, StorageError, UsageError
-from embedpipe.provenance import digest_arrays, write_atomically
+from embedpipe.provenance import digest_arrays
 
 ARRAYS, RECORD, FORMAT_VERSION = "head.safetensors", "head.json", 1
 Arrays = dict[str, NDArray[Any]]
@@ -33,8 +34,8 @@ def save_head(folder: Path, record: Mapping[str, Any], arrays: Arrays) -> None:
     """
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     full = {"format_version": FORMAT_VERSION, **record, "digest": digest_arrays(arrays)}
-    write_atomically(folder / ARRAYS, safetensors.save(arrays))
-    write_atomically(folder / RECORD, (json.dumps(full, indent=2, allow_nan=False) + "\n").encode())
+    publish(folder / ARRAYS, safetensors.save(arrays))
+    publish(folder / RECORD, (json.dumps(full, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from embedpipe.cache import Cache, check_free_space
-from embedpipe.errors import CacheMismatch, StorageError, UsageError
+from embedpipe.cache import Cache
+from embedpipe.errors import CacheMismatch, UsageError
 from embedpipe.manifest import Manifest, Sample, Source
 
 
@@ -69,9 +69,3 @@ def test_the_latest_is_read_by_default(cache: Cache, tmp_path: Path) -> None:
 def test_names_stay_inside_the_folder(cache: Cache, tmp_path: Path) -> None:
     name = cache.write_dataset(manifest(tmp_path, "../../ev/il"))
     assert [path.stem for path in (cache.root / "datasets").iterdir()] == [name]
-
-
-def test_a_plan_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    check_free_space(tmp_path / "not" / "yet", 1)
-    with pytest.raises(StorageError, match=r"are free in .*1000000000.0 GB are needed"):
-        check_free_space(tmp_path / "not" / "yet", 10**18)

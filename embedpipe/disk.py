@@ -1,4 +1,7 @@
-"""Folders and files that survive a kill and a power cut."""
+"""Folders and files that survive a kill and a power cut. Any room may enter.
+
+>>> publish(Path("runs/notes.txt"), b"whole or not at all")
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from pathlib import Path
 from typing import IO
 
 from embedpipe.errors import EmbedpipeError, StorageError
-from embedpipe.provenance import sync_folder
 
 TEMPORARY = ".tmp-"
 
@@ -47,20 +49,34 @@ def make_folder(folder: Path) -> None:
         sync_folder(folder.parent)
 
 
-def publish(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Write a file whole: temporary name, `write(stream)`, fsync, rename, fsync of the folder.
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
+    """Write a file whole: temporary name, its content, fsync, rename, fsync of the folder.
 
     The final name is the only mark of being done.
+
+    Parameters
+    ----------
+    content : bytes, or a function that writes them to a stream
 
     Raises
     ------
     StorageError    disk full, permission, input/output; no trace of the attempt is left
     """
+    make_folder(path.parent)
     with storage_errors(path, "write"):
         handle, temporary = tempfile.mkstemp(prefix=TEMPORARY, dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as stream:
-                write(stream)
+                stream.write(content) if isinstance(content, bytes) else content(stream)
                 stream.flush()
                 os.fsync(stream.fileno())
             os.chmod(temporary, 0o644)
