@@ -18,6 +18,7 @@ from embedpipe.heads._problem import Float32, Float64, Int64, Problem, Solution,
 from embedpipe.heads.linear import LinearHead
 
 STD_FLOOR = 0.01  # of the median std, so that dead features are not blown up
+NO_WEIGHT = 1e-12  # of the largest sample weight: less moves no digit of the loss
 ABSENT_MARGIN = 20.0  # logits below the winner; e^-20 = 2e-9
 
 
@@ -81,7 +82,7 @@ class Frame:
 def make_frame(
     X: ArrayLike, y: ArrayLike, *, classes: Sequence[str], standardize: bool, sample_weight: ArrayLike | None
 ) -> Frame:
-    """Check and standardise training data; samples of weight zero only count for the standardiser.
+    """Check and standardise training data; samples without weight only count for the standardiser.
 
     Raises
     ------
@@ -90,7 +91,7 @@ def make_frame(
     """
     features, labels = check_labelled(X, y, len(classes))
     weights = _check_weights(sample_weight, len(labels))
-    kept = weights > 0
+    kept = weights > NO_WEIGHT * weights.max(initial=0)
     present, place = np.unique(labels[kept], return_inverse=True)
     if len(present) < 2:
         raise UsageError(

@@ -50,9 +50,11 @@ class Problem:
     n_classes: int
 
     @property
-    def zero(self) -> Solution:
-        rows = 1 if self.n_classes == 2 else self.n_classes
-        return Solution(np.zeros((rows, self.X.shape[1])), np.zeros(rows))
+    def blind(self) -> Solution:
+        """The optimum as l2 grows without bound: no weights, the class frequencies in the bias."""
+        bias = np.log(np.bincount(self.y, self.sample_weight, self.n_classes))
+        bias = bias[1:] - bias[:1] if self.n_classes == 2 else bias - bias.mean()
+        return Solution(np.zeros((len(bias), self.X.shape[1])), bias)
 
     def objective(self, solution: Solution, l2: float) -> float:
         weights = self.sample_weight

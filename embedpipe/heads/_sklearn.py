@@ -18,7 +18,7 @@ def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = 
     """Minimise the objective for every l2, falling, each from the solution before it."""
     mean = problem.sample_weight @ problem.X
     X = problem.X - mean  # float64; the bias is free, so centring changes nothing but the speed
-    solution, solutions = start or problem.zero, []
+    solution, solutions = start or problem.blind, []
     for l2 in l2s:
         model = LogisticRegression(C=1 / l2, tol=GRADIENT_TOLERANCE, max_iter=ITERATIONS, warm_start=True)
         model.coef_, model.intercept_ = solution.weight, solution.bias + solution.weight @ mean

@@ -174,7 +174,7 @@ def test_any_small_problem_gives_a_valid_head_or_a_clear_error(
     rows = st.lists(st.lists(cells, min_size=width, max_size=width), min_size=n, max_size=n)
     X = np.array(data.draw(rows), dtype=np.float32)
     y = np.array(data.draw(st.lists(st.integers(0, n_classes - 1), min_size=n, max_size=n)))
-    weights = np.array(data.draw(st.lists(st.floats(0, 5), min_size=n, max_size=n)))
+    weights = np.array(data.draw(st.lists(st.just(0.0) | st.floats(1e-4, 5), min_size=n, max_size=n)))
     l2 = data.draw(st.sampled_from([1e-6, 1e-2, 100.0]))
     try:
         with warnings.catch_warnings(action="error"):
@@ -189,6 +189,14 @@ def test_any_small_problem_gives_a_valid_head_or_a_clear_error(
     frequencies = np.bincount(y, weights, n_classes) / weights.sum()
     found = np.average(probabilities, axis=0, weights=weights)
     np.testing.assert_allclose(found, frequencies, atol=0.02)  # the bias is free
+
+
+def test_a_weight_that_moves_no_digit_is_none() -> None:
+    X, y = small()
+    X, y, weights = np.vstack([X, X[:1] + 50]), np.append(y, 3), np.append(np.ones(len(y)), 1e-300)
+    with warnings.catch_warnings(action="error"):
+        head = fit_linear(X, y, classes=TEN[:4], l2=1e-6, sample_weight=weights)
+    assert not head.weight[3].any()
 
 
 def test_features_that_are_mostly_dead_are_not_blown_up() -> None:
