@@ -1,8 +1,7 @@
-"""image_batches: files to full batches, decoded in threads, in order, in bounded memory."""
+"""image_batches: files to full batches, decoded in processes of their own, in order, in bounded memory."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from PIL import Image
 
 from embedpipe.errors import DecodeError
-from embedpipe.images._decode import decode_image
+from embedpipe.images._isolation import borrow_decoder
+from embedpipe.images._transform import Transform
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ class Batch(Generic[Key]):
     ----------
     images : float32 (n, 3, H, W)              n = 0 where only failures are left to tell
     keys : n keys                              as the items gave them
-    failures : list of (key, stage, reason)    "read" may pass next time, "decode" never will
+    failures : list of (key, stage, reason)    "read" and "limit" may pass next time, "decode" never will
     """
 
     images: torch.Tensor
@@ -45,7 +45,7 @@ def image_batches(
     batch_size: int,
     workers: int,
 ) -> Iterator[Batch[Key]]:
-    """Read, check, decode and transform files in threads; every batch but the last is full.
+    """Read, check, decode and transform files, `workers` at a time; every batch but the last is full.
 
     Parameters
     ----------
@@ -95,15 +95,13 @@ def _in_order(
 def _load(
     key: bytes | None, path: Path, transform: Callable[[Image.Image], torch.Tensor]
 ) -> torch.Tensor | tuple[str, str]:
-    """Return the tensor of a file, or (stage, reason) of its failure."""
+    """Return the tensor of a file, or (stage, reason) of its failure; a decoder process does the dangerous part."""
+    own = transform if isinstance(transform, Transform) else None
+    with borrow_decoder() as decoder:
+        loaded = decoder.load(path, key=key, transform=own.to_dict() if own else None)
+    if isinstance(loaded, tuple):
+        return loaded
     try:
-        data = path.read_bytes()
-        if key is not None and hashlib.sha256(data).digest() != key:
-            return "read", "changed while reading"
-        return transform(decode_image(data))
+        return own.normalise(loaded) if own else transform(Image.fromarray(loaded))
     except DecodeError as exc:
         return "decode", str(exc)
-    except OSError as exc:
-        return "read", exc.strerror or str(exc)
-    except MemoryError:
-        return "read", "out of memory"

@@ -59,15 +59,22 @@ class Transform:
             raise ValueError(f"interpolation {self.interpolation!r}, expected a Pillow filter such as 'bicubic'")
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Return float32 (3, height, width) of an RGB image.
+        """Return float32 (3, height, width) of an RGB image; raises as `pixels` does."""
+        return self.normalise(self.pixels(image))
+
+    def pixels(self, image: Image.Image) -> np.ndarray:
+        """Return the part of an RGB image that the network sees, uint8 (height, width, 3), red first.
 
         Raises
         ------
         DecodeError    the image is so long and thin that its resized form would be a bomb
         """
+        return np.asarray(self._crop(self._resize(image)))
+
+    def normalise(self, pixels: np.ndarray) -> torch.Tensor:
+        """Return float32 (3, height, width) of what `pixels` gave."""
         import torch
 
-        pixels = np.asarray(self._crop(self._resize(image)))
         if self.channels == "bgr":
             pixels = pixels[:, :, ::-1]
         planes = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype(np.float32)

@@ -1,0 +1,155 @@
+"""Decoders that may die: each is a process of its own, with a limit of time and of memory for every image.
+
+A crash, a hang or a bomb in a decoder costs one image and one process, never the run. The processes start when the
+first image is wanted, stay for the next batch of images, and leave with this one.
+
+>>> with borrow_decoder() as decoder:
+...     decoder.load(Path("cat.jpg"), key=None, transform=None)
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedpipe.errors import EmbedpipeError
+from embedpipe.images._serving import HEADER, PIXELS, STAGES
+
+TIME_LIMIT_S = 60.0
+MEMORY_LIMIT_BYTES = 4 << 30  # of address space: an RGBA image of MAX_PIXELS over white takes about 3 GiB
+START_LIMIT_S = 60.0
+SERVE = "import sys; sys.path[:] = {path!r}; from embedpipe.images._serving import serve; serve({memory})"
+
+_idle: list[Decoder] = []
+
+
+class Decoder:
+    """A decoder process.
+
+    Raises
+    ------
+    EmbedpipeError    it does not start
+    """
+
+    def __init__(self) -> None:
+        code = SERVE.format(path=sys.path, memory=MEMORY_LIMIT_BYTES)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
+        self._poll = select.poll()
+        self._poll.register(self._answers, select.POLLIN)
+        try:
+            self._read(HEADER.size, time.monotonic() + START_LIMIT_S)  # its first answer is that it is there
+        except (EOFError, TimeoutError) as exc:
+            self.close()
+            raise EmbedpipeError(
+                "a decoder process does not start",
+                hint="see what `python -c 'import embedpipe.images._serving'` says, or free some memory",
+            ) from exc
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def load(
+        self, path: Path, *, key: bytes | None, transform: Mapping[str, Any] | None
+    ) -> np.ndarray | tuple[str, str]:
+        """Return uint8 (H, W, 3) of a file, or (stage, reason) of its failure.
+
+        Parameters
+        ----------
+        key : bytes or None         its sha256; other bytes are a failure
+        transform : dict or None    of a `Transform`, whose resize and crop are applied; None: the whole image
+        """
+        request = {"path": str(path), "key": key.hex() if key else None, "transform": transform}
+        deadline = time.monotonic() + TIME_LIMIT_S
+        try:
+            self._requests.write(json.dumps(request).encode() + b"\n")
+            kind, height, width = HEADER.unpack(self._read(HEADER.size, deadline))
+            if kind != PIXELS:
+                return STAGES[kind], self._read(height, deadline).decode()
+            return np.frombuffer(self._read(height * width * 3, deadline), np.uint8).reshape(height, width, 3)
+        except TimeoutError:
+            self.close()
+            return "limit", f"took longer than {TIME_LIMIT_S:.0f} s"
+        except (EOFError, BrokenPipeError):
+            return "limit", f"the decoder {_end_of(self.close(grace_s=5))}"
+
+    def close(self, grace_s: float = 0) -> int:
+        """End the process, at once if not within `grace_s`, and return its exit code, negative for a signal."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(grace_s)
+        self._process.kill()
+        self._requests.close()
+        self._answers.close()
+        return self._process.wait()
+
+    def forget(self) -> None:
+        """Leave the process to the parent of this fork."""
+        self._process.returncode = 0
+
+    def _read(self, count: int, deadline: float) -> bytearray:
+        data, got = bytearray(count), 0
+        while got < count:
+            if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise TimeoutError
+            taken = os.readv(self._answers.fileno(), [memoryview(data)[got:]])
+            if not taken:
+                raise EOFError
+            got += taken
+        return data
+
+
+def _end_of(code: int) -> str:
+    return f"ended with {code}" if code >= 0 else f"died of {signal.Signals(-code).name}"
+
+
+@contextmanager
+def borrow_decoder() -> Iterator[Decoder]:
+    """Lend a decoder process for one image after the other; an error in the block ends it."""
+    try:
+        decoder = _idle.pop()
+    except IndexError:
+        decoder = Decoder()
+    try:
+        yield decoder
+    except BaseException:
+        decoder.close()
+        raise
+    if decoder.alive:
+        _idle.append(decoder)
+
+
+@atexit.register
+def close_decoders() -> None:
+    """End all idle decoder processes; the next image starts new ones."""
+    while _idle:
+        _idle.pop().close()
+
+
+def _leave_decoders_to_the_parent() -> None:
+    while _idle:
+        _idle.pop().forget()
+
+
+os.register_at_fork(after_in_child=_leave_decoders_to_the_parent)
