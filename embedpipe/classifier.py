@@ -21,9 +21,10 @@ import numpy as np
 
 from embedpipe.cache import Cache, KeyIndex
 from embedpipe.errors import DecodeError, ModelMismatch, UsageError
+from embedpipe.forwarding import plan_forward, stream_rows
 from embedpipe.manifest import Failure, Manifest, Sample
 from embedpipe.metrics import score
-from embedpipe.pipeline import Progress, plan_forward, space_name, space_spec, stream_rows
+from embedpipe.pipeline import Progress, space_name, space_spec
 from embedpipe.provenance import environment, fingerprint
 from embedpipe.runs import RunFolder, read_run
 

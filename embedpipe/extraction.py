@@ -10,6 +10,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,30 +19,31 @@ from embedpipe.errors import EmbedpipeError, EmbedpipeWarning
 
 if TYPE_CHECKING:
     from embedpipe.backbones import Backbone
-    from embedpipe.cache import Cache, Space
+    from embedpipe.cache import Cache, KeyIndex, Space
     from embedpipe.features import FeatureSet
     from embedpipe.manifest import Manifest
-    from embedpipe.pipeline import Filled, Forward, Progress
+    from embedpipe.pipeline import Filled, Progress
 
 PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """One space after the deed: what made it, where it is, what it took."""
+    """One space after the deed: the backbone (its name alone where nothing was computed), where it is, what it took."""
 
-    backbone: Backbone
+    name: str
+    backbone: Backbone | None
     space: Space
     filled: Filled
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "backbone": self.backbone.name,
-            "layer": self.backbone.spec["layer"],
+            "backbone": self.name,
+            "layer": self.space.spec["layer"],
             "fingerprint": self.space.fingerprint,
             "space": str(self.space.folder),
             "features": str(self.space.features_path),
-            "feature_dim": self.backbone.feature_dim,
+            "feature_dim": self.space.feature_dim,
             "rows": len(self.space.view()),
             "computed": self.filled.computed,
             "reused": self.filled.reused,
@@ -137,23 +139,24 @@ def extract(
     StorageError    the disk is full or refuses
     CacheBusy       another process writes the same space
     """
-    from embedpipe.cache import Cache
+    from embedpipe.cache import Cache, KeyIndex
     from embedpipe.features import FeatureSet
-    from embedpipe.pipeline import plan_forward
 
     start, cache = time.monotonic(), Cache(Path(cache_dir))
-    fractions = {"val_fraction": val_fraction, "test_fraction": test_fraction}
-    manifest = _read(data, split_by=split_by, **fractions, limit=limit, allow_outside=allow_outside)
-    arithmetic = {"precision": precision, "store_dtype": store_dtype}
-    forward = plan_forward(device=device, batch_size=batch_size, workers=workers, **arithmetic)
+    reading: dict[str, Any] = {"split_by": split_by, "limit": limit, "allow_outside": allow_outside}
+    reading |= {"val_fraction": val_fraction, "test_fraction": test_fraction}
     shape = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
     loader = {"weights": weights, "seed": seed, "pool": pool, **shape}
+    settings: dict[str, Any] = {"precision": precision, "store_dtype": store_dtype}
+    settings |= {"device": device, "batch_size": batch_size, "workers": workers}
     writing = {"shard_rows": shard_rows, "retry_failed": retry_failed, "progress": progress}
-    extracted = [
-        _extract_space(cache, manifest, name, {**loader, "layer": one}, forward=forward, **writing)
-        for name in _as_list(backbone)
-        for one in layer or (None,)
-    ]
+    with closing(KeyIndex()) as index:
+        manifest = _read(data, index, **reading)
+        extracted = [
+            _extract_space(cache, index, manifest, name, loader={**loader, "layer": one}, settings=settings, **writing)
+            for name in _as_list(backbone)
+            for one in layer or (None,)
+        ]
     dataset = cache.write_dataset(manifest)
     cache.set_latest(dataset, [one.space.folder.name for one in extracted])
     summary = _summarise(manifest, dataset, extracted, time.monotonic() - start)
@@ -167,17 +170,12 @@ def _as_list(backbone: str | Backbone | Sequence[str]) -> list[Any]:
     return list(backbone) if several else [backbone]  # type: ignore[arg-type]
 
 
-def _read(data: PathLike | Sequence[PathLike], **options: Any) -> Manifest:
+def _read(data: PathLike | Sequence[PathLike], index: KeyIndex, **options: Any) -> Manifest:
     """Return the manifest of the sources, its warnings told."""
-    from embedpipe.cache import KeyIndex
     from embedpipe.manifest import read_manifest
 
     sources = [data] if isinstance(data, str | os.PathLike) else list(data)
-    index = KeyIndex()
-    try:
-        manifest = read_manifest(sources, key_of=index.key_of, **options)
-    finally:
-        index.close()
+    manifest = read_manifest(sources, key_of=index.key_of, **options)
     for warning in manifest.warnings:
         warnings.warn(warning, EmbedpipeWarning, stacklevel=3)
     return manifest
@@ -185,21 +183,56 @@ def _read(data: PathLike | Sequence[PathLike], **options: Any) -> Manifest:
 
 def _extract_space(
     cache: Cache,
+    index: KeyIndex,
     manifest: Manifest,
     backbone: str | Backbone,
-    options: Mapping[str, Any],
     *,
-    forward: Forward,
+    loader: Mapping[str, Any],
+    settings: Mapping[str, Any],
     **writing: Any,
 ) -> Extracted:
-    """Fill one space with the rows of the manifest that it lacks."""
-    from embedpipe.pipeline import fill_space, space_name, space_spec
+    """Fill one space with the rows of the manifest that it lacks; the backbone is loaded only where it is needed."""
+    from embedpipe.pipeline import reuse_space, space_name
+    from embedpipe.recall import question_of, recall
 
-    loaded, loader = _load(backbone, options)
+    question = None
+    if not hasattr(backbone, "spec"):  # named, not handed over from Python
+        loader = {"name": backbone, **loader}
+        question = question_of(loader, settings)
+        if known := recall(index, question):
+            space = cache.open_space(known.spec, name=space_name(known.spec))
+            filled = reuse_space(space, manifest, known.record, retry_failed=writing["retry_failed"])
+            if filled:
+                return Extracted(known.name, None, space, filled)
+            space.ensure_free()  # before a model is loaded in vain
+    return _load_and_fill(cache, index, manifest, backbone, question, loader=loader, settings=settings, **writing)
+
+
+def _load_and_fill(
+    cache: Cache,
+    index: KeyIndex,
+    manifest: Manifest,
+    backbone: str | Backbone,
+    question: str | None,
+    *,
+    loader: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    **writing: Any,
+) -> Extracted:
+    from embedpipe.backbones import Backbone, load_backbone
+    from embedpipe.drift import record_environment
+    from embedpipe.forwarding import plan_forward
+    from embedpipe.pipeline import fill_space, space_name, space_spec
+    from embedpipe.recall import remember
+
+    forward = plan_forward(**settings)
+    loaded = backbone if isinstance(backbone, Backbone) else load_backbone(**loader)
     spec = space_spec(loaded, forward.precision, forward.store_dtype)
     space = cache.open_space(spec, name=space_name(spec))
-    filled = fill_space(space, manifest, loaded, forward, loader=loader, **writing)
-    return Extracted(loaded, space, filled)
+    if question:
+        remember(index, question, loaded, spec, record_environment(forward, loader))
+    filled = fill_space(space, manifest, loaded, forward, loader=loader if question else {}, **writing)
+    return Extracted(loaded.name, loaded, space, filled)
 
 
 def _refusal(summary: Mapping[str, Any]) -> EmbedpipeError:
@@ -210,16 +243,6 @@ def _refusal(summary: Mapping[str, Any]) -> EmbedpipeError:
         hint="mend or remove them, or run without --strict",
         failed=failed,
     )
-
-
-def _load(backbone: str | Backbone, options: Mapping[str, Any]) -> tuple[Backbone, dict[str, Any]]:
-    """Return a backbone and the keyword arguments that load it again (none for one handed over as an object)."""
-    from embedpipe.backbones import Backbone, load_backbone
-
-    if isinstance(backbone, Backbone):
-        return backbone, {}
-    loader = {"name": backbone, **options}
-    return load_backbone(**loader), loader
 
 
 def _summarise(manifest: Manifest, dataset: str, extracted: Sequence[Extracted], seconds: float) -> dict[str, Any]:

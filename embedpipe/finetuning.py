@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier, Scored
     from embedpipe.features import FeatureSet
+    from embedpipe.forwarding import Forward
     from embedpipe.heads import LinearHead
     from embedpipe.manifest import Sample
     from embedpipe.network import Network
-    from embedpipe.pipeline import Forward, Progress
+    from embedpipe.pipeline import Progress
     from embedpipe.training import Epoch, Score
 
 PathLike = str | os.PathLike[str]
@@ -101,8 +102,8 @@ def finetune(
     import torch
 
     from embedpipe.cache import Cache
+    from embedpipe.forwarding import plan_forward
     from embedpipe.network import Network, release
-    from embedpipe.pipeline import plan_forward
 
     start = time.monotonic()
     if not unfreeze:

@@ -9,84 +9,27 @@ cache decodes nothing and forwards nothing.
 
 from __future__ import annotations
 
-import os
 import re
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedpipe.cache import Space
+from embedpipe.cache import Space, SpaceView, SpaceWriter
 from embedpipe.disk import check_free_space
-from embedpipe.errors import UsageError
-from embedpipe.images import DECODER, image_batches
+from embedpipe.drift import check_drift, is_new, record_environment
+from embedpipe.errors import CacheBusy, StorageError
+from embedpipe.forwarding import Forward, stream_rows
+from embedpipe.images import DECODER
 from embedpipe.manifest import Failure, Manifest, Sample
-from embedpipe.provenance import environment
 
 if TYPE_CHECKING:
-    import torch
-
     from embedpipe.backbones import Backbone
 
 Progress = Callable[[str, int, int], None]
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-NON_FINITE = "the features are not finite in {precision}; try --precision fp32 --store-dtype float32"
-
-
-@dataclass(frozen=True)
-class Forward:
-    """How images go through a backbone. Precision and stored dtype shape a feature; the rest does not.
-
-    batch_size : int      images a batch; the last one is padded, so that no row depends on its place
-    workers : int         decoding threads
-    threads : int         threads of one forward pass on a CPU
-    channels_last : bool  memory format of images and weights
-    """
-
-    device: str = "cpu"
-    precision: str = "fp32"
-    store_dtype: str = "float32"
-    batch_size: int = 32
-    workers: int = 2
-    threads: int = 0
-    channels_last: bool = True
-
-    @property
-    def pins(self) -> dict[str, Any]:
-        """What must not change until an extraction is complete, for the same bits."""
-        return {
-            "executor": "eager",
-            "batch_size": self.batch_size,
-            "threads": self.threads,
-            "channels_last": self.channels_last,
-        }
-
-    def pinned(self, pins: Mapping[str, Any]) -> Forward:
-        """Return these settings under the pins of an extraction that was interrupted."""
-        return replace(self, **{name: pins[name] for name in self.pins if name != "executor"})
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Features of one batch.
-
-    keys : list of bytes               (n)
-    features : float32|float16 (n, D)
-    failures : list                    (key, stage, reason) each
-    waited_s, forward_s : float        seconds spent waiting for decoded images, and in the backbone
-    """
-
-    keys: list[bytes]
-    features: np.ndarray
-    failures: list[tuple[bytes, str, str]]
-    waited_s: float = 0.0
-    forward_s: float = 0.0
-
-    def __len__(self) -> int:
-        return len(self.keys) + len(self.failures)
 
 
 @dataclass(frozen=True)
@@ -107,51 +50,26 @@ class Filled:
         return "decode" if self.waited_s > self.forward_s else "forward"
 
 
-def plan_forward(
-    *, device: str, batch_size: int | str, workers: int | str, precision: str = "fp32", store_dtype: str = "float32"
-) -> Forward:
-    """Turn what a user asked for into settings of this machine.
+@dataclass(frozen=True)
+class Lookup:
+    """What a space says of a manifest: its samples by key, a view of the rows, and the samples still to compute."""
 
-    Raises
-    ------
-    UsageError    the device is not there (there is no silent fall-back), or a number is below 1
-    """
-    device = resolve_device(device)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for name, value in (("batch-size", batch_size), ("workers", workers)):
-        if value != "auto" and int(value) < 1:
-            raise UsageError(f"--{name} is {value}, expected 1 or more")
-    import torch
+    wanted: dict[bytes, Sample]
+    view: SpaceView
+    missing: dict[bytes, Sample]
 
-    return Forward(
-        device=device,
-        precision=precision,
-        store_dtype=store_dtype,
-        batch_size=(32 if device == "cpu" else 128) if batch_size == "auto" else int(batch_size),
-        workers=cores if workers == "auto" else int(workers),
-        threads=torch.get_num_threads(),
-    )
+    @property
+    def present(self) -> dict[bytes, Sample]:
+        return {key: sample for key, sample in self.wanted.items() if key in self.view}
 
 
-def resolve_device(device: str) -> str:
-    """Return the device to use: `auto` means the first of cuda, mps, cpu that is there.
+@dataclass
+class Tally:
+    """What happens while a space is filled: failures that may pass next time, and where the time goes."""
 
-    Raises
-    ------
-    UsageError    it is not there
-    """
-    import torch
-
-    there = ["cpu"]
-    if torch.backends.mps.is_available():
-        there.insert(0, "mps")
-    if torch.cuda.is_available():
-        there = ["cuda", *(f"cuda:{k}" for k in range(torch.cuda.device_count())), *there]
-    if device == "auto":
-        return there[0]
-    if device not in there:
-        raise UsageError(f"--device {device} is not there; found {', '.join(there)}", hint="use --device auto")
-    return device
+    passing: dict[bytes, tuple[str, str]] = field(default_factory=dict)
+    waited_s: float = 0.0
+    forward_s: float = 0.0
 
 
 def space_spec(backbone: Backbone, precision: str, store_dtype: str) -> dict[str, Any]:
@@ -162,6 +80,31 @@ def space_spec(backbone: Backbone, precision: str, store_dtype: str) -> dict[str
 def space_name(spec: Mapping[str, Any]) -> str:
     """Return the readable prefix of a space's folder, such as `timm-resnet18`."""
     return re.sub(r"[^\w.+-]+", "-", f"{spec['source']}-{spec['architecture']}")
+
+
+def look_up(space: Space, manifest: Manifest, *, retry_failed: bool = False) -> Lookup:
+    """Return what a space holds and lacks of a manifest; recorded failures are not lacking unless tried again."""
+    wanted: dict[bytes, Sample] = {}
+    for sample in manifest.samples:
+        wanted.setdefault(sample.key, sample)
+    view = space.view()
+    failures = {} if retry_failed else view.failures
+    return Lookup(wanted, view, {k: s for k, s in wanted.items() if k not in view and k not in failures})
+
+
+def reuse_space(
+    space: Space, manifest: Manifest, record: Mapping[str, Any], *, retry_failed: bool = False
+) -> Filled | None:
+    """Return what `fill_space` would where it has nothing to compute and nothing to prove, else None; no model is needed.
+
+    Parameters
+    ----------
+    record : dict    of this environment, as `record_environment` returns it
+    """
+    found = look_up(space, manifest, retry_failed=retry_failed)
+    if found.missing or space.interrupted or is_new(space, record, computing=False):
+        return None
+    return _summarise(manifest, found, found.view, Tally())
 
 
 def fill_space(
@@ -184,54 +127,71 @@ def fill_space(
 
     Raises
     ------
-    StorageError    the disk cannot hold what is planned, or refused while writing
-    CacheBusy       somebody else writes to this space
+    StorageError     the disk cannot hold what is planned, or refused while writing
+    CacheBusy        somebody else writes to this space
+    CacheMismatch    stored rows come out differently in this environment
     """
-    wanted: dict[bytes, Sample] = {}
-    for sample in manifest.samples:
-        wanted.setdefault(sample.key, sample)
-    view = space.view()
-    missing = _missing(wanted, view, retry_failed)
-    passing: dict[bytes, tuple[str, str]] = {}
-    waited_s = forward_s = 0.0
-    if missing or space.interrupted:
-        _check_plan(space, len(missing), backbone, forward)
-        with space.writer(
-            feature_dim=backbone.feature_dim,
-            dtype=forward.store_dtype,
-            environment={**environment(forward.device), "loader": dict(loader or {})},
-            pins=forward.pins,
-            shard_rows=shard_rows,
-        ) as writer:
-            view = space.view()
-            missing = _missing(wanted, view, retry_failed)
-            writer.forget_failures([key for key in missing if key in view.failures])
-            report = _reporter(progress, "extract", len(missing))
-            items = [(key, manifest.file_of(sample)) for key, sample in missing.items()]
-            for rows in stream_rows(items, backbone, forward.pinned(writer.pins)):
-                writer.append(rows.keys, rows.features)
-                for key, stage, reason in rows.failures:
-                    if stage == "decode":
-                        writer.fail(key, stage, reason, DECODER)
-                    else:
-                        passing[key] = (stage, reason)
-                waited_s, forward_s = waited_s + rows.waited_s, forward_s + rows.forward_s
-                report(len(rows))
+    meta = space.meta
+    forward = forward.pinned(meta.pins) if meta and meta.pins else forward
+    record = record_environment(forward, loader or {})
+    found = look_up(space, manifest, retry_failed=retry_failed)
+    drifted = is_new(space, record, computing=bool(found.missing))
+    if drifted:
+        items = [(key, manifest.file_of(sample)) for key, sample in found.present.items()]
+        record |= {"probed": check_drift(space, found.view, items, backbone, forward)}
+    tally, after = Tally(), found.view
+    open_writer = partial(
+        space.writer,
+        feature_dim=backbone.feature_dim,
+        dtype=forward.store_dtype,
+        environment=record,
+        pins=forward.pins,
+        shard_rows=shard_rows,
+    )
+    if found.missing or space.interrupted:
+        _check_plan(space, len(found.missing), backbone, forward)
+        with open_writer() as writer:
+            found = look_up(space, manifest, retry_failed=retry_failed)
+            report = _reporter(progress, "extract", len(found.missing))
+            _fill(writer, manifest, found, backbone, forward.pinned(writer.pins), tally, report)
+        after = space.view()
+    elif drifted:
+        with suppress(CacheBusy, StorageError), open_writer() as writer:  # else it is probed again next time
             writer.finish()
-        view = space.view()
-    reasons = {key: (stage, reason) for key, (stage, reason, _) in view.failures.items()} | passing
+    return _summarise(manifest, found, after, tally)
+
+
+def _fill(
+    writer: SpaceWriter,
+    manifest: Manifest,
+    found: Lookup,
+    backbone: Backbone,
+    forward: Forward,
+    tally: Tally,
+    report: Callable[[int], None],
+) -> None:
+    writer.forget_failures([key for key in found.missing if key in found.view.failures])
+    items = [(key, manifest.file_of(sample)) for key, sample in found.missing.items()]
+    for rows in stream_rows(items, backbone, forward):
+        writer.append(rows.keys, rows.features)
+        for key, stage, reason in rows.failures:
+            if stage == "decode":  # the same bytes will always fail so
+                writer.fail(key, stage, reason, DECODER)
+            else:
+                tally.passing[key] = (stage, reason)
+        tally.waited_s, tally.forward_s = tally.waited_s + rows.waited_s, tally.forward_s + rows.forward_s
+        report(len(rows))
+    writer.finish()
+
+
+def _summarise(manifest: Manifest, found: Lookup, after: SpaceView, tally: Tally) -> Filled:
+    reasons = {key: (stage, reason) for key, (stage, reason, _) in after.failures.items()} | tally.passing
     failed = tuple(
         Failure(manifest.name_of(sample), *reasons[sample.key]) for sample in manifest.samples if sample.key in reasons
     )
-    computed = sum(key not in reasons for key in missing)
-    reused = sum(key not in reasons for key in wanted) - computed
-    return Filled(computed, reused, (*manifest.unreadable, *failed), waited_s, forward_s)
-
-
-def _missing(wanted: Mapping[bytes, Sample], view: Any, retry_failed: bool) -> dict[bytes, Sample]:
-    return {
-        key: sample for key, sample in wanted.items() if key not in view and (retry_failed or key not in view.failures)
-    }
+    computed = sum(key not in reasons for key in found.missing)
+    reused = sum(key not in reasons for key in found.wanted) - computed
+    return Filled(computed, reused, (*manifest.unreadable, *failed), tally.waited_s, tally.forward_s)
 
 
 def _check_plan(space: Space, rows: int, backbone: Backbone, forward: Forward) -> None:
@@ -239,64 +199,6 @@ def _check_plan(space: Space, rows: int, backbone: Backbone, forward: Forward) -
     row_bytes = backbone.feature_dim * np.dtype(forward.store_dtype).itemsize + 32
     held = space.features_path.stat().st_size if space.features_path.exists() else 0
     check_free_space(space.folder, 2 * rows * row_bytes + min(held, 1 << 30))
-
-
-def stream_rows(items: Iterable[tuple[bytes, Path]], backbone: Backbone, forward: Forward) -> Iterator[Rows]:
-    """Decode and forward images batch by batch, in the order given.
-
-    Yields
-    ------
-    Rows    of at most `forward.batch_size` images; rows that are not finite are failures, stage `forward`
-    """
-    import torch
-
-    if forward.threads:
-        torch.set_num_threads(forward.threads)
-    run = prepare_forward(backbone, forward)
-    reason = NON_FINITE.format(precision=forward.precision)
-    start = time.monotonic()
-    for batch in image_batches(items, backbone.transform, batch_size=forward.batch_size, workers=forward.workers):
-        decoded = time.monotonic()
-        keys, failures = batch.keys, list(batch.failures)
-        features = np.empty((0, backbone.feature_dim), forward.store_dtype)
-        if keys:
-            with np.errstate(over="ignore"):
-                features = run(_pad(batch.images, forward.batch_size))[: len(keys)].astype(forward.store_dtype)
-            finite: np.ndarray = np.asarray(np.isfinite(features).all(axis=1))
-            failures += [(key, "forward", reason) for key, ok in zip(keys, finite.tolist(), strict=True) if not ok]
-            keys, features = ([key for key, ok in zip(keys, finite.tolist(), strict=True) if ok], features[finite])
-        waited_s, start = decoded - start, time.monotonic()
-        yield Rows(keys, features, failures, waited_s, start - decoded)
-        start = time.monotonic()
-
-
-def _pad(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Fill a batch up to its full size with black images: a row's bits depend on the size of its batch."""
-    import torch
-
-    if len(images) == size:
-        return images
-    return torch.cat([images, images.new_zeros(size - len(images), *images.shape[1:])])
-
-
-def prepare_forward(backbone: Backbone, forward: Forward) -> Callable[[torch.Tensor], np.ndarray]:
-    """Return a function from images float32 (N, 3, H, W) to features float32 (N, D) under these settings."""
-    import torch
-
-    memory = torch.channels_last if forward.channels_last else torch.contiguous_format
-    module = backbone.module.to(forward.device).to(memory_format=memory)
-    dtype = getattr(torch, DTYPES[forward.precision])
-
-    def run(images: torch.Tensor) -> np.ndarray:
-        images = images.to(forward.device, memory_format=memory)
-        with (
-            torch.inference_mode(),
-            torch.autocast(forward.device.partition(":")[0], dtype, enabled=dtype is not torch.float32),
-        ):
-            features: np.ndarray = module(images).float().cpu().numpy()
-        return features
-
-    return run
 
 
 def _reporter(progress: Progress | None, label: str, total: int) -> Callable[[int], None]:

@@ -13,7 +13,7 @@ FLOORS = [
     {"errors", "disk", "provenance", "metrics", "training"},
     {"manifest", "images", "runs"},
     {"backbones", "cache", "heads"},
-    {"pipeline", "features", "network"},
+    {"forwarding", "drift", "pipeline", "recall", "features", "network"},
     {"classifier"},
     {"extraction", "fitting", "finetuning", "prediction", "evaluation"},
     {"config", "demo"},
@@ -22,6 +22,7 @@ FLOORS = [
 ]
 # On these floors rooms may use their neighbours, in this order: the first knows none of the others.
 STAIRS = [["errors", "disk"], ["errors", "training"], ["errors", "metrics"]]
+STAIRS += [["forwarding", "drift"], ["forwarding", "pipeline"], ["drift", "pipeline"]]
 DOORS = {
     "h5py": {"cache"},
     "timm": {"backbones/_timm.py"},

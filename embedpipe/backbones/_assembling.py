@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,6 +55,7 @@ def assemble(
     image_size: tuple[int, int],
     origin: str,
     build: dict[str, Any],
+    files: tuple[Path, ...] | None = None,
 ) -> Backbone:
     """Take the classifiers (`heads`) out of a model and return its backbone.
 
@@ -85,6 +87,7 @@ def assemble(
         origin=origin,
         trace=record,
         build=build,
+        files=files,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class Backbone:
     origin : str            where the weights came from; recorded, never hashed
     trace : Trace           what runs when in the model
     build : dict            arguments of the library's builder that made this model
+    files : tuple of Path   the files that its weights were read from; None where that is not known
     """
 
     name: str
@@ -58,6 +60,7 @@ class Backbone:
     origin: str
     trace: Trace = field(repr=False)
     build: dict[str, Any] = field(default_factory=dict)
+    files: tuple[Path, ...] | None = None
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -81,15 +81,16 @@ def load_backbone(
     heads = library.classifiers_of(architecture, model)
     full_name = f"{source}:{architecture}"
     origin = library.origin_of(architecture) if pretrained else f"none: seed {seed}"
+    files = library.files_of(architecture) if pretrained else ()
     if weights == "packaged":
         package = package_for(f"{source}:{library.bare_name(architecture)}")
         state = package.read(package.locate(), headless_state(model, heads))
         fill(model, state, heads=heads, source=package.distribution, name=full_name)
-        canonical, origin = replace(canonical, **package.transform), package.origin
+        canonical, origin, files = replace(canonical, **package.transform), package.origin, (package.locate(),)
     elif weights not in ("pretrained", "none"):
         state = read_weights(Path(weights), dropped=library.AUXILIARY)
         fill(model, state, heads=heads, source=str(weights), name=full_name)
-        origin = f"file: {os.fspath(weights)}"
+        origin, files = f"file: {os.fspath(weights)}", (Path(weights).absolute(),)
     return assemble(
         model,
         name=full_name,
@@ -100,6 +101,7 @@ def load_backbone(
         image_size=canonical.crop_size,
         origin=origin,
         build=options,
+        files=files,
     )
 
 

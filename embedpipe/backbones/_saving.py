@@ -112,6 +112,7 @@ def load_model(
         image_size=tuple(stored["image_size"]),
         origin=stored["origin"],
         build=stored["build"],
+        files=(root.absolute() / DESCRIPTION, root.absolute() / WEIGHTS),
     )
 
 

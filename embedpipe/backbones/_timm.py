@@ -11,10 +11,12 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import timm
 from huggingface_hub import constants as hub
+from huggingface_hub import try_to_load_from_cache
 from timm.data import resolve_data_config
 from torch import nn
 
@@ -79,6 +81,19 @@ def origin_of(architecture: str) -> str:
     """Name the hub entry that pretrained weights come from."""
     cfg = timm.get_pretrained_cfg(architecture)
     return f"hub: {cfg.hf_hub_id or cfg.url}"
+
+
+def files_of(architecture: str) -> tuple[Path, ...] | None:
+    """Return the file in the hub's cache that pretrained weights were read from; None where it is not found."""
+    cfg = timm.get_pretrained_cfg(architecture)
+    if not cfg.hf_hub_id:
+        return None
+    repository, _, revision = cfg.hf_hub_id.partition("@")
+    for name in (cfg.hf_hub_filename, "model.safetensors", "pytorch_model.bin"):
+        found = try_to_load_from_cache(repository, name, revision=revision or None) if name else None
+        if isinstance(found, str):
+            return (Path(found),)
+    return None
 
 
 def classifiers_of(architecture: str, model: nn.Module) -> tuple[str, ...]:

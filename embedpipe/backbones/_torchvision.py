@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path, PurePath
 from typing import Any
 
-from torch import nn
+from torch import hub, nn
 from torchvision import models
 
 from embedpipe.errors import WeightsUnavailable
@@ -62,6 +63,12 @@ def build(architecture: str, *, options: dict[str, Any], pretrained: bool) -> nn
 def origin_of(architecture: str) -> str:
     """Name the file that pretrained weights come from."""
     return f"hub: {models.get_model_weights(architecture).DEFAULT.url}"
+
+
+def files_of(architecture: str) -> tuple[Path, ...] | None:
+    """Return the downloaded file that pretrained weights were read from; None where it is not found."""
+    file = Path(hub.get_dir(), "checkpoints", PurePath(models.get_model_weights(architecture).DEFAULT.url).name)
+    return (file,) if file.is_file() else None
 
 
 def classifiers_of(architecture: str, model: nn.Module) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""A memo (path, size, mtime, inode, ctime) -> sha256. Deletable; any trouble means hash again."""
+"""A memo (path, size, mtime, inode, ctime) -> sha256, and other answers. Deletable; any trouble means ask again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 SCHEMA = (
     "CREATE TABLE IF NOT EXISTS keys (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER,"
-    " inode INTEGER, ctime_ns INTEGER, key BLOB) WITHOUT ROWID"
+    " inode INTEGER, ctime_ns INTEGER, key BLOB) WITHOUT ROWID;"
+    "CREATE TABLE IF NOT EXISTS answers (question TEXT PRIMARY KEY, answer TEXT) WITHOUT ROWID;"
 )
 
 
@@ -64,6 +65,18 @@ class KeyIndex:
         settled = after == before and max(after[1], after[3]) < now - RACY_NS
         self._remember((name, *after, key) if settled else None)
         return key
+
+    def recall(self, question: str) -> str | None:
+        """Return the answer that was remembered for a question, None where there is none or any trouble."""
+        with self._lock, suppress(sqlite3.Error):
+            row = self._database.execute("SELECT answer FROM answers WHERE question = ?", (question,)).fetchone()
+            return row[0] if row and isinstance(row[0], str) else None
+        return None
+
+    def remember(self, question: str, answer: str) -> None:
+        """Keep an answer; losing it costs time only."""
+        with self._lock, suppress(sqlite3.Error), self._database:
+            self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (question, answer))
 
     def close(self) -> None:
         """Write what is new."""
@@ -121,7 +134,7 @@ def _open(path: Path | str) -> sqlite3.Connection:
     database = sqlite3.connect(path, timeout=0, check_same_thread=False)
     try:
         database.execute("PRAGMA synchronous = OFF")
-        database.execute(SCHEMA)
+        database.executescript(SCHEMA)
     except sqlite3.Error:
         database.close()
         raise

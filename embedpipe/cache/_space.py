@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import numpy as np
 from embedpipe.cache._meta import Meta, read_meta
 from embedpipe.cache._structure import damaged
 from embedpipe.disk import storage_errors
+from embedpipe.errors import StorageError
 from embedpipe.provenance import fingerprint
 
 if TYPE_CHECKING:
@@ -104,6 +106,18 @@ class Space:
         from embedpipe.cache._view import SpaceView
 
         return SpaceView(self)
+
+    def ensure_free(self) -> None:
+        """Do nothing where a writer could begin now.
+
+        Raises
+        ------
+        CacheBusy    somebody else writes to this space
+        """
+        from embedpipe.cache._lock import WriterLock
+
+        with suppress(StorageError):  # no folder yet, or one that the writer itself will complain of
+            WriterLock(self.folder / ".lock").release()
 
     def writer(
         self,
