@@ -104,3 +104,19 @@ def test_features_that_overflow_float16_are_failures(run: Run, photos: Path, tmp
     reasons = {failure["reason"] for failure in done.data["failed"]}
     assert reasons == {"a feature is too large for float16; try --store-dtype float32"}
     assert run("extract", photos, *flags, "--json").data["failed"] == []
+
+
+@pytest.mark.parametrize(("layer", "named"), [("layer2.0.conv1", "layer2.0.conv1"), ("layer4.1.bn2", "layer4.1.bn2")])
+def test_the_layer_at_fault_is_named(run: Run, photos: Path, tmp_path: Path, layer: str, named: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18")
+    with torch.no_grad():
+        model.get_parameter(f"{layer}.weight").view(-1)[0] = float("nan")
+    save_file(model.state_dict(), tmp_path / "broken.safetensors")
+    flags = ["--backbone", "resnet18", "--weights", tmp_path / "broken.safetensors", "--image-size", 32, "--limit", 2]
+    done = run("extract", photos, *flags, "--json")
+    assert done.code == 3
+    reason = f"the output of layer {named!r} is not finite in fp32; are the weights damaged?"
+    assert [(failure["stage"], failure["reason"]) for failure in done.data["failed"]] == [("forward", reason)] * 2
+    assert done.data["rows"] == 0
+    assert run("extract", photos, *flags, "--json").data["failed"] == done.data["failed"]  # tried again, not remembered

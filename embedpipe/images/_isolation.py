@@ -78,10 +78,11 @@ class Decoder:
 
         Parameters
         ----------
+        path : Path                 relative to where this process is now, not where the decoder was started
         key : bytes or None         its sha256; other bytes are a failure
         transform : dict or None    of a `Transform`, whose resize and crop are applied; None: the whole image
         """
-        request = {"path": str(path), "key": key.hex() if key else None, "transform": transform}
+        request = {"path": os.path.abspath(path), "key": key.hex() if key else None, "transform": transform}
         deadline = time.monotonic() + TIME_LIMIT_S
         try:
             self._requests.write(json.dumps(request).encode() + b"\n")

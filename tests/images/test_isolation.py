@@ -181,3 +181,9 @@ def test_a_decoder_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(EmbedpipeError, match="a decoder process does not start"):
         Decoder()
+
+
+def test_paths_are_those_of_this_process_now(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with borrow_decoder() as decoder:
+        monkeypatch.chdir(tmp_path)
+        assert isinstance(decoder.load(Path(good.name), key=None, transform=None), np.ndarray)
