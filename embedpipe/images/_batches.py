@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from PIL import Image
 
 from embedpipe.errors import DecodeError
-from embedpipe.images._isolation import borrow_decoder
+from embedpipe.images._isolation import Decoders
 from embedpipe.images._transform import Transform
 
 if TYPE_CHECKING:
@@ -79,26 +79,27 @@ def _in_order(
     """Yield keys and results in the order of the items, with at most `window` under way."""
     remaining = iter(items)
     under_way: deque[tuple[Key, Future[torch.Tensor | tuple[str, str]]]] = deque()
-    executor = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    executor, decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode"), Decoders()
     try:
         while True:
             for key, path in islice(remaining, window - len(under_way)):
-                under_way.append((key, executor.submit(_load, key, path, transform)))
+                under_way.append((key, executor.submit(_load, decoders, key, path, transform)))
             if not under_way:
                 return
             key, future = under_way.popleft()
             yield key, future.result()
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        executor.shutdown(wait=False, cancel_futures=True)
+        decoders.give_up()
+        executor.shutdown(wait=True)
 
 
 def _load(
-    key: bytes | None, path: Path, transform: Callable[[Image.Image], torch.Tensor]
+    decoders: Decoders, key: bytes | None, path: Path, transform: Callable[[Image.Image], torch.Tensor]
 ) -> torch.Tensor | tuple[str, str]:
     """Return the tensor of a file, or (stage, reason) of its failure; a decoder process does the dangerous part."""
     own = transform if isinstance(transform, Transform) else None
-    with borrow_decoder() as decoder:
-        loaded = decoder.load(path, key=key, transform=own.to_dict() if own else None)
+    loaded = decoders.load(path, key=key, transform=own.to_dict() if own else None)
     if isinstance(loaded, tuple):
         return loaded
     try:

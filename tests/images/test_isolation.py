@@ -18,7 +18,7 @@ from PIL import Image
 from embedpipe.errors import EmbedpipeError
 from embedpipe.images import Transform, decode_image, image_batches
 from embedpipe.images import _isolation as isolation
-from embedpipe.images._isolation import Decoder, borrow_decoder, close_decoders
+from embedpipe.images._isolation import Decoder, Decoders, close_decoders
 
 TRANSFORM = Transform((16, 16), 16)
 
@@ -64,9 +64,9 @@ def wait_until(true: object, limit_s: float = 10) -> None:
 
 
 def test_pixels_are_those_of_this_process(good: Path) -> None:
-    with borrow_decoder() as decoder:
-        cropped = decoder.load(good, key=None, transform=TRANSFORM.to_dict())
-        whole = decoder.load(good, key=None, transform=None)
+    decoders = Decoders()
+    cropped = decoders.load(good, key=None, transform=TRANSFORM.to_dict())
+    whole = decoders.load(good, key=None, transform=None)
     image = decode_image(good.read_bytes())
     np.testing.assert_array_equal(cropped, TRANSFORM.pixels(image))
     np.testing.assert_array_equal(whole, np.asarray(image))
@@ -134,11 +134,11 @@ def test_decoders_stay_for_the_next_image_and_leave_when_told(good: Path) -> Non
 def test_none_outlives_its_parent(slow: Path, good: Path, busy: bool) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from embedpipe.images._isolation import borrow_decoder\n"
-        "with borrow_decoder() as decoder:\n"
-        "    decoder.load(Path(sys.argv[1]), key=None, transform=None)\n"
-        "    print('loaded', flush=True)\n"
-        "    decoder.load(Path(sys.argv[2]), key=None, transform=None) if len(sys.argv) > 2 else sys.stdin.read()\n"
+        "from embedpipe.images._isolation import Decoder\n"
+        "decoder = Decoder()\n"
+        "decoder.load(Path(sys.argv[1]), key=None, transform=None)\n"
+        "print('loaded', flush=True)\n"
+        "decoder.load(Path(sys.argv[2]), key=None, transform=None) if len(sys.argv) > 2 else sys.stdin.read()\n"
     )
     arguments = [str(good), str(slow)] if busy else [str(good)]
     process = subprocess.Popen(
@@ -154,11 +154,12 @@ def test_none_outlives_its_parent(slow: Path, good: Path, busy: bool) -> None:
 
 def test_signals_to_the_whole_group_are_the_parents_to_answer(good: Path) -> None:
     before = children()
-    with borrow_decoder() as decoder:
-        (pid,) = children() - before
-        for number in (signal.SIGINT, signal.SIGTERM):
-            os.kill(pid, number)
-        assert isinstance(decoder.load(good, key=None, transform=None), np.ndarray)
+    decoder = Decoder()
+    (pid,) = children() - before
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(pid, number)
+    assert isinstance(decoder.load(good, key=None, transform=None), np.ndarray)
+    decoder.close()
 
 
 def test_a_fork_does_not_share_the_decoders_of_its_parent(good: Path) -> None:
@@ -184,6 +185,15 @@ def test_a_decoder_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPat
 
 
 def test_paths_are_those_of_this_process_now(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with borrow_decoder() as decoder:
-        monkeypatch.chdir(tmp_path)
-        assert isinstance(decoder.load(Path(good.name), key=None, transform=None), np.ndarray)
+    decoder = Decoder()
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(decoder.load(Path(good.name), key=None, transform=None), np.ndarray)
+    decoder.close()
+
+
+def test_who_stops_early_does_not_wait_for_a_slow_image(good: Path, slow: Path) -> None:
+    batches = image_batches([(None, good), (None, slow), (None, slow)], TRANSFORM, batch_size=1, workers=2)
+    next(batches)
+    start = time.monotonic()
+    batches.close()
+    assert time.monotonic() - start < 0.5  # the slow one takes more than a second
