@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embedpipe.cache import Cache, KeyIndex
-from embedpipe.errors import DecodeError, ModelMismatch, UsageError
+from embedpipe.errors import DecodeError, EmbedpipeError, ModelMismatch, UsageError
 from embedpipe.forwarding import plan_forward, stream_rows
 from embedpipe.manifest import Failure, Manifest, Sample
 from embedpipe.metrics import score
@@ -176,6 +176,7 @@ def classify(
     device: str = "auto",
     batch_size: int | str = "auto",
     workers: int | str = "auto",
+    strict: bool = False,
     progress: Progress | None = None,
 ) -> Probabilities:
     """Return probabilities of image files, in their order; rows that the cache holds are not computed again.
@@ -183,6 +184,10 @@ def classify(
     Returns
     -------
     Probabilities    of the files that can be read; the others are in `failed`
+
+    Raises
+    ------
+    EmbedpipeError    strict, and an image failed
     """
     index = KeyIndex()
     keys: dict[Path, bytes] = {}
@@ -212,6 +217,9 @@ def classify(
             done += len(batch.keys) + len(batch.failures)
             if progress:
                 progress("predict", done, len(unknown))
+    if strict and failed:
+        file, (_, reason) = next(iter(failed.items()))
+        raise EmbedpipeError(f"{file}: {reason}", hint="mend or remove it")
     good = [file for file in files if file not in failed]
     values = np.empty((0, len(classifier.classes)))
     if good:

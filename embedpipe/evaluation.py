@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embedpipe.errors import EmbedpipeError, UsageError
+from embedpipe.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,11 +120,8 @@ def evaluate(
     samples = [s for s in manifest.samples if s.label is not None and split in ("all", s.split)]
     _check(manifest, run, [s.label or "" for s in samples], split)
     files = {manifest.file_of(s): run.classes.index(s.label or "") for s in samples}
-    result = classify(
-        run, list(files), cache=cache, device=device, batch_size=batch_size, workers=workers, progress=progress
-    )
-    if strict and result.failed:
-        raise EmbedpipeError(f"{result.failed[0].path}: {result.failed[0].reason}", hint="mend or remove it")
+    machine: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers, "progress": progress}
+    result = classify(run, list(files), cache=cache, strict=strict, **machine)
     y = np.array([files[Path(path)] for path in result.paths], dtype=np.int64)
     matrix = metrics.confusion_matrix(y, result.values.argmax(axis=1), len(run.classes))
     done = Evaluation(

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embedpipe.errors import EmbedpipeError
-
 if TYPE_CHECKING:
     import numpy as np
 
@@ -101,17 +99,8 @@ def predict(
     if not isinstance(run, Classifier):
         run = Classifier.load(find_run(Path(runs_dir), run))
     files = list_images([images] if isinstance(images, str | os.PathLike) else list(images))
-    result = classify(
-        run,
-        files,
-        cache=Cache(Path(cache_dir)),
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-        progress=progress,
-    )
-    if strict and result.failed:
-        raise EmbedpipeError(f"{result.failed[0].path}: {result.failed[0].reason}", hint="mend or remove it")
+    machine: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers, "progress": progress}
+    result = classify(run, files, cache=Cache(Path(cache_dir)), strict=strict, **machine)
     predictions = [
         Prediction(path, run.classes, values) for path, values in zip(result.paths, result.values, strict=True)
     ]
