@@ -175,6 +175,17 @@ def test_shared_options_before_and_after_the_command(run: Run, photos: Path) -> 
         assert run(*flags, "--json").data["reused"] == 36
 
 
+def test_the_same_order_holds_for_what_commands_share(run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("c.yaml").write_text("cache-dir: from-config\n")
+    run("extract", photos, *TINY, "--config", "c.yaml")
+    monkeypatch.setenv("EMBEDPIPE_CACHE_DIR", "from-environment")
+    run("extract", photos, *TINY, "--config", "c.yaml")
+    run("--cache-dir", "from-flag", "extract", photos, *TINY, "--config", "c.yaml")
+    run("--cache-dir", "before", "extract", photos, *TINY, "--cache-dir", "after")
+    found = sorted(path.parent.name for path in Path().glob("*/latest.json"))
+    assert found == ["after", "from-config", "from-environment", "from-flag"]
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [

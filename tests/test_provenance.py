@@ -33,6 +33,8 @@ def test_a_digest_sees_names_types_shapes_and_bytes() -> None:
     digests = [digest_arrays(named) for named in (base, *others)]
     assert len(set(digests)) == len(digests)
     assert digest_arrays({"w": torch.arange(6, dtype=torch.float32)}) == digests[0]
+    two = {"w": base["w"], "a": np.ones(2)}
+    assert digest_arrays(two) == digest_arrays(dict(reversed(two.items())))
     strided = np.arange(12, dtype=np.float32).reshape(6, 2)[:, 0]
     assert digest_arrays({"w": strided}) == digest_arrays({"w": strided.copy()})
     assert digest_arrays({"w": torch.tensor(1.0, dtype=torch.bfloat16)}) != digest_arrays(

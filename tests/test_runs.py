@@ -20,7 +20,7 @@ def test_a_run_appears_whole(tmp_path: Path) -> None:
     with new_run(tmp_path, "fit-head") as run:
         run.write_json("run.json", {"verb": "fit-head"})
         assert list_runs(tmp_path) == []
-    assert list_runs(tmp_path) == [run.final]
+    assert list_runs(tmp_path) == list(tmp_path.iterdir()) == [run.final]
     assert read_run(run.final) == {"verb": "fit-head"}
 
 
