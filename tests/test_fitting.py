@@ -1,0 +1,61 @@
+"""fit_head on a real data set: copies across splits are counted, and what --refit adds is val."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import embedpipe as ep
+from embedpipe.heads import fit_linear
+from tests.conftest import write_photos
+
+CLASSES = ("blue", "red")
+
+
+@pytest.fixture
+def features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ep.FeatureSet:
+    """Split folders; one image of val and two of test are copies of training images, one of them mislabelled."""
+    monkeypatch.chdir(tmp_path)
+    for split, count in (("train", 8), ("val", 4), ("test", 4)):
+        write_photos(tmp_path / "data" / split, per_class=count, classes=CLASSES)
+        for k, path in enumerate(sorted((tmp_path / "data" / split).rglob("*.png"))):
+            path.write_bytes(path.read_bytes() + f"{split} {k}".encode())  # same pixels, other content
+    shutil.copy("data/train/red/000.png", "data/val/red/copy.png")
+    shutil.copy("data/train/red/001.png", "data/test/red/copy.png")
+    shutil.copy("data/train/red/002.png", "data/test/blue/copy.png")
+    return ep.extract("data", ep.load_backbone("timm:test_resnet", weights="none"))
+
+
+def test_copies_of_training_images_are_counted(features: ep.FeatureSet) -> None:
+    report = ep.fit_head(features).report
+    assert report["leaks"] == {"duplicates_of_train": {"val": 1, "test": 2}}
+
+
+def test_refit_takes_val_in_and_keeps_l2(features: ep.FeatureSet) -> None:
+    plain, again = ep.fit_head(features), ep.fit_head(features, refit=True)
+    assert (plain.report["n_train"], again.report["n_train"]) == (16, 25)
+    assert again.report["l2"] == plain.report["l2"]
+    X, y = (np.concatenate(pair) for pair in zip(features.arrays("train"), features.arrays("val"), strict=True))
+    wanted = fit_linear(X, y, classes=CLASSES, l2=plain.report["l2"])
+    np.testing.assert_allclose(again.head.logits(X), wanted.logits(X), atol=1e-3)
+    assert np.abs(plain.head.logits(X) - wanted.logits(X)).max() > 0.01
+
+
+def test_balanced_classes_weigh_the_same(features: ep.FeatureSet) -> None:
+    X, y = features.arrays("train")
+    few = np.flatnonzero((y == 0) | (np.arange(len(y)) >= len(y) - 3))
+    Path("list.csv").write_text(
+        "path,label,split\n"
+        + "".join(f"{features.paths('train')[k]},{CLASSES[y[k]]},train\n" for k in few)
+        + "".join(f"{p},{Path(p).parent.name},val\n" for p in features.paths("val"))
+    )
+    uneven = ep.extract("list.csv", features.backbone)
+    X, y = uneven.arrays("train")
+    assert np.bincount(y).tolist() == [8, 3]
+    head = ep.fit_head(uneven, class_weight="balanced", l2=1.0).head
+    weight = np.where(y == 0, 11 / 2 / 8, 11 / 2 / 3)
+    wanted = fit_linear(X, y, classes=CLASSES, l2=1.0, sample_weight=weight)
+    np.testing.assert_allclose(head.logits(X), wanted.logits(X), atol=1e-4)
