@@ -10,11 +10,33 @@ The only room that imports h5py. Deeds and the pipeline may enter; it imports on
 >>> space.view().read(keys)
 """
 
-from embedpipe.cache._cache import Cache
+from embedpipe.cache._cache import Cache, pick
+from embedpipe.cache._caring import last_used, leftovers, measure, remove_leftover
 from embedpipe.cache._datasets import dataset_name
+from embedpipe.cache._export import Exported, writer_of
 from embedpipe.cache._index import KeyIndex
 from embedpipe.cache._space import Space
+from embedpipe.cache._verify import DAMAGE, Finding, prove_files, prove_latest, prove_space
 from embedpipe.cache._view import SpaceView
 from embedpipe.cache._writer import SpaceWriter
 
-__all__ = ["Cache", "KeyIndex", "Space", "SpaceView", "SpaceWriter", "dataset_name"]
+__all__ = [
+    "DAMAGE",
+    "Cache",
+    "Exported",
+    "Finding",
+    "KeyIndex",
+    "Space",
+    "SpaceView",
+    "SpaceWriter",
+    "dataset_name",
+    "last_used",
+    "leftovers",
+    "measure",
+    "pick",
+    "prove_files",
+    "prove_latest",
+    "prove_space",
+    "remove_leftover",
+    "writer_of",
+]
