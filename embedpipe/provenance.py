@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 LIBRARIES = ("embedpipe", "torch", "torchvision", "timm", "numpy", "h5py", "pillow", "scikit-learn")
+ABSENT = "(absent)"
 
 
 def canonical_json(value: Any) -> str:
@@ -34,7 +35,7 @@ def fingerprint(spec: Mapping[str, Any]) -> str:
 
 
 class Difference(NamedTuple):
-    """A field of two specs, dotted, that is `old` in one and `new` in the other; None where it is absent."""
+    """A field of two specs, dotted, that is `old` in one and `new` in the other; "(absent)" where there is none."""
 
     field: str
     old: Any
@@ -52,14 +53,10 @@ def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Dif
     """
     before, after = (dict(_flat(json.loads(canonical_json(spec)))) for spec in (old, new))
     return [
-        Difference(name, before.get(name), after.get(name))
+        Difference(name, before.get(name, ABSENT), after.get(name, ABSENT))
         for name in sorted({*before, *after})
-        if _written(before, name) != _written(after, name)
+        if canonical_json(before.get(name, ABSENT)) != canonical_json(after.get(name, ABSENT))
     ]
-
-
-def _written(fields: Mapping[str, Any], name: str) -> str | None:
-    return canonical_json(fields[name]) if name in fields else None
 
 
 def _flat(spec: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,7 @@ FLOORS = [
     {"backbones", "cache", "heads"},
     {"pipeline", "features", "network"},
     {"classifier"},
-    {"extraction", "fitting", "finetuning", "prediction", "evaluation", "caretaking"},
+    {"extraction", "fitting", "finetuning", "prediction", "evaluation", "caretaking", "proving"},
     {"config", "demo"},
     {"cli"},
     {"__main__", "__init__"},

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import h5py
 import numpy as np
 import pytest
 
-from embedpipe import caretaking
+from embedpipe import caretaking, proving
 from embedpipe.cache import Cache, Space
-from embedpipe.cache._features import key_matrix, write_features
+from embedpipe.cache._features import write_features
+from embedpipe.cache._meta import write_meta
 from tests.conftest import COLOURS, TINY, Ended, Run, write_photo, write_photos
 
 CACHE = Path("cache")
@@ -184,7 +186,30 @@ def test_verify_computes_rows_again(run: Run, photos: Path, extracted: dict[str,
     (finding,) = done.envelope["data"]["findings"]
     assert done.code == 4
     assert "9.9e-03 of its norm" in finding["detail"]
+    assert "elsewhere" not in finding["detail"]
     assert space.view().keys[17].tobytes().hex()[:12] in finding["detail"]
+
+
+def test_a_false_row_made_elsewhere_says_where(run: Run, extracted: dict[str, Any]) -> None:
+    space = space_of(extracted)
+    rewrite(space, stored(space)[::-1].copy())
+    meta = space.meta
+    assert meta is not None
+    write_meta(space.folder, replace(meta, environments=({**meta.environments[0], "torch": "2.6.0"},)))
+    done = run("cache", "verify", "--json")
+    assert done.code == 4
+    assert "made elsewhere: torch: 2.6.0 -> " in kinds(done)["damage"]
+
+
+def test_in_half_precision_only_the_direction_counts(run: Run, photos: Path) -> None:
+    record = run("extract", photos, *TINY, "--precision", "bf16", "--json").data
+    space = space_of(record)
+    right = stored(space)
+    noise = np.random.default_rng(0).normal(size=right.shape)
+    noise *= np.linalg.norm(right, axis=1, keepdims=True) / np.linalg.norm(noise, axis=1, keepdims=True)
+    for share, code in ((5e-3, 0), (3e-2, 4)):
+        rewrite(space, (right + share * noise).astype(np.float32))
+        assert run("cache", "verify", "--all").code == code
 
 
 def test_a_difference_within_the_tolerance_is_told_and_no_damage(run: Run, extracted: dict[str, Any]) -> None:
@@ -336,8 +361,7 @@ def odd(run: Run, photos: Path) -> dict[bytes, bytes]:
     Path(os.fsdecode(folder + b"/caf\xe9.png")).write_bytes(whole + b" ")
     Path(os.fsdecode(folder + b"/back\\xe9.png")).write_bytes(whole)
     run("extract", photos, *TINY)
-    paths = [path for path in photos.rglob("*.png")]
-    return {os.fsencode(path): path.parent.name.encode() for path in paths}
+    return {os.fsencode(path): path.parent.name.encode() for path in photos.rglob("*.png")}
 
 
 def check(odd: dict[bytes, bytes], found: dict[str, Any], paths: list[bytes], labels: list[bytes]) -> None:
@@ -347,7 +371,7 @@ def check(odd: dict[bytes, bytes], found: dict[str, Any], paths: list[bytes], la
     samples = {os.fsencode(manifest.name_of(sample)): sample for sample in manifest.samples}
     assert dict(zip(paths, labels, strict=True)) == odd
     assert len(paths) == 38
-    assert [s for s in found["splits"]] == [samples[path].split.encode() for path in paths]
+    assert list(found["splits"]) == [samples[path].split.encode() for path in paths]
     assert [bytes(key) for key in found["keys"]] == [samples[path].key for path in paths]
     assert (np.array(list(found["features"])) == view.read(samples[path].key for path in paths)).all()
 
@@ -421,8 +445,8 @@ def test_export_names_its_space(run: Run, photos: Path, extracted: dict[str, Any
 
 def test_the_python_twins(run: Run, photos: Path, extracted: dict[str, Any]) -> None:
     assert caretaking.list_cache(cache_dir="cache").spaces[0].rows == 36
-    assert not caretaking.verify_cache(cache_dir="cache", sample=1).damaged
-    why = caretaking.explain_reuse(str(photos), "timm:test_resnet", weights="none", image_size=96)
+    assert not proving.verify_cache(cache_dir="cache", sample=1).damaged
+    why = proving.explain_reuse(str(photos), "timm:test_resnet", weights="none", image_size=96)
     assert [str(one) for one in why.differing] == [
         "transform.crop_size: [160, 160] -> [96, 96]",
         "transform.resize_size: 168 -> 101",

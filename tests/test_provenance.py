@@ -58,7 +58,7 @@ def test_differing_fields_are_dotted_and_tell_old_and_new() -> None:
     new = {"a": 1.0, "t": {"size": [64, 64], "mean": [0.5]}, "w": "f" * 64}
     assert [str(one) for one in differing_fields(old, new)] == [
         "a: 1 -> 1.0",  # the fingerprint tells them apart, so this does
-        "gone: null -> null",
+        "gone: null -> (absent)",
         "t.size: [96, 96] -> [64, 64]",
         f"w: {'0' * 12} -> {'f' * 12}",
     ]

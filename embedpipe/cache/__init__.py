@@ -10,8 +10,8 @@ The only room that imports h5py. Deeds and the pipeline may enter; it imports on
 >>> space.view().read(keys)
 """
 
-from embedpipe.cache._cache import Cache, pick
-from embedpipe.cache._caring import last_used, leftovers, measure, remove_leftover
+from embedpipe.cache._cache import Cache
+from embedpipe.cache._caring import last_used, measure, sweep_leftovers
 from embedpipe.cache._datasets import dataset_name
 from embedpipe.cache._export import Exported, writer_of
 from embedpipe.cache._index import KeyIndex
@@ -31,12 +31,10 @@ __all__ = [
     "SpaceWriter",
     "dataset_name",
     "last_used",
-    "leftovers",
     "measure",
-    "pick",
     "prove_files",
     "prove_latest",
     "prove_space",
-    "remove_leftover",
+    "sweep_leftovers",
     "writer_of",
 ]

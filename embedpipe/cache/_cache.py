@@ -58,7 +58,20 @@ class Cache:
         ------
         UsageError    none or several
         """
-        return self._read_space(pick(text, self.space_names(), "space"))
+        return self._read_space(_pick(text, self.space_names(), "space"))
+
+    def find(self, text: str) -> str:
+        """Return the space or data set of that name or prefix, or the data set of that id or source.
+
+        Raises
+        ------
+        UsageError    none or several
+        """
+        names = [*self.space_names(), *self.datasets()]
+        if not any(name.startswith(text) for name in names):
+            with suppress(UsageError):
+                return self.find_dataset(text)
+        return _pick(text, names, "space or data set")
 
     def write_dataset(self, manifest: Manifest) -> str:
         """Store a sample table, replacing that of the same sources; return its name."""
@@ -91,7 +104,7 @@ class Cache:
         names = self.datasets()
         exact = [one for one in names if text in (one, one.rpartition("-")[2])]
         same = exact or [one for one in names if reads(self.table_path(one), text)]
-        return same[0] if len(same) == 1 else pick(text, names, "data set")
+        return same[0] if len(same) == 1 else _pick(text, names, "data set")
 
     def datasets(self) -> list[str]:
         """Return the names of all sample tables."""
@@ -173,8 +186,7 @@ def _line(fields: Mapping[str, Any]) -> bytes:
     return (canonical_json(fields) + "\n").encode()
 
 
-def pick(text: str, names: Sequence[str], kind: str) -> str:
-    """Return the one of `names` that is `text` or the only one to begin so."""
+def _pick(text: str, names: Sequence[str], kind: str) -> str:
     fits = [name for name in names if name == text] or [n for n in names if n.startswith(text)]
     if len(fits) == 1:
         return fits[0]

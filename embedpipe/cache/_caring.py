@@ -6,7 +6,6 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -60,16 +59,15 @@ def remove_space(folder: Path, *, dry_run: bool) -> None:
         lock.release()
 
 
-def leftovers(folders: Iterable[Path]) -> list[Path]:
-    """Return what was left under temporary names by somebody who was killed, an hour ago or longer."""
-    found = [path for folder in folders for path in folder.glob(f"{TEMPORARY}*")]
-    return sorted(path for path in found if path.lstat().st_mtime < time.time() - LEFTOVER_S)
-
-
-def remove_leftover(path: Path) -> None:
-    """Remove a temporary file or folder."""
-    with storage_errors(path, "remove"):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+def sweep_leftovers(root: Path, *, dry_run: bool) -> dict[str, int]:
+    """Remove what killed processes left in a cache under temporary names an hour ago or longer; return names and bytes."""
+    swept = {}
+    for folder in (root, root / "spaces", root / "datasets"):
+        for path in sorted(folder.glob(f"{TEMPORARY}*")):
+            with storage_errors(path, "remove"), suppress(FileNotFoundError):
+                if path.lstat().st_mtime > time.time() - LEFTOVER_S:
+                    continue
+                swept[path.name] = measure(path)
+                if not dry_run:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return swept

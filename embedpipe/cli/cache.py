@@ -8,8 +8,9 @@ from typing import Any
 
 import rich_click as click
 
-from embedpipe import caretaking
+from embedpipe import caretaking, proving
 from embedpipe.cli._build import Session, Verbs, command, shared_options
+from embedpipe.disk import show_size
 from embedpipe.errors import CacheMismatch
 
 
@@ -21,7 +22,7 @@ def ls(session: Session, **options: Any) -> None:
         rows = "?" if one.rows is None else one.rows
         state = one.damage or (f"{one.backbone} {one.layer}{', interrupted' if one.interrupted else ''}")
         shards = "?" if one.pending_shards is None else one.pending_shards
-        lines.append(f"{rows:>9} {size(one.bytes):>9} {shards:>6}  {one.last_used:<20}  {one.space}  ({state})")
+        lines.append(f"{rows:>9} {show_size(one.bytes):>9} {shards:>6}  {one.last_used:<20}  {one.space}  ({state})")
     lines.append(f"\n{'images':>9} {'classes':>9}  data set")
     for data in found.datasets:
         counts = f"{data.images:>9} {len(data.classes or []):>9}" if data.damage is None else f"{'?':>9} {'?':>9}"
@@ -36,11 +37,11 @@ def info(session: Session, space: str, **options: Any) -> None:
     session.finish(found, json.dumps(found, indent=2))
 
 
-@command(caretaking.explain_reuse, example="embedpipe cache why data/ --backbone timm:resnet18 --image-size 288")
+@command(proving.explain_reuse, example="embedpipe cache why data/ --backbone timm:resnet18 --image-size 288")
 @click.argument("dataset", required=False)
 @click.option("--backbone", default="timm:resnet18", show_default=True, help="As in extract.")
 def why(session: Session, dataset: str | None, **options: Any) -> None:
-    found = caretaking.explain_reuse(dataset, **options)
+    found = proving.explain_reuse(dataset, **options)
     lines = [
         f"{found.dataset}: {found.images} different images",
         f"{found.space}: {found.hits} hits, {found.misses} misses, {found.failures} recorded failures"
@@ -52,10 +53,10 @@ def why(session: Session, dataset: str | None, **options: Any) -> None:
     session.finish(found.to_dict(), "\n".join(lines))
 
 
-@command(caretaking.verify_cache, example="embedpipe cache verify --sample 32")
+@command(proving.verify_cache, example="embedpipe cache verify --sample 32")
 @click.argument("names", nargs=-1, metavar="[DATASET or SPACE]...")
 def verify(session: Session, names: tuple[str, ...], **options: Any) -> None:
-    done = caretaking.verify_cache(names, progress=session.progress, **options)
+    done = proving.verify_cache(names, progress=session.progress, **options)
     lines = [f"{one.kind}: {one.place}: {one.detail}" for one in done.findings]
     lines += [
         f"{one.space}: {one.rows} rows, {one.recomputed} computed again, at most {one.max_relative_difference:.1e} "
@@ -81,10 +82,10 @@ def rm(session: Session, names: tuple[str, ...], **options: Any) -> None:
 
 def tell_removed(session: Session, done: caretaking.Collected) -> None:
     """Say what went, what was left alone, and the bytes."""
-    lines = [f"{one['name']}: {size(one['bytes'])}, {one['reason']}" for one in done.removed]
+    lines = [f"{one['name']}: {show_size(one['bytes'])}, {one['reason']}" for one in done.removed]
     lines += [f"left alone: {one['reason']}" for one in done.skipped]
     verb = "would be freed" if done.dry_run else "freed"
-    lines.append(f"{size(done.freed_bytes)} {verb}, {size(done.left_bytes)} left")
+    lines.append(f"{show_size(done.freed_bytes)} {verb}, {show_size(done.left_bytes)} left")
     session.finish(asdict(done), "\n".join(lines))
 
 
@@ -92,15 +93,7 @@ def tell_removed(session: Session, done: caretaking.Collected) -> None:
 @click.argument("dataset", required=False)
 def export(session: Session, dataset: str | None, **options: Any) -> None:
     done = caretaking.export_features(dataset, **options)
-    session.finish(done, f"{done['path']}: {done['rows']} rows of {done['feature_dim']}, {size(done['bytes'])}")
-
-
-def size(count: int) -> str:
-    """Return bytes as a text."""
-    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
-        if count >= 10**power:
-            return f"{count / 10**power:.1f} {unit}"
-    return f"{count} B"
+    session.finish(done, f"{done['path']}: {done['rows']} rows of {done['feature_dim']}, {show_size(done['bytes'])}")
 
 
 cache = Verbs(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from embedpipe.cache import Cache, Space, last_used, leftovers, measure
+from embedpipe.cache import Cache, Space, last_used, measure, sweep_leftovers
 from embedpipe.errors import CacheBusy, StorageError
 
 from .conftest import SPEC, forked, kill_self, rows, write
@@ -76,9 +76,12 @@ def test_killed_while_removing_leaves_no_space(cache: Cache, space: Space) -> No
     assert forked(body) == -9
     assert (cache.space_names(), cache.spaces()) == ([], [])
     (left,) = cache.spaces_folder.iterdir()
-    assert leftovers([cache.spaces_folder]) == []
+    assert sweep_leftovers(cache.root, dry_run=False) == {}
     os.utime(left, (1, 1))
-    assert leftovers([cache.spaces_folder]) == [left]
+    held = measure(left)
+    assert sweep_leftovers(cache.root, dry_run=True) == {left.name: held}
+    assert sweep_leftovers(cache.root, dry_run=False) == {left.name: held}
+    assert list(cache.spaces_folder.iterdir()) == []
 
 
 def test_an_attempt_that_committed_nothing_is_no_space(cache: Cache, tmp_path: Path) -> None:
