@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embedpipe.errors import CacheMismatch, EmbedpipeError
+from embedpipe.errors import CacheMismatch, EmbedpipeError, UsageError
 from embedpipe.provenance import Difference, differing_fields, environment
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from embedpipe.pipeline import Progress, Rows
 
 PathLike = str | os.PathLike[str]
-# One machine under the same pins gives the same bits. In fp32 another batch size or memory format moves a row by less than 1e-6 of
-# its norm, in bf16 by 3e-3; another decoder or resize filter by a cosine distance of 1e-3 and more. The limits lie between.
+# One machine under the same pins gives the same bits. In fp32 another batch size or memory format moves a row by less than 1e-6
+# of its norm, in bf16 by 3e-3; another decoder or resize filter by a cosine distance of 1e-3 and more. The limits lie between.
 MAX_COSINE, MAX_RELATIVE_FP32 = 1e-4, 1e-3
 
 
@@ -183,10 +183,12 @@ def verify_cache(
 
     Raises
     ------
-    UsageError    a name that is not there
+    UsageError    a name or a device that is not there
     """
     from embedpipe.cache import DAMAGE, Cache, Finding, prove_files, prove_latest, prove_space
 
+    if sample < 0:
+        raise UsageError(f"--sample is {sample}, expected 0 or more")
     cache = Cache(Path(cache_dir))
     spaces, datasets = _chosen(cache, names)
     findings = [] if names else list(prove_latest(cache))
