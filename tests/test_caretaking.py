@@ -186,7 +186,7 @@ def test_verify_finds_a_flipped_bit(run: Run, extracted: dict[str, Any], name: s
     assert damage["place"] in (str(path), str(path.parent))
     told = run("cache", "verify", "--sample", 0)
     assert (told.code, str(path) in told.out) == (4, True)
-    assert "1 damages" in told.line
+    assert "damage in the cache, 1 times" in told.line
 
 
 def test_verify_computes_rows_again(run: Run, photos: Path, extracted: dict[str, Any]) -> None:

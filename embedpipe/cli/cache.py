@@ -63,9 +63,9 @@ def verify(session: Session, names: tuple[str, ...], **options: Any) -> None:
         f"of a row's norm and {one.max_cosine_distance:.1e} in cosine from what is stored"
         for one in done.spaces
     ]
-    lines.append(f"{done.files} image files have the bytes that they were extracted from; {len(done.damage)} damages")
+    lines.append(f"{done.files} image files have the bytes that they were extracted from")
     hint = "remove what is damaged (`embedpipe cache rm`) and extract again"
-    error = CacheMismatch(f"{len(done.damage)} damages in the cache", hint=hint) if done.damaged else None
+    error = CacheMismatch(f"found damage in the cache, {len(done.damage)} times", hint=hint) if done.damaged else None
     session.finish({**asdict(done), "damaged": done.damaged}, "\n".join(lines), error=error)
 
 
