@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from embedpipe.backbones import Backbone, Layer, list_models, load_backbone
+    from embedpipe.caretaking import collect_garbage, describe_space, export_features, list_cache, remove_from_cache
     from embedpipe.classifier import Classifier
     from embedpipe.errors import EmbedpipeError
     from embedpipe.evaluation import Evaluation, evaluate
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from embedpipe.heads import LinearHead
     from embedpipe.images import Transform
     from embedpipe.prediction import Prediction, predict
+    from embedpipe.proving import explain_reuse, verify_cache
 
 _HOMES = {
     "Backbone": "backbones",
@@ -37,13 +39,20 @@ _HOMES = {
     "LinearHead": "heads",
     "Prediction": "prediction",
     "Transform": "images",
+    "collect_garbage": "caretaking",
+    "describe_space": "caretaking",
     "evaluate": "evaluation",
+    "explain_reuse": "proving",
+    "export_features": "caretaking",
     "extract": "extraction",
     "finetune": "finetuning",
     "fit_head": "fitting",
+    "list_cache": "caretaking",
     "list_models": "backbones",
     "load_backbone": "backbones",
     "predict": "prediction",
+    "remove_from_cache": "caretaking",
+    "verify_cache": "proving",
 }
 __all__ = [
     "Backbone",
@@ -55,13 +64,20 @@ __all__ = [
     "LinearHead",
     "Prediction",
     "Transform",
+    "collect_garbage",
+    "describe_space",
     "evaluate",
+    "explain_reuse",
+    "export_features",
     "extract",
     "finetune",
     "fit_head",
+    "list_cache",
     "list_models",
     "load_backbone",
     "predict",
+    "remove_from_cache",
+    "verify_cache",
 ]
 
 

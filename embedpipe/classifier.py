@@ -25,7 +25,7 @@ from embedpipe.forwarding import plan_forward, stream_rows
 from embedpipe.manifest import Failure, Manifest, Sample
 from embedpipe.metrics import score
 from embedpipe.pipeline import Progress, space_name, space_spec
-from embedpipe.provenance import environment, fingerprint
+from embedpipe.provenance import differing_fields, environment
 from embedpipe.runs import RunFolder, read_run
 
 if TYPE_CHECKING:
@@ -51,6 +51,33 @@ class Reference:
 
     def to_dict(self) -> dict[str, Any]:
         return {"spec": dict(self.spec), "loader": dict(self.loader)}
+
+    def load(self, folder: Path | None = None) -> Backbone:
+        """Return the backbone that made the features; `folder` is the run that holds a stored model.
+
+        Raises
+        ------
+        ModelMismatch    it was handed over from Python, or what loads now gives other features
+        """
+        from embedpipe.backbones import load_backbone
+
+        loader = dict(self.loader)
+        if "name" not in loader:
+            raise ModelMismatch(
+                f"the backbone {self.name} was handed over from Python and cannot be loaded by name",
+                hint="extract with a backbone of timm or torchvision, or work with the Classifier in Python",
+            )
+        if folder is not None and loader["name"] == "model":
+            loader["name"] = str(folder / "model")
+        backbone = load_backbone(**loader)
+        differing = differing_fields(self.spec, space_spec(backbone, self.spec["precision"], self.spec["stored_dtype"]))
+        if differing:
+            raise ModelMismatch(
+                f"{self.name} is not the backbone that made these features: {', '.join(map(str, differing))}",
+                hint="extract and fit the head again with the present weights",
+                fields=[one.field for one in differing],
+            )
+        return backbone
 
 
 @dataclass(frozen=True)
@@ -109,28 +136,7 @@ class Classifier:
         ------
         ModelMismatch    the weights are not those that the head was fitted on
         """
-        from embedpipe.backbones import load_backbone
-
-        if self._backbone is not None:
-            return self._backbone
-        loader = dict(self.reference.loader)
-        if "name" not in loader:
-            raise ModelMismatch(
-                f"the backbone {self.reference.name} was handed over from Python and cannot be loaded by name",
-                hint="extract with a backbone of timm or torchvision, or work with the Classifier in Python",
-            )
-        if self.folder is not None and loader["name"] == "model":
-            loader["name"] = str(self.folder / "model")
-        backbone = load_backbone(**loader)
-        spec = space_spec(backbone, self.reference.spec["precision"], self.reference.spec["stored_dtype"])
-        if fingerprint(spec) != fingerprint(self.reference.spec):
-            changed = [key for key in spec if spec[key] != self.reference.spec.get(key)]
-            raise ModelMismatch(
-                f"{self.reference.name} is not the backbone that this head was fitted on: {', '.join(changed)} differ",
-                hint="extract and fit the head again with the present weights",
-                fields=changed,
-            )
-        return backbone
+        return self._backbone or self.reference.load(self.folder)
 
     def predict_proba(self, paths: Sequence[str | os.PathLike[str]]) -> np.ndarray:
         """Return class probabilities float64 (N, C) of image files.
@@ -235,7 +241,9 @@ def _cached_rows(classifier: Classifier, cache: Cache | None, keys: Any) -> dict
     if cache is None:
         return {}
     spec = dict(classifier.reference.spec)
-    view = cache.open_space(spec, name=space_name(spec)).view()
+    space = cache.open_space(spec, name=space_name(spec))
+    space.mark_used()
+    view = space.view()
     known = list(dict.fromkeys(key for key in keys if key in view))
     return dict(zip(known, view.read(known), strict=True)) if known else {}
 

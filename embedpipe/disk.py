@@ -108,12 +108,16 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
         free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise StorageError(
-            f"{_size(free_bytes)} are free in {folder}, {_size(needed_bytes)} are needed",
+            f"{show_size(free_bytes)} are free in {folder}, {show_size(needed_bytes)} are needed",
             hint="free some space, or name another place with --cache-dir",
             free_bytes=free_bytes,
             needed_bytes=needed_bytes,
         )
 
 
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+def show_size(count: int) -> str:
+    """Return bytes as a text."""
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if count >= 10**power:
+            return f"{count / 10**power:.1f} {unit}"
+    return f"{count} B"

@@ -47,8 +47,7 @@ class FeatureSet:
     @property
     def loader(self) -> dict[str, Any]:
         """Keyword arguments of `load_backbone` that made the rows; empty for a backbone handed over as an object."""
-        environments = self.space.environments
-        return dict(environments[-1].get("loader", {})) if environments else {}
+        return self.space.loader
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -144,7 +143,14 @@ def open_features(
     """
     manifest = cache.read_dataset(dataset)
     if space is not None:
-        return FeatureSet(manifest, cache.find_space(space))
+        found = FeatureSet(manifest, cache.find_space(space))
+    else:
+        found = _only_complete(cache, manifest, backbone, layer)
+    found.space.mark_used()
+    return found
+
+
+def _only_complete(cache: Cache, manifest: Manifest, backbone: str | None, layer: str | None) -> FeatureSet:
     complete = [
         features
         for one in cache.spaces()

@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Mapping
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 LIBRARIES = ("embedpipe", "torch", "torchvision", "timm", "numpy", "h5py", "pillow", "scikit-learn")
+ABSENT = "(absent)"
 
 
 def canonical_json(value: Any) -> str:
@@ -30,6 +32,45 @@ def canonical_json(value: Any) -> str:
 def fingerprint(spec: Mapping[str, Any]) -> str:
     """Return the sha256 of the canonical JSON of `spec`, 64 hex digits."""
     return hashlib.sha256(canonical_json(spec).encode()).hexdigest()
+
+
+class Difference(NamedTuple):
+    """A field of two specs, dotted, that is `old` in one and `new` in the other; "(absent)" where there is none."""
+
+    field: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.field}: {_shown(self.old)} -> {_shown(self.new)}"
+
+
+def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """Return the fields in which two specs differ, sorted, those of inner mappings by their dotted names.
+
+    >>> differing_fields({"transform": {"crop_size": 224}}, {"transform": {"crop_size": 96}})
+    [Difference(field='transform.crop_size', old=224, new=96)]
+    """
+    before, after = (dict(_flat(json.loads(canonical_json(spec)))) for spec in (old, new))
+    return [
+        Difference(name, before.get(name, ABSENT), after.get(name, ABSENT))
+        for name in sorted({*before, *after})
+        if canonical_json(before.get(name, ABSENT)) != canonical_json(after.get(name, ABSENT))
+    ]
+
+
+def _flat(spec: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in spec.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _shown(value: Any) -> str:
+    """Show a value on one line; of a digest its first 12 digits."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text[:12] if re.fullmatch("[0-9a-f]{64}", text) else text
 
 
 def digest_arrays(named: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ FLOORS = [
     {"backbones", "cache", "heads"},
     {"forwarding", "drift", "pipeline", "recall", "features", "network"},
     {"classifier"},
-    {"extraction", "fitting", "finetuning", "prediction", "evaluation"},
+    {"extraction", "fitting", "finetuning", "prediction", "evaluation", "caretaking", "proving"},
     {"config", "demo"},
     {"cli"},
     {"__main__", "__init__"},
@@ -35,6 +35,7 @@ DOORS = {
     "rich": {"cli", "demo.py"},
     "PIL": {"images", "demo.py", "backbones"},
     "sqlite3": {"cache"},
+    "pyarrow": {"cache"},
     "pickle": {"backbones/_state.py", "backbones/weights.py"},  # the error; an unpickler of arrays
     "joblib": set(),
 }

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from embedpipe.errors import CacheBusy, EmbedpipeError
-from embedpipe.provenance import canonical_json, digest_arrays, fingerprint, nearest
+from embedpipe.provenance import canonical_json, differing_fields, digest_arrays, fingerprint, nearest
 
 
 def test_the_order_of_keys_does_not_matter() -> None:
@@ -53,3 +53,15 @@ def test_errors_have_two_parents_and_keep_their_facts() -> None:
 def test_nearest() -> None:
     assert nearest("resnet81", ["resnet18", "vgg11"])[0] == "resnet18"
     assert nearest("qqqq", ["resnet18"]) == []
+
+
+def test_differing_fields_are_dotted_and_tell_old_and_new() -> None:
+    old = {"a": 1, "t": {"size": (96, 96), "mean": [0.5]}, "gone": None, "w": "0" * 64}
+    new = {"a": 1.0, "t": {"size": [64, 64], "mean": [0.5]}, "w": "f" * 64}
+    assert [str(one) for one in differing_fields(old, new)] == [
+        "a: 1 -> 1.0",  # the fingerprint tells them apart, so this does
+        "gone: null -> (absent)",
+        "t.size: [96, 96] -> [64, 64]",
+        f"w: {'0' * 12} -> {'f' * 12}",
+    ]
+    assert differing_fields(old, {**old, "t": {"size": [96, 96], "mean": [0.5]}}) == []

@@ -11,10 +11,30 @@ The only room that imports h5py. Deeds and the pipeline may enter; it imports on
 """
 
 from embedpipe.cache._cache import Cache
+from embedpipe.cache._caring import last_used, measure, sweep_leftovers
 from embedpipe.cache._datasets import dataset_name
+from embedpipe.cache._export import Exported, writer_of
 from embedpipe.cache._index import KeyIndex
 from embedpipe.cache._space import Space
+from embedpipe.cache._verify import DAMAGE, Finding, prove_files, prove_latest, prove_space
 from embedpipe.cache._view import SpaceView
 from embedpipe.cache._writer import SpaceWriter
 
-__all__ = ["Cache", "KeyIndex", "Space", "SpaceView", "SpaceWriter", "dataset_name"]
+__all__ = [
+    "DAMAGE",
+    "Cache",
+    "Exported",
+    "Finding",
+    "KeyIndex",
+    "Space",
+    "SpaceView",
+    "SpaceWriter",
+    "dataset_name",
+    "last_used",
+    "measure",
+    "prove_files",
+    "prove_latest",
+    "prove_space",
+    "sweep_leftovers",
+    "writer_of",
+]

@@ -16,7 +16,7 @@ from embedpipe.cache._sealed import FORMAT_VERSION, Sealed, open_sealed, write_s
 from embedpipe.disk import publish
 
 if TYPE_CHECKING:
-    from embedpipe.manifest import Manifest
+    from embedpipe.manifest import Manifest, Source
 
 TEXTS = ("path", "label", "split", "group")
 SCHEMA = {
@@ -34,7 +34,7 @@ SCHEMA = {
 def dataset_name(manifest: Manifest) -> str:
     """Return `<name>-<id>`; the id is that of the sources, so a new reading replaces it."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", manifest.name).strip("._-")[:64] or "data"
-    sources = b"\0".join(os.fsencode(_absolute(source.argument)) for source in manifest.sources)
+    sources = b"\0".join(os.fsencode(_place(source)) for source in manifest.sources)
     return f"{readable}-{hashlib.sha256(sources).hexdigest()[:12]}"
 
 
@@ -52,7 +52,7 @@ def write_table(path: Path, manifest: Manifest) -> None:
         "classes": _texts(manifest.classes),
         "warnings": _texts(manifest.warnings),
         "sources/argument": _texts(source.argument for source in sources),
-        "sources/absolute": _texts(_absolute(source.argument) for source in sources),
+        "sources/absolute": _texts(_place(source) for source in sources),
         "sources/root": _texts(str(source.root) for source in sources),
     }
     attrs: dict[str, int | str] = {
@@ -94,7 +94,7 @@ def read_table(path: Path) -> Manifest:
 
 def reads(path: Path, source: str) -> bool:
     """Whether the table is that of the folder or file `source`."""
-    return _absolute(source) in _column(open_sealed(path, SCHEMA), "sources/absolute")
+    return os.path.abspath(source) in _column(open_sealed(path, SCHEMA), "sources/absolute")
 
 
 def _column(table: Sealed, name: str) -> list[str]:
@@ -105,5 +105,6 @@ def _texts(values: Iterable[str | None]) -> Any:
     return text_column(value or "" for value in values)
 
 
-def _absolute(argument: str | os.PathLike[str]) -> str:
-    return os.path.abspath(os.fspath(argument))
+def _place(source: Source) -> str:
+    """Return the absolute path of a source, wherever the process stands now."""
+    return str(source.root / Path(source.argument).name if source.is_table else source.root)

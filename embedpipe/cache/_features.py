@@ -88,7 +88,7 @@ def _write_digested(stream: IO[bytes], chunks: Iterable[Array]) -> Iterator[byte
     yield from _digests(rest)
 
 
-def _digests(raw: bytes) -> Iterator[bytes]:
+def _digests(raw: Any) -> Iterator[bytes]:
     for start in range(0, len(raw), BLOCK):
         yield hashlib.sha256(raw[start : start + BLOCK]).digest()
 
@@ -155,6 +155,21 @@ class FeatureFile:
         data = self._mapped[self._offset :]
         self._prove(data, index)
         return np.asarray(data.view(self.dtype).reshape(self.shape)[index])
+
+    def flaws(self) -> Iterator[str]:
+        """Look at every byte and every value; yield what is wrong: changed MiB, changed keys, NaN and infinity."""
+        data = map_again(self.path, self._seal)[self._offset :]
+        wanted = [block.tobytes() for block in self._blocks]
+        rotten = [n for n, digest in enumerate(_digests(data)) if digest != wanted[n]]
+        yield from (f"MiB {number} of its features has changed" for number in rotten)
+        if list(_digests(self.keys.tobytes())) != wanted[len(self._proved) :]:
+            yield "its keys are not those that were written"
+        if rotten:
+            return
+        rows, step = data.view(self.dtype).reshape(self.shape), max(1, BLOCK // max(1, self.shape[1]))
+        for start in range(0, len(rows), step):
+            for row in np.flatnonzero(~np.isfinite(rows[start : start + step]).all(axis=1)).tolist():
+                yield f"row {start + row} has NaN or infinity"
 
     def _prove(self, data: Bytes, index: Array) -> None:
         row_bytes = self.shape[1] * self.dtype.itemsize

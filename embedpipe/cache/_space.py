@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from embedpipe.cache._caring import mark_used
 from embedpipe.cache._meta import Meta, read_meta
 from embedpipe.cache._structure import damaged
 from embedpipe.disk import storage_errors
@@ -75,6 +76,12 @@ class Space:
         return meta.environments if meta else ()
 
     @property
+    def loader(self) -> dict[str, Any]:
+        """Keyword arguments of `load_backbone` that made the rows; empty for a backbone handed over as an object."""
+        environments = self.environments
+        return dict(environments[-1].get("loader", {})) if environments else {}
+
+    @property
     def interrupted(self) -> bool:
         """Whether an extraction began and has not finished: its pins are in force."""
         meta = self.meta
@@ -100,6 +107,10 @@ class Space:
     def pending_shards(self) -> int:
         """How many shards wait for a merge."""
         return len(self.shard_paths())
+
+    def mark_used(self) -> None:
+        """Record that the space was filled or read: the time of meta.json; a cache that only reads forgets it."""
+        mark_used(self.folder)
 
     def view(self) -> SpaceView:
         """Return a snapshot to read from."""

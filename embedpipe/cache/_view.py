@@ -13,6 +13,7 @@ from embedpipe.cache._features import FORGOTTEN, KEY_BYTES, Array, FailureRecord
 from embedpipe.cache._space import Space
 from embedpipe.cache._structure import Bytes, damaged
 
+CHUNK_BYTES = 32 << 20  # of rows held at a time where a whole space is streamed
 KEPT_OPEN = 64  # memory maps of shards that a view holds on to; each one costs a file descriptor
 
 

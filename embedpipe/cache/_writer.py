@@ -23,13 +23,12 @@ from embedpipe.cache._lock import WriterLock
 from embedpipe.cache._meta import Meta, write_meta
 from embedpipe.cache._space import Space
 from embedpipe.cache._structure import Bytes
-from embedpipe.cache._view import SpaceView
+from embedpipe.cache._view import CHUNK_BYTES, SpaceView
 from embedpipe.disk import make_folder, publish, storage_errors, sweep, sync_folder
 from embedpipe.errors import CacheMismatch, NonFiniteFeatures
 
 ALWAYS_MERGED_BYTES = 1 << 30
 MERGED_SHARE = 0.05
-CHUNK_BYTES = 32 << 20
 
 
 class SpaceWriter:

@@ -16,18 +16,17 @@ from typing import Any, NoReturn
 
 import rich_click as click
 
-from embedpipe.cli._build import WARNINGS, print_envelope, shared_options
+from embedpipe.cli._build import COMMAND, WARNINGS, Verbs, describe_error, print_envelope, shared_options
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, Interrupted, Stopped, StorageError, UsageError
-from embedpipe.provenance import nearest
 
-COMMANDS = ("extract", "fit-head", "finetune", "predict", "evaluate", "models", "layers", "demo")
+COMMANDS = ("extract", "fit-head", "finetune", "predict", "evaluate", "cache", "models", "layers", "demo")
 HELP = """Features of a frozen backbone, computed once and cached; heads in seconds; fine-tuning from there.
 
 Example: `embedpipe extract data/ && embedpipe fit-head && embedpipe predict RUN new/`
 """
 
 
-class Commands(click.RichGroup):
+class Commands(Verbs):
     """The group: a command's file is imported when the command is looked up."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -39,12 +38,6 @@ class Commands(click.RichGroup):
             found: click.Command = getattr(import_module(f"embedpipe.cli.{stem}"), stem)
             return found
         return None
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        if args and args[0] not in COMMANDS:
-            close = nearest(args[0], COMMANDS) or COMMANDS
-            raise UsageError(f"no command {args[0]!r}", hint=f"did you mean {', '.join(close)}?")
-        return super().resolve_command(ctx, args)
 
 
 def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -75,11 +68,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     signal.signal(signal.SIGTERM, _stop)
     _listen_to_warnings("-v" in arguments or "--verbose" in arguments)
     as_json = "--json" in arguments
-    command = next((a for a in arguments if a in COMMANDS), "")
+    COMMAND.clear()
     try:
         sys.exit(_group().main(args=arguments, prog_name="embedpipe", standalone_mode=False) or 0)
     except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001  # the border: every end has a code
-        sys.exit(_report(exc, command, as_json))
+        sys.exit(_report(exc, as_json))
 
 
 def _stop(signum: int, frame: Any) -> None:
@@ -101,12 +94,12 @@ def _listen_to_warnings(verbose: bool) -> None:
     warnings.showwarning = show
 
 
-def _report(exc: BaseException, command: str, as_json: bool) -> int:
+def _report(exc: BaseException, as_json: bool) -> int:
     """Say what went wrong in one line, on stderr and in the envelope, and return the exit code."""
     exit_code, error = _describe(exc)
     if as_json:
         with contextlib.suppress(OSError):
-            print_envelope(command, error=error)
+            print_envelope(" ".join(COMMAND), error=error)
     if error["code"] == "Defect":
         traceback.print_exception(exc)
     line = f"{error['message']}; {error['hint']}" if error["hint"] else error["message"]
@@ -125,7 +118,7 @@ def _describe(exc: BaseException) -> tuple[int, dict[str, str]]:
             f"{exc.filename or 'input/output'}: {exc.strerror or exc}", hint="check the disk and the permissions"
         )
     if isinstance(exc, EmbedpipeError):
-        return exc.exit_code, {"code": exc.code, "message": exc.message, "hint": exc.hint}
+        return exc.exit_code, describe_error(exc)
     message = f"{type(exc).__name__}: {exc}"
     return 1, {"code": "Defect", "message": message, "hint": "please report this with the lines above"}
 

@@ -21,11 +21,14 @@ from click.core import ParameterSource
 from click.exceptions import Exit
 
 from embedpipe.config import SHARED, Option, check_value, options_of, parameter_helps, read_config
+from embedpipe.errors import EmbedpipeError, UsageError
+from embedpipe.provenance import nearest
 
 SHARED_DEFAULTS = {"cache_dir": "cache", "runs_dir": "runs", "seed": 0}
 PRESENTATION = ("json", "quiet", "verbose")
 LOG_SECONDS = 5.0
 WARNINGS: list[str] = []  # of this process's one command, for the envelope
+COMMAND: list[str] = []  # its words, such as cache ls
 
 
 @dataclass
@@ -72,13 +75,18 @@ class Session:
         if not self.quiet:
             click.echo(text, err=True)
 
-    def finish(self, data: Mapping[str, Any], text: str, *, failed: int = 0) -> None:
-        """Print the result, as JSON or as text, and end with 3 where samples failed."""
+    def finish(
+        self, data: Mapping[str, Any], text: str, *, failed: int = 0, error: EmbedpipeError | None = None
+    ) -> None:
+        """Print the result, as JSON or as text; end with 3 where samples failed, or with the code of an error beside it."""
         self.close()
         if self.json:
-            print_envelope(self.command, data=data)
+            print_envelope(self.command, data=data, error=describe_error(error) if error else None)
         elif text:
             click.echo(text)
+        if error:
+            click.echo(f"error: {error}", err=True)
+            raise Exit(error.exit_code)
         if failed:
             raise Exit(3)
 
@@ -87,9 +95,30 @@ def print_envelope(
     command: str, *, data: Mapping[str, Any] | None = None, error: Mapping[str, Any] | None = None
 ) -> None:
     """Print the one JSON object that ends stdout."""
-    body = {"error": error} if error else {"data": data}
+    body = {name: value for name, value in (("error", error), ("data", data)) if value is not None}
     envelope = {"schema": 1, "command": command, "ok": not error, **body, "warnings": WARNINGS}
     click.echo(json.dumps(envelope))
+
+
+def describe_error(error: EmbedpipeError) -> dict[str, str]:
+    """Return what the envelope says of an error."""
+    return {"code": error.code, "message": error.message, "hint": error.hint}
+
+
+class Verbs(click.RichGroup):
+    """A group whose unknown commands name the nearest."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        names = self.list_commands(ctx)
+        if args and args[0] not in names:
+            close = nearest(args[0], names) or names
+            what = " ".join([*COMMAND, "command"])
+            raise UsageError(f"no {what} {args[0]!r}", hint=f"did you mean {', '.join(close)}?")
+        COMMAND.extend(args[:1])
+        return super().resolve_command(ctx, args)
 
 
 class Typed(click.ParamType[Any]):
@@ -158,7 +187,7 @@ def command(deed: Callable[..., Any] | None, *, example: str) -> Callable[[Calla
             shared = {name: _shared_value(ctx, name) for name in (*SHARED, *PRESENTATION)}
             for name in shared:
                 values.pop(name, None)
-            session = Session(ctx.info_name or "", **{name: shared[name] for name in PRESENTATION})
+            session = Session(" ".join(COMMAND), **{name: shared[name] for name in PRESENTATION})
             ctx.call_on_close(session.close)
             values |= {name: shared[name] for name in takes if name in shared}
             body(session, **values)
@@ -190,12 +219,29 @@ def _describe(params: list[click.Parameter], helps: Mapping[str, str]) -> str:
 def _shared_value(ctx: click.Context, name: str) -> Any:
     """Return a shared option's value: flag over environment over config over default, after the command over before."""
     ranks = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT, ParameterSource.DEFAULT_MAP)
-    chain = [c for c in (ctx, ctx.parent) if c is not None and name in c.params]
+    chain = [c for c in _line_of(ctx) if name in c.params]
     for rank in ranks:
         for context in chain:
             if context.get_parameter_source(name) is rank:
                 return context.params[name]
     return chain[0].params[name]
+
+
+def _line_of(ctx: click.Context | None) -> list[click.Context]:
+    """Return a context and those above it, the nearest first."""
+    return [ctx, *_line_of(ctx.parent)] if ctx else []
+
+
+def _leaves(ctx: click.Context, group: click.Group, prefix: str = "") -> dict[str, click.Command]:
+    """Return the commands of a group by what a user types: `extract`, `cache ls`."""
+    found: dict[str, click.Command] = {}
+    for name in group.list_commands(ctx):
+        one = group.get_command(ctx, name)
+        if isinstance(one, click.Group):
+            found |= _leaves(ctx, one, f"{prefix}{name} ")
+        elif one is not None:
+            found[f"{prefix}{name}"] = one
+    return found
 
 
 def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
@@ -204,22 +250,23 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) 
         return
     root = ctx.find_root()
     assert isinstance(root.command, click.Group)
-    commands = {name: root.command.get_command(root, name) for name in root.command.list_commands(root)}
     options = {
         name: {p.name: p for p in one.params if isinstance(p, click.Option)}
-        for name, one in commands.items()
-        if one is not None
+        for name, one in _leaves(root, root.command).items()
     }
     settings = read_config(Path(value), {name: tuple(o) for name, o in options.items()})
-    for name, section in settings.items():
-        if name in options:
-            for key, setting in section.items():
-                if options[name][key].multiple and not isinstance(setting, list):
-                    section[key] = [setting]
-    if ctx is not root:
-        shared = {key: value for key, value in settings.items() if key not in options}
-        settings = {**shared, **settings.get(ctx.info_name or "", {})}
-    ctx.default_map = settings
+    shared = {key: value for key, value in settings.items() if key not in options}
+    tree = dict(shared)
+    for name in options.keys() & settings.keys():
+        section = settings[name]
+        for key, setting in section.items():
+            if options[name][key].multiple and not isinstance(setting, list):
+                section[key] = [setting]
+        *groups, leaf = name.split()
+        functools.reduce(lambda level, group: level.setdefault(group, {}), groups, tree)[leaf] = section
+    for context in reversed(_line_of(ctx)[:-1]):
+        tree = {**shared, **tree.get(context.info_name or "", {})}
+    ctx.default_map = tree
 
 
 def scores(metrics: Mapping[str, Mapping[str, Any]]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from embedpipe.cache import Cache
+from embedpipe.cache import Cache, dataset_name
 from embedpipe.errors import CacheMismatch, UsageError
 from embedpipe.manifest import Manifest, Sample, Source
 
@@ -45,6 +45,19 @@ def test_a_table_is_found_by_name_id_source_or_prefix(cache: Cache, tmp_path: Pa
         assert cache.read_dataset(text) == stored
     with pytest.raises(UsageError, match="no data set 'dada'"):
         cache.read_dataset("dada")
+
+
+def test_a_data_set_keeps_its_name_in_another_folder(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sources = (Source("data", tmp_path / "data"), Source("lists/a.csv", tmp_path / "lists"))
+    name = cache.write_dataset(Manifest("data", sources, (), (), 0, (), ()))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert dataset_name(cache.read_dataset(name)) == name
+    for place in ("data", "lists/a.csv"):
+        assert cache.find_dataset(str(tmp_path / place)) == cache.find_dataset(f"../{place}") == name
 
 
 def test_the_same_sources_replace_their_table(cache: Cache, tmp_path: Path) -> None:
