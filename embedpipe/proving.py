@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from embedpipe.pipeline import Progress
 
 PathLike = str | os.PathLike[str]
-# One machine under the same pins gives the same bits. In fp32 another batch size or memory format moves a row by less than 1e-6
-# of its norm, in bf16 by 3e-3; another decoder or resize filter by a cosine distance of 1e-3 and more. The limits lie between.
-MAX_COSINE, MAX_RELATIVE_FP32 = 1e-4, 1e-3
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,11 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Recomputed:
-    """Rows of one space computed again: how many, and the largest differences from what is stored."""
+    """Rows of one space computed again: how many, and the largest difference as a share of a row's length."""
 
     space: str
     rows: int
     recomputed: int = 0
-    max_cosine_distance: float = 0.0
     max_relative_difference: float = 0.0
 
 
@@ -260,6 +256,7 @@ def _recompute(
     """Compute rows again with the recorded loader, under the recorded pins, and compare."""
     from embedpipe.cache import Finding
     from embedpipe.classifier import Reference
+    from embedpipe.drift import row_distances
     from embedpipe.forwarding import plan_forward, stream_rows
 
     view, name = space.view(), space.folder.name
@@ -278,36 +275,31 @@ def _recompute(
     forward = forward.pinned(pins) if pins else forward
     here, made = environment(forward.device), space.environments[-1]
     moved = differing_fields({name: made[name] for name in here if name in made}, here)
-    done, cosine, relative, findings = 0, 0.0, 0.0, []
+    done, largest, findings = 0, 0.0, list[Finding]()
     for rows in stream_rows([(key, files[key]) for key in chosen], backbone, forward):
-        far, near = _compare(space, rows, view.read(rows.keys), moved)
-        findings += far
-        cosine, relative = max(cosine, near[0]), max(relative, near[1])
+        distances = row_distances(view.read(rows.keys), rows.features)
+        findings += _differing(space, rows, distances.tolist(), moved)
+        largest = max([largest, *distances.tolist()])
         done += len(rows)
         if progress:
             progress(f"verify {name}", done, len(chosen))
-    return Recomputed(name, len(view), done, cosine, relative), findings
+    return Recomputed(name, len(view), done, largest), findings
 
 
-def _compare(
-    space: Space, rows: Rows, stored: Any, moved: list[Difference]
-) -> tuple[list[Finding], tuple[float, float]]:
-    """Return the rows that cannot be reproduced, and the largest cosine distance and relative difference."""
-    import numpy as np
-
+def _differing(space: Space, rows: Rows, distances: list[float], moved: list[Difference]) -> Iterator[Finding]:
+    """Yield the rows that cannot be computed again, or come out farther from what is stored than their precision allows."""
     from embedpipe.cache import DAMAGE, Finding
+    from embedpipe.drift import TOLERANCE
 
-    old, new = stored.astype(np.float64), rows.features.astype(np.float64)
-    norms = np.linalg.norm(old, axis=1), np.linalg.norm(new, axis=1)
-    product = np.maximum(norms[0] * norms[1], np.finfo(np.float64).tiny)
-    cosine = np.where((old == new).all(axis=1), 0.0, np.maximum(0, 1 - (old * new).sum(axis=1) / product))
-    relative = np.linalg.norm(old - new, axis=1) / np.maximum(norms[0], np.finfo(np.float32).tiny)
-    limit = MAX_RELATIVE_FP32 if space.spec["precision"] == "fp32" else np.inf
-    failed = [(key, "unproved" if stage == "read" else DAMAGE, reason) for key, stage, reason in rows.failures]
-    for k in np.flatnonzero((cosine > MAX_COSINE) | (relative > limit)).tolist():
-        far = f"it is {cosine[k]:.1e} in cosine and {relative[k]:.1e} of its norm from what is stored"
-        elsewhere = f"; it was made elsewhere: {', '.join(map(str, moved))}" if moved else ""
-        failed.append((rows.keys[k], DAMAGE, f"{far}, expected at most {MAX_COSINE:.0e} and {limit:.0e}{elsewhere}"))
-    place = space.folder.name
-    findings = [Finding(kind, place, f"row {key.hex()[:12]}, computed again: {why}") for key, kind, why in failed]
-    return findings, (float(cosine.max(initial=0)), float(relative.max(initial=0)))
+    limit, place = TOLERANCE[space.spec["precision"]], space.folder.name
+    elsewhere = f"; it was made elsewhere: {', '.join(map(str, moved))}" if moved else ""
+    failed = [
+        (key, "unproved" if stage in ("read", "limit") else DAMAGE, reason) for key, stage, reason in rows.failures
+    ]
+    failed += [
+        (key, DAMAGE, f"it is {far:.1e} of its length from what is stored, expected at most {limit:g}{elsewhere}")
+        for key, far in zip(rows.keys, distances, strict=True)
+        if far > limit
+    ]
+    for key, kind, why in failed:
+        yield Finding(kind, place, f"row {key.hex()[:12]}, computed again: {why}")

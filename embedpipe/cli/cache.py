@@ -60,7 +60,7 @@ def verify(session: Session, names: tuple[str, ...], **options: Any) -> None:
     lines = [f"{one.kind}: {one.place}: {one.detail}" for one in done.findings]
     lines += [
         f"{one.space}: {one.rows} rows, {one.recomputed} computed again, at most {one.max_relative_difference:.1e} "
-        f"of a row's norm and {one.max_cosine_distance:.1e} in cosine from what is stored"
+        f"of a row's length from what is stored"
         for one in done.spaces
     ]
     lines.append(f"{done.files} image files have the bytes that they were extracted from")
