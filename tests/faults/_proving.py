@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -52,6 +53,7 @@ def fork(body: Callable[[], object]) -> int:
             if code == 99:
                 traceback.print_exc()
         finally:
+            sys.stdout.flush()
             os._exit(code)
     return child
 
