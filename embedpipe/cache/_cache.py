@@ -89,15 +89,17 @@ class Cache:
                 return None
             raw = self._latest.read_bytes()
         try:
-            fields: dict[str, Any] = json.loads(raw)
-            return {"dataset": str(fields["dataset"]), "spaces": list(map(str, fields["spaces"]))}
-        except (ValueError, KeyError, TypeError) as exc:
+            fields = json.loads(raw)
+            latest = {"dataset": str(fields["dataset"]), "spaces": list(map(str, fields["spaces"]))}
+        except (ValueError, KeyError, TypeError, RecursionError) as exc:
             raise damaged(self._latest, "it is not a record of an extraction") from exc
+        if _render_latest(latest) != raw:
+            raise damaged(self._latest, "its bytes are not those that were written")
+        return latest
 
     def set_latest(self, dataset: str, spaces: Sequence[str]) -> None:
         """Record the last extraction: its sample table and the folders of its spaces, by name."""
-        fields = {"dataset": dataset, "spaces": list(spaces)}
-        publish(self._latest, (canonical_json(fields) + "\n").encode())
+        publish(self._latest, _render_latest({"dataset": dataset, "spaces": list(spaces)}))
 
     @property
     def _spaces(self) -> Path:
@@ -122,6 +124,10 @@ class Cache:
         if meta is None or not name.endswith(fingerprint(meta.spec)[:12]):
             raise damaged(self._spaces / name, "its name does not fit its spec")
         return Space(self._spaces / name, meta.spec)
+
+
+def _render_latest(fields: Mapping[str, Any]) -> bytes:
+    return (canonical_json({**fields, "seal": fingerprint(fields)}) + "\n").encode()
 
 
 def _pick(text: str, names: Sequence[str], kind: str) -> str:
