@@ -72,7 +72,7 @@ class Cache:
             if latest is None:
                 found = f"nothing has been extracted into {self.root}"
                 raise UsageError(found, hint=EXTRACT_FIRST)
-            return read_table(self._table(latest["dataset"]))
+            name = latest["dataset"]
         names = self.datasets()
         exact = [one for one in names if name in (one, one.rpartition("-")[2])]
         same = exact or [one for one in names if reads(self._table(one), name)]
