@@ -99,6 +99,7 @@ def read_config(path: Path, commands: Mapping[str, tuple[str, ...]]) -> dict[str
         raise UsageError(f"--config {path}: expected keys and values, found {type(settings).__name__}")
     flat = {key: value for key, value in settings.items() if key not in commands}
     _check_keys(path, flat, SHARED, extra=tuple(commands))
+    _check_plain(path, flat)
     sections = {}
     for command, section in settings.items():
         if command in commands:
@@ -106,6 +107,7 @@ def read_config(path: Path, commands: Mapping[str, tuple[str, ...]]) -> dict[str
                 raise UsageError(f"--config {path}: {command} expected keys and values, found {_shown(section)}")
             section = {str(key).replace("-", "_"): value for key, value in section.items()}
             _check_keys(path, section, (*commands[command], *SHARED), where=f" under {command}")
+            _check_plain(path, section, where=f" under {command}", lists=True)
             sections[command] = section
     return {**{key.replace("-", "_"): value for key, value in flat.items()}, **sections}
 
@@ -117,7 +119,7 @@ def _read_yaml(path: Path) -> Any:
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
-                mark = self.peek_event().start_mark
+                mark = self.get_mark()  # type: ignore[no-untyped-call]
                 raise yaml.MarkedYAMLError(problem="found an alias (*), expected values written out", problem_mark=mark)
             return super().compose_node(parent, index)
 
@@ -140,6 +142,16 @@ def _shown(value: Any) -> str:
 
 def _shortened(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def _check_plain(path: Path, found: Mapping[str, Any], *, where: str = "", lists: bool = False) -> None:
+    for key, value in found.items():
+        values = value if lists and isinstance(value, list) else [value]
+        if not all(one is None or isinstance(one, str | int | float) for one in values):
+            raise UsageError(
+                f"--config {path}: {key}{where} is {_shown(value)}, expected a text or a number",
+                hint="a list, where an option can be repeated, holds texts or numbers" if lists else "",
+            )
 
 
 def _check_keys(

@@ -160,7 +160,7 @@ def _description(backbone: Backbone, classifier: list[str], classes: Sequence[st
 def _read_description(folder: Path) -> dict[str, Any]:
     try:
         stored: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise ModelMismatch(f"{folder} holds no model of embedpipe", hint=f"expected a {DESCRIPTION} in it") from exc
     if stored.get("schema") != SCHEMA:
         raise ModelMismatch(

@@ -21,6 +21,7 @@ from click.core import ParameterSource
 from click.exceptions import Exit
 
 from embedpipe.config import SHARED, Option, check_value, options_of, parameter_helps, read_config
+from embedpipe.errors import UsageError
 
 SHARED_DEFAULTS = {"cache_dir": "cache", "runs_dir": "runs", "seed": 0}
 PRESENTATION = ("json", "quiet", "verbose")
@@ -216,6 +217,8 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) 
             for key, setting in section.items():
                 if options[name][key].multiple and not isinstance(setting, list):
                     section[key] = [setting]
+                elif isinstance(setting, list) and not options[name][key].multiple:
+                    raise UsageError(f"--config {value}: {key} under {name} is a list, expected one value")
     if ctx is not root:
         shared = {key: value for key, value in settings.items() if key not in options}
         settings = {**shared, **settings.get(ctx.info_name or "", {})}
