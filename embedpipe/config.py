@@ -88,7 +88,7 @@ def read_config(path: Path, commands: Mapping[str, tuple[str, ...]]) -> dict[str
     Returns
     -------
     dict
-        As click's `default_map` wants it: `{option: value, command: {option: value}}`.
+        As click's `default_map` wants it: `{option: text, command: {option: text or list of texts}}`.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def read_config(path: Path, commands: Mapping[str, tuple[str, ...]]) -> dict[str
         raise UsageError(f"--config {path}: expected keys and values, found {type(settings).__name__}")
     flat = {key: value for key, value in settings.items() if key not in commands}
     _check_keys(path, flat, SHARED, extra=tuple(commands))
-    _check_plain(path, flat)
+    flat = _texts(path, {key.replace("-", "_"): value for key, value in flat.items()})
     sections = {}
     for command, section in settings.items():
         if command in commands:
@@ -107,9 +107,8 @@ def read_config(path: Path, commands: Mapping[str, tuple[str, ...]]) -> dict[str
                 raise UsageError(f"--config {path}: {command} expected keys and values, found {_shown(section)}")
             section = {str(key).replace("-", "_"): value for key, value in section.items()}
             _check_keys(path, section, (*commands[command], *SHARED), where=f" under {command}")
-            _check_plain(path, section, where=f" under {command}", lists=True)
-            sections[command] = section
-    return {**{key.replace("-", "_"): value for key, value in flat.items()}, **sections}
+            sections[command] = _texts(path, section, where=f" under {command}", lists=True)
+    return {**flat, **sections}
 
 
 def _read_yaml(path: Path) -> Any:
@@ -119,7 +118,7 @@ def _read_yaml(path: Path) -> Any:
     class Loader(yaml.SafeLoader):
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
-                mark = self.get_mark()  # type: ignore[no-untyped-call]
+                mark = self.get_mark()
                 raise yaml.MarkedYAMLError(problem="found an alias (*), expected values written out", problem_mark=mark)
             return super().compose_node(parent, index)
 
@@ -144,14 +143,19 @@ def _shortened(text: str, length: int) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
-def _check_plain(path: Path, found: Mapping[str, Any], *, where: str = "", lists: bool = False) -> None:
-    for key, value in found.items():
-        values = value if lists and isinstance(value, list) else [value]
-        if not all(one is None or isinstance(one, str | int | float) for one in values):
-            raise UsageError(
-                f"--config {path}: {key}{where} is {_shown(value)}, expected a text or a number",
-                hint="a list, where an option can be repeated, holds texts or numbers" if lists else "",
-            )
+def _texts(path: Path, found: Mapping[str, Any], *, where: str = "", lists: bool = False) -> dict[str, Any]:
+    """Return settings as the texts that flags would carry, so that both are read alike; a key without a value sets nothing."""
+
+    def text(key: str, value: Any) -> str:
+        if isinstance(value, str | int | float):
+            return str(value)
+        raise UsageError(f"--config {path}: {key}{where} is {_shown(value)}, expected a text or a number")
+
+    return {
+        key: [text(key, one) for one in value] if lists and isinstance(value, list) else text(key, value)
+        for key, value in found.items()
+        if value is not None
+    }
 
 
 def _check_keys(

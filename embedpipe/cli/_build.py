@@ -215,7 +215,7 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     for name, section in settings.items():
         if name in options:
             for key, setting in section.items():
-                if options[name][key].multiple and not isinstance(setting, list):
+                if options[name][key].multiple and isinstance(setting, str):
                     section[key] = [setting]
                 elif isinstance(setting, list) and not options[name][key].multiple:
                     raise UsageError(f"--config {value}: {key} under {name} is a list, expected one value")
