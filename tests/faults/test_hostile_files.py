@@ -457,6 +457,15 @@ def test_no_table_reads_beside_its_folder(tmp_path: Path, tables: list[Path]) ->
     assert not [path for path in paths if path.endswith(".png")]
 
 
+def test_the_command_reads_nothing_beside_the_folder_of_a_table(tmp_path: Path, tables: list[Path]) -> None:
+    command = "import sys; from embedpipe.cli import main; main(sys.argv[2:])"
+    for table in tables[::7]:
+        done, log = trace(command, tmp_path, "extract", table, *TINY, "--cache-dir", tmp_path / "cache")
+        assert done.returncode == 2, done.stderr
+        assert str(table) in opened(log)
+        assert not [path for path in opened(log) if path.endswith(".png")]
+
+
 def test_a_table_that_leaves_its_folder_needs_leave(tmp_path: Path, tables: list[Path], run: Run) -> None:
     for number in (0, 3, 5):
         ended = run("extract", tmp_path / "data" / f"{number:02d}.csv", *TINY)
