@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
+from embedpipe.backbones import load_backbone, save_model
 from embedpipe.cache import Cache
 from embedpipe.cache._datasets import write_table
 from embedpipe.cache._sealed import seal
-from embedpipe.errors import CacheMismatch
+from embedpipe.errors import CacheMismatch, ModelMismatch
 from embedpipe.manifest import Manifest, Sample, Source
 from embedpipe.provenance import fingerprint
 from tests.cache.test_hostile import CRAFTS, KEYS, X, forge, replace
@@ -152,7 +153,8 @@ OPEN_EACH = """
 import sys
 from pathlib import Path
 from embedpipe.cache import Cache
-from embedpipe.errors import CacheMismatch
+from embedpipe.backbones import load_backbone, save_model
+from embedpipe.errors import CacheMismatch, ModelMismatch
 refused = served = 0
 for root in sorted(Path(sys.argv[1]).glob("crafted-*")):
     try:
@@ -338,6 +340,7 @@ def test_a_stored_run_is_never_unpickled(tmp_path: Path, run: Run, photos: Path)
     (folder,) = (tmp_path / "work" / "runs").iterdir()
     made, image = tmp_path / "made", photos / "red" / "000.png"
     bombs = [pickle.dumps(Payload(made)), b"[" * 100_000, b"\xff\xfe", b"", b"null", b'{"verb": 1}', b"9" * 9000]
+    bombs += [b'{"verb": 1, "reference": {}}', b'{"verb": 1, "reference": {"spec": 1, "loader": 1, "exec": 1}}']
     for name in sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".safetensors")):
         if name == "metrics.json":
             continue
@@ -350,6 +353,29 @@ def test_a_stored_run_is_never_unpickled(tmp_path: Path, run: Run, photos: Path)
             assert not made.exists(), name
         (folder / name).write_bytes(intact)
     assert run("predict", folder, image).code == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"build": {"checkpoint_path": "OUTSIDE"}}, {"build": {"pretrained": True}}, {"build": {"img_size": 32}},
+        {"name": "timm:local-dir:OUTSIDE"}, {"name": "torch:x"}, {"name": 3}, {"layer": 1}, {"image_size": [64]},
+        {"image_size": ["64", "64"]}, {"transform": {}}, {"transform": None}, {"build": None}, {"schema": 2},
+    ],
+)  # fmt: skip
+def test_a_stored_model_names_nothing_else_to_load(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder, outside = tmp_path / "model", tmp_path / "outside.pth"
+    folder.mkdir()
+    backbone = load_backbone("timm:test_resnet", weights="none")
+    save_model(backbone, np.zeros((2, backbone.feature_dim)), np.zeros(2), ["a", "b"], folder)
+    torch.save({}, outside)
+    assert load_backbone(folder).spec == backbone.spec
+    path = folder / "embedpipe.json"
+    stored = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps(stored).replace("OUTSIDE", str(outside)))
+    with pytest.raises(ModelMismatch) as caught:
+        load_backbone(folder)
+    assert "\n" not in str(caught.value)
 
 
 # YAML -------------------------------------------------------------------------------------------------------------
