@@ -170,8 +170,11 @@ class Classifier:
         record = read_run(folder)
         if "reference" not in record:
             raise UsageError(f"{folder.name} is a run of {record['verb']}", hint="name a run of fit-head or finetune")
-        reference = Reference(**record["reference"])
-        return cls(load_head(folder), reference, record["report"], folder, record["dataset"])
+        try:
+            reference, report, dataset = Reference(**record["reference"]), record["report"], record["dataset"]
+        except (KeyError, TypeError) as exc:
+            raise ModelMismatch(f"{folder} has a run.json without {exc}", hint="fit the head again") from exc
+        return cls(load_head(folder), reference, report, folder, dataset)
 
 
 def classify(

@@ -22,6 +22,8 @@ from embedpipe.provenance import nearest
 
 SHARED = ("cache_dir", "runs_dir", "seed")
 NOT_OPTIONS = ("progress",)
+MAX_BYTES = 1 << 20  # of a YAML file
+MAX_SHOWN = 120  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def check_value(option: Option, value: Any) -> Any:
         wanted = "; or ".join(dict.fromkeys(error["msg"] for error in exc.errors()))
         flag = "--" + option.name.replace("_", "-")
         raise UsageError(
-            f"{flag}: found {value!r}; {wanted[:1].lower()}{wanted[1:]}", option=option.name, value=value
+            f"{flag}: found {_shown(value)}; {wanted[:1].lower()}{wanted[1:]}", option=option.name, value=value
         ) from None
 
 
@@ -86,34 +88,74 @@ def read_config(path: Path, commands: Mapping[str, tuple[str, ...]]) -> dict[str
     Returns
     -------
     dict
-        As click's `default_map` wants it: `{option: value, command: {option: value}}`.
+        As click's `default_map` wants it: `{option: text, command: {option: text or list of texts}}`.
 
     Raises
     ------
-    UsageError    no such file, no YAML, or a key that nobody knows
+    UsageError    no such file, no plain YAML, or a key that nobody knows
     """
-    import yaml
-
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
-        reason = " ".join(str(exc).split())
-        raise UsageError(
-            f"--config {path}: {reason}", hint="name a YAML file, for example configs/digits.yaml"
-        ) from exc
+    settings = _read_yaml(path)
     if not isinstance(settings, dict):
         raise UsageError(f"--config {path}: expected keys and values, found {type(settings).__name__}")
     flat = {key: value for key, value in settings.items() if key not in commands}
     _check_keys(path, flat, SHARED, extra=tuple(commands))
+    flat = _texts(path, {key.replace("-", "_"): value for key, value in flat.items()})
     sections = {}
     for command, section in settings.items():
         if command in commands:
             if not isinstance(section, dict):
-                raise UsageError(f"--config {path}: {command} expected keys and values, found {section!r}")
-            section = {key.replace("-", "_"): value for key, value in section.items()}
+                raise UsageError(f"--config {path}: {command} expected keys and values, found {_shown(section)}")
+            section = {str(key).replace("-", "_"): value for key, value in section.items()}
             _check_keys(path, section, (*commands[command], *SHARED), where=f" under {command}")
-            sections[command] = section
-    return {**{key.replace("-", "_"): value for key, value in flat.items()}, **sections}
+            sections[command] = _texts(path, section, where=f" under {command}", lists=True)
+    return {**flat, **sections}
+
+
+def _read_yaml(path: Path) -> Any:
+    """Read plain values: no tags of Python, and no aliases, which make a small file a huge value."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                mark = self.get_mark()
+                raise yaml.MarkedYAMLError(problem="found an alias (*), expected values written out", problem_mark=mark)
+            return super().compose_node(parent, index)
+
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
+        return yaml.load(raw.decode("utf-8"), Loader) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as exc:
+        reason = _shortened(" ".join(str(exc).split()), 400)
+        raise UsageError(
+            f"--config {path}: {reason}", hint="name a YAML file, for example configs/digits.yaml"
+        ) from exc
+
+
+def _shown(value: Any) -> str:
+    return _shortened(repr(value), MAX_SHOWN)
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def _texts(path: Path, found: Mapping[str, Any], *, where: str = "", lists: bool = False) -> dict[str, Any]:
+    """Return settings as the texts that flags would carry, so that both are read alike; a key without a value sets nothing."""
+
+    def text(key: str, value: Any) -> str:
+        if isinstance(value, str | int | float):
+            return str(value)
+        raise UsageError(f"--config {path}: {key}{where} is {_shown(value)}, expected a text or a number")
+
+    return {
+        key: [text(key, one) for one in value] if lists and isinstance(value, list) else text(key, value)
+        for key, value in found.items()
+        if value is not None
+    }
 
 
 def _check_keys(
@@ -123,4 +165,4 @@ def _check_keys(
         if str(key).replace("-", "_") not in known:
             close = nearest(str(key), [*known, *extra])
             hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join((*known, *extra))}"
-            raise UsageError(f"--config {path}: unknown key {key!r}{where}", hint=hint)
+            raise UsageError(f"--config {path}: unknown key {_shown(key)}{where}", hint=hint)

@@ -93,7 +93,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if not isinstance(record, dict) or "verb" not in record:
             raise ValueError("no verb in it")
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise ModelMismatch(
             f"{folder} holds no readable run.json ({exc})", hint="name a folder that fit-head wrote"
         ) from exc

@@ -20,6 +20,7 @@ from embedpipe.backbones._headless import Headless, PassThrough, Tap
 from embedpipe.backbones._tapping import choose_taps, is_same
 from embedpipe.backbones._trace import Trace, trace
 from embedpipe.errors import UsageError
+from embedpipe.provenance import digest_arrays
 
 SCHEMA = 1
 Images = Callable[[Any], Tensor]
@@ -113,8 +114,15 @@ def wrap_module(
         transform=transform,
         image_size=(image_size, image_size) if image_size else (int(crop[0]), int(crop[-1])),
         origin="module: given from Python",
-        build={"module": repr(module)},
+        build={"module": repr(module), **_unsaved_buffers(module)},
     )
+
+
+def _unsaved_buffers(module: nn.Module) -> dict[str, str]:
+    """Return a digest of what shapes the output and is in no state dict; a library makes its own anew by name."""
+    saved = module.state_dict()
+    unsaved = {name: buffer for name, buffer in module.named_buffers() if name not in saved}
+    return {"buffers": digest_arrays(unsaved)} if unsaved else {}
 
 
 def describe_transform(transform: Images) -> Any:

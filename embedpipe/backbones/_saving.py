@@ -30,6 +30,15 @@ from embedpipe.errors import ModelMismatch, StorageError
 from embedpipe.images import Transform
 
 SCHEMA = 1
+FIELDS = {
+    "name": str,
+    "layer": str | None,
+    "pool": str,
+    "image_size": list,
+    "transform": dict | str,
+    "build": dict,
+    "origin": str,
+}
 DESCRIPTION, CONFIG, WEIGHTS = "embedpipe.json", "config.json", "model.safetensors"
 
 
@@ -98,6 +107,12 @@ def load_model(
             hint="load them into your module and pass it to load_backbone",
         )
     library = LIBRARIES[source]
+    height = stored["image_size"][0]
+    if not library.knows(architecture) or stored["build"] not in ({}, library.options_for(architecture, height)):
+        raise ModelMismatch(
+            f"{root} names {stored['name']} built with {stored['build']}, which is no model of {source}",
+            hint="update timm and torchvision, or save the model again",
+        )
     model = library.build(architecture, options=stored["build"], pretrained=False)
     heads = library.classifiers_of(architecture, model)
     state = read_weights(root / WEIGHTS)
@@ -108,12 +123,21 @@ def load_model(
         heads=heads,
         layer=layer or stored["layer"],
         pool=pool if layer else stored["pool"],
-        transform=transform or Transform.from_dict(stored["transform"]),
+        transform=transform or _transform_of(stored, root),
         image_size=tuple(stored["image_size"]),
         origin=stored["origin"],
         build=stored["build"],
         files=(root.absolute() / DESCRIPTION, root.absolute() / WEIGHTS),
     )
+
+
+def _transform_of(stored: dict[str, Any], folder: Path) -> Transform:
+    try:
+        return Transform.from_dict(stored["transform"])
+    except (ValueError, TypeError, AttributeError) as exc:
+        raise ModelMismatch(
+            f"{folder} has a transform that cannot be made again: {exc}", hint="pass transform="
+        ) from exc
 
 
 def _classifier_state(backbone: Backbone, weight: Tensor, bias: Tensor) -> State:
@@ -161,12 +185,16 @@ def _description(backbone: Backbone, classifier: list[str], classes: Sequence[st
 def _read_description(folder: Path) -> dict[str, Any]:
     try:
         stored: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text())
-    except (OSError, ValueError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise ModelMismatch(f"{folder} holds no model of embedpipe", hint=f"expected a {DESCRIPTION} in it") from exc
-    if stored.get("schema") != SCHEMA:
+    found = stored.get("schema") if isinstance(stored, dict) else None
+    if found != SCHEMA:
         raise ModelMismatch(
-            f"{folder} has the format {stored.get('schema')}, this version reads {SCHEMA}", hint="use a newer embedpipe"
+            f"{folder} has the format {found}, this version reads {SCHEMA}", hint="use a newer embedpipe"
         )
+    wrong = [name for name, kind in FIELDS.items() if not isinstance(stored.get(name), kind)]
+    if wrong or [type(side) for side in stored["image_size"]] != [int, int]:
+        raise ModelMismatch(f"{folder / DESCRIPTION} has no sound {', '.join(wrong) or 'image_size'}")
     return stored
 
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,20 @@ from torch import Tensor, nn
 from embedpipe.errors import ModelMismatch, UsageError
 
 State = dict[str, Tensor]
+BROKEN = (  # what the two readers raise on files that are cut short, changed or something else
+    safetensors.SafetensorError,
+    pickle.UnpicklingError,
+    struct.error,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def read_weights(path: Path, *, dropped: tuple[str, ...] = ()) -> State:
@@ -41,7 +56,7 @@ def read_weights(path: Path, *, dropped: tuple[str, ...] = ()) -> State:
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as exc:
+    except BROKEN as exc:
         raise ModelMismatch(
             f"{path} is not a state dict that can be read without running code in it",
             hint="save it with safetensors, or with torch.save(model.state_dict(), ...)",

@@ -183,7 +183,7 @@ def _holds_space(folder: Path) -> bool:
 
 
 def _line(fields: Mapping[str, Any]) -> bytes:
-    return (canonical_json(fields) + "\n").encode()
+    return (canonical_json({**fields, "seal": fingerprint(fields)}) + "\n").encode()
 
 
 def _pick(text: str, names: Sequence[str], kind: str) -> str:

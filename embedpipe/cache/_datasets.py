@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedpipe.cache._features import key_matrix, text_column, texts_of
+from embedpipe.cache._features import KEY_BYTES, key_matrix, text_column, texts_of
 from embedpipe.cache._sealed import FORMAT_VERSION, Sealed, open_sealed, write_sealed
+from embedpipe.cache._structure import damaged
 from embedpipe.disk import publish
 
 if TYPE_CHECKING:
@@ -70,20 +71,30 @@ def read_table(path: Path) -> Manifest:
     ------
     CacheMismatch    newer format, damaged or foreign
     """
+    table = open_sealed(path, SCHEMA)
+    try:
+        return _manifest_of(table)
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise damaged(path, "its columns do not fit together") from exc
+
+
+def _manifest_of(table: Sealed) -> Manifest:
     from embedpipe.manifest import Manifest, Sample, Source
 
-    table = open_sealed(path, SCHEMA)
     columns = {name: texts_of(table.arrays[name]) for name in TEXTS}
-    keys = [key.tobytes() for key in table.arrays["key"]]
+    keys = [key.tobytes() for key in table.arrays["key"].reshape(-1, KEY_BYTES)]
     rows = zip(*columns.values(), keys, table.arrays["source"].tolist(), strict=True)
     samples = tuple(
         Sample(place, label or None, split, group or None, key, source)
         for place, label, split, group, key, source in rows
     )
     pairs = zip(_column(table, "sources/argument"), _column(table, "sources/root"), strict=True)
+    sources = tuple(Source(argument, Path(root)) for argument, root in pairs)
+    if not {sample.source for sample in samples} <= set(range(len(sources))):
+        raise ValueError("a sample of no source")
     return Manifest(
         name=os.fsdecode(bytes.fromhex(table.attrs["name"])),
-        sources=tuple(Source(argument, Path(root)) for argument, root in pairs),
+        sources=sources,
         samples=samples,
         classes=tuple(_column(table, "classes")),
         ignored=table.attrs["ignored"],

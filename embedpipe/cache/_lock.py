@@ -6,12 +6,14 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from embedpipe.disk import storage_errors
 from embedpipe.errors import CacheBusy
 
+NAMED_S, LOOKS = 0.05, 10  # a holder has written its name by then; how often to look for it
 LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -30,6 +32,7 @@ class WriterLock:
     """
 
     def __init__(self, path: Path) -> None:
+        self._named = False
         with storage_errors(path, "lock"):
             self._descriptor = _open(path)
         try:
@@ -40,14 +43,17 @@ class WriterLock:
             raise
 
     def release(self) -> None:
-        """Let the next one in."""
+        """Let the next one in; a name that stayed would be told as that of the next holder."""
+        if self._named:
+            with suppress(OSError):
+                os.ftruncate(self._descriptor, 0)
         os.close(self._descriptor)
 
     def _take(self, path: Path) -> bool:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
-            raise _busy(path, os.pread(self._descriptor, 200, 0).decode(errors="replace")) from exc
+            raise _busy(path, _holder(self._descriptor)) from exc
         except OSError as exc:
             if exc.errno in LOCKLESS:
                 return False
@@ -56,6 +62,7 @@ class WriterLock:
         with suppress(OSError):  # who holds it is a courtesy: a full disk must not forbid the lock
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            self._named = True
         return True
 
 
@@ -77,8 +84,17 @@ def _excludes(path: Path) -> bool:
     return False
 
 
+def _holder(descriptor: int) -> str:
+    """Return who holds the lock: it writes its name a moment after taking it."""
+    for _ in range(LOOKS):
+        time.sleep(NAMED_S)
+        name = os.pread(descriptor, 200, 0).decode(errors="replace")
+        if name:
+            return name
+    return "another process"
+
+
 def _busy(path: Path, holder: str) -> CacheBusy:
-    holder = holder or "another process"
     return CacheBusy(
         f"{path.parent} is being written by {holder}",
         hint="wait for it to end, or name another --cache-dir",

@@ -61,11 +61,19 @@ def read_meta(folder: Path) -> Meta | None:
     try:
         meta = Meta(**{**fields, "environments": tuple(fields["environments"])})
         intact = _render(meta) == raw
-    except (ValueError, KeyError, TypeError) as exc:
+        _check(meta)
+    except (ValueError, KeyError, TypeError, RecursionError) as exc:
         raise damaged(path, "its fields are not those of a space") from exc
     if not intact:
         raise damaged(path, "its bytes are not those that were written")
     return meta
+
+
+def _check(meta: Meta) -> None:
+    whole = type(meta.feature_dim) is int and meta.feature_dim >= 0 and meta.dtype in ("float32", "float16")
+    records = [meta.spec, *meta.environments, *([] if meta.pins is None else [meta.pins])]
+    if not whole or type(meta.name) is not str or not all(type(record) is dict for record in records):
+        raise ValueError("a field of another type")
 
 
 def _render(meta: Meta) -> bytes:

@@ -260,8 +260,10 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     for name in options.keys() & settings.keys():
         section = settings[name]
         for key, setting in section.items():
-            if options[name][key].multiple and not isinstance(setting, list):
+            if options[name][key].multiple and isinstance(setting, str):
                 section[key] = [setting]
+            elif isinstance(setting, list) and not options[name][key].multiple:
+                raise UsageError(f"--config {value}: {key} under {name} is a list, expected one value")
         *groups, leaf = name.split()
         functools.reduce(lambda level, group: level.setdefault(group, {}), groups, tree)[leaf] = section
     for context in reversed(_line_of(ctx)[:-1]):

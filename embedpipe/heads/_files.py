@@ -49,7 +49,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     content = _read(folder / RECORD)
     try:
         record = json.loads(content)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ModelMismatch(f"{folder / RECORD} is not JSON: {exc}", hint="fit the head again") from exc
     version = record.get("format_version") if isinstance(record, dict) else None
     if version != FORMAT_VERSION:

@@ -115,8 +115,11 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    """A pipe would block its reader; a broken link counts, to be reported as unreadable."""
-    return not os.path.exists(entry.path) or os.path.isfile(entry.path)
+    """A pipe would block its reader; a broken link counts, to be reported as unreadable. Costs no `stat` of a file."""
+    try:
+        return entry.is_file() or not os.path.exists(entry.path)
+    except OSError:  # a link to itself
+        return True
 
 
 def _are_splits(folders: set[str], argument: str) -> bool:

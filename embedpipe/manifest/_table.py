@@ -14,6 +14,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from embedpipe.errors import StorageError, UsageError
@@ -36,6 +37,7 @@ def list_table(source: Source, file: Path, *, allow_outside: bool) -> Listing:
         text = _decode(file.read_bytes())
     except OSError as exc:
         raise StorageError(f"could not read {str(file)!r}: {exc.strerror}", hint="check its permissions") from exc
+    _real.cache_clear()  # links may have changed since the last table
     records = _json_lines(text, file) if file.suffix.lower() == ".jsonl" else _cells(text, file)
     rows = [(at, _row(cells, source.root, at, allow_outside)) for at, cells in records]
     for column in ("label", "split"):
@@ -130,17 +132,36 @@ def _check_text(text: str, at: str) -> None:
 
 
 def _relative(path: str, root: Path, at: str, allow_outside: bool) -> str:
-    """Return the normalised path below `root`: what is checked here is what will be opened."""
+    """Return the normalised path below `root`: what is checked here is what will be opened.
+
+    Links are followed as far as they stay below the folder of the table.
+    """
     if not path.strip():
         raise UsageError(f"{at}: no path", hint="give every row the path of an image")
     below, normal = os.path.join(root, ""), os.path.normpath(os.path.join(root, path))
-    if normal.startswith(below):
+    if normal.startswith(below) and (allow_outside or _stays(root, normal)):
         return normal.removeprefix(below)
     if allow_outside:
         return path
+    through = ", through a link" if normal.startswith(below) else ""
     raise UsageError(
-        f"{at}: {path!r} leaves the folder of the table", hint="move the table above its images, or allow paths outside"
+        f"{at}: {path!r} leaves the folder of the table{through}",
+        hint="move the table above its images, or allow paths outside with --allow-outside",
     )
+
+
+def _stays(root: Path, normal: str) -> bool:
+    """Whether a path that is below `root` by name is so on disk."""
+    folder, name = os.path.split(normal)
+    real = os.path.join(_real(folder), name)
+    if os.path.islink(real):
+        real = os.path.realpath(real)
+    return real.startswith(os.path.join(_real(str(root)), ""))
+
+
+@cache
+def _real(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def _split(name: str, at: str) -> str:

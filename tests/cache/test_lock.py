@@ -46,21 +46,29 @@ def test_the_second_writer_is_told_who_holds_the_space(space: Space) -> None:
 
 
 def test_one_of_many_proceeds(space: Space) -> None:
-    start = time.monotonic() + 0.3
+    """All begin when `go` is closed; the one that got in stays until the others have ended."""
+    (start, go), (stay, leave) = os.pipe(), os.pipe()
 
     def body() -> None:
-        time.sleep(max(0, start - time.monotonic()))
+        os.read(start, 1)
         with space.writer(**OPTIONS):  # type: ignore[arg-type]
-            time.sleep(1)
+            os.read(stay, 1)
 
     children = []
     for _ in range(4):
         child = os.fork()
         if child == 0:
+            os.close(go)
+            os.close(leave)
             os._exit(forked(body))
         children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert sorted(codes) == [0, 75, 75, 75]
+    os.close(go)
+    codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in children[1:]]
+    os.close(leave)
+    codes.append(os.waitstatus_to_exitcode(os.wait()[1]))
+    os.close(start)
+    os.close(stay)
+    assert codes == [75, 75, 75, 0]
 
 
 def refuse(*_: Any) -> None:

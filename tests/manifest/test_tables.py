@@ -154,6 +154,18 @@ def test_a_sibling_whose_name_begins_alike_is_outside(tmp_path: Path) -> None:
     assert "leaves the folder" in refused(tmp_path, f"path\n../{tmp_path.name}-2/a.png\n")
 
 
+def test_a_link_that_leaves_the_folder_is_outside(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "x").mkdir(parents=True)
+    (data / "inner").symlink_to("x")
+    (data / "out").symlink_to(tmp_path)
+    (data / "out.png").symlink_to("../a.png")
+    for path in ("out/a.png", "out.png", "out/data/out/a.png"):
+        assert "through a link" in refused(data, f"path\n{path}\n")
+        assert len(read(data, f"path\n{path}\n", allow_outside=True).samples) == 1
+    assert [s.path for s in read(data, "path\ninner/a.png\n").samples] == ["inner/a.png"]
+
+
 def test_inside_paths_are_normalised(tmp_path: Path) -> None:
     text = f"path\nx/../a.png\n{tmp_path}/y/b.png\n./c.png\n..d/e.png\n"
     assert [s.path for s in read(tmp_path, text).samples] == ["a.png", "y/b.png", "c.png", "..d/e.png"]
