@@ -41,7 +41,7 @@ class WriterLock:
 
     def release(self) -> None:
         """Let the next one in."""
-        os.close(self._descriptor)
+        _close(self._descriptor)
 
     def _take(self, path: Path) -> bool:
         try:
@@ -73,8 +73,13 @@ def _excludes(path: Path) -> bool:
     except OSError:
         return False
     finally:
-        os.close(second)
+        _close(second)
     return False
+
+
+def _close(descriptor: int) -> None:
+    with suppress(OSError):  # the descriptor is gone and the lock with it, whatever close says of the name in the file
+        os.close(descriptor)
 
 
 def _busy(path: Path, holder: str) -> CacheBusy:
