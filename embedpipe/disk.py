@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ from typing import IO
 from embedpipe.errors import EmbedpipeError, StorageError
 
 TEMPORARY = ".tmp-"
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EINVAL)  # where folders cannot be read or synced, embedpipe made none
 
 
 @contextmanager
@@ -44,9 +46,21 @@ def make_folder(folder: Path) -> None:
     with storage_errors(folder, "make the folder"):
         if folder.is_dir():
             return
-        make_folder(folder.parent)
+        if folder.parent.is_dir():
+            _sync_what_others_made(folder.parent)
+        else:
+            make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
         sync_folder(folder.parent)
+
+
+def _sync_what_others_made(folder: Path) -> None:
+    """Make the name of a folder durable: a process that made it may have been killed before it did so."""
+    try:
+        sync_folder(folder.parent)
+    except OSError as exc:
+        if exc.errno not in NOT_OURS:
+            raise
 
 
 def sync_folder(folder: Path) -> None:

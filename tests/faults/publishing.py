@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import Any
 import h5py
 import numpy as np
 
+import embedpipe
 from embedpipe.cache import Cache, Space
 from embedpipe.errors import EmbedpipeError
 from embedpipe.manifest import Manifest, Sample, Source
 from embedpipe.runs import new_run
 
+PACKAGE = Path(embedpipe.__file__).parent
 SPEC = {"schema": 1, "source": "timm", "architecture": "resnet18", "layer": "penultimate"}
 ROWS, DIM, SHARD_ROWS = 24, 8, 4
 KEYS = [hashlib.sha256(b"%d" % i).digest() for i in range(ROWS)]
@@ -108,10 +111,10 @@ def main(argv: Sequence[str]) -> int:
     kind, root, *labelled = argv
 
     def say(message: dict[str, Any]) -> None:
-        print(json.dumps(message), flush=True)
+        os.write(1, json.dumps(message).encode() + b"\n")
 
     if labelled:
-        _label_fsyncs(say)
+        _label_fsyncs(root, say)
     try:
         if kind == "plain":
             return append_plainly(Path(root) / "plain.h5", say)
@@ -122,16 +125,18 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _label_fsyncs(say: Say) -> None:
+def _label_fsyncs(root: str, say: Say) -> None:
+    """Say before each fsync which line of code it is: the functions that led to it, and the folder it is about."""
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
         frame, names = sys._getframe(1), []
-        while frame is not None and len(names) < 2:
-            if "embedpipe" in frame.f_code.co_filename and "faults" not in frame.f_code.co_filename:
+        while frame is not None:
+            if str(PACKAGE) in frame.f_code.co_filename and frame.f_code.co_name not in names:
                 names.append(frame.f_code.co_name)
             frame = frame.f_back  # type: ignore[assignment]
-        say({"site": " < ".join(names), "on": os.readlink(f"/proc/self/fd/{descriptor}")})
+        place = os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), root)
+        say({"site": f"{' < '.join(names[:4])}: {re.sub(r'[.]tmp-[^/]*', '.tmp', place)}"})
         real(descriptor)
 
     os.fsync = fsync
