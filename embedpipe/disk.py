@@ -17,7 +17,7 @@ from typing import IO
 from embedpipe.errors import EmbedpipeError, StorageError
 
 TEMPORARY = ".tmp-"
-NOT_OURS = (errno.EACCES, errno.EPERM, errno.EINVAL)  # where folders cannot be read or synced, embedpipe made none
+FOREIGN = (errno.EACCES, errno.EPERM, errno.EINVAL)  # a folder that cannot be read or synced holds none that we made
 
 
 @contextmanager
@@ -39,28 +39,21 @@ def storage_errors(path: Path, doing: str, *, missing_ok: bool = False) -> Itera
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it, each one durable before anything is put into it.
 
+    A folder that is there is made durable too: whoever made it may have been killed before doing so.
+
     Raises
     ------
     StorageError    no permission, or a file stands in the way
     """
     with storage_errors(folder, "make the folder"):
-        if folder.is_dir():
-            return
-        if folder.parent.is_dir():
-            _sync_what_others_made(folder.parent)
-        else:
+        if not folder.is_dir():
             make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
-
-
-def _sync_what_others_made(folder: Path) -> None:
-    """Make the name of a folder durable: a process that made it may have been killed before it did so."""
-    try:
-        sync_folder(folder.parent)
-    except OSError as exc:
-        if exc.errno not in NOT_OURS:
-            raise
+            folder.mkdir(exist_ok=True)
+        try:
+            sync_folder(folder.parent)
+        except OSError as exc:
+            if exc.errno not in FOREIGN:
+                raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -135,9 +135,8 @@ class SpaceWriter:
     def _recover(self) -> None:
         """Make durable what killed writers named; sweep what they left if the lock excludes."""
         folder, shards = self._space.folder, self._space.shards_folder
-        for named in (folder, shards):
-            with storage_errors(named, "sync"):
-                sync_folder(named)
+        with storage_errors(shards, "sync"):
+            sync_folder(shards)
         if self._lock.proved:
             sweep(folder)
             sweep(shards)

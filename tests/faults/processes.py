@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 REPOSITORY = Path(__file__).parents[2]
 # What can leave something behind on a disk. `close` and `flock` fail on network file systems.
@@ -34,8 +34,9 @@ class Trial:
 
     pid: int
     folder: Path
-    answers: IO[str]
+    ended: Callable[[], int]
     strace: subprocess.Popen[str] | None = None
+    over: bool = False
 
     @property
     def out(self) -> str:
@@ -68,7 +69,7 @@ class Trial:
 
     def wait(self) -> int:
         """Return its exit code, negative for a signal."""
-        code = int(self.answers.readline())
+        code, self.over = self.ended(), True
         if self.strace:
             self.strace.communicate()
         return code
@@ -81,6 +82,7 @@ class Warm:
     """A process that forks trials; see `warm`."""
 
     def __init__(self, entry: str, *needed: str) -> None:
+        self._latest: Trial | None = None
         command = [sys.executable, "-m", "tests.faults.warm", entry, *needed]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         pipe = subprocess.PIPE
@@ -90,21 +92,35 @@ class Warm:
 
     def start(self, folder: Path, *argv: object, **environment: str) -> Trial:
         """Fork a trial that runs in `folder`, where its output goes too."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
+        asked, answers = self._process.stdin, self._process.stdout
+        assert asked is not None
+        assert answers is not None
         folder.mkdir(parents=True, exist_ok=True)
         places = {"folder": str(folder), "out": str(folder / "out"), "err": str(folder / "err")}
         request = {"argv": [str(one) for one in argv], "environment": environment, **places}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        return Trial(int(self._process.stdout.readline()), folder, self._process.stdout)
+        asked.write(json.dumps(request) + "\n")
+        self._latest = Trial(int(answers.readline()), folder, lambda: int(answers.readline()))
+        return self._latest
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._latest and not self._latest.over:
+            self._latest.signal(signal.SIGKILL)
         self._process.stdin.close()  # type: ignore[union-attr]
         self._process.wait(30)
         self._process.stdout.close()  # type: ignore[union-attr]
+
+
+def start_fresh(folder: Path, *argv: object, **environment: str) -> Trial:
+    """Start `python -m embedpipe` as a user does; it runs at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "embedpipe", *map(str, argv)]
+    known = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **environment}
+    with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, cwd=folder, env=known)
+    return Trial(process.pid, folder, process.wait)
 
 
 @dataclass(frozen=True)

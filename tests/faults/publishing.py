@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _label_fsyncs(root: str, say: Say) -> None:
-    """Say before each fsync which line of code it is: the functions that led to it, and the folder it is about."""
+    """Say before each fsync which line of code it is: the functions around it, and what it is about."""
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -135,8 +135,9 @@ def _label_fsyncs(root: str, say: Say) -> None:
             if str(PACKAGE) in frame.f_code.co_filename and frame.f_code.co_name not in names:
                 names.append(frame.f_code.co_name)
             frame = frame.f_back  # type: ignore[assignment]
+        names = names[: names.index("make_folder") + 1 if "make_folder" in names else 3]
         place = os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), root)
-        say({"site": f"{' < '.join(names[:4])}: {re.sub(r'[.]tmp-[^/]*', '.tmp', place)}"})
+        say({"site": f"{' < '.join(names)}: {re.sub(r'[.]tmp-[^/]*', '.tmp', place)}"})
         real(descriptor)
 
     os.fsync = fsync
