@@ -49,7 +49,9 @@ def check_published(root: Path, said: Said) -> None:
                 assert (cache.latest() or {})["dataset"] == name, "latest.json is lost"
             case {"run": name}:
                 assert read_run(root / "runs" / name)["verb"] == "fit-head"
-                assert (root / "runs" / name / "model" / "weights").read_text() == "w" * 5000, "a file of the run is lost"
+                assert (root / "runs" / name / "model" / "weights").read_text() == "w" * 5000, (
+                    "a file of the run is lost"
+                )
     found = space.meta.pins if space.meta else None
     expected = {"may change": found, "in force": PINS, "ended": None}[pins]
     assert found == expected, f"the pins are not {pins}"
@@ -70,12 +72,12 @@ def check_resumed(root: Path, whole: bytes) -> None:
     assert not left, f"left behind: {left}"
 
 
-def check_plain(path: Path, said: Said) -> None:
+def check_plain(root: Path, said: Said) -> None:
     """The rows that were said to be safe are in the plain HDF5 file."""
     rows = [row for message in said for row in message.get("rows", ())]
     if not rows:
         return
-    with h5py.File(path) as file:
+    with h5py.File(root / "plain.h5") as file:
         features, keys = file["features"], file["keys"]
         stored, expected = keys[:], KEY_BYTES[np.arange(len(keys)) % ROWS]
         assert len(keys) > max(rows), f"{len(keys)} rows, {max(rows) + 1} were safe"

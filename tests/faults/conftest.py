@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from .extracting import Extraction
 from .processes import Warm
+from .publishing import publish_all, space_of
 
 TALLIES: list[Tally] = []
 
@@ -77,11 +79,25 @@ def publisher() -> Iterator[Warm]:
 
 
 @pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """features.h5 of an unbroken publisher."""
+    root = tmp_path_factory.mktemp("whole")
+    publish_all(root, lambda _: None)
+    return space_of(root).features_path.read_bytes()
+
+
+@pytest.fixture(scope="session")
 def command_line() -> Iterator[Warm]:
     """The real command line, everything imported."""
     rooms = ("extraction", "pipeline", "features", "backbones", "cache", "images", "cli.extract")
     with Warm("embedpipe.cli:main", "torch", "timm", "h5py", *(f"embedpipe.{room}" for room in rooms)) as warm:
         yield warm
+
+
+@pytest.fixture(scope="session")
+def extraction(command_line: Warm, tmp_path_factory: pytest.TempPathFactory) -> Extraction:
+    """Photos, and what an unbroken extraction of them gives."""
+    return Extraction(command_line, tmp_path_factory.mktemp("extraction"))
 
 
 @pytest.fixture(scope="session")

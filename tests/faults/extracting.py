@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,12 @@ class Extraction:
         assert space is not None
         self.whole, self.rows = space.features_path.read_bytes(), rows_of(space)
 
-    def start(self, folder: Path, cache: object, *more: object, fresh: bool = False) -> Trial:
-        """Start the command line, everything imported or as a user does."""
+    def start(self, folder: Path, cache: object, *more: object, fresh: bool = False, go: bool = True) -> Trial:
+        """Start the command line, everything imported or as a user does; without `go` it waits to be told."""
         argv = ["extract", self.photos, *TINY, *SMALL, "--cache-dir", cache, *more]
         environment = {"XDG_CACHE_HOME": str(self.folder / "user-cache")}
-        return (start_fresh if fresh else self.warm.start)(folder, *argv, **environment).go()
+        trial = (start_fresh if fresh else self.warm.start)(folder, *argv, **environment)
+        return trial.go() if go else trial
 
     def check_rows(self, cache: Path) -> int:
         """No row is wrong; return how many there are."""
@@ -135,8 +137,13 @@ def check_ended(trial: Trial, code: int, expected: int) -> None:
 
 def kill(trial: Trial) -> int:
     """Kill a process where it stands; return how it ended, perhaps before that."""
-    try:
+    with suppress(ProcessLookupError):
         trial.signal(signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     return trial.wait()
+
+
+def check_killed(extraction: Extraction, cache: Path, committed: set[str]) -> None:
+    """No row is wrong, and the shards that were committed are there or merged."""
+    rows, space = extraction.check_rows(cache), space_of(cache)
+    lost = committed - shards_of(space.folder) if space else committed
+    assert not lost or rows == len(extraction.rows), f"shards {lost} are lost"

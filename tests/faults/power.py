@@ -116,7 +116,8 @@ class Disk:
             act(*step.arguments, result=step.result)
         elif step.call != "lseek":
             ours = any(isinstance(one, bytes) and one.startswith(self.root) for one in step.arguments)
-            assert not ours and step.arguments[0] not in self._files, f"a call that the model does not know: {step}"
+            known = not ours and step.arguments[0] not in self._files
+            assert known, f"a call that the model does not know: {step}"
 
     def _at(self, path: bytes) -> tuple[Folder, str] | None:
         """Return the folder of a path and its name therein; None outside of the root."""

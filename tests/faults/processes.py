@@ -138,22 +138,31 @@ class Call:
 
 
 def calls_below(log: Path, root: Path) -> list[Call]:
-    """Return the calls in a log of `strace -f -y` that name a file below `root`; a close only of what was open for writing."""
+    """Return the calls of the first thread in a log of `strace -f -y` that name a file below `root`.
+
+    A close counts only where the file was open for writing.
+    """
     counted: Counter[str] = Counter()
     writable: dict[str, bool] = {}
     found = []
-    for line in log.read_text().splitlines():
-        match = re.match(r"(?:\d+ +)?(\w+)\((\d*)", line)
-        if not match:
+    lines = log.read_text().splitlines()
+    for line in lines:
+        match = re.match(r"\d+ +(\w+)\((\d*)", line)
+        if not match or line.split()[0] != lines[0].split()[0]:
             continue
         name, descriptor = match.groups()
         counted[name] += 1
-        if name == "openat":
-            opened = re.search(r"= (\d+)<", line)
-            writable[opened[1] if opened else ""] = "O_RDONLY" not in line
+        if name == "openat" and (opened := re.search(r"= (\d+)<", line)):
+            writable[opened[1]] = "O_RDONLY" not in line
         if str(root) in line and (name != "close" or writable.get(descriptor)):
             found.append(Call(name, counted[name], line))
     return found
+
+
+def was_hit(log: Path, root: Path) -> bool:
+    """Whether the injected fault met a call that names a file below `root`."""
+    hurt = [line for line in log.read_text().splitlines() if "(INJECTED)" in line or line.endswith("= ?")]
+    return any(str(root) in line for line in hurt)
 
 
 def last_lines(trial: Trial) -> Sequence[str]:

@@ -90,6 +90,7 @@ def fill(space: Space, limit: int, say: Say) -> int:
 
 def append_plainly(path: Path, say: Say) -> int:
     """Append to a plain HDF5 file and flush, in two sessions; the rows come round again and again."""
+    path.parent.mkdir(exist_ok=True)
     for limit in (PLAIN_ROWS // 2, PLAIN_ROWS):
         with h5py.File(path, "a") as file:
             if "features" not in file:

@@ -12,16 +12,10 @@ import pytest
 
 from .checking import problem_of
 from .conftest import Tally
-from .extracting import Extraction, await_lock, await_shards, check_ended, kill, shards_of, space_of
-from .processes import Warm
+from .extracting import Extraction, await_lock, await_shards, check_ended, check_killed, kill, shards_of
 
 pytestmark = pytest.mark.faults
 CODES = {signal.SIGTERM: 5, signal.SIGINT: 130}
-
-
-@pytest.fixture(scope="module")
-def extraction(command_line: Warm, tmp_path_factory: pytest.TempPathFactory) -> Extraction:
-    return Extraction(command_line, tmp_path_factory.mktemp("extraction"))
 
 
 def test_sigkill(extraction: Extraction, tmp_path: Path, full: bool, tally: Tally) -> None:
@@ -57,12 +51,6 @@ def kill_once(extraction: Extraction, folder: Path, chance: random.Random, tally
         tally.add(problem_of(check_killed, extraction, cache, committed), folder.name)
 
 
-def check_killed(extraction: Extraction, cache: Path, committed: set[str]) -> None:
-    rows, space = extraction.check_rows(cache), space_of(cache)
-    lost = committed - shards_of(space.folder) if space else committed
-    assert not lost or rows == len(extraction.rows), f"shards {lost} are lost"
-
-
 @pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
 def test_stopped(extraction: Extraction, tmp_path: Path, full: bool, tally: Tally, number: signal.Signals) -> None:
     """SIGTERM or SIGINT in the middle of an extraction."""
@@ -83,7 +71,9 @@ def test_stopped(extraction: Extraction, tmp_path: Path, full: bool, tally: Tall
             partial += rows % 20 > 0
             ended = problem_of(check_ended, trial, code, CODES[number])
             tally.add(ended or problem_of(extraction.check_resumed, folder, folder / "cache"), k)
-    tally.note = f"{number.name}, gone after {slowest:.2f} s at most, {partial} shards were committed that were not full"
+    tally.note = (
+        f"{number.name}, gone after {slowest:.2f} s at most, {partial} shards were committed that were not full"
+    )
     assert not tally.bad, "\n".join(tally.bad)
     assert tally.trials == wanted, "the extractions end too soon"
     assert slowest < 5

@@ -1,8 +1,9 @@
-"""Every publishing system call is killed or refused once: nothing that was said to be safe is lost, and a resume ends the same."""
+"""Every publishing system call is killed or refused once: nothing that was safe is lost, and a resume ends the same."""
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,22 +11,14 @@ import pytest
 
 from .checking import check_plain, check_published, check_resumed, problem_of
 from .conftest import Tally
-from .processes import CALLS, Call, Trial, Warm, calls_below, last_lines
-from .publishing import publish_all, space_of
+from .extracting import Extraction, check_killed
+from .processes import CALLS, Call, Trial, Warm, calls_below, last_lines, was_hit
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("strace")]
 FAULTS = ("KILL", "ENOSPC", "EIO")
 # The name of the holder in the lock file is a courtesy, and a lock that cannot be proved forbids only the merge.
 # A close that strace refuses is not executed: the lock stays held, and this process finds itself busy (75).
 COURTESY = ("ftruncate", "pwrite64", "flock", "close")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """features.h5 of an unbroken run."""
-    root = tmp_path_factory.mktemp("whole")
-    publish_all(root, lambda _: None)
-    return space_of(root).features_path.read_bytes()
 
 
 def baseline(publisher: Warm, folder: Path, kind: str) -> list[Call]:
@@ -41,8 +34,7 @@ def hurt(publisher: Warm, folder: Path, kind: str, call: Call, fault: str) -> tu
     trial = publisher.start(folder, kind, folder / "root")
     (folder / "root").mkdir()
     code = trial.attach(folder / "log", *call.inject(fault)).end()
-    log = (folder / "log").read_text()
-    assert code == -9 if fault == "KILL" else "(INJECTED)" in log, f"{call} was not hit"
+    assert was_hit(folder / "log", folder / "root"), f"{call} was not hit"
     return trial, code
 
 
@@ -89,6 +81,30 @@ def test_the_harness_finds_the_fault_of_plain_appending(
     for number, (call, fault) in enumerate(sample(full, plan, 40)):
         folder = tmp_path / str(number)
         trial, _ = hurt(publisher, folder, "plain", call, fault)
-        tally.add(problem_of(check_plain, folder / "root" / "plain.h5", trial.said), call.line)
+        tally.add(problem_of(check_plain, folder / "root", trial.said), call.line)
     tally.note = f"{len(calls)} calls"
     assert tally.bad
+
+
+def test_command_line(extraction: Extraction, tmp_path: Path, full: bool, tally: Tally) -> None:
+    """The same at a sample of the publishing calls of the real command line."""
+    first = tmp_path / "baseline"
+    trial = extraction.start(first, first / "cache", go=False)
+    assert trial.attach(first / "log", "-y", f"--trace={CALLS}").end() == 0, trial.err
+    calls = calls_below(first / "log", first / "cache")
+    plan = [(call, fault) for call in calls for fault in FAULTS]
+    for number, (call, fault) in enumerate(random.Random(0).sample(plan, 20 if full else 2)):
+        folder = tmp_path / str(number)
+        cache, log = folder / "cache", folder / "log"
+        trial = extraction.start(folder, cache, go=False)
+        code = trial.attach(log, f"--trace={CALLS}", *call.inject(fault)).end()
+        assert was_hit(log, cache), f"{call} was not hit"
+        committed = set(re.findall(r"rename\(.*shards/(\w[^\"]+)\"\) += 0", log.read_text()))
+        problem = (
+            outcome_of(trial, code, call, fault)
+            or problem_of(check_killed, extraction, cache, committed)
+            or problem_of(extraction.check_resumed, folder, cache)
+        )
+        tally.add(problem, f"{fault} at {call.line}")
+    tally.note = f"{len(calls)} calls"
+    assert not tally.bad, "\n".join(tally.bad)
