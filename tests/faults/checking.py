@@ -68,7 +68,12 @@ def check_resumed(root: Path, whole: bytes) -> None:
     check_published(root, said)
     assert space.features_path.read_bytes() == whole, "features.h5 differs from that of an unbroken run"
     assert (space.pending_shards, space.interrupted) == (0, False), "the resumed run is not finished"
-    left = [path.name for path in space.folder.rglob(".tmp-*")]
+    check_no_trace(space.folder)
+
+
+def check_no_trace(folder: Path) -> None:
+    """No attempt that failed has left a file."""
+    left = [path.name for path in folder.rglob(".tmp-*")]
     assert not left, f"left behind: {left}"
 
 

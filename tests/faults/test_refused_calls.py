@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from .checking import check_plain, check_published, check_resumed, problem_of
+from .checking import check_no_trace, check_plain, check_published, check_resumed, problem_of
 from .conftest import Tally
 from .extracting import Extraction, check_killed
 from .processes import CALLS, Call, Trial, Warm, calls_below, last_lines, was_hit
@@ -65,6 +65,7 @@ def test_publisher(publisher: Warm, tmp_path: Path, full: bool, whole: bytes, ta
         problem = (
             outcome_of(trial, code, call, fault)
             or problem_of(check_published, folder / "root", trial.said)
+            or (problem_of(check_no_trace, folder / "root") if code == 74 else None)
             or problem_of(check_resumed, folder / "root", whole)
         )
         tally.add(problem, f"{fault} at {call.line}")
