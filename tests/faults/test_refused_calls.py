@@ -93,13 +93,16 @@ def test_command_line(extraction: Extraction, tmp_path: Path, full: bool, tally:
     trial = extraction.start(first, first / "cache", go=False)
     assert trial.attach(first / "log", "-y", f"--trace={CALLS}").end() == 0, trial.err
     calls = calls_below(first / "log", first / "cache")
-    plan = [(call, fault) for call in calls for fault in FAULTS]
-    for number, (call, fault) in enumerate(random.Random(0).sample(plan, 20 if full else 2)):
+    plan, wanted = [(call, fault) for call in calls for fault in FAULTS], 20 if full else 2
+    for number, (call, fault) in enumerate(random.Random(0).sample(plan, 3 * wanted)):
+        if tally.trials == wanted:
+            break
         folder = tmp_path / str(number)
         cache, log = folder / "cache", folder / "log"
         trial = extraction.start(folder, cache, go=False)
         code = trial.attach(log, f"--trace={CALLS}", *call.inject(fault)).end()
-        assert was_hit(log, cache), f"{call} was not hit"
+        if not was_hit(log, cache):  # torch opened one file more or less than before
+            continue
         committed = set(re.findall(r"rename\(.*shards/(\w[^\"]+)\"\) += 0", log.read_text()))
         problem = (
             outcome_of(trial, code, call, fault)
@@ -109,3 +112,4 @@ def test_command_line(extraction: Extraction, tmp_path: Path, full: bool, tally:
         tally.add(problem, f"{fault} at {call.line}")
     tally.note = f"{len(calls)} calls"
     assert not tally.bad, "\n".join(tally.bad)
+    assert tally.trials == wanted, "too few faults met the cache"
