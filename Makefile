@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test slow lint fix bench clean
+.PHONY: demo test slow faults lint fix bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/embedpipe demo $(ARGS)
@@ -14,6 +14,10 @@ test: $(VENV)/.dev
 
 slow: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow --timeout 3600 $(ARGS)
+
+# Kills, refused system calls, power cuts, full disks: all of them. Takes about 20 minutes; strace and root for some.
+faults: $(VENV)/.dev
+	OMP_NUM_THREADS=1 EMBEDPIPE_FAULTS=full $(BIN)/pytest tests/faults --timeout 3600 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

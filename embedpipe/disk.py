@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -16,6 +17,7 @@ from typing import IO
 from embedpipe.errors import EmbedpipeError, StorageError
 
 TEMPORARY = ".tmp-"
+FOREIGN = (errno.EACCES, errno.EPERM, errno.EINVAL)  # a folder that cannot be read or synced holds none that we made
 
 
 @contextmanager
@@ -37,16 +39,21 @@ def storage_errors(path: Path, doing: str, *, missing_ok: bool = False) -> Itera
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it, each one durable before anything is put into it.
 
+    A folder that is there is made durable too: whoever made it may have been killed before doing so.
+
     Raises
     ------
     StorageError    no permission, or a file stands in the way
     """
     with storage_errors(folder, "make the folder"):
-        if folder.is_dir():
-            return
-        make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        sync_folder(folder.parent)
+        if not folder.is_dir():
+            make_folder(folder.parent)
+            folder.mkdir(exist_ok=True)
+        try:
+            sync_folder(folder.parent)
+        except OSError as exc:
+            if exc.errno not in FOREIGN:
+                raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -47,7 +47,7 @@ class WriterLock:
         if self._named:
             with suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
-        os.close(self._descriptor)
+        _close(self._descriptor)
 
     def _take(self, path: Path) -> bool:
         try:
@@ -80,7 +80,7 @@ def _excludes(path: Path) -> bool:
     except OSError:
         return False
     finally:
-        os.close(second)
+        _close(second)
     return False
 
 
@@ -92,6 +92,11 @@ def _holder(descriptor: int) -> str:
         if name:
             return name
     return "another process"
+
+
+def _close(descriptor: int) -> None:
+    with suppress(OSError):  # the descriptor is gone and the lock with it, whatever close says of the name in the file
+        os.close(descriptor)
 
 
 def _busy(path: Path, holder: str) -> CacheBusy:

@@ -134,9 +134,8 @@ class SpaceWriter:
     def _recover(self) -> None:
         """Make durable what killed writers named; sweep what they left if the lock excludes."""
         folder, shards = self._space.folder, self._space.shards_folder
-        for made in (folder.parent.parent, folder.parent, folder, shards):
-            with storage_errors(made, "sync"):
-                sync_folder(made)
+        with storage_errors(shards, "sync"):
+            sync_folder(shards)
         if self._lock.proved:
             sweep(folder)
             sweep(shards)
