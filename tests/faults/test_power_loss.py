@@ -16,7 +16,7 @@ from .conftest import Tally
 from .power import STRACE, Disk, Step, Tree, lay_out, read_trace, read_tree, site_of, without
 from .processes import Call, Warm
 
-pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("strace")]
+pytestmark = pytest.mark.usefixtures("strace")
 Lives = Sequence[Sequence[Step]]  # traces of processes that worked in the same folder, one killed after the other
 OUTSIDE = "../.."  # the folder that holds the disk: not modelled
 

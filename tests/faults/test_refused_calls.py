@@ -14,7 +14,7 @@ from .conftest import Tally
 from .extracting import Extraction, check_killed
 from .processes import CALLS, Call, Trial, Warm, calls_below, last_lines, was_hit
 
-pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("strace")]
+pytestmark = pytest.mark.usefixtures("strace")
 FAULTS = ("KILL", "ENOSPC", "EIO")
 # The name of the holder in the lock file is a courtesy, and a lock that cannot be proved forbids only the merge.
 # A close that strace refuses is not executed: the lock stays held, and this process finds itself busy (75).
