@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names that are no UTF-8
-    signal.signal(signal.SIGTERM, _stop)
+    _listen_to_signals()
     _listen_to_warnings("-v" in arguments or "--verbose" in arguments)
     as_json = "--json" in arguments
     COMMAND.clear()
@@ -75,9 +75,21 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(_report(exc, as_json))
 
 
-def _stop(signum: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: what is done is being committed
-    raise Stopped("stopped by SIGTERM; what was done is committed", hint="run the same command to go on")
+def _listen_to_signals() -> None:
+    """Let the first signal stop the work; later ones find it committing what was done, and only a third Ctrl-C breaks that."""
+    heard = 0
+
+    def hear(signum: int, frame: Any) -> None:
+        nonlocal heard
+        heard += 1
+        if heard == 1 and signum == signal.SIGTERM:
+            raise Stopped("stopped by SIGTERM; what was done is committed", hint="run the same command to go on")
+        if signum == signal.SIGINT and heard != 2:
+            raise KeyboardInterrupt
+        click.echo("committing what is done; Ctrl-C once more leaves at once", err=True)
+
+    signal.signal(signal.SIGTERM, hear)
+    signal.signal(signal.SIGINT, hear)
 
 
 def _listen_to_warnings(verbose: bool) -> None:

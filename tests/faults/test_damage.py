@@ -12,6 +12,7 @@ import pytest
 from embedpipe.cache import Cache, Space
 from embedpipe.errors import CacheMismatch
 from embedpipe.manifest import Manifest, Sample, Source
+from embedpipe.proving import verify_cache
 
 from ._proving import SPEC, features_of, keys_of
 from ._tier import tier
@@ -92,6 +93,7 @@ def test_every_damage_is_found_and_none_is_served(cache: Cache) -> None:
     truth = {name: ask() for name, ask in facts_of(cache, space)}
     assert truth["rows 225"] == features_of(KEYS[225:], DIM).tobytes()
     assert truth["failures"] == FAILURES
+    assert not verify_cache(sample=0, cache_dir=cache.root).damaged
     served = missed = 0
     for path, damage in damages(files, random.Random(0)):
         intact = path.read_bytes()
@@ -102,6 +104,9 @@ def test_every_damage_is_found_and_none_is_served(cache: Cache) -> None:
         except pytest.fail.Exception:
             missed += 1
             print(f"not found: {path.name}: {intact[:200]!r} became {damage[:200]!r}")
+        if not verify_cache(sample=0, cache_dir=cache.root).damaged:
+            missed += 1
+            print(f"not found by verify: {path.name}: {intact[:200]!r} became {damage[:200]!r}")
         for name, ask in facts_of(cache, space):
             try:
                 served += ask() != truth[name]

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from embedpipe.cache import Cache, KeyIndex
+from embedpipe.caretaking import collect_garbage
 from embedpipe.errors import CacheMismatch, Stopped
 from embedpipe.manifest import read_manifest
+from embedpipe.proving import verify_cache
 
 from ._proving import OPTIONS, SPEC, features_of, fork, read_all, wait
 from ._tier import tier
@@ -196,9 +198,28 @@ class CacheMachine(RuleBasedStateMachine):
         if not cut:
             harmed[place] ^= 1 << bit
         path.write_bytes(harmed)
+        assert verify_cache(sample=0, cache_dir=self.cache.root).damaged
         with pytest.raises(CacheMismatch):
-            self.verify()
+            self.agrees()
         path.write_bytes(intact)
+
+    @rule()
+    def verify(self) -> None:
+        done = verify_cache(sample=0, cache_dir=self.cache.root)
+        assert not done.damaged
+        kinds = {finding.kind for finding in done.findings}
+        known, now = {path: key for path, (_, key) in (self.table or {}).items()}, self.wished()
+        assert ("orphaned" in kinds) == bool(self.rows - set(known.values()))
+        assert ("unreadable" in kinds) == any(path not in now for path in known)
+        assert ("changed" in kinds) == any(path in now and now[path][1] != key for path, key in known.items())
+
+    @rule()
+    def collect_garbage(self) -> None:
+        named = {key for _, key in (self.table or {}).values()}
+        done = collect_garbage(unused=True, cache_dir=self.cache.root)
+        assert not done.skipped
+        if named.isdisjoint(self.rows | self.failed):
+            self.rows, self.failed = set(), set()
 
     # what must hold after every step
 
@@ -233,7 +254,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert (self.cache.latest() or {})["spaces"] == [self.space.folder.name]
 
     @invariant()
-    def verify(self) -> None:
+    def agrees(self) -> None:
         if not hasattr(self, "rows"):
             return
         self.cache.latest()

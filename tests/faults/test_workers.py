@@ -51,16 +51,25 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 5), (signal.SIGINT, 130)], ids=["KILL", "TERM", "INT"]
+    ("number", "times", "code"),
+    [
+        (signal.SIGKILL, 1, -9),
+        (signal.SIGTERM, 1, 5),
+        (signal.SIGTERM, 4, 5),
+        (signal.SIGINT, 1, 130),
+        (signal.SIGINT, 2, 130),
+    ],
 )
 def test_a_command_that_is_stopped_leaves_nobody_behind(
-    start: Start, data: Path, tmp_path: Path, number: signal.Signals, code: int
+    start: Start, data: Path, tmp_path: Path, number: signal.Signals, times: int, code: int
 ) -> None:
     process = start("extract", data, *TINY, "--batch-size", 4, "--shard-rows", 8, "--workers", 2)
     wait_until_some_rows_are_safe(process, tmp_path / "work")
     pids = decoders(process)
     begun = time.monotonic()
-    process.send_signal(number)
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.03)
     _, err = process.communicate(timeout=10)
     assert process.returncode == code
     assert "Traceback" not in err
@@ -71,3 +80,4 @@ def test_a_command_that_is_stopped_leaves_nobody_behind(
     [space] = Cache(tmp_path / "work" / "cache").spaces()
     space.ensure_free()
     assert len(space.view()) >= 8
+    assert times == 1 or "committing what is done" in err
