@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         sys.exit(_group().main(args=arguments, prog_name="embedpipe", standalone_mode=False) or 0)
     except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001  # the border: every end has a code
+        if isinstance(exc, Stopped | KeyboardInterrupt):  # Python forgets its handlers before it has left
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
         sys.exit(_report(exc, as_json))
 
 

@@ -141,23 +141,22 @@ class Decoders:
     def load(
         self, path: Path, *, key: bytes | None, transform: Mapping[str, Any] | None
     ) -> np.ndarray | tuple[str, str]:
-        """Return what `Decoder.load` does; an error ends the process that met it."""
+        """Return what `Decoder.load` does."""
         decoder = _take()
         with self._lock:
             self._busy.add(decoder)
             if self._ended:
                 decoder.interrupt()
+        reusable = False
         try:
             loaded = decoder.load(path, key=key, transform=transform)
-        except BaseException:
-            decoder.close()
-            raise
+            reusable = decoder.alive
+            return loaded
         finally:
             with self._lock:
                 self._busy.discard(decoder)
-        if decoder.alive:
-            _idle.append(decoder)
-        return loaded
+                reusable = reusable and not self._ended
+            _idle.append(decoder) if reusable else decoder.close()
 
     def give_up(self) -> None:
         """End every process that is at work: the threads that wait for them return at once."""

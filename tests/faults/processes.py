@@ -52,8 +52,8 @@ class Trial:
         return [json.loads(line) for line in self.out.splitlines(keepends=True) if line.endswith("\n")]
 
     def attach(self, log: Path, *options: str) -> Self:
-        """Let strace follow it from its first step on."""
-        command = ["strace", "-f", "-o", str(log), "-p", str(self.pid), *options]
+        """Let strace follow its first thread, which does all publishing, from the first step on; decoders are left alone."""
+        command = ["strace", "-o", str(log), "-p", str(self.pid), *options]
         self.strace = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.strace.stderr is not None
         answer = self.strace.stderr.readline()
@@ -138,17 +138,16 @@ class Call:
 
 
 def calls_below(log: Path, root: Path) -> list[Call]:
-    """Return the calls of the first thread in a log of `strace -f -y` that name a file below `root`.
+    """Return the calls in a log of `strace -y` that name a file below `root`.
 
     A close counts only where the file was open for writing.
     """
     counted: Counter[str] = Counter()
     writable: dict[str, bool] = {}
     found = []
-    lines = log.read_text().splitlines()
-    for line in lines:
-        match = re.match(r"\d+ +(\w+)\((\d*)", line)
-        if not match or line.split()[0] != lines[0].split()[0]:
+    for line in log.read_text().splitlines():
+        match = re.match(r"(\w+)\((\d*)", line)
+        if not match:
             continue
         name, descriptor = match.groups()
         counted[name] += 1
