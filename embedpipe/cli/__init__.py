@@ -72,8 +72,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         sys.exit(_group().main(args=arguments, prog_name="embedpipe", standalone_mode=False) or 0)
     except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001  # the border: every end has a code
-        if isinstance(exc, Stopped | KeyboardInterrupt):  # Python forgets its handlers before it has left
-            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+        if isinstance(exc, Stopped | KeyboardInterrupt | click.Abort):
+            for number in (
+                signal.SIGTERM,
+                signal.SIGINT,
+            ):  # the exit code is decided; Python forgets handlers on its way out
+                signal.signal(number, signal.SIG_IGN)
         sys.exit(_report(exc, as_json))
 
 

@@ -71,7 +71,7 @@ def test_a_command_that_is_stopped_leaves_nobody_behind(
         process.send_signal(number)
         time.sleep(0.03)
     _, err = process.communicate(timeout=10)
-    assert process.returncode == code
+    assert process.returncode == code, err
     assert "Traceback" not in err
     while any(map(is_running, pids)):
         assert time.monotonic() - begun < 5
@@ -80,4 +80,3 @@ def test_a_command_that_is_stopped_leaves_nobody_behind(
     [space] = Cache(tmp_path / "work" / "cache").spaces()
     space.ensure_free()
     assert len(space.view()) >= 8
-    assert times == 1 or "committing what is done" in err
