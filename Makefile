@@ -17,7 +17,7 @@ slow: $(VENV)/.dev
 
 # Kills, refused system calls, power cuts, full disks: all of them. Takes about 20 minutes; strace and root for some.
 faults: $(VENV)/.dev
-	OMP_NUM_THREADS=1 EMBEDPIPE_FAULTS=full $(BIN)/pytest tests/faults --timeout 3600 $(ARGS)
+	OMP_NUM_THREADS=1 EMBEDPIPE_FAULTS=full $(BIN)/pytest -n 2 tests/faults --timeout 3600 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

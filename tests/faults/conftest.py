@@ -15,8 +15,6 @@ from .extracting import Extraction
 from .processes import Warm
 from .publishing import publish_all, space_of
 
-TALLIES: list[Tally] = []
-
 
 @dataclass
 class Tally:
@@ -51,19 +49,20 @@ def full() -> bool:
 def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
     """A count that is printed at the end; the first line of the test's docstring names it."""
     kept = Tally((request.function.__doc__ or request.node.name).splitlines()[0].rstrip("."))
-    TALLIES.append(kept)
     yield kept
     kept.seconds = time.monotonic() - kept.started
+    note = f" ({kept.note})" if kept.note else ""
+    line = f"{kept.trials:7} {len(kept.bad):5} {kept.seconds:8.1f}  {kept.name}{note}"
+    request.node.user_properties.append(("tally", line))  # travels from a worker of xdist to who prints
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not TALLIES:
-        return
-    terminalreporter.section("faults")
-    terminalreporter.write_line(f"{'trials':>7} {'bad':>5} {'seconds':>8}")
-    for one in TALLIES:
-        line = f"{one.trials:7} {len(one.bad):5} {one.seconds:8.1f}  {one.name}"
-        terminalreporter.write_line(f"{line} ({one.note})" if one.note else line)
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    ended = [report for report in reports if getattr(report, "when", "") == "teardown"]
+    lines = [line for report in ended for name, line in report.user_properties if name == "tally"]
+    if lines:
+        terminalreporter.section("faults")
+        terminalreporter.write_line("\n".join([f"{'trials':>7} {'bad':>5} {'seconds':>8}", *lines]))
 
 
 @pytest.fixture(scope="session")
