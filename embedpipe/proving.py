@@ -114,8 +114,8 @@ def explain_reuse(
 
     cache = Cache(Path(cache_dir))
     manifest = _wanted_data(cache, dataset, allow_outside)
-    shape = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
-    loaded = load_backbone(backbone, weights=weights, layer=layer, pool=pool, seed=seed, **shape)  # type: ignore[arg-type]
+    shape: dict[str, Any] = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
+    loaded = load_backbone(backbone, weights=weights, layer=layer, pool=pool, seed=seed, **shape)
     spec = space_spec(loaded, precision, store_dtype)
     space = cache.open_space(spec, name=space_name(spec))
     keys, view = {sample.key for sample in manifest.samples}, space.view()

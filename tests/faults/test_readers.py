@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,10 @@ def write_rounds(space: Space, committed: Path) -> None:
             writer.finish()
 
 
-def descriptor_of(path: Path, opened: dict[Path, int] = {}) -> int:  # noqa: B006  one a process
-    if path not in opened:
-        opened[path] = os.open(path, os.O_RDWR | os.O_CREAT)
-    return opened[path]
+@cache
+def descriptor_of(path: Path) -> int:
+    """Open a file once a process."""
+    return os.open(path, os.O_RDWR | os.O_CREAT)
 
 
 def read_rounds(space: Space, committed: Path, over: int) -> None:
