@@ -68,11 +68,9 @@ def check_value(option: Option, value: Any) -> Any:
     try:
         return TypeAdapter(option.annotation).validate_python(value)
     except ValidationError as exc:
-        wanted = "; or ".join(dict.fromkeys(error["msg"] for error in exc.errors()))
+        wanted = "; or ".join(dict.fromkeys(error["msg"][:1].lower() + error["msg"][1:] for error in exc.errors()))
         flag = "--" + option.name.replace("_", "-")
-        raise UsageError(
-            f"{flag}: found {_shown(value)}; {wanted[:1].lower()}{wanted[1:]}", option=option.name, value=value
-        ) from None
+        raise UsageError(f"{flag}: found {_shown(value)}; {wanted}", option=option.name, value=value) from None
 
 
 def read_config(path: Path, commands: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -389,3 +391,16 @@ def test_models_and_layers(run: Run) -> None:
     assert {"timm:resnet18", "torchvision:resnet18"} <= set(names)
     layers = run("layers", "timm:resnet18", "--json").data["layers"]
     assert layers[-1] == {"name": "layer4", "parameters": 8393728, "shape": [512, 7, 7]}
+
+
+def test_only_the_first_and_the_third_ctrl_c_break_in(run: Run) -> None:
+    run("--version")  # sets the handlers; the fixture puts the old ones back
+    for breaks in (True, False, True):
+        with pytest.raises(KeyboardInterrupt) if breaks else nullcontext():
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_no_model_of_that_name_is_one_line(run: Run) -> None:
+    done = run("models", "resnetty18")
+    assert done.code == 2
+    assert "no model matches 'resnetty18'" in done.line

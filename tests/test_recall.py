@@ -14,7 +14,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from embedpipe.cache import KeyIndex
+from embedpipe.cache import Cache, KeyIndex
 from tests.conftest import TINY, Run
 
 PROBE = (
@@ -22,14 +22,20 @@ PROBE = (
 )
 
 
-def extract(*arguments: object) -> tuple[dict[str, object], bool]:
-    """Run extract in a process of its own; return its data and whether torch was loaded."""
+def ask(*arguments: object) -> tuple[dict[str, Any], bool]:
+    """Run extract in a process of its own; return its envelope and whether torch was loaded."""
     command = [sys.executable, "-c", PROBE, "extract", *map(str, arguments), "--json"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     envelope, loaded = done.stdout.splitlines()[-2:]
-    return json.loads(envelope)["data"], loaded == "True"
+    return json.loads(envelope), loaded == "True"
+
+
+def extract(*arguments: object) -> tuple[dict[str, Any], bool]:
+    """Return the data of a run that must succeed, and whether torch was loaded."""
+    envelope, loaded = ask(*arguments)
+    assert envelope["ok"], envelope
+    return envelope["data"], loaded
 
 
 @pytest.fixture
@@ -52,6 +58,17 @@ def test_an_unchanged_second_run_loads_no_torch(here: Path) -> None:
     third, loaded = extract("photos", *TINY)
     assert loaded
     assert third["computed"] == 1
+
+
+def test_who_comes_second_is_told_before_a_model_is_loaded(here: Path) -> None:
+    extract("photos", *TINY)
+    (here / "red" / "more.png").write_bytes((here / "red" / "000.png").read_bytes() + b"other bytes")
+    [space] = Cache(Path("cache")).spaces()
+    with space.writer(feature_dim=96, dtype="float32", environment={}, pins={}):
+        envelope, loaded = ask("photos", *TINY)
+    assert envelope["error"]["code"] == "CacheBusy"
+    assert f"process {os.getpid()} on " in envelope["error"]["message"]
+    assert not loaded
 
 
 def test_another_question_is_another_answer(here: Path) -> None:

@@ -160,6 +160,8 @@ def test_what_failed_is_remembered_tried_again_on_demand_and_refused_when_strict
     retried = run("extract", tmp_path / "data", *TINY, "--retry-failed", "--json")
     assert first.code == again.code == retried.code == 3
     assert first.data["failed"] == again.data["failed"] == retried.data["failed"]
+    [space] = Cache(Path("cache")).spaces()
+    assert [stage for stage, _, _ in space.view().failures.values()] == ["decode"]
     assert run("extract", tmp_path / "data", *TINY, "--strict").code == 1
     torn.write_bytes(encoded(pixels(1), "PNG"))
     mended = run("extract", tmp_path / "data", *TINY, "--json")

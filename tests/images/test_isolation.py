@@ -169,8 +169,8 @@ def test_a_fork_does_not_share_the_decoders_of_its_parent(good: Path) -> None:
         code = 1
         try:
             (batch,) = image_batches([(None, good)], TRANSFORM, batch_size=1, workers=1)
+            code = len(batch.failures) + (not children())  # it has started one of its own
             close_decoders()
-            code = len(batch.failures)
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -197,3 +197,11 @@ def test_who_stops_early_does_not_wait_for_a_slow_image(good: Path, slow: Path) 
     start = time.monotonic()
     batches.close()
     assert time.monotonic() - start < 0.5  # the slow one takes more than a second
+
+
+def test_what_is_asked_for_after_the_end_is_given_up_at_once(slow: Path) -> None:
+    decoders = Decoders()
+    decoders.give_up()
+    start = time.monotonic()
+    assert decoders.load(slow, key=None, transform=None) == ("limit", "the decoder died of SIGKILL")
+    assert time.monotonic() - start < 0.8  # the image takes more than a second
