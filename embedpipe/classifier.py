@@ -21,10 +21,11 @@ import numpy as np
 
 from embedpipe.cache import Cache, KeyIndex
 from embedpipe.errors import DecodeError, EmbedpipeError, ModelMismatch, UsageError
-from embedpipe.forwarding import plan_forward, stream_rows
+from embedpipe.forwarding import Runner, plan_forward, stream_rows
 from embedpipe.manifest import Failure, Manifest, Sample
 from embedpipe.metrics import score
 from embedpipe.pipeline import Progress, space_name, space_spec
+from embedpipe.places import Place
 from embedpipe.provenance import differing_fields, environment
 from embedpipe.runs import RunFolder, read_run
 
@@ -179,7 +180,7 @@ class Classifier:
 
 def classify(
     classifier: Classifier,
-    files: Sequence[Path],
+    files: Sequence[Place | Path],
     *,
     cache: Cache | None = None,
     device: str = "auto",
@@ -199,8 +200,8 @@ def classify(
     EmbedpipeError    strict, and an image failed
     """
     index = KeyIndex()
-    keys: dict[Path, bytes] = {}
-    failed: dict[Path, tuple[str, str]] = {}
+    keys: dict[Place | Path, bytes] = {}
+    failed: dict[Place | Path, tuple[str, str]] = {}
     for file in files:
         try:
             keys[file] = index.key_of(file)
@@ -215,11 +216,11 @@ def classify(
             device=device,
             precision=spec["precision"],
             store_dtype=spec["stored_dtype"],
-            batch_size=min(len(unknown), 32) if batch_size == "auto" else batch_size,
+            batch_size=min(len(unknown), 8) if batch_size == "auto" else batch_size,
             workers=workers,
         )
         done = 0
-        for batch in stream_rows(unknown.items(), classifier.backbone, forward):
+        for batch in stream_rows(unknown.items(), Runner([classifier.backbone], forward.definite)):
             rows |= zip(batch.keys, batch.features, strict=True)
             reasons = {key: (stage, reason) for key, stage, reason in batch.failures}
             failed |= {file: reasons[key] for file, key in keys.items() if key in reasons}

@@ -3,23 +3,22 @@
 Library versions, device and pins are recorded beside the rows, not hashed. Where this environment has not written into a
 space before, a few stored rows are computed again and compared; a space that fails the test is refused.
 
->>> check_drift(space, view, items, backbone, forward)
+>>> check_drift(space, view, items, Runner([backbone], forward))
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from embedpipe.errors import CacheMismatch
-from embedpipe.forwarding import Forward, stream_rows
+from embedpipe.forwarding import Forward, Runner, stream_rows
+from embedpipe.places import Place
 from embedpipe.provenance import environment
 
 if TYPE_CHECKING:
-    from embedpipe.backbones import Backbone
     from embedpipe.cache import Space, SpaceView
 
 PROBES = 8
@@ -46,24 +45,24 @@ def is_new(space: Space, record: Mapping[str, Any], *, computing: bool) -> bool:
     return bool(trusted) and _shaping(record, fields) not in [_shaping(one, fields) for one in trusted]
 
 
-def check_drift(
-    space: Space, view: SpaceView, items: Iterable[tuple[bytes, Path]], backbone: Backbone, forward: Forward
-) -> int:
+def check_drift(space: Space, view: SpaceView, items: Iterable[tuple[bytes, Place]], runner: Runner) -> int:
     """Compute up to 8 stored rows again, compare, and return how many; none where none of these images has a row.
 
     Parameters
     ----------
-    items : (key, file) of images with a row in `view`
+    items : (key, place) of images with a row in `view`
+    runner : Runner    of the backbone that made it
 
     Raises
     ------
     CacheMismatch    a row is farther from the stored one than the tolerance of its precision
     """
     fields = (*SHAPING, *PINS)
+    forward = runner.forward
     stored_in, here = _shaping(space.environments[-1], fields), _shaping(record_environment(forward, {}), fields)
     chosen = sorted(items)[: 2 * PROBES]  # by key, which is as good as random; spares for files that have changed
     worst, probed = 0.0, 0
-    for rows in stream_rows(chosen, backbone, forward):
+    for rows in stream_rows(chosen, runner):
         keys = rows.keys[: PROBES - probed]
         worst = max([worst, *row_distances(view.read(keys), rows.features[: len(keys)]).tolist()])
         if any(stage in ("decode", "forward") for _, stage, _ in rows.failures):

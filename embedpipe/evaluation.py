@@ -119,10 +119,12 @@ def evaluate(
         split = "test" if data is None else "all"
     samples = [s for s in manifest.samples if s.label is not None and split in ("all", s.split)]
     _check(manifest, run, [s.label or "" for s in samples], split)
-    files = {manifest.file_of(s): run.classes.index(s.label or "") for s in samples}
+    files = {str(manifest.place_of(s)): run.classes.index(s.label or "") for s in samples}
     machine: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers, "progress": progress}
-    result = classify(run, list(files), cache=cache, strict=strict, **machine)
-    y = np.array([files[Path(path)] for path in result.paths], dtype=np.int64)
+    result = classify(
+        run, list(dict.fromkeys(manifest.place_of(s) for s in samples)), cache=cache, strict=strict, **machine
+    )
+    y = np.array([files[path] for path in result.paths], dtype=np.int64)
     matrix = metrics.confusion_matrix(y, result.values.argmax(axis=1), len(run.classes))
     done = Evaluation(
         run.name, split, metrics.score(result.values, y), matrix, run.classes, (*manifest.unreadable, *result.failed)

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -50,7 +50,8 @@ class Extracted:
             "pending_shards": self.space.pending_shards,
             "failed": [vars(failure) for failure in self.filled.failed],
             "bottleneck": self.filled.bottleneck,
-            "executor": "eager",
+            "executor": self.filled.executor,
+            "executor_difference": self.filled.difference,
         }
 
 
@@ -64,10 +65,12 @@ def extract(
     image_size: int | None = None,
     crop_pct: float | None = None,
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = None,
+    pixels: Literal["exact", "fast"] = "exact",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     store_dtype: Literal["float32", "float16"] = "float32",
     batch_size: int | Literal["auto"] = "auto",
     device: str = "auto",
+    executor: Literal["auto", "eager", "compile", "openvino"] = "auto",
     workers: int | Literal["auto"] = "auto",
     split_by: Literal["auto", "folder", "column", "hash"] = "auto",
     val_fraction: float = 0.15,
@@ -92,7 +95,7 @@ def extract(
     weights : str
         pretrained (from the library's hub), packaged (from an installed package), none (seeded random), or a file.
     layer : tuple of str
-        Layer to take features from, pooled; repeatable. Default: what enters the classifier.
+        Layer to take features from, pooled; repeatable; all means every stage. Default: what enters the classifier.
     pool : str
         How maps and tokens become one vector; auto averages what is not class or register token.
     image_size : int
@@ -101,6 +104,8 @@ def extract(
         Share of the resized image that the centre crop keeps. Default: the model's own.
     interpolation : str
         Resize filter. Default: the model's own.
+    pixels : str
+        exact, or fast: only the part that the crop keeps is resized; a pixel may be off by one grey level.
     precision : str
         Arithmetic of the forward pass.
     store_dtype : str
@@ -109,8 +114,10 @@ def extract(
         Images a forward pass. Never changes a feature's identity.
     device : str
         auto, cpu, cuda, cuda:K or mps. A device that is not there is an error.
+    executor : str
+        What carries images through the backbone; auto measures which is worth its warm-up for the images ahead.
     workers : int or auto
-        Decoding threads.
+        Decoding processes.
     split_by : str
         Where train, val and test come from: auto takes folders or a column when there are some, else a hash of the content.
     val_fraction : float
@@ -145,18 +152,15 @@ def extract(
     start, cache = time.monotonic(), Cache(Path(cache_dir))
     reading: dict[str, Any] = {"split_by": split_by, "limit": limit, "allow_outside": allow_outside}
     reading |= {"val_fraction": val_fraction, "test_fraction": test_fraction}
-    shape = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
+    shape = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation, "pixels": pixels}
     loader = {"weights": weights, "seed": seed, "pool": pool, **shape}
     settings: dict[str, Any] = {"precision": precision, "store_dtype": store_dtype}
-    settings |= {"device": device, "batch_size": batch_size, "workers": workers}
+    settings |= {"device": device, "batch_size": batch_size, "workers": workers, "executor": executor}
     writing = {"shard_rows": shard_rows, "retry_failed": retry_failed, "progress": progress}
     with closing(KeyIndex()) as index:
         manifest = _read(data, index, **reading)
-        extracted = [
-            _extract_space(cache, index, manifest, name, loader={**loader, "layer": one}, settings=settings, **writing)
-            for name in _as_list(backbone)
-            for one in layer or (None,)
-        ]
+        wishes = [Wish(name, one, loader, settings) for name in _as_list(backbone) for one in layer or (None,)]
+        extracted = _extract(cache, index, manifest, wishes, settings, writing)
     dataset = cache.write_dataset(manifest)
     cache.set_latest(dataset, [one.space.folder.name for one in extracted])
     summary = _summarise(manifest, dataset, extracted, time.monotonic() - start)
@@ -181,58 +185,126 @@ def _read(data: PathLike | Sequence[PathLike], index: KeyIndex, **options: Any) 
     return manifest
 
 
-def _extract_space(
+@dataclass(frozen=True)
+class Wish:
+    """One layer of one backbone, as asked for: a name (or a backbone handed over from Python) and how to load it."""
+
+    backbone: str | Backbone
+    layer: str | None
+    shape: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+    @property
+    def named(self) -> bool:
+        return not hasattr(self.backbone, "spec")
+
+    @property
+    def loader(self) -> dict[str, Any]:
+        """Keyword arguments of `load_backbone`; empty where the backbone came as an object."""
+        return {"name": self.backbone, **self.shape, "layer": self.layer} if self.named else {}
+
+    @property
+    def question(self) -> str:
+        from embedpipe.recall import question_of
+
+        return question_of(self.loader, self.settings)
+
+
+def _extract(
     cache: Cache,
     index: KeyIndex,
     manifest: Manifest,
-    backbone: str | Backbone,
-    *,
-    loader: Mapping[str, Any],
+    wishes: Sequence[Wish],
     settings: Mapping[str, Any],
-    **writing: Any,
-) -> Extracted:
-    """Fill one space with the rows of the manifest that it lacks; the backbone is loaded only where it is needed."""
+    writing: Mapping[str, Any],
+) -> list[Extracted]:
+    """Fill the spaces that are wished for, in order; backbones are loaded only where there is something to do."""
+    models = Models(index)
+    wishes = [one for wish in wishes for one in models.expand(wish)]
+    done = {n: found for n, wish in enumerate(wishes) if (found := _reuse(cache, index, manifest, wish, writing))}
+    rest = [n for n in range(len(wishes)) if n not in done]
+    if rest:
+        done |= zip(rest, _fill(cache, manifest, models, [wishes[n] for n in rest], settings, writing), strict=True)
+    return [done[n] for n in range(len(wishes))]
+
+
+def _reuse(
+    cache: Cache, index: KeyIndex, manifest: Manifest, wish: Wish, writing: Mapping[str, Any]
+) -> Extracted | None:
+    """Return a space that has every row already, None where it takes a model to tell."""
     from embedpipe.pipeline import reuse_space, space_name
-    from embedpipe.recall import question_of, recall
+    from embedpipe.recall import recall
 
-    question = None
-    if not hasattr(backbone, "spec"):  # named, not handed over from Python
-        loader = {"name": backbone, **loader}
-        question = question_of(loader, settings)
-        if known := recall(index, question):
-            space = cache.open_space(known.spec, name=space_name(known.spec))
-            filled = reuse_space(space, manifest, known.record, retry_failed=writing["retry_failed"])
-            if filled:
-                return Extracted(known.name, None, space, filled)
-            space.ensure_free()  # before a model is loaded in vain
-    return _load_and_fill(cache, index, manifest, backbone, question, loader=loader, settings=settings, **writing)
+    known = recall(index, wish.question) if wish.named else None
+    if known is None:
+        return None
+    space = cache.open_space(known.spec, name=space_name(known.spec))
+    filled = reuse_space(space, manifest, known.record, retry_failed=writing["retry_failed"])
+    if filled is None:
+        space.ensure_free()  # before a model is loaded in vain
+    return Extracted(known.name, None, space, filled) if filled else None
 
 
-def _load_and_fill(
+def _fill(
     cache: Cache,
-    index: KeyIndex,
     manifest: Manifest,
-    backbone: str | Backbone,
-    question: str | None,
-    *,
-    loader: Mapping[str, Any],
+    models: Models,
+    wishes: Sequence[Wish],
     settings: Mapping[str, Any],
-    **writing: Any,
-) -> Extracted:
-    from embedpipe.backbones import Backbone, load_backbone
+    writing: Mapping[str, Any],
+) -> list[Extracted]:
+    """Load what is wished for and compute what is missing, all together."""
     from embedpipe.drift import record_environment
     from embedpipe.forwarding import plan_forward
-    from embedpipe.pipeline import fill_space, space_name, space_spec
+    from embedpipe.pipeline import Target, fill_spaces, space_name, space_spec
     from embedpipe.recall import remember
 
-    forward = plan_forward(**settings)
-    loaded = backbone if isinstance(backbone, Backbone) else load_backbone(**loader)
-    spec = space_spec(loaded, forward.precision, forward.store_dtype)
-    space = cache.open_space(spec, name=space_name(spec))
-    if question:
-        remember(index, question, loaded, spec, record_environment(forward, loader))
-    filled = fill_space(space, manifest, loaded, forward, loader=loader if question else {}, **writing)
-    return Extracted(loaded.name, loaded, space, filled)
+    forward, targets = plan_forward(**settings), []
+    for wish in wishes:
+        loaded = models.load(wish)
+        spec = space_spec(loaded, forward.precision, forward.store_dtype)
+        targets.append(Target(cache.open_space(spec, name=space_name(spec)), loaded, wish.loader))
+        if wish.named:
+            remember(models.index, wish.question, loaded, spec, record_environment(forward, wish.loader))
+    filled = fill_spaces(targets, manifest, forward, graphs=cache.graphs_folder, **writing)
+    return [
+        Extracted(target.backbone.name, target.backbone, target.space, one)
+        for target, one in zip(targets, filled, strict=True)
+    ]
+
+
+class Models:
+    """Backbones by name, each loaded once however many of its layers are asked for."""
+
+    def __init__(self, index: KeyIndex) -> None:
+        self.index = index
+        self._loaded: dict[str, Backbone] = {}
+
+    def load(self, wish: Wish) -> Backbone:
+        """Return the backbone of a wish; those of one name share the model."""
+        from embedpipe.backbones import Backbone, at_layer, load_backbone
+
+        if isinstance(wish.backbone, Backbone):
+            return at_layer(wish.backbone, wish.layer) if wish.layer else wish.backbone
+        known = self._loaded.get(wish.backbone)
+        if known is None:
+            known = self._loaded[wish.backbone] = load_backbone(**wish.loader)
+            return known
+        return at_layer(known, wish.layer, pool=wish.shape["pool"])
+
+    def expand(self, wish: Wish) -> list[Wish]:
+        """Return a wish for each stage of the model where all are asked for."""
+        from embedpipe.recall import recall_layers, remember_layers
+
+        if wish.layer != "all":
+            return [wish]
+        layers = recall_layers(self.index, wish.question) if wish.named else None
+        if layers is None:
+            backbone = self.load(replace(wish, layer=None))
+            layers = tuple(layer.name for layer in backbone.layers)
+            if wish.named:
+                remember_layers(self.index, wish.question, backbone)
+        return [replace(wish, layer=layer) for layer in layers]
 
 
 def _refusal(summary: Mapping[str, Any]) -> EmbedpipeError:

@@ -201,22 +201,23 @@ class Photos:
         """Yield images float32 (n, 3, H, W), y int64 (n,) on the device, and their samples; unreadable ones are warned of."""
         import torch
 
-        from embedpipe.images import image_batches
+        from embedpipe.images import Transform, image_batches
 
         waiting: dict[bytes, deque[Sample]] = defaultdict(deque)
         for sample in samples:
             waiting[sample.key].append(sample)
-        items = [(sample.key, self.features.manifest.file_of(sample)) for sample in samples]
-        for batch in image_batches(
-            items, self.backbone.transform, batch_size=self.forward.batch_size, workers=self.forward.workers
-        ):
-            for key, _, reason in batch.failures:
-                path = self.features.manifest.name_of(waiting[key].popleft())
-                warnings.warn(f"{path} is left out: {reason}", EmbedpipeWarning, stacklevel=2)
+        items = [(sample.key, self.features.manifest.place_of(sample)) for sample in samples]
+        transform, size = self.backbone.transform, self.forward.batch_size
+        for batch in image_batches(items, [transform], batch_size=size, workers=self.forward.workers):
+            for failed in batch.failures:
+                path = self.features.manifest.name_of(waiting[failed.key].popleft())
+                warnings.warn(f"{path} is left out: {failed.reason}", EmbedpipeWarning, stacklevel=2)
             if batch.keys:
                 these = [waiting[key].popleft() for key in batch.keys]
                 y = torch.tensor([self.features.classes.index(s.label or "") for s in these])
-                images = batch.images.to(self.forward.device, memory_format=torch.channels_last)
+                there = torch.from_numpy(batch.images[0]).to(self.forward.device)
+                images = transform.normalise(there) if isinstance(transform, Transform) else there
+                images = images.contiguous(memory_format=torch.channels_last)
                 yield images, y.to(self.forward.device), these
 
     def shuffled(self, *, seed: int, flip: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -3,17 +3,20 @@
 Deeds enter here. torch is imported when the first batch is about to run, not before: a run that finds every row in the
 cache decodes nothing and forwards nothing.
 
->>> filled = fill_space(space, manifest, backbone, Forward(device="cpu"))
+>>> [filled] = fill_spaces([Target(space, backbone)], manifest, plan_forward(...))
 >>> filled.computed, filled.reused
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,32 +25,46 @@ from embedpipe.cache import Space, SpaceView, SpaceWriter
 from embedpipe.disk import check_free_space
 from embedpipe.drift import check_drift, is_new, record_environment
 from embedpipe.errors import CacheBusy, StorageError
-from embedpipe.forwarding import Forward, stream_rows
+from embedpipe.forwarding import Forward, Rows, Runner, settle, stream_rows
 from embedpipe.images import DECODER
 from embedpipe.manifest import Failure, Manifest, Sample
+from embedpipe.places import Place
+from embedpipe.provenance import canonical_json
 
 if TYPE_CHECKING:
     from embedpipe.backbones import Backbone
 
 Progress = Callable[[str, int, int], None]
+MOST_PENDING = 64  # batches of rows on their way to the disk
+
+
+@dataclass(frozen=True)
+class Target:
+    """A space to fill, and the backbone that does.
+
+    loader : dict    how the backbone was named; recorded beside the rows so that a head can load it again
+    """
+
+    space: Space
+    backbone: Backbone
+    loader: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Filled:
-    """What filling a space took: rows computed, rows found there, failures of this data set, and where the time went."""
+    """What filling a space took: rows computed, rows found there, failures of this data set, and how it went.
+
+    bottleneck : str     the stage that set the pace: "decode", "forward" or "commit"; "none" where nothing was computed
+    executor : str       what carried the images through the backbone; "none" where nothing was computed
+    difference : float   of its features from eager torch, where that was measured
+    """
 
     computed: int
     reused: int
     failed: tuple[Failure, ...]
-    waited_s: float
-    forward_s: float
-
-    @property
-    def bottleneck(self) -> str:
-        """The stage that set the pace: `decode`, `forward`, or `none` when nothing was computed."""
-        if not self.computed:
-            return "none"
-        return "decode" if self.waited_s > self.forward_s else "forward"
+    bottleneck: str = "none"
+    executor: str = "none"
+    difference: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -64,12 +81,34 @@ class Lookup:
 
 
 @dataclass
-class Tally:
-    """What happens while a space is filled: failures that may pass next time, and where the time goes."""
+class Job:
+    """One space while it is filled.
 
+    record : dict      of this environment, to be stored beside the rows
+    new : bool         no row has been proved in this environment yet
+    passing : dict     failures that may pass next time: key -> (stage, reason)
+    """
+
+    target: Target
+    found: Lookup
+    record: dict[str, Any] = field(default_factory=dict)
+    new: bool = False
     passing: dict[bytes, tuple[str, str]] = field(default_factory=dict)
-    waited_s: float = 0.0
+    writer: SpaceWriter | None = None
+
+
+@dataclass
+class Clock:
+    """Seconds of work, as a share of what the threads of a stage could do; the busiest stage sets the pace."""
+
+    decode_s: float = 0.0
     forward_s: float = 0.0
+    commit_s: float = 0.0
+
+    @property
+    def bottleneck(self) -> str:
+        shares = {"decode": self.decode_s, "forward": self.forward_s, "commit": self.commit_s}
+        return max(shares, key=lambda name: shares[name]) if any(shares.values()) else "none"
 
 
 def space_spec(backbone: Backbone, precision: str, store_dtype: str) -> dict[str, Any]:
@@ -95,7 +134,7 @@ def look_up(space: Space, manifest: Manifest, *, retry_failed: bool = False) -> 
 def reuse_space(
     space: Space, manifest: Manifest, record: Mapping[str, Any], *, retry_failed: bool = False
 ) -> Filled | None:
-    """Return what `fill_space` would where it has nothing to compute and nothing to prove, else None; no model is needed.
+    """Return what filling would where there is nothing to compute and nothing to prove, else None; no model is needed.
 
     Parameters
     ----------
@@ -104,99 +143,224 @@ def reuse_space(
     found = look_up(space, manifest, retry_failed=retry_failed)
     if found.missing or space.interrupted or is_new(space, record, computing=False):
         return None
-    return _summarise(manifest, found, found.view, Tally())
+    return _summarise(manifest, found, found.view, {})
 
 
-def fill_space(
-    space: Space,
+def fill_spaces(
+    targets: Sequence[Target],
     manifest: Manifest,
-    backbone: Backbone,
     forward: Forward,
     *,
     shard_rows: int = 1024,
     retry_failed: bool = False,
     progress: Progress | None = None,
-    loader: Mapping[str, Any] | None = None,
-) -> Filled:
-    """Compute the rows of `manifest` that `space` lacks, and commit them shard by shard.
+    graphs: Path | None = None,
+) -> list[Filled]:
+    """Compute the rows of `manifest` that spaces lack, with one decode for all, and commit them shard by shard.
 
     Parameters
     ----------
-    loader : mapping
-        How the backbone was named; recorded beside the features so that a head can load it again.
+    forward : Forward    as planned; the pins of a space whose extraction was interrupted win over it
+    graphs : Path        folder where converted graphs are kept
 
     Raises
     ------
     StorageError     the disk cannot hold what is planned, or refused while writing
-    CacheBusy        somebody else writes to this space
+    CacheBusy        somebody else writes to one of the spaces
     CacheMismatch    stored rows come out differently in this environment
     """
-    meta = space.meta
-    forward = forward.pinned(meta.pins) if meta and meta.pins else forward
-    record = record_environment(forward, loader or {})
-    found = look_up(space, manifest, retry_failed=retry_failed)
-    drifted = is_new(space, record, computing=bool(found.missing))
-    if drifted:
-        items = [(key, manifest.file_of(sample)) for key, sample in found.present.items()]
-        record |= {"probed": check_drift(space, found.view, items, backbone, forward)}
-    tally, after = Tally(), found.view
-    open_writer = partial(
-        space.writer,
-        feature_dim=backbone.feature_dim,
+    filled: dict[int, Filled] = {}
+    options: dict[str, Any] = {
+        "shard_rows": shard_rows,
+        "retry_failed": retry_failed,
+        "progress": progress,
+        "graphs": graphs,
+    }
+    for numbers in _by_pins(targets):
+        pins = pins_of(targets[numbers[0]])
+        done = _fill_together(
+            manifest, [targets[n] for n in numbers], forward.pinned(pins) if pins else forward, **options
+        )
+        filled |= zip(numbers, done, strict=True)
+    return [filled[n] for n in range(len(targets))]
+
+
+def pins_of(target: Target) -> dict[str, Any]:
+    """Return the pins of a space whose extraction was interrupted, none elsewhere."""
+    meta = target.space.meta
+    return dict(meta.pins or {}) if meta else {}
+
+
+def _by_pins(targets: Sequence[Target]) -> list[list[int]]:
+    """Group targets that can be filled under the same settings."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for number, target in enumerate(targets):
+        groups[canonical_json(pins_of(target))].append(number)
+    return list(groups.values())
+
+
+def _fill_together(
+    manifest: Manifest,
+    targets: Sequence[Target],
+    forward: Forward,
+    *,
+    shard_rows: int,
+    retry_failed: bool,
+    progress: Progress | None,
+    graphs: Path | None,
+) -> list[Filled]:
+    """Fill several spaces under the same settings."""
+    jobs = [Job(target, look_up(target.space, manifest, retry_failed=retry_failed)) for target in targets]
+    lacking = [job for job in jobs if job.found.missing]
+    for job in lacking:
+        job.target.space.ensure_free()  # before anything is measured in vain
+    runner = _settle(manifest, lacking, forward, graphs)
+    forward, clock = runner.forward if runner else forward.definite, Clock()
+    for job in jobs:
+        _prove(manifest, job, forward, graphs)
+    with ExitStack() as held:
+        for job in jobs:
+            if job.found.missing or job.target.space.interrupted:
+                _check_plan(job, forward)
+                job.writer = held.enter_context(_open(job, forward, shard_rows))
+                _obey(job.writer, forward)
+                job.found = look_up(job.target.space, manifest, retry_failed=retry_failed)
+            elif job.new:
+                with suppress(CacheBusy, StorageError), _open(job, forward, shard_rows) as writer:
+                    writer.finish()  # else it is probed again next time
+        if runner:
+            _compute(manifest, lacking, runner, clock, progress=progress, graphs=graphs)
+        for job in jobs:
+            if job.writer:
+                job.writer.finish()
+    ran = (clock.bottleneck, forward.executor, runner.difference) if runner else ()
+    return [_summarise(manifest, job.found, job.target.space.view(), job.passing, *ran) for job in jobs]
+
+
+def _settle(manifest: Manifest, lacking: Sequence[Job], forward: Forward, graphs: Path | None) -> Runner | None:
+    """Return a runner for the spaces that lack rows."""
+    if not lacking:
+        return None
+    ahead = {key: manifest.place_of(sample) for job in lacking for key, sample in job.found.missing.items()}
+    return settle([job.target.backbone for job in lacking], forward, ahead.items(), work=len(ahead), graphs=graphs)
+
+
+def _prove(manifest: Manifest, job: Job, forward: Forward, graphs: Path | None) -> None:
+    """Note this environment in a job; where it is new to the space, compute a few of its rows again.
+
+    Raises
+    ------
+    CacheMismatch    they come out differently
+    """
+    target, view = job.target, job.found.view
+    job.record = record_environment(forward, target.loader)
+    job.new = is_new(target.space, job.record, computing=bool(job.found.missing))
+    if job.new:
+        items = [(key, manifest.place_of(sample)) for key, sample in job.found.present.items()]
+        probe = Runner([target.backbone], forward, graphs=graphs)
+        job.record |= {"probed": check_drift(target.space, view, items, probe)}
+
+
+def _open(job: Job, forward: Forward, shard_rows: int) -> SpaceWriter:
+    return job.target.space.writer(
+        feature_dim=job.target.backbone.feature_dim,
         dtype=forward.store_dtype,
-        environment=record,
+        environment=job.record,
         pins=forward.pins,
         shard_rows=shard_rows,
     )
-    if found.missing or space.interrupted:
-        _check_plan(space, len(found.missing), backbone, forward)
-        with open_writer() as writer:
-            found = look_up(space, manifest, retry_failed=retry_failed)
-            report = _reporter(progress, "extract", len(found.missing))
-            _fill(writer, manifest, found, backbone, forward.pinned(writer.pins), tally, report)
-        after = space.view()
-    elif drifted:
-        with suppress(CacheBusy, StorageError), open_writer() as writer:  # else it is probed again next time
-            writer.finish()
-    return _summarise(manifest, found, after, tally)
 
 
-def _fill(
-    writer: SpaceWriter,
+def _obey(writer: SpaceWriter, forward: Forward) -> None:
+    """Refuse a space that another process began to fill, and left, since its pins were read.
+
+    Raises
+    ------
+    CacheBusy    its pins are not ours
+    """
+    if writer.pins != forward.pins:
+        raise CacheBusy("another process has just written to this space", hint="run the same command again")
+
+
+def _compute(
     manifest: Manifest,
-    found: Lookup,
-    backbone: Backbone,
-    forward: Forward,
-    tally: Tally,
+    lacking: Sequence[Job],
+    runner: Runner,
+    clock: Clock,
+    *,
+    progress: Progress | None,
+    graphs: Path | None,
+) -> None:
+    """Decode, forward and commit what the spaces lack; each image once for all that lack it."""
+    wanted: dict[bytes, Sample] = {}
+    lackers: dict[bytes, list[int]] = defaultdict(list)
+    for number, job in enumerate(lacking):
+        if job.writer:
+            job.writer.forget_failures([key for key in job.found.missing if key in job.found.view.failures])
+        for key, sample in job.found.missing.items():
+            wanted.setdefault(key, sample)
+            lackers[key].append(number)
+    passes: dict[tuple[int, ...], list[tuple[bytes, Place]]] = defaultdict(list)
+    for key, sample in wanted.items():
+        passes[tuple(lackers[key])].append((key, manifest.place_of(sample)))
+    report = _reporter(progress, "extract", len(wanted))
+    for numbers, items in passes.items():
+        jobs = [lacking[n] for n in numbers]
+        whole = len(jobs) == len(lacking)
+        one = runner if whole else Runner([job.target.backbone for job in jobs], runner.forward, graphs=graphs)
+        _stream(jobs, items, one, clock, report)
+
+
+def _stream(
+    jobs: Sequence[Job],
+    items: Sequence[tuple[bytes, Place]],
+    runner: Runner,
+    clock: Clock,
     report: Callable[[int], None],
 ) -> None:
-    writer.forget_failures([key for key in found.missing if key in found.view.failures])
-    items = [(key, manifest.file_of(sample)) for key, sample in found.missing.items()]
-    for rows in stream_rows(items, backbone, forward):
-        writer.append(rows.keys, rows.features)
-        for key, stage, reason in rows.failures:
-            if stage == "decode":  # the same bytes will always fail so
-                writer.fail(key, stage, reason, DECODER)
-            else:
-                tally.passing[key] = (stage, reason)
-        tally.waited_s, tally.forward_s = tally.waited_s + rows.waited_s, tally.forward_s + rows.forward_s
-        report(len(rows))
-    writer.finish()
+    """Compute rows here and commit them in a thread of its own, so that neither waits for the other."""
+    pending: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1, thread_name_prefix="commit") as committing:
+        for rows in stream_rows(items, runner):
+            pending.append(committing.submit(_commit, jobs[rows.backbone], rows, clock))
+            while pending and (pending[0].done() or len(pending) > MOST_PENDING):
+                pending.popleft().result()
+            if rows.backbone == 0:
+                report(len(rows))
+        for future in pending:
+            future.result()
+    clock.decode_s += runner.decode_s / runner.forward.workers
+    clock.forward_s += runner.forward_s / runner.forward.streams
 
 
-def _summarise(manifest: Manifest, found: Lookup, after: SpaceView, tally: Tally) -> Filled:
-    reasons = {key: (stage, reason) for key, (stage, reason, _) in after.failures.items()} | tally.passing
+def _commit(job: Job, rows: Rows, clock: Clock) -> None:
+    start, writer = time.monotonic(), job.writer
+    assert writer is not None
+    writer.append(rows.keys, rows.features)
+    for key, stage, reason in rows.failures:
+        if stage == "decode":  # the same bytes will always fail so
+            writer.fail(key, stage, reason, DECODER)
+        else:
+            job.passing[key] = (stage, reason)
+    clock.commit_s += time.monotonic() - start
+
+
+def _summarise(
+    manifest: Manifest, found: Lookup, after: SpaceView, passing: Mapping[bytes, tuple[str, str]], *ran: Any
+) -> Filled:
+    reasons = {key: (stage, reason) for key, (stage, reason, _) in after.failures.items()} | dict(passing)
     failed = tuple(
         Failure(manifest.name_of(sample), *reasons[sample.key]) for sample in manifest.samples if sample.key in reasons
     )
     computed = sum(key not in reasons for key in found.missing)
     reused = sum(key not in reasons for key in found.wanted) - computed
-    return Filled(computed, reused, (*manifest.unreadable, *failed), tally.waited_s, tally.forward_s)
+    return Filled(computed, reused, (*manifest.unreadable, *failed), *(ran if found.missing else ()))
 
 
-def _check_plan(space: Space, rows: int, backbone: Backbone, forward: Forward) -> None:
+def _check_plan(job: Job, forward: Forward) -> None:
     """Refuse a plan that the disk cannot hold: the new rows once in shards and once in the compacted file."""
-    row_bytes = backbone.feature_dim * np.dtype(forward.store_dtype).itemsize + 32
+    space, rows = job.target.space, len(job.found.missing)
+    row_bytes = job.target.backbone.feature_dim * np.dtype(forward.store_dtype).itemsize + 32
     held = space.features_path.stat().st_size if space.features_path.exists() else 0
     check_free_space(space.folder, 2 * rows * row_bytes + min(held, 1 << 30))
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from embedpipe.forwarding import Rows
     from embedpipe.manifest import Manifest
     from embedpipe.pipeline import Progress
+    from embedpipe.places import Place
 
 PathLike = str | os.PathLike[str]
 
@@ -197,7 +198,7 @@ def verify_cache(
             findings += [Finding(DAMAGE, str(cache.table_path(name)), exc.message)] if name in datasets else []
     proved = {name: prove_files(tables[name]) for name in tables if name in datasets}
     findings += [finding for _, found in proved.values() for finding in found]
-    files = {s.key: m.file_of(s) for name, m in tables.items() if name not in proved for s in m.samples}
+    files = {s.key: m.place_of(s) for name, m in tables.items() if name not in proved for s in m.samples}
     for known, _ in proved.values():
         files |= known
     recomputed = []
@@ -246,7 +247,7 @@ def _coverage(
 
 def _recompute(
     space: Space,
-    files: Mapping[bytes, Path],
+    files: Mapping[bytes, Place],
     count: int | None,
     *,
     device: str,
@@ -257,7 +258,7 @@ def _recompute(
     from embedpipe.cache import Finding
     from embedpipe.classifier import Reference
     from embedpipe.drift import row_distances
-    from embedpipe.forwarding import plan_forward, stream_rows
+    from embedpipe.forwarding import Runner, plan_forward, stream_rows
 
     view, name = space.view(), space.folder.name
     known = sorted(key for key in files if key in view)
@@ -270,13 +271,13 @@ def _recompute(
     except EmbedpipeError as exc:
         return none, [Finding("unproved", name, f"no row can be computed again: {exc.message}")]
     arithmetic = {"precision": space.spec["precision"], "store_dtype": space.spec["stored_dtype"]}
-    forward = plan_forward(device=device, batch_size="auto", workers="auto", **arithmetic)
+    forward = plan_forward(device=device, batch_size="auto", workers="auto", executor="eager", **arithmetic)
     pins = space.environments[-1].get("pins") or (space.meta and space.meta.pins)
-    forward = forward.pinned(pins) if pins else forward
+    forward = forward.pinned({**pins, "executor": "eager"}) if pins else forward
     here, made = environment(forward.device), space.environments[-1]
     moved = differing_fields({name: made[name] for name in here if name in made}, here)
     done, largest, findings = 0, 0.0, list[Finding]()
-    for rows in stream_rows([(key, files[key]) for key in chosen], backbone, forward):
+    for rows in stream_rows([(key, files[key]) for key in chosen], Runner([backbone], forward.definite)):
         distances = row_distances(view.read(rows.keys), rows.features)
         findings += _differing(space, rows, distances.tolist(), moved)
         largest = max([largest, *distances.tolist()])

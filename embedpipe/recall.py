@@ -14,7 +14,8 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,26 +54,45 @@ def question_of(loader: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 
 def remember(index: KeyIndex, question: str, backbone: Backbone, spec: Mapping[str, Any], record: Any) -> None:
     """Keep the answer for `recall`, if it is known which files the weights came from and they are settled."""
-    stats = [(str(file), _stat(file)) for file in backbone.files or ()]
-    young = any(stat is None or max(stat[1], stat[3]) > time.time_ns() - RACY_S * 1e9 for _, stat in stats)
-    if backbone.files is not None and not young:
-        known = Recalled(backbone.name, dict(spec), dict(record))
-        index.remember(question, json.dumps({**asdict(known), "files": stats}))
+    _keep(index, question, backbone, {"name": backbone.name, "spec": dict(spec), "record": dict(record)})
 
 
 def recall(index: KeyIndex, question: str) -> Recalled | None:
     """Return what was remembered, None where nothing was or a weights file is another one now."""
+    with suppress(TypeError):
+        fields = _find(index, question)
+        return Recalled(**fields) if fields else None
+    return None
+
+
+def remember_layers(index: KeyIndex, question: str, backbone: Backbone) -> None:
+    """Keep the names of a model's stages for `recall_layers`, under the same conditions."""
+    _keep(index, question, backbone, {"layers": [layer.name for layer in backbone.layers]})
+
+
+def recall_layers(index: KeyIndex, question: str) -> tuple[str, ...] | None:
+    """Return the names of a model's stages, None where they are not remembered."""
+    fields = _find(index, question)
+    return tuple(fields["layers"]) if fields and "layers" in fields else None
+
+
+def _keep(index: KeyIndex, question: str, backbone: Backbone, answer: Mapping[str, Any]) -> None:
+    stats = [(str(file), _stat(file)) for file in backbone.files or ()]
+    young = any(stat is None or max(stat[1], stat[3]) > time.time_ns() - RACY_S * 1e9 for _, stat in stats)
+    if backbone.files is not None and not young:
+        index.remember(question, json.dumps({**answer, "files": stats}))
+
+
+def _find(index: KeyIndex, question: str) -> dict[str, Any] | None:
     answer = index.recall(question)
     if answer is None:
         return None
     try:
-        fields = json.loads(answer)
-        files = fields.pop("files")
-        known = Recalled(**fields)
-        same = all(_stat(Path(file)) == stat for file, stat in files)
+        fields: dict[str, Any] = json.loads(answer)
+        same = all(_stat(Path(file)) == stat for file, stat in fields.pop("files"))
     except (ValueError, TypeError, KeyError):
         return None
-    return known if same else None
+    return fields if same else None
 
 
 def _stat(file: Path) -> list[int] | None:

@@ -10,10 +10,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "embedpipe"
 
 FLOORS = [
-    {"errors", "disk", "provenance", "metrics", "training"},
+    {"errors", "disk", "places", "provenance", "metrics", "training"},
     {"manifest", "images", "runs"},
     {"backbones", "cache", "heads"},
-    {"forwarding", "drift", "pipeline", "recall", "features", "network"},
+    {"executors", "forwarding", "drift", "pipeline", "recall", "features", "network"},
     {"classifier"},
     {"extraction", "fitting", "finetuning", "prediction", "evaluation", "caretaking", "proving"},
     {"config", "demo"},
@@ -22,7 +22,7 @@ FLOORS = [
 ]
 # On these floors rooms may use their neighbours, in this order: the first knows none of the others.
 STAIRS = [["errors", "disk"], ["errors", "training"], ["errors", "metrics"]]
-STAIRS += [["forwarding", "drift"], ["forwarding", "pipeline"], ["drift", "pipeline"]]
+STAIRS += [["executors", "forwarding"], ["forwarding", "drift"], ["forwarding", "pipeline"], ["drift", "pipeline"]]
 DOORS = {
     "h5py": {"cache"},
     "timm": {"backbones/_timm.py"},
@@ -36,6 +36,7 @@ DOORS = {
     "PIL": {"images", "demo.py", "backbones"},
     "sqlite3": {"cache"},
     "pyarrow": {"cache"},
+    "openvino": {"executors/_openvino.py"},
     "pickle": {"backbones/_state.py", "backbones/weights.py"},  # the error; an unpickler of arrays
     "joblib": set(),
 }

@@ -10,8 +10,10 @@ them it handles.
 torch.Size([1, 512])
 """
 
+from embedpipe.backbones._assembling import at_layer
 from embedpipe.backbones._backbone import Backbone, Layer, refresh
 from embedpipe.backbones._headless import Headless
+from embedpipe.backbones._joint import Joint, join
 from embedpipe.backbones._libraries import list_models
 from embedpipe.backbones._loading import describe_layers, load_backbone
 from embedpipe.backbones._saving import load_model, save_model
@@ -20,9 +22,12 @@ from embedpipe.backbones._unfreezing import frozen_modules, unfreeze_parameters
 __all__ = [
     "Backbone",
     "Headless",
+    "Joint",
     "Layer",
+    "at_layer",
     "describe_layers",
     "frozen_modules",
+    "join",
     "list_models",
     "load_backbone",
     "load_model",

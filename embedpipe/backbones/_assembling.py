@@ -87,8 +87,27 @@ def assemble(
         spec=spec,
         origin=origin,
         trace=record,
+        heads=tuple(heads),
         build=build,
         files=files,
+    )
+
+
+def at_layer(backbone: Backbone, layer: str | None, *, pool: str = "auto") -> Backbone:
+    """Return the backbone of another layer of the same model; the two share its weights, and a pass where joined.
+
+    Raises
+    ------
+    UsageError    unknown layer or pool
+    """
+    model, record = backbone.module.model, backbone.trace
+    taps = choose_taps(model, record, heads=backbone.heads, layer=layer, pool=pool, name=backbone.name)
+    kind = "+".join(tap.pooling.kind for tap in taps) or "none"
+    return replace(
+        backbone,
+        module=Headless(model, taps).eval(),
+        feature_dim=_feature_dim(record, taps),
+        spec={**backbone.spec, "layer": layer or "penultimate", "pool": kind},
     )
 
 

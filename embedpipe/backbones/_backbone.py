@@ -48,6 +48,7 @@ class Backbone:
     spec : dict             JSON-able: all that shapes a feature but precision and stored dtype
     origin : str            where the weights came from; recorded, never hashed
     trace : Trace           what runs when in the model
+    heads : tuple of str    where the classifiers stood
     build : dict            arguments of the library's builder that made this model
     files : tuple of Path   the files that its weights were read from; None where that is not known
     """
@@ -59,6 +60,7 @@ class Backbone:
     spec: dict[str, Any]
     origin: str
     trace: Trace = field(repr=False)
+    heads: tuple[str, ...] = ()
     build: dict[str, Any] = field(default_factory=dict)
     files: tuple[Path, ...] | None = None
 

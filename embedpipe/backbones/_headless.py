@@ -84,32 +84,42 @@ class Headless(nn.Module):
     Parameters
     ----------
     model : nn.Module    the library's model; without its classifiers
-    taps : sequence of Tap    modules whose pooled outputs are concatenated; empty = the model's
-        output is the feature
+    groups : each a sequence of Tap    modules whose pooled outputs are concatenated; empty = the
+        model's output is the feature. Several groups: one pass gives a tuple of features.
     """
 
-    def __init__(self, model: nn.Module, taps: Sequence[Tap] = ()) -> None:
+    def __init__(self, model: nn.Module, *groups: Sequence[Tap]) -> None:
         super().__init__()
         self.model = model
-        self.taps = tuple(taps)
-        self._caught: dict[int, list[list[Tensor]]] = {}  # per thread, as one module serves several
-        for index, tap in enumerate(self.taps):
-            model.get_submodule(tap.name).register_forward_hook(partial(self._catch, index))
+        self.groups = tuple(tuple(group) for group in groups) or ((),)
+        self._taps = tuple(dict.fromkeys(tap for group in self.groups for tap in group))
+        self._whole = not all(self.groups)
+        self._caught: dict[int, dict[Tap, list[Tensor]]] = {}  # per thread, as one module serves several
+        for tap in self._taps:
+            model.get_submodule(tap.name).register_forward_hook(partial(self._catch, tap))
 
-    def forward(self, images: Tensor) -> Tensor:
-        if not self.taps:
-            output: Tensor = self.model(images)
-            return output.flatten(1)
-        caught: list[list[Tensor]] = [[] for _ in self.taps]
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """The taps of the first feature."""
+        return self.groups[0]
+
+    def forward(self, images: Tensor) -> Any:
+        caught: dict[Tap, list[Tensor]] = {tap: [] for tap in self._taps}
         self._caught[get_ident()] = caught
+        output = None
         try:
-            self.model(images)
+            output = self.model(images)
         except _Reached:
             pass
         finally:
             del self._caught[get_ident()]
-        vectors = [tap.pooling(outputs[-1]) for tap, outputs in zip(self.taps, caught, strict=True)]
-        return vectors[0] if len(vectors) == 1 else torch.cat(vectors, 1)
+        features = []
+        for group in self.groups:
+            vectors = [tap.pooling(caught[tap][-1]) for tap in group]
+            if output is not None and not group:
+                vectors = [output.flatten(1)]
+            features.append(vectors[0] if len(vectors) == 1 else torch.cat(vectors, 1))
+        return features[0] if len(features) == 1 else tuple(features)
 
     def train(self, mode: bool = True) -> Headless:
         """Switch the layers, never the root's own flag: there it only selects training-time
@@ -119,12 +129,12 @@ class Headless(nn.Module):
         self.model.training = False
         return self
 
-    def _catch(self, index: int, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _catch(self, tap: Tap, module: nn.Module, inputs: Any, output: Any) -> None:
         caught = self._caught.get(get_ident())
         if caught is None:
             return
         tensor = first_tensor(output)
         assert tensor is not None
-        caught[index].append(tensor)
-        if all(len(outputs) == tap.count for outputs, tap in zip(caught, self.taps, strict=True)):
+        caught[tap].append(tensor)
+        if not self._whole and all(len(caught[tap]) == tap.count for tap in self._taps):
             raise _Reached

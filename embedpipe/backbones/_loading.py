@@ -41,6 +41,7 @@ def load_backbone(
     image_size: int | None = None,
     crop_pct: float | None = None,
     interpolation: str | None = None,
+    pixels: str = "exact",
     transform: Images | None = None,
 ) -> Backbone:
     """Return a frozen backbone that gives the penultimate features, or those of an intermediate
@@ -48,22 +49,27 @@ def load_backbone(
 
     Parameters
     ----------
-    name : "timm:NAME", "torchvision:NAME", a bare timm name, a folder that `save_model` wrote, or a
-        user's own module whose output is the feature (it comes with its weights and needs a
-        `transform`) weights : "pretrained" (the library's hub), "none" (random from `seed`),
-        "packaged" (an installed package) or a file layer : dotted module name; None for what enters
-        the classifier pool : "auto", "avg", "max", "cls" or "none"    from maps and tokens to one
-        vector; auto = average over patches image_size, crop_pct, interpolation    change the
-        model's own evaluation transform transform : callable    RGB image -> float32 (3, H, W), in
-        place of it
+    name : str
+        "timm:NAME", "torchvision:NAME", a bare timm name, a folder that `save_model` wrote, or a user's own module whose
+        output is the feature (it comes with its weights and needs a `transform`)
+    weights : str
+        "pretrained" (the library's hub), "none" (random from `seed`), "packaged" (an installed package) or a file
+    layer : str
+        dotted module name; None for what enters the classifier
+    pool : "auto", "avg", "max", "cls" or "none"
+        from maps and tokens to one vector; auto = average over patches
+    image_size, crop_pct, interpolation, pixels
+        change the model's own evaluation transform
+    transform : callable
+        RGB image -> float32 (3, H, W), in place of it
 
     Raises
     ------
-    UsageError            unknown model, layer, pool or weights; an image size that the model
-    refuses WeightsUnavailable    no network, or no package with weights for this model
+    UsageError            unknown model, layer, pool or weights; an image size that the model refuses
+    WeightsUnavailable    no network, or no package with weights for this model
     ModelMismatch         a weights file of another model
     """
-    asked = {"crop_pct": crop_pct, "interpolation": interpolation}
+    asked = {"crop_pct": crop_pct, "interpolation": interpolation, "pixels": None if pixels == "exact" else pixels}
     if isinstance(name, nn.Module):
         _refuse("a module of your own", weights=weights, **asked)
         return wrap_module(name, layer=layer, pool=pool, image_size=image_size, transform=transform)
@@ -72,7 +78,7 @@ def load_backbone(
         return load_model(name, layer=layer, pool=pool, transform=transform)
     source, architecture = resolve_name(os.fspath(name))
     library = LIBRARIES[source]
-    canonical = _transform_for(library, architecture, image_size, crop_pct, interpolation)
+    canonical = replace(_transform_for(library, architecture, image_size, crop_pct, interpolation), pixels=pixels)
     options = library.options_for(architecture, image_size)
     pretrained = weights == "pretrained"
     with torch.random.fork_rng(devices=[]):

@@ -162,6 +162,11 @@ class Cache:
     def datasets_folder(self) -> Path:
         return self.root / "datasets"
 
+    @property
+    def graphs_folder(self) -> Path:
+        """Where executors keep converted graphs: time saved, nothing else."""
+        return self.root / "graphs"
+
     def table_path(self, name: str) -> Path:
         """Return where the sample table of a data set lies."""
         return self.datasets_folder / f"{name}.h5"

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import platformdirs
 
+from embedpipe.places import Place
+
 RACY_NS = 2_000_000_000  # younger files may change again within one tick of their mtime
 BATCH = 1000
 MAX_INTEGER = (1 << 63) - 1  # of sqlite; inodes of some file systems are larger
@@ -47,14 +49,15 @@ class KeyIndex:
         self._new: list[tuple[bytes | int, ...]] = []
         self._database = _connect(path or Path(platformdirs.user_cache_dir("embedpipe"), "index.sqlite"))
 
-    def key_of(self, path: str | os.PathLike[str]) -> bytes:
-        """Return the sha256 of a file's bytes, 32 bytes.
+    def key_of(self, place: Place | str | os.PathLike[str]) -> bytes:
+        """Return the sha256 of an image's bytes, 32 bytes.
 
         Raises
         ------
         OSError    it cannot be read, or is no regular file
         """
-        name, now = os.fsencode(os.path.abspath(path)), time.time_ns()
+        file, now = os.fsencode(Place.of(place).path), time.time_ns()
+        name = file
         before = _stat(name)
         known = self._look_up(name, before)
         if known is not None:

@@ -11,6 +11,7 @@ from embedpipe.cache._features import FeatureFile
 from embedpipe.cache._index import KeyIndex
 from embedpipe.errors import CacheMismatch
 from embedpipe.manifest import Manifest
+from embedpipe.places import Place
 
 DAMAGE = "damage"
 
@@ -67,25 +68,25 @@ def prove_latest(cache: Cache) -> Iterator[Finding]:
             yield Finding(DAMAGE, place, f"it names {name}, which is not in the cache")
 
 
-def prove_files(manifest: Manifest) -> tuple[dict[bytes, Path], list[Finding]]:
+def prove_files(manifest: Manifest) -> tuple[dict[bytes, Place], list[Finding]]:
     """Read every image file of a data set again.
 
     Returns
     -------
-    dict of key to path    of the files that still have the bytes that they were extracted from
+    dict of key to place   of the files that still have the bytes that they were extracted from
     list of Finding        "unreadable" and "changed" files
     """
     index = KeyIndex(Path(":memory:"))  # no memo: every file is read
-    files: dict[bytes, Path] = {}
+    files: dict[bytes, Place] = {}
     findings = []
     for sample in manifest.samples:
-        path = manifest.file_of(sample)
+        place = manifest.place_of(sample)
         try:
-            if index.key_of(path) == sample.key:
-                files[sample.key] = path
+            if index.key_of(place) == sample.key:
+                files[sample.key] = place
             else:
-                findings.append(Finding("changed", str(path), "it has other bytes than those that were extracted"))
+                findings.append(Finding("changed", str(place), "it has other bytes than those that were extracted"))
         except OSError as exc:
-            findings.append(Finding("unreadable", str(path), exc.strerror or str(exc)))
+            findings.append(Finding("unreadable", str(place), exc.strerror or str(exc)))
     index.close()
     return files, findings

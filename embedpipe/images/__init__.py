@@ -8,8 +8,8 @@ batch first needs it, never with this room.
 torch.Size([3, 224, 224])
 """
 
-from embedpipe.images._batches import Batch, image_batches
+from embedpipe.images._batches import ALL, Batch, Failed, image_batches
 from embedpipe.images._decode import DECODER, decode_image
 from embedpipe.images._transform import Transform
 
-__all__ = ["DECODER", "Batch", "Transform", "decode_image", "image_batches"]
+__all__ = ["ALL", "DECODER", "Batch", "Failed", "Transform", "decode_image", "image_batches"]

@@ -1,25 +1,45 @@
-"""image_batches: files to full batches, decoded in processes of their own, in order, in bounded memory."""
+"""image_batches: files to full batches, decoded in processes of their own, in bounded memory."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+import heapq
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import numpy as np
 from PIL import Image
 
 from embedpipe.errors import DecodeError
-from embedpipe.images._isolation import Decoders
+from embedpipe.images._isolation import Decoders, Loaded
 from embedpipe.images._transform import Transform
+from embedpipe.places import Place
 
 if TYPE_CHECKING:
     import torch
 
 Key = TypeVar("Key", bound=bytes | None)
+Images = Callable[[Image.Image], "torch.Tensor"]
+Timed = tuple[list[Loaded], float]
+ALL = -1  # no transform has this image
+
+
+@dataclass(frozen=True)
+class Failed(Generic[Key]):
+    """An image without pixels: for the transform of that index, or for `ALL`.
+
+    stage : str    "read" and "limit" may pass next time, "decode" never will
+    """
+
+    key: Key
+    stage: str
+    reason: str
+    transform: int = ALL
 
 
 @dataclass(frozen=True)
@@ -28,65 +48,101 @@ class Batch(Generic[Key]):
 
     Parameters
     ----------
-    images : float32 (n, 3, H, W)              n = 0 where only failures are left to tell
-    keys : n keys                              as the items gave them
-    failures : list of (key, stage, reason)    "read" and "limit" may pass next time, "decode" never will
+    images : list of arrays    one for each transform: uint8 (n, H, W, 3) of a `Transform`, to be normalised,
+                               float32 (n, 3, H, W) of any other; black where that transform failed
+    keys : n keys              as the items gave them
+    failures : list            of what has no pixels
+    decode_s : float           seconds of work in the decoders, summed
     """
 
-    images: torch.Tensor
-    keys: list[Key]
-    failures: list[tuple[Key, str, str]]
+    images: list[np.ndarray]
+    keys: list[Key] = field(default_factory=list)
+    failures: list[Failed[Key]] = field(default_factory=list)
+    decode_s: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.keys)
 
 
 def image_batches(
-    items: Iterable[tuple[Key, Path]],
-    transform: Callable[[Image.Image], torch.Tensor],
+    items: Iterable[tuple[Key, Place | Path]],
+    transforms: Sequence[Images],
     *,
     batch_size: int,
     workers: int,
+    in_order: bool = True,
 ) -> Iterator[Batch[Key]]:
     """Read, check, decode and transform files, `workers` at a time; every batch but the last is full.
 
     Parameters
     ----------
-    items : iterable of (key, path)    a file whose sha256 is not its key fails; None: no check
-    transform : callable               RGB image -> float32 (3, H, W); its errors are raised
-    batch_size, workers : int >= 1     at most 2 * batch_size + workers images are held at a time
+    items : iterable of (key, place)    a file whose sha256 is not its key fails; None: no check
+    transforms : callables              RGB image -> float32 (3, H, W), all of one decode; their errors are raised
+    batch_size, workers : int >= 1      at most 2 * batch_size + workers images are held at a time
+    in_order : bool                     as the items come; else as they are ready, and a slow image holds up no other
     """
-    keys, tensors, failures = [], [], []
-    for key, loaded in _in_order(items, transform, window=batch_size + workers, workers=workers):
-        if isinstance(loaded, tuple):
-            failures.append((key, *loaded))
+    keys: list[Key] = []
+    found: list[list[np.ndarray | None]] = []
+    failures: list[Failed[Key]] = []
+    window, seconds = batch_size + workers, 0.0
+    for key, (parts, took_s) in _loaded(items, transforms, window=window, workers=workers, in_order=in_order):
+        seconds += took_s
+        failed = [Failed(key, *part, n) for n, part in enumerate(parts) if isinstance(part, tuple)]
+        if len(failed) == len(parts):
+            failures.append(Failed(key, failed[0].stage, failed[0].reason))
             continue
+        failures += failed
         keys.append(key)
-        tensors.append(loaded)
-        if len(tensors) == batch_size:
-            yield Batch(_stack(tensors), keys, failures)
-            keys, tensors, failures = [], [], []
-    if tensors or failures:
-        yield Batch(_stack(tensors), keys, failures)
+        found.append([None if isinstance(part, tuple) else part for part in parts])
+        if len(keys) == batch_size:
+            yield Batch(_stack(found, len(transforms)), keys, failures, seconds)
+            keys, found, failures, seconds = [], [], [], 0.0
+    if keys or failures:
+        yield Batch(_stack(found, len(transforms)), keys, failures, seconds)
 
 
-def _stack(tensors: list[torch.Tensor]) -> torch.Tensor:
-    import torch
-
-    return torch.stack(tensors) if tensors else torch.empty((0, 3, 0, 0))
+def _stack(found: Sequence[Sequence[np.ndarray | None]], transforms: int) -> list[np.ndarray]:
+    return [_stack_one([parts[n] for parts in found]) for n in range(transforms)]
 
 
-def _in_order(
-    items: Iterable[tuple[Key, Path]], transform: Callable[[Image.Image], torch.Tensor], *, window: int, workers: int
-) -> Iterator[tuple[Key, torch.Tensor | tuple[str, str]]]:
-    """Yield keys and results in the order of the items, with at most `window` under way."""
-    remaining = iter(items)
-    under_way: deque[tuple[Key, Future[torch.Tensor | tuple[str, str]]]] = deque()
+def _stack_one(parts: Sequence[np.ndarray | None]) -> np.ndarray:
+    there = [part for part in parts if part is not None]
+    if not there:
+        return np.zeros((len(parts), 0, 0, 3), np.uint8)
+    black = np.zeros_like(there[0])
+    return np.stack([black if part is None else part for part in parts])
+
+
+def _loaded(
+    items: Iterable[tuple[Key, Place | Path]],
+    transforms: Sequence[Images],
+    *,
+    window: int,
+    workers: int,
+    in_order: bool,
+) -> Iterator[tuple[Key, Timed]]:
+    """Yield keys and one result a transform, with at most `window` items under way."""
+    numbered = iter(enumerate(items))
+    ready: SimpleQueue[tuple[int, Key, Future[Timed]]] = SimpleQueue()
+    waiting: list[tuple[int, Key, Future[Timed]]] = []  # a heap by number
+    taken = given = 0
     executor, decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode"), Decoders()
+
+    def submit(number: int, key: Key, place: Place | Path) -> None:
+        future = executor.submit(_load, decoders, key, Place.of(place), transforms)
+        future.add_done_callback(lambda done: ready.put((number, key, done)))
+
     try:
         while True:
-            for key, path in islice(remaining, window - len(under_way)):
-                under_way.append((key, executor.submit(_load, decoders, key, path, transform)))
-            if not under_way:
+            for number, (key, place) in islice(numbered, window - (taken - given)):
+                taken = number + 1
+                submit(number, key, place)
+            if given == taken:
                 return
-            key, future = under_way.popleft()
+            while not waiting or (in_order and waiting[0][0] != given):
+                heapq.heappush(waiting, ready.get())
+            given += 1
+            _, key, future = heapq.heappop(waiting)
             yield key, future.result()
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
@@ -94,15 +150,22 @@ def _in_order(
         executor.shutdown(wait=True)
 
 
-def _load(
-    decoders: Decoders, key: bytes | None, path: Path, transform: Callable[[Image.Image], torch.Tensor]
-) -> torch.Tensor | tuple[str, str]:
-    """Return the tensor of a file, or (stage, reason) of its failure; a decoder process does the dangerous part."""
-    own = transform if isinstance(transform, Transform) else None
-    loaded = decoders.load(path, key=key, transform=own.to_dict() if own else None)
-    if isinstance(loaded, tuple):
-        return loaded
+def _load(decoders: Decoders, key: bytes | None, place: Place, transforms: Sequence[Images]) -> Timed:
+    """Return pixels, or (stage, reason) of a failure, for each transform, and the seconds that it took.
+
+    A decoder process does the dangerous part.
+    """
+    start = time.monotonic()
+    asked = [transform.to_dict() if isinstance(transform, Transform) else None for transform in transforms]
+    loaded = decoders.load(place, key=key, transforms=asked)
+    parts = [_finish(part, transform) for part, transform in zip(loaded, transforms, strict=True)]
+    return parts, time.monotonic() - start
+
+
+def _finish(part: Loaded, transform: Images) -> Loaded:
+    if isinstance(part, tuple) or isinstance(transform, Transform):
+        return part
     try:
-        return own.normalise(loaded) if own else transform(Image.fromarray(loaded))
+        return transform(Image.fromarray(part)).numpy()
     except DecodeError as exc:
         return "decode", str(exc)

@@ -3,13 +3,15 @@
 A crash, a hang or a bomb in a decoder costs one image and one process, never the run. The processes start when the
 first image is wanted, stay for the next batch of images, and leave with this one.
 
->>> Decoders().load(Path("cat.jpg"), key=None, transform=None).shape
+>>> [pixels] = Decoders().load(Place("/data/cat.jpg"), key=None, transforms=[None])
+>>> pixels.shape
 (375, 500, 3)
 """
 
 from __future__ import annotations
 
 import atexit
+import fcntl
 import json
 import os
 import select
@@ -18,19 +20,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from embedpipe.errors import EmbedpipeError
 from embedpipe.images._serving import HEADER, PIXELS, STAGES
+from embedpipe.places import Place
+
+Loaded = np.ndarray | tuple[str, str]
 
 TIME_LIMIT_S = 60.0
 MEMORY_LIMIT_BYTES = 4 << 30  # of address space: an RGBA image of MAX_PIXELS over white takes about 3 GiB
 START_LIMIT_S = 60.0
+PIPE_BYTES = 1 << 20
 SERVE = "import sys; sys.path[:] = {path!r}; from embedpipe.images._serving import serve; serve({memory})"
 
 _idle: list[Decoder] = []
@@ -57,6 +62,8 @@ class Decoder:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._requests, self._answers = self._process.stdin, self._process.stdout
+        with suppress(AttributeError, OSError):  # Linux; an image at a time goes through without a halt
+            fcntl.fcntl(self._answers, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self._poll = select.poll()
         self._poll.register(self._answers, select.POLLIN)
         try:
@@ -72,30 +79,31 @@ class Decoder:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def load(
-        self, path: Path, *, key: bytes | None, transform: Mapping[str, Any] | None
-    ) -> np.ndarray | tuple[str, str]:
-        """Return uint8 (H, W, 3) of a file, or (stage, reason) of its failure.
+    def load(self, place: Place, *, key: bytes | None, transforms: Sequence[Mapping[str, Any] | None]) -> list[Loaded]:
+        """Return, for each transform, uint8 (H, W, 3) of an image, or (stage, reason) of its failure.
 
         Parameters
         ----------
-        path : Path                 relative to where this process is now, not where the decoder was started
-        key : bytes or None         its sha256; other bytes are a failure
-        transform : dict or None    of a `Transform`, whose resize and crop are applied; None: the whole image
+        place : Place                     where its bytes are
+        key : bytes or None               their sha256; other bytes are a failure
+        transforms : list of dict or None    of a `Transform`, whose resize and crop are applied; None: the whole image
         """
-        request = {"path": os.path.abspath(path), "key": key.hex() if key else None, "transform": transform}
+        request = {"path": place.path, "part": place.part, "key": key.hex() if key else None}
         deadline = time.monotonic() + TIME_LIMIT_S
         try:
-            self._requests.write(json.dumps(request).encode() + b"\n")
-            kind, height, width = HEADER.unpack(self._read(HEADER.size, deadline))
-            if kind != PIXELS:
-                return STAGES[kind], self._read(height, deadline).decode()
-            return np.frombuffer(self._read(height * width * 3, deadline), np.uint8).reshape(height, width, 3)
+            self._requests.write(json.dumps({**request, "transforms": transforms}).encode() + b"\n")
+            return [self._receive(deadline) for _ in transforms]
         except TimeoutError:
             self.close()
-            return "limit", f"took longer than {TIME_LIMIT_S:.0f} s"
+            return [("limit", f"took longer than {TIME_LIMIT_S:.0f} s")] * len(transforms)
         except (EOFError, BrokenPipeError):
-            return "limit", f"the decoder {_end_of(self.close(grace_s=5))}"
+            return [("limit", f"the decoder {_end_of(self.close(grace_s=5))}")] * len(transforms)
+
+    def _receive(self, deadline: float) -> Loaded:
+        kind, height, width = HEADER.unpack(self._read(HEADER.size, deadline))
+        if kind != PIXELS:
+            return STAGES[kind], self._read(height, deadline).decode()
+        return np.frombuffer(self._read(height * width * 3, deadline), np.uint8).reshape(height, width, 3)
 
     def close(self, grace_s: float = 0) -> int:
         """End the process, at once if not within `grace_s`, and return its exit code, negative for a signal."""
@@ -138,9 +146,7 @@ class Decoders:
         self._ended = False
         self._lock = threading.Lock()
 
-    def load(
-        self, path: Path, *, key: bytes | None, transform: Mapping[str, Any] | None
-    ) -> np.ndarray | tuple[str, str]:
+    def load(self, place: Place, *, key: bytes | None, transforms: Sequence[Mapping[str, Any] | None]) -> list[Loaded]:
         """Return what `Decoder.load` does."""
         decoder = _take()
         with self._lock:
@@ -149,7 +155,7 @@ class Decoders:
                 decoder.interrupt()
         reusable = False
         try:
-            loaded = decoder.load(path, key=key, transform=transform)
+            loaded = decoder.load(place, key=key, transforms=transforms)
             reusable = decoder.alive
             return loaded
         finally:

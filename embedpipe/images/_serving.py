@@ -1,8 +1,8 @@
 """The child's side of an isolated decoder: requests come on stdin, pixels leave on stdout.
 
-A request is a line of JSON: path, key (hex, or null), transform (a dict, or null for the image as it is). An answer is
-`HEADER` (kind, height or length, width) and then uint8 (height, width, 3), or the reason of a failure. The process
-leaves as soon as its parent has gone, even in the middle of an image.
+A request is a line of JSON: path and part of a `Place`, key (hex, or null), transforms (each a dict, or null for the image
+as it is). The answer has, for each transform, `HEADER` (kind, height or length, width) and then uint8 (height, width, 3), or
+the reason of a failure. The process leaves as soon as its parent has gone, even in the middle of an image.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ import struct
 import sys
 import threading
 from collections.abc import Mapping
-from pathlib import Path
+from functools import lru_cache
 from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from embedpipe.errors import DecodeError
 from embedpipe.images._decode import decode_image
 from embedpipe.images._transform import Transform
+from embedpipe.places import Place
 
 HEADER = struct.Struct("<III")
 PIXELS = 0
 STAGES = {1: "read", 2: "decode", 3: "limit"}
+FAILURES = (DecodeError, MemoryError, OSError)  # of an image; any other error ends the process
 
 
 def serve(memory_bytes: int) -> None:
@@ -57,37 +60,52 @@ def _limit_memory(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def _answer(request: Mapping[str, Any], memory_bytes: int) -> tuple[bytes, ...]:
+def _answer(request: Mapping[str, Any], memory_bytes: int) -> list[bytes]:
+    transforms = request["transforms"]
     try:
-        pixels = load_pixels(Path(request["path"]), request["key"], request["transform"])
-    except DecodeError as exc:
-        return _failure("decode", str(exc))
-    except MemoryError:
-        return _failure("limit", f"needs more than {memory_bytes >> 20} MiB of memory")
-    except OSError as exc:
-        return _failure("read", exc.strerror or str(exc))
-    return HEADER.pack(PIXELS, *pixels.shape[:2]), pixels.tobytes()
+        image = load_image(Place(request["path"], request["part"]), request["key"])
+    except FAILURES as exc:
+        return _failure(exc, memory_bytes) * len(transforms)
+    return [part for transform in transforms for part in _window(image, transform, memory_bytes)]
 
 
-def _failure(stage: str, reason: str) -> tuple[bytes, ...]:
+def _window(image: Image.Image, transform: Mapping[str, Any] | None, memory_bytes: int) -> list[bytes]:
+    try:
+        pixels = np.asarray(image) if transform is None else _transform(json.dumps(transform)).window(image)
+    except FAILURES as exc:
+        return _failure(exc, memory_bytes)
+    return [HEADER.pack(PIXELS, *pixels.shape[:2]), pixels.tobytes()]
+
+
+@lru_cache(64)
+def _transform(text: str) -> Transform:
+    return Transform.from_dict(json.loads(text))
+
+
+def _failure(exc: Exception, memory_bytes: int) -> list[bytes]:
+    if isinstance(exc, DecodeError):
+        stage, reason = "decode", str(exc)
+    elif isinstance(exc, MemoryError):
+        stage, reason = "limit", f"needs more than {memory_bytes >> 20} MiB of memory"
+    else:
+        stage, reason = "read", getattr(exc, "strerror", None) or str(exc)
     kind = next(kind for kind, name in STAGES.items() if name == stage)
     text = reason.encode("utf-8", "backslashreplace")
-    return HEADER.pack(kind, len(text), 0), text
+    return [HEADER.pack(kind, len(text), 0), text]
 
 
-def load_pixels(path: Path, key: str | None, transform: Mapping[str, Any] | None) -> np.ndarray:
-    """Return uint8 (H, W, 3) of a file, resized and cropped where a transform is given.
+def load_image(place: Place, key: str | None) -> Image.Image:
+    """Return the RGB image at a place.
 
     Raises
     ------
     DecodeError    its decoder refuses it
     OSError        it cannot be read, or its sha256 is not `key`
     """
-    data = path.read_bytes()
+    data = place.read()
     if key is not None and hashlib.sha256(data).hexdigest() != key:
         raise OSError("changed while reading")
-    image = decode_image(data)
-    return np.asarray(image) if transform is None else Transform.from_dict(transform).pixels(image)
+    return decode_image(data)
 
 
 def _write(descriptor: int, *parts: bytes) -> None:

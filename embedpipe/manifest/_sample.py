@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from embedpipe.places import Place
+
 SPLITS = ("train", "val", "test", "all")
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 
@@ -112,9 +114,9 @@ class Manifest:
     unreadable: tuple[Failure, ...]
     warnings: tuple[str, ...]
 
-    def file_of(self, sample: Sample) -> Path:
-        """Return the absolute path of a sample's file."""
-        return self.sources[sample.source].root / sample.path
+    def place_of(self, sample: Sample) -> Place:
+        """Return where the bytes of a sample are."""
+        return Place(os.path.join(self.sources[sample.source].root, sample.path))
 
     def name_of(self, sample: Sample) -> str:
         """Return the DATA argument joined with the sample's relative path."""

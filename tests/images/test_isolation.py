@@ -65,10 +65,10 @@ def wait_until(true: object, limit_s: float = 10) -> None:
 
 def test_pixels_are_those_of_this_process(good: Path) -> None:
     decoders = Decoders()
-    cropped = decoders.load(good, key=None, transform=TRANSFORM.to_dict())
+    cropped = decoders.load(Place.of(good), key=None, transforms=[TRANSFORM.to_dict(), None])
     whole = decoders.load(good, key=None, transform=None)
     image = decode_image(good.read_bytes())
-    np.testing.assert_array_equal(cropped, TRANSFORM.pixels(image))
+    np.testing.assert_array_equal(cropped, TRANSFORM.window(image))
     np.testing.assert_array_equal(whole, np.asarray(image))
 
 

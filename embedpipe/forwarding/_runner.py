@@ -1,0 +1,207 @@
+"""Runner: batches of images to rows of several backbones, and which layer is at fault when numbers break."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from embedpipe.executors import OpenVino, Session, Torch
+from embedpipe.forwarding._plan import Forward
+from embedpipe.images import ALL, Batch, Transform
+
+if TYPE_CHECKING:
+    from embedpipe.backbones import Backbone, Joint
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Features of one batch from one backbone.
+
+    backbone : int                     which of the runner's
+    keys : list of bytes               (n)
+    features : float32|float16 (n, D)
+    failures : list                    (key, stage, reason) each
+    """
+
+    backbone: int
+    keys: list[bytes]
+    features: np.ndarray
+    failures: list[tuple[bytes, str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys) + len(self.failures)
+
+
+class Runner:
+    """Images to features of several backbones, on the device and in the precision of `forward`.
+
+    What backbones have in common, a decode or a model, runs once.
+
+    Parameters
+    ----------
+    session : Session    instead of the one that `forward` names; its joints are those of `backbones.join`
+    graphs : Path        folder where converted graphs are kept
+
+    Attributes
+    ----------
+    windows : list       what the joints want of an image: one array of each is taken by `__call__`
+    decode_s, forward_s : float    seconds of work in decoders and in the session so far, summed over threads
+    difference : float   from eager torch, of the largest feature, where another executor was tried on a batch
+    """
+
+    def __init__(
+        self,
+        backbones: Sequence[Backbone],
+        forward: Forward,
+        *,
+        session: Session | None = None,
+        graphs: Path | None = None,
+    ) -> None:
+        from embedpipe.backbones import join
+
+        self.backbones, self.forward = list(backbones), forward
+        self.decode_s = self.forward_s = self.difference = 0.0
+        self.joints = join(backbones)
+        windows = [_window_of(joint.transform) for joint in self.joints]
+        self.windows = list(dict.fromkeys(windows))
+        self._taken = [self.windows.index(window) for window in windows]
+        given = [backbone for joint in self.joints for backbone in joint.backbones]
+        self._position = [given.index(backbone) for backbone in backbones]
+        self._lock, self._parts = threading.Lock(), 1
+        self.session = session or open_session(self.joints, forward, graphs)
+
+    def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return float32 (n, D) for each backbone, of one array of images for each window; n is the batch size.
+
+        Raises
+        ------
+        MemoryError    the device cannot hold one image
+        """
+        start = time.monotonic()
+        features = self._in_parts([images[window] for window in self._taken])
+        with self._lock:
+            self.forward_s += time.monotonic() - start
+        return [features[position] for position in self._position]
+
+    def _in_parts(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Run a batch in as many parts as the device can hold; once halved, batches stay so."""
+        size, parts = len(images[0]), self._parts
+        try:
+            cuts = range(0, size, -(-size // parts))
+            done = [self.session([one[cut : cut + cuts.step] for one in images]) for cut in cuts]
+        except MemoryError:
+            if parts >= size:
+                raise
+            self._parts = 2 * parts
+            return self._in_parts(images)
+        return done[0] if len(done) == 1 else [np.concatenate(features) for features in zip(*done, strict=True)]
+
+    def examples(self) -> list[np.ndarray]:
+        """Return black images, a whole batch, for each window."""
+        return [
+            self.joints[self._taken.index(window)].example(self.forward.batch_size).numpy()
+            for window in range(len(self.windows))
+        ]
+
+    def pad(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return a batch for each window, filled up to its full size with black images."""
+        return [_pad(one, self.forward.batch_size) for one in images]
+
+    def rows_of(self, batch: Batch[bytes]) -> list[Rows]:
+        """Return the rows of each backbone in the stored dtype; those that are not finite are failures."""
+        with self._lock:
+            self.decode_s += batch.decode_s
+        padded = self.pad(batch.images)
+        features = self(padded) if batch.keys else [np.empty((0, b.feature_dim), np.float32) for b in self.backbones]
+        return [self._rows(n, batch, padded, part) for n, part in enumerate(features)]
+
+    def _rows(self, number: int, batch: Batch[bytes], padded: Sequence[np.ndarray], features: np.ndarray) -> Rows:
+        window = self.windows.index(_window_of(self.backbones[number].transform))
+        failures = [(f.key, f.stage, f.reason) for f in batch.failures if f.transform in (ALL, window)]
+        failed = {key for key, _, _ in failures}
+        with np.errstate(over="ignore"):
+            stored = features[: len(batch)].astype(self.forward.store_dtype)
+        finite = np.isfinite(stored).all(axis=1)
+        good = [row for row, key in enumerate(batch.keys) if key not in failed and finite[row]]
+        broken = [row for row, key in enumerate(batch.keys) if key not in failed and not finite[row]]
+        if broken:
+            reasons = self._explain(number, padded)
+            failures += [(batch.keys[row], "forward", reasons[row]) for row in broken]
+        return Rows(number, [batch.keys[row] for row in good], stored[good], failures)
+
+    def _explain(self, number: int, images: Sequence[np.ndarray]) -> list[str]:
+        """Return for each image why its features are not finite: the first layer at fault, or the stored dtype."""
+        backbone = self.backbones[number]
+        joint = next(joint for joint in self.joints if backbone in joint.backbones)
+        batch = images[self._taken[self.joints.index(joint)]]
+        faults = find_faults(joint, lambda: open_torch([joint], self.forward)([batch]), len(batch))
+        return [self._reason(faults.get(row)) for row in range(len(batch))]
+
+    def _reason(self, layer: str | None) -> str:
+        precision, stored = self.forward.precision, self.forward.store_dtype
+        if layer is None:
+            return f"a feature is too large for {stored}; try --store-dtype float32"
+        hint = "are the weights damaged?" if precision == "fp32" else "try --precision fp32"
+        return f"the output of layer {layer!r} is not finite in {precision}; {hint}"
+
+
+def open_session(joints: Sequence[Joint], forward: Forward, graphs: Path | None = None) -> Session:
+    """Return a session of the executor that `forward` names."""
+    if forward.executor == "openvino":
+        return OpenVino(joints, batch_size=forward.batch_size, streams=forward.streams, graphs=graphs)
+    return open_torch(joints, forward, compiled=forward.executor == "compile")
+
+
+def open_torch(joints: Sequence[Joint], forward: Forward, *, compiled: bool = False) -> Torch:
+    """Return a session of torch."""
+    return Torch(
+        joints,
+        device=forward.device,
+        precision=forward.precision,
+        channels_last=forward.channels_last,
+        compiled=compiled,
+    )
+
+
+def find_faults(joint: Joint, run: Callable[[], object], size: int) -> dict[int, str]:
+    """Return, for images of a batch of `size` whose numbers break while it is run, the first layer at fault."""
+    import torch
+
+    faults: dict[int, str] = {}
+
+    def note(name: str, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple | list) else output
+        if isinstance(first, torch.Tensor) and first.shape[:1] == (size,):
+            bad = ~first.isfinite().flatten(1).all(dim=1) if first.ndim > 1 else ~first.isfinite()
+            for row in bad.nonzero().flatten().tolist():
+                faults.setdefault(row, name)
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: note(name, output)
+
+    named = [(name, module) for name, module in joint.headless.model.named_modules() if name]
+    handles = [module.register_forward_hook(hook(name)) for name, module in named]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return faults
+
+
+def _window_of(transform: Any) -> Any:
+    """Return what a decoder does of a transform: joints that normalise differently may share it."""
+    return transform.geometry if isinstance(transform, Transform) else transform
+
+
+def _pad(images: np.ndarray, size: int) -> np.ndarray:
+    """Fill a batch up to its full size with black images: a row's bits depend on the size of its batch."""
+    if len(images) == size:
+        return images
+    return np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), images.dtype)])

@@ -1,0 +1,40 @@
+"""stream_rows: decode and forward at the same time, in bounded memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from embedpipe.forwarding._plan import torch_threads
+from embedpipe.forwarding._runner import Rows, Runner
+from embedpipe.images import image_batches
+from embedpipe.places import Place
+
+
+def stream_rows(items: Iterable[tuple[bytes, Place | Path]], runner: Runner) -> Iterator[Rows]:
+    """Decode and forward images batch by batch, as they are ready: a slow image holds up no other.
+
+    Yields
+    ------
+    Rows    of at most `batch_size` images from one backbone, for each backbone of a batch in turn
+    """
+    forward = runner.forward
+    batches: Any = image_batches(
+        items, runner.windows, batch_size=forward.batch_size, workers=forward.workers, in_order=False
+    )
+    under_way: deque[Future[list[Rows]]] = deque()
+    threads = ThreadPoolExecutor(forward.streams, thread_name_prefix="forward")
+    with torch_threads(forward.threads):
+        try:
+            for batch in batches:
+                under_way.append(threads.submit(runner.rows_of, batch))
+                if len(under_way) > 2 * forward.streams:
+                    yield from under_way.popleft().result()
+            while under_way:
+                yield from under_way.popleft().result()
+        finally:
+            batches.close()
+            threads.shutdown(wait=True, cancel_futures=True)
