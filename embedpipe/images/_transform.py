@@ -81,7 +81,8 @@ class Transform:
         """Return float32 (..., 3, height, width) of what `window` gave, (..., height, width, 3), on the same device."""
         import torch
 
-        planes = torch.as_tensor(pixels).movedim(-1, -3)
+        writable = np.require(pixels, requirements="W") if isinstance(pixels, np.ndarray) else pixels
+        planes = torch.as_tensor(writable).movedim(-1, -3)
         if self.channels == "bgr":
             planes = planes.flip(-3)
         mean, std = (torch.tensor(values, device=planes.device)[:, None, None] for values in (self.mean, self.std))

@@ -19,6 +19,7 @@ from embedpipe.errors import EmbedpipeError
 from embedpipe.images import Transform, decode_image, image_batches
 from embedpipe.images import _isolation as isolation
 from embedpipe.images._isolation import Decoder, Decoders, close_decoders
+from embedpipe.places import Place
 
 TRANSFORM = Transform((16, 16), 16)
 
@@ -65,8 +66,7 @@ def wait_until(true: object, limit_s: float = 10) -> None:
 
 def test_pixels_are_those_of_this_process(good: Path) -> None:
     decoders = Decoders()
-    cropped = decoders.load(Place.of(good), key=None, transforms=[TRANSFORM.to_dict(), None])
-    whole = decoders.load(good, key=None, transform=None)
+    cropped, whole = decoders.load(Place.of(good), key=None, transforms=[TRANSFORM.to_dict(), None])
     image = decode_image(good.read_bytes())
     np.testing.assert_array_equal(cropped, TRANSFORM.window(image))
     np.testing.assert_array_equal(whole, np.asarray(image))
@@ -85,10 +85,12 @@ def test_a_decoder_that_dies_costs_one_image(good: Path, slow: Path, number: sig
     shooter = threading.Thread(target=shoot)
     shooter.start()
     items = [(b"", good), (None, slow), (None, good)]
-    (batch,) = image_batches([(None, p) for _, p in items], TRANSFORM, batch_size=3, workers=1)
+    (batch,) = image_batches([(None, p) for _, p in items], [TRANSFORM], batch_size=3, workers=1)
     shooter.join()
     assert len(batch.keys) == 2
-    assert [(stage, reason) for _, stage, reason in batch.failures] == [("limit", f"the decoder died of {number.name}")]
+    assert [(failed.stage, failed.reason) for failed in batch.failures] == [
+        ("limit", f"the decoder died of {number.name}")
+    ]
 
 
 def resident_mb(pid: int) -> float:
@@ -101,30 +103,32 @@ def test_a_hang_ends_at_the_time_limit(good: Path, tmp_path: Path, monkeypatch: 
     os.mkfifo(tmp_path / "pipe.png")
     items = [(None, tmp_path / "pipe.png"), (None, good)]
     start = time.monotonic()
-    (batch,) = image_batches(items, TRANSFORM, batch_size=2, workers=2)
-    assert [reason for _, _, reason in batch.failures] == ["took longer than 1 s"]
+    (batch,) = image_batches(items, [TRANSFORM], batch_size=2, workers=2)
+    assert [failed.reason for failed in batch.failures] == ["took longer than 1 s"]
     assert len(batch.keys) == 1
     assert time.monotonic() - start < 5
 
 
 def test_memory_is_limited(good: Path, slow: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(isolation, "MEMORY_LIMIT_BYTES", 500 << 20)
-    (batch,) = image_batches([(None, slow), (None, good)], TRANSFORM, batch_size=2, workers=1)
-    assert [(stage, reason) for _, stage, reason in batch.failures] == [("limit", "needs more than 500 MiB of memory")]
+    (batch,) = image_batches([(None, slow), (None, good)], [TRANSFORM], batch_size=2, workers=1)
+    assert [(failed.stage, failed.reason) for failed in batch.failures] == [
+        ("limit", "needs more than 500 MiB of memory")
+    ]
     assert len(batch.keys) == 1
 
 
 @pytest.mark.slow
 def test_the_largest_image_allowed_fits_the_limit(tmp_path: Path) -> None:
     Image.new("RGBA", (13377, 13377), (9, 9, 9, 9)).save(tmp_path / "large.png", compress_level=1)
-    (batch,) = image_batches([(None, tmp_path / "large.png")], TRANSFORM, batch_size=1, workers=1)
+    (batch,) = image_batches([(None, tmp_path / "large.png")], [TRANSFORM], batch_size=1, workers=1)
     assert not batch.failures
 
 
 def test_decoders_stay_for_the_next_image_and_leave_when_told(good: Path) -> None:
     before = children()
     for _ in range(3):
-        list(image_batches([(None, good)] * 4, TRANSFORM, batch_size=4, workers=2))
+        list(image_batches([(None, good)] * 4, [TRANSFORM], batch_size=4, workers=2))
     assert 1 <= len(children() - before) <= 2
     close_decoders()
     assert children() == before
@@ -133,12 +137,12 @@ def test_decoders_stay_for_the_next_image_and_leave_when_told(good: Path) -> Non
 @pytest.mark.parametrize("busy", [False, True])
 def test_none_outlives_its_parent(slow: Path, good: Path, busy: bool) -> None:
     code = (
-        "import sys; from pathlib import Path\n"
+        "import sys; from embedpipe.places import Place\n"
         "from embedpipe.images._isolation import Decoder\n"
         "decoder = Decoder()\n"
-        "decoder.load(Path(sys.argv[1]), key=None, transform=None)\n"
+        "decoder.load(Place.of(sys.argv[1]), key=None, transforms=[None])\n"
         "print('loaded', flush=True)\n"
-        "decoder.load(Path(sys.argv[2]), key=None, transform=None) if len(sys.argv) > 2 else sys.stdin.read()\n"
+        "decoder.load(Place.of(sys.argv[2]), key=None, transforms=[None]) if len(sys.argv) > 2 else sys.stdin.read()\n"
     )
     arguments = [str(good), str(slow)] if busy else [str(good)]
     process = subprocess.Popen(
@@ -158,23 +162,23 @@ def test_signals_to_the_whole_group_are_the_parents_to_answer(good: Path) -> Non
     (pid,) = children() - before
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(pid, number)
-    assert isinstance(decoder.load(good, key=None, transform=None), np.ndarray)
+    assert isinstance(decoder.load(Place.of(good), key=None, transforms=[None])[0], np.ndarray)
     decoder.close()
 
 
 def test_a_fork_does_not_share_the_decoders_of_its_parent(good: Path) -> None:
-    list(image_batches([(None, good)], TRANSFORM, batch_size=1, workers=1))
+    list(image_batches([(None, good)], [TRANSFORM], batch_size=1, workers=1))
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            (batch,) = image_batches([(None, good)], TRANSFORM, batch_size=1, workers=1)
+            (batch,) = image_batches([(None, good)], [TRANSFORM], batch_size=1, workers=1)
             code = len(batch.failures) + (not children())  # it has started one of its own
             close_decoders()
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    (batch,) = image_batches([(None, good)], TRANSFORM, batch_size=1, workers=1)
+    (batch,) = image_batches([(None, good)], [TRANSFORM], batch_size=1, workers=1)
     assert not batch.failures
 
 
@@ -187,12 +191,12 @@ def test_a_decoder_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_paths_are_those_of_this_process_now(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Decoder()
     monkeypatch.chdir(tmp_path)
-    assert isinstance(decoder.load(Path(good.name), key=None, transform=None), np.ndarray)
+    assert isinstance(decoder.load(Place.of(good.name), key=None, transforms=[None])[0], np.ndarray)
     decoder.close()
 
 
 def test_who_stops_early_does_not_wait_for_a_slow_image(good: Path, slow: Path) -> None:
-    batches = image_batches([(None, good), (None, slow), (None, slow)], TRANSFORM, batch_size=1, workers=2)
+    batches = image_batches([(None, good), (None, slow), (None, slow)], [TRANSFORM], batch_size=1, workers=2)
     next(batches)
     start = time.monotonic()
     batches.close()
@@ -203,5 +207,5 @@ def test_what_is_asked_for_after_the_end_is_given_up_at_once(slow: Path) -> None
     decoders = Decoders()
     decoders.give_up()
     start = time.monotonic()
-    assert decoders.load(slow, key=None, transform=None) == ("limit", "the decoder died of SIGKILL")
+    assert decoders.load(Place.of(slow), key=None, transforms=[None]) == [("limit", "the decoder died of SIGKILL")]
     assert time.monotonic() - start < 0.8  # the image takes more than a second

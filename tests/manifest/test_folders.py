@@ -152,7 +152,7 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     manifest = read(tmp_path)
     odd = next(s for s in manifest.samples if s.label != "b")
     assert os.fsencode(odd.path) == b"caf\xe9/\xff.png"
-    assert manifest.file_of(odd).read_bytes() == b"x"
+    assert manifest.place_of(odd).read() == b"x"
     assert manifest.classes == tuple(sorted(["b", os.fsdecode(b"caf\xe9")]))
 
 
@@ -167,7 +167,7 @@ def test_several_sources_are_one_data_set(tmp_path: Path, monkeypatch) -> None:
         "./two/b/3.png",
         "./two/c/4.png",
     ]
-    assert manifest.file_of(manifest.samples[2]) == tmp_path / "two/b/3.png"
+    assert manifest.place_of(manifest.samples[2]).path == str(tmp_path / "two/b/3.png")
     assert manifest.name == "one-and-1-more"
     assert read("one").name == "one"
 

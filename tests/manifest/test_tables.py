@@ -81,7 +81,7 @@ def test_quoting(tmp_path: Path) -> None:
 
 def test_bytes_that_are_no_utf8_name_the_file_of_those_bytes(tmp_path: Path) -> None:
     manifest = read(tmp_path, b"path,label\ncaf\xe9.png,th\xe9\nb.png,b\n")
-    assert os.fsencode(manifest.file_of(manifest.samples[0])).endswith(b"/caf\xe9.png")
+    assert os.fsencode(manifest.place_of(manifest.samples[0]).path).endswith(b"/caf\xe9.png")
     assert os.fsencode(manifest.samples[0].label) == b"th\xe9"
 
 
@@ -91,7 +91,7 @@ def test_display_name_and_file(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     manifest = read_manifest(["sub/list.csv"], key_of=key_of)
     assert manifest.name_of(manifest.samples[0]) == "sub/x/a.png"
-    assert manifest.file_of(manifest.samples[0]) == tmp_path / "sub/x/a.png"
+    assert manifest.place_of(manifest.samples[0]).path == str(tmp_path / "sub/x/a.png")
     assert manifest.splits == {"all": 1}
 
 
@@ -147,7 +147,7 @@ def test_paths_outside_need_leave(tmp_path: Path, path: str) -> None:
     text = f"path\n{path}\n"
     assert "leaves the folder" in refused(tmp_path, text)
     manifest = read(tmp_path, text, allow_outside=True)
-    assert os.path.normpath(manifest.file_of(manifest.samples[0])) == os.path.normpath(tmp_path / path)
+    assert os.path.normpath(manifest.place_of(manifest.samples[0]).path) == os.path.normpath(tmp_path / path)
 
 
 def test_a_sibling_whose_name_begins_alike_is_outside(tmp_path: Path) -> None:
