@@ -50,7 +50,7 @@ def test_an_unchanged_second_run_loads_no_torch(here: Path) -> None:
     assert loaded
     second, loaded = extract("photos", *TINY)
     assert not loaded
-    changed = {"computed", "reused", "seconds", "images_per_second", "bottleneck", "executor", "spaces"}
+    changed = {"computed", "reused", "seconds", "images_per_second", "bottleneck", "advice", "executor", "spaces"}
     assert {k: v for k, v in first.items() if k not in changed} == {k: v for k, v in second.items() if k not in changed}
     assert (second["computed"], second["reused"]) == (0, 36)
     (here / "red" / "000.png").unlink()

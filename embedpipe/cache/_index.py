@@ -34,6 +34,7 @@ class KeyIndex:
     Parameters
     ----------
     path : Path    the sqlite file; default index.sqlite in the user's cache folder
+    keep : bool    whether new keys and answers are written to it
 
     Attributes
     ----------
@@ -43,11 +44,12 @@ class KeyIndex:
     >>> index.key_of(Path("a.jpg"))
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.hashed = 0
+    def __init__(self, path: Path | None = None, *, keep: bool = True) -> None:
+        self.hashed, self._keep = 0, keep
         self._lock = threading.Lock()
         self._new: list[tuple[bytes | int, ...]] = []
-        self._database = _connect(path or Path(platformdirs.user_cache_dir("embedpipe"), "index.sqlite"))
+        path = path or Path(platformdirs.user_cache_dir("embedpipe"), "index.sqlite")
+        self._database = _connect(path if keep or path.exists() else Path(":memory:"))
 
     def key_of(self, place: Place | str | os.PathLike[str]) -> bytes:
         """Return the sha256 of an image's bytes, 32 bytes.
@@ -78,6 +80,8 @@ class KeyIndex:
 
     def remember(self, question: str, answer: str) -> None:
         """Keep an answer; losing it costs time only."""
+        if not self._keep:
+            return
         with self._lock, suppress(sqlite3.Error), self._database:
             self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (question, answer))
 
@@ -105,7 +109,7 @@ class KeyIndex:
     def _flush(self) -> None:
         insert = "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?, ?)"
         with suppress(sqlite3.Error), self._database:
-            self._database.executemany(insert, self._new)
+            self._database.executemany(insert, self._new if self._keep else [])
         self._new = []
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import rich_click as click
 
 from embedpipe import extraction
 from embedpipe.cli._build import Session, command
+from embedpipe.disk import show_size
 
 
 @command(extraction.extract, example="embedpipe extract data/ --backbone timm:resnet50")
@@ -21,20 +23,38 @@ from embedpipe.cli._build import Session, command
 )
 def extract(session: Session, data: tuple[str, ...], backbone: tuple[str, ...], **options: Any) -> None:
     found = extraction.extract(data, backbone, progress=session.progress, **options).summary
+    if "dry_run" in found:
+        session.finish(found, tell_plan(found))
+        return
     for failure in found["failed"]:
         session.note(f"failed: {failure['path']} ({failure['stage']}): {failure['reason']}")
+    session.finish(found, tell(found), failed=len(found["failed"]))
+
+
+def tell(found: Mapping[str, Any]) -> str:
+    """Return what was done, a line a space, and which stage set the pace."""
     lines = [
-        f"{found['dataset']}: {found['images']} images, {len(found['classes'])} classes, {counts(found['splits'])}"
+        f"{found['dataset']}: {found['images']} images, {len(found['classes'])} classes, {counts(found['splits'])}",
+        *(
+            f"{space['space']}: {space['feature_dim']} features, {space['computed']} computed, {space['reused']} reused"
+            for space in found["spaces"]
+        ),
+        f"{found['seconds']:.1f} s, {found['images_per_second']:.1f} images/s, "
+        f"{len(found['failed'])} failed, {found['ignored']} other files ignored",
     ]
-    lines += [
-        f"{space['space']}: {space['feature_dim']} features, {space['computed']} computed, {space['reused']} reused"
+    return "\n".join([*lines, found["advice"]] if found["advice"] else lines)
+
+
+def tell_plan(found: Mapping[str, Any]) -> str:
+    """Return what would be done, a line a space."""
+    lines = [
+        f"{space['space']}: {space['misses']} to compute ({show_size(space['bytes'])}), {space['hits']} there"
         for space in found["spaces"]
     ]
-    lines.append(
-        f"{found['seconds']:.1f} s, {found['images_per_second']:.1f} images/s, "
-        f"{len(found['failed'])} failed, {found['ignored']} other files ignored"
+    took = (
+        f"{found['seconds_expected']:.0f} s expected ({found['measured_images']} images measured, {found['executor']})"
     )
-    session.finish(found, "\n".join(lines), failed=len(found["failed"]))
+    return "\n".join([f"{found['images']} images, {counts(found['splits'])}", *lines, took, "nothing was written"])
 
 
 def counts(splits: dict[str, int]) -> str:

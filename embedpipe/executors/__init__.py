@@ -1,10 +1,10 @@
 """Executors: what carries images through backbones on this machine: eager torch, torch.compile, OpenVINO.
 
-A session takes a batch of images for each joint and returns a feature for each of its backbones; several threads may call
-it at once. `forwarding` enters here.
+A session takes a batch of images for one of its joints and returns the features that it gives; several threads may call it
+at once. `forwarding` enters here.
 
->>> session = open_session("eager", join([backbone]), device="cpu", precision="fp32")
->>> session([pixels])                                       # uint8 (n, H, W, 3)
+>>> session = Torch(join([backbone])[0], device="cpu")
+>>> session(0, pixels)                                      # uint8 (n, H, W, 3)
 [array of float32 (n, 512)]
 """
 

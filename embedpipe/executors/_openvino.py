@@ -67,14 +67,11 @@ class OpenVino:
             self._compiled.append(core.compile_model(graph, "CPU", options))
         self._own = threading.local()
 
-    def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def __call__(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
         if not hasattr(self._own, "requests"):
             self._own.requests = [compiled.create_infer_request() for compiled in self._compiled]
-        features = []
-        for request, batch in zip(self._own.requests, images, strict=True):
-            given = request.infer([batch], share_inputs=True)
-            features += [np.array(part) for part in given.to_tuple()]
-        return features
+        given = self._own.requests[joint].infer([images], share_inputs=True)
+        return [np.array(features) for features in given.to_tuple()]
 
 
 def _graph(core: Any, joint: Joint, graphs: Path | None, renew: bool) -> Any:
@@ -111,8 +108,7 @@ def _keep(graph: Any, folder: Path) -> None:
 def graph_name(joints: Sequence[Joint]) -> str:
     """Return the name of the graph of joints: of all that shapes it."""
     versions = [_version(library) for library in ("openvino", "torch")]
-    specs = [backbone.spec for joint in joints for backbone in joint.backbones]
-    return hashlib.sha256(canonical_json([versions, specs]).encode()).hexdigest()[:24]
+    return hashlib.sha256(canonical_json([versions, [joint.spec for joint in joints]]).encode()).hexdigest()[:24]
 
 
 def _version(library: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,8 +10,8 @@ import numpy as np
 class Session(Protocol):
     """Images through backbones; safe to call from several threads."""
 
-    def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return float32 (n, D) for each backbone, joint by joint, of one array of images for each joint.
+    def __call__(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
+        """Return float32 (n, D) for each feature of a joint.
 
         Raises
         ------

@@ -47,23 +47,21 @@ class Torch:
         self._modules: list[Any] = [torch.compile(module) if compiled else module for module in modules]
         self._own = threading.local()
 
-    def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def __call__(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
         import torch
 
         try:
-            return self._run(images)
+            return self._run(self._modules[joint], images)
         except torch.OutOfMemoryError as exc:
             if self._kind == "cuda":
                 torch.cuda.empty_cache()
             raise MemoryError(str(exc)) from exc
 
-    def _run(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _run(self, module: Any, images: np.ndarray) -> list[np.ndarray]:
         import torch
 
         with torch.inference_mode(), self._autocast(), self._stream():
-            pairs = zip(self._modules, images, strict=True)
-            features = [part for module, batch in pairs for part in module(self._to_device(batch))]
-            return [part.float().cpu().numpy() for part in features]
+            return [features.float().cpu().numpy() for features in module(self._to_device(images))]
 
     def _to_device(self, batch: np.ndarray) -> torch.Tensor:
         import torch

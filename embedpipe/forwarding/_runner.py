@@ -50,7 +50,7 @@ class Runner:
 
     Attributes
     ----------
-    windows : list       what the joints want of an image: one array of each is taken by `__call__`
+    windows : list       what the backbones want of an image: one array of each is taken by `__call__`
     decode_s, forward_s : float    seconds of work in decoders and in the session so far, summed over threads
     difference : float   from eager torch, of the largest feature, where another executor was tried on a batch
     """
@@ -67,12 +67,10 @@ class Runner:
 
         self.backbones, self.forward = list(backbones), forward
         self.decode_s = self.forward_s = self.difference = 0.0
-        self.joints = join(backbones)
-        windows = [_window_of(joint.transform) for joint in self.joints]
+        self.joints, self._joint = join(backbones)
+        windows = [_window_of(backbone.transform) for backbone in backbones]
         self.windows = list(dict.fromkeys(windows))
-        self._taken = [self.windows.index(window) for window in windows]
-        given = [backbone for joint in self.joints for backbone in joint.backbones]
-        self._position = [given.index(backbone) for backbone in backbones]
+        self._window = [self.windows.index(window) for window in windows]
         self._lock, self._parts = threading.Lock(), 1
         self.session = session or open_session(self.joints, forward, graphs)
 
@@ -84,30 +82,32 @@ class Runner:
         MemoryError    the device cannot hold one image
         """
         start = time.monotonic()
-        features = self._in_parts([images[window] for window in self._taken])
+        passes = dict.fromkeys(zip(self._joint, self._window, strict=True))
+        features = {(joint, window): self._in_parts(joint, images[window]) for joint, window in passes}
         with self._lock:
             self.forward_s += time.monotonic() - start
-        return [features[position] for position in self._position]
+        return [
+            features[joint, window][self.joints[joint].output_of(backbone)]
+            for backbone, joint, window in zip(self.backbones, self._joint, self._window, strict=True)
+        ]
 
-    def _in_parts(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def _in_parts(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
         """Run a batch in as many parts as the device can hold; once halved, batches stay so."""
-        size, parts = len(images[0]), self._parts
+        size, parts = len(images), self._parts
         try:
             cuts = range(0, size, -(-size // parts))
-            done = [self.session([one[cut : cut + cuts.step] for one in images]) for cut in cuts]
+            done = [self.session(joint, images[cut : cut + cuts.step]) for cut in cuts]
         except MemoryError:
             if parts >= size:
                 raise
             self._parts = 2 * parts
-            return self._in_parts(images)
+            return self._in_parts(joint, images)
         return done[0] if len(done) == 1 else [np.concatenate(features) for features in zip(*done, strict=True)]
 
     def examples(self) -> list[np.ndarray]:
         """Return black images, a whole batch, for each window."""
-        return [
-            self.joints[self._taken.index(window)].example(self.forward.batch_size).numpy()
-            for window in range(len(self.windows))
-        ]
+        of = [self._joint[self._window.index(window)] for window in range(len(self.windows))]
+        return [self.joints[joint].example(self.forward.batch_size).numpy() for joint in of]
 
     def pad(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return a batch for each window, filled up to its full size with black images."""
@@ -122,7 +122,7 @@ class Runner:
         return [self._rows(n, batch, padded, part) for n, part in enumerate(features)]
 
     def _rows(self, number: int, batch: Batch[bytes], padded: Sequence[np.ndarray], features: np.ndarray) -> Rows:
-        window = self.windows.index(_window_of(self.backbones[number].transform))
+        window = self._window[number]
         failures = [(f.key, f.stage, f.reason) for f in batch.failures if f.transform in (ALL, window)]
         failed = {key for key, _, _ in failures}
         with np.errstate(over="ignore"):
@@ -137,10 +137,8 @@ class Runner:
 
     def _explain(self, number: int, images: Sequence[np.ndarray]) -> list[str]:
         """Return for each image why its features are not finite: the first layer at fault, or the stored dtype."""
-        backbone = self.backbones[number]
-        joint = next(joint for joint in self.joints if backbone in joint.backbones)
-        batch = images[self._taken[self.joints.index(joint)]]
-        faults = find_faults(joint, lambda: open_torch([joint], self.forward)([batch]), len(batch))
+        joint, batch = self.joints[self._joint[number]], images[self._window[number]]
+        faults = find_faults(joint, lambda: open_torch([joint], self.forward)(0, batch), len(batch))
         return [self._reason(faults.get(row)) for row in range(len(batch))]
 
     def _reason(self, layer: str | None) -> str:

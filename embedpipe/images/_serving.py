@@ -66,12 +66,12 @@ def _answer(request: Mapping[str, Any], memory_bytes: int) -> list[bytes]:
         image = load_image(Place(request["path"], request["part"]), request["key"])
     except FAILURES as exc:
         return _failure(exc, memory_bytes) * len(transforms)
-    return [part for transform in transforms for part in _window(image, transform, memory_bytes)]
+    return [part for transform in transforms for part in _window(image, transform, request["key"] or "", memory_bytes)]
 
 
-def _window(image: Image.Image, transform: Mapping[str, Any] | None, memory_bytes: int) -> list[bytes]:
+def _window(image: Image.Image, transform: Mapping[str, Any] | None, key: str, memory_bytes: int) -> list[bytes]:
     try:
-        pixels = np.asarray(image) if transform is None else _transform(json.dumps(transform)).window(image)
+        pixels = np.asarray(image) if transform is None else _transform(json.dumps(transform)).window(image, key)
     except FAILURES as exc:
         return _failure(exc, memory_bytes)
     return [HEADER.pack(PIXELS, *pixels.shape[:2]), pixels.tobytes()]

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from embedpipe.errors import DecodeError
+from embedpipe.images._augment import AUGMENTS, augment, random_of
 from embedpipe.images._decode import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Transform:
     pixels : str                           "exact": resize the whole image, then crop; "fast": resize
                                            the part that the crop keeps, in about half the time; a
                                            pixel may be off by one grey level
+    augment, seed, view                    "none", or how `view` 1, 2, ... differs from the clean
+                                           image, at random from `seed` and the image's content
     """
 
     crop_size: tuple[int, int]
@@ -50,6 +53,9 @@ class Transform:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     channels: str = "rgb"
     pixels: str = "exact"
+    augment: str = "none"
+    seed: int = 0
+    view: int = 0
 
     def __post_init__(self) -> None:
         if self.resize_mode not in ("short", "squash", "border") or self.channels not in ("rgb", "bgr"):
@@ -59,6 +65,10 @@ class Transform:
             )
         if isinstance(self.resize_size, int) and self.resize_mode != "short":
             raise ValueError(f"resize_size {self.resize_size}, expected (height, width) for {self.resize_mode!r}")
+        if self.augment not in ("none", *AUGMENTS) or (self.augment == "none") != (self.view == 0):
+            raise ValueError(
+                f"view {self.view} by {self.augment!r}, expected view 0 by 'none', or 1 and more by one of {AUGMENTS}"
+            )
         if self.pixels not in ("exact", "fast"):
             raise ValueError(f"pixels {self.pixels!r}, expected exact or fast")
         if self.interpolation.upper() not in Image.Resampling.__members__:
@@ -68,13 +78,19 @@ class Transform:
         """Return float32 (3, height, width) of an RGB image; raises as `window` does."""
         return self.normalise(self.window(image))
 
-    def window(self, image: Image.Image) -> np.ndarray:
+    def window(self, image: Image.Image, key: str = "") -> np.ndarray:
         """Return the part of an RGB image that the network sees, uint8 (height, width, 3), red first.
+
+        Parameters
+        ----------
+        key : str    sha256 of the image's bytes, hex; a view depends on it
 
         Raises
         ------
         DecodeError    the image is so long and thin that its resized form would be a bomb
         """
+        if self.view:
+            image = augment(image, self.augment, random_of(seed=self.seed, view=self.view, key=key))
         return np.asarray(self._crop_box(image) if self.pixels == "fast" else self._crop(self._resize(image)))
 
     def normalise(self, pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -95,9 +111,15 @@ class Transform:
             return self
         return replace(self, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), channels="rgb")
 
+    @property
+    def colours(self) -> tuple[Any, ...]:
+        """What `normalise` depends on."""
+        return self.crop_size, self.mean, self.std, self.channels
+
     def to_dict(self) -> dict[str, Any]:
         """Return all that shapes a pixel, JSON-able, the fixed policies included."""
-        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        fields = {k: v for k, v in asdict(self).items() if self.view or k not in ("augment", "seed", "view")}
+        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
         return {**lists, **POLICIES}
 
     @classmethod

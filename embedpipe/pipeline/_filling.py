@@ -1,83 +1,29 @@
-"""Rows for whoever asks: from a manifest to keys, to what the cache holds, and for the rest decode, forward and commit.
-
-Deeds enter here. torch is imported when the first batch is about to run, not before: a run that finds every row in the
-cache decodes nothing and forwards nothing.
-
->>> [filled] = fill_spaces([Target(space, backbone)], manifest, plan_forward(...))
->>> filled.computed, filled.reused
-"""
+"""fill_spaces: decode, forward and commit what spaces lack, each image once for all of them."""
 
 from __future__ import annotations
 
-import re
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from embedpipe.cache import Space, SpaceView, SpaceWriter
+from embedpipe.cache import SpaceWriter
 from embedpipe.disk import check_free_space
 from embedpipe.drift import check_drift, is_new, record_environment
 from embedpipe.errors import CacheBusy, StorageError
 from embedpipe.forwarding import Forward, Rows, Runner, settle, stream_rows
 from embedpipe.images import DECODER
-from embedpipe.manifest import Failure, Manifest, Sample
+from embedpipe.manifest import Manifest, Sample
+from embedpipe.pipeline._looking import Filled, Lookup, Target, ahead_of, look_up, row_bytes, summarise
 from embedpipe.places import Place
 from embedpipe.provenance import canonical_json
 
-if TYPE_CHECKING:
-    from embedpipe.backbones import Backbone
-
 Progress = Callable[[str, int, int], None]
 MOST_PENDING = 64  # batches of rows on their way to the disk
-
-
-@dataclass(frozen=True)
-class Target:
-    """A space to fill, and the backbone that does.
-
-    loader : dict    how the backbone was named; recorded beside the rows so that a head can load it again
-    """
-
-    space: Space
-    backbone: Backbone
-    loader: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Filled:
-    """What filling a space took: rows computed, rows found there, failures of this data set, and how it went.
-
-    bottleneck : str     the stage that set the pace: "decode", "forward" or "commit"; "none" where nothing was computed
-    executor : str       what carried the images through the backbone; "none" where nothing was computed
-    difference : float   of its features from eager torch, where that was measured
-    """
-
-    computed: int
-    reused: int
-    failed: tuple[Failure, ...]
-    bottleneck: str = "none"
-    executor: str = "none"
-    difference: float = 0.0
-
-
-@dataclass(frozen=True)
-class Lookup:
-    """What a space says of a manifest: its samples by key, a view of the rows, and the samples still to compute."""
-
-    wanted: dict[bytes, Sample]
-    view: SpaceView
-    missing: dict[bytes, Sample]
-
-    @property
-    def present(self) -> dict[bytes, Sample]:
-        return {key: sample for key, sample in self.wanted.items() if key in self.view}
 
 
 @dataclass
@@ -109,41 +55,6 @@ class Clock:
     def bottleneck(self) -> str:
         shares = {"decode": self.decode_s, "forward": self.forward_s, "commit": self.commit_s}
         return max(shares, key=lambda name: shares[name]) if any(shares.values()) else "none"
-
-
-def space_spec(backbone: Backbone, precision: str, store_dtype: str) -> dict[str, Any]:
-    """Return all that shapes a row: what the fingerprint of a space is taken from."""
-    return {**backbone.spec, "precision": precision, "stored_dtype": store_dtype, "view": 0}
-
-
-def space_name(spec: Mapping[str, Any]) -> str:
-    """Return the readable prefix of a space's folder, such as `timm-resnet18`."""
-    return re.sub(r"[^\w.+-]+", "-", f"{spec['source']}-{spec['architecture']}")
-
-
-def look_up(space: Space, manifest: Manifest, *, retry_failed: bool = False) -> Lookup:
-    """Return what a space holds and lacks of a manifest; recorded failures are not lacking unless tried again."""
-    wanted: dict[bytes, Sample] = {}
-    for sample in manifest.samples:
-        wanted.setdefault(sample.key, sample)
-    view = space.view()
-    failures = {} if retry_failed else view.failures
-    return Lookup(wanted, view, {k: s for k, s in wanted.items() if k not in view and k not in failures})
-
-
-def reuse_space(
-    space: Space, manifest: Manifest, record: Mapping[str, Any], *, retry_failed: bool = False
-) -> Filled | None:
-    """Return what filling would where there is nothing to compute and nothing to prove, else None; no model is needed.
-
-    Parameters
-    ----------
-    record : dict    of this environment, as `record_environment` returns it
-    """
-    found = look_up(space, manifest, retry_failed=retry_failed)
-    if found.missing or space.interrupted or is_new(space, record, computing=False):
-        return None
-    return _summarise(manifest, found, found.view, {})
 
 
 def fill_spaces(
@@ -210,7 +121,11 @@ def _fill_together(
     graphs: Path | None,
 ) -> list[Filled]:
     """Fill several spaces under the same settings."""
-    jobs = [Job(target, look_up(target.space, manifest, retry_failed=retry_failed)) for target in targets]
+
+    def look(target: Target) -> Lookup:
+        return look_up(target.space, manifest, splits=target.splits, retry_failed=retry_failed)
+
+    jobs = [Job(target, look(target)) for target in targets]
     lacking = [job for job in jobs if job.found.missing]
     for job in lacking:
         job.target.space.ensure_free()  # before anything is measured in vain
@@ -224,7 +139,7 @@ def _fill_together(
                 _check_plan(job, forward)
                 job.writer = held.enter_context(_open(job, forward, shard_rows))
                 _obey(job.writer, forward)
-                job.found = look_up(job.target.space, manifest, retry_failed=retry_failed)
+                job.found = look(job.target)
             elif job.new:
                 with suppress(CacheBusy, StorageError), _open(job, forward, shard_rows) as writer:
                     writer.finish()  # else it is probed again next time
@@ -234,14 +149,14 @@ def _fill_together(
             if job.writer:
                 job.writer.finish()
     ran = (clock.bottleneck, forward.executor, runner.difference) if runner else ()
-    return [_summarise(manifest, job.found, job.target.space.view(), job.passing, *ran) for job in jobs]
+    return [summarise(manifest, job.found, job.target.space.view(), job.passing, *ran) for job in jobs]
 
 
 def _settle(manifest: Manifest, lacking: Sequence[Job], forward: Forward, graphs: Path | None) -> Runner | None:
     """Return a runner for the spaces that lack rows."""
     if not lacking:
         return None
-    ahead = {key: manifest.place_of(sample) for job in lacking for key, sample in job.found.missing.items()}
+    ahead = ahead_of(manifest, [job.found for job in lacking])
     return settle([job.target.backbone for job in lacking], forward, ahead.items(), work=len(ahead), graphs=graphs)
 
 
@@ -345,24 +260,11 @@ def _commit(job: Job, rows: Rows, clock: Clock) -> None:
     clock.commit_s += time.monotonic() - start
 
 
-def _summarise(
-    manifest: Manifest, found: Lookup, after: SpaceView, passing: Mapping[bytes, tuple[str, str]], *ran: Any
-) -> Filled:
-    reasons = {key: (stage, reason) for key, (stage, reason, _) in after.failures.items()} | dict(passing)
-    failed = tuple(
-        Failure(manifest.name_of(sample), *reasons[sample.key]) for sample in manifest.samples if sample.key in reasons
-    )
-    computed = sum(key not in reasons for key in found.missing)
-    reused = sum(key not in reasons for key in found.wanted) - computed
-    return Filled(computed, reused, (*manifest.unreadable, *failed), *(ran if found.missing else ()))
-
-
 def _check_plan(job: Job, forward: Forward) -> None:
     """Refuse a plan that the disk cannot hold: the new rows once in shards and once in the compacted file."""
     space, rows = job.target.space, len(job.found.missing)
-    row_bytes = job.target.backbone.feature_dim * np.dtype(forward.store_dtype).itemsize + 32
     held = space.features_path.stat().st_size if space.features_path.exists() else 0
-    check_free_space(space.folder, 2 * rows * row_bytes + min(held, 1 << 30))
+    check_free_space(space.folder, 2 * rows * row_bytes(job.target, forward.store_dtype) + min(held, 1 << 30))
 
 
 def _reporter(progress: Progress | None, label: str, total: int) -> Callable[[int], None]:
