@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from embedpipe.executors._folding import fold
+
 if TYPE_CHECKING:
     import torch
 
@@ -27,6 +29,7 @@ class Torch:
     precision : str           "fp32"; "bf16" and "fp16" by autocast
     channels_last : bool      memory format of images and weights
     compiled : bool           by torch.compile, which takes its time with the first batch
+    folded : bool             without batch normalisations, in fp32; else as the library made it
     """
 
     def __init__(
@@ -37,13 +40,15 @@ class Torch:
         precision: str = "fp32",
         channels_last: bool = True,
         compiled: bool = False,
+        folded: bool = True,
     ) -> None:
         import torch
 
         self._device, self._kind = device, device.partition(":")[0]
         self._dtype = getattr(torch, DTYPES[precision])
         self._memory = torch.channels_last if channels_last else torch.contiguous_format
-        modules = [joint.to(device).to(memory_format=self._memory) for joint in joints]
+        ready = [fold(joint.cpu()) if folded and precision == "fp32" else joint for joint in joints]
+        modules = [joint.to(device).to(memory_format=self._memory) for joint in ready]
         self._modules: list[Any] = [torch.compile(module) if compiled else module for module in modules]
         self._own = threading.local()
 

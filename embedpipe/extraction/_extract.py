@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, UsageError
+from embedpipe.errors import EmbedpipeError, EmbedpipeWarning
 
 if TYPE_CHECKING:
     from embedpipe.backbones import Backbone
@@ -132,8 +132,6 @@ def extract(
     from embedpipe.extraction._wishes import Workshop
     from embedpipe.features import FeatureSet
 
-    if views < 0:
-        raise UsageError(f"--views is {views}, expected 0 or more")
     start, cache = time.monotonic(), Cache(Path(cache_dir))
     reading: dict[str, Any] = {"split_by": split_by, "limit": limit, "allow_outside": allow_outside}
     reading |= {"val_fraction": val_fraction, "test_fraction": test_fraction}

@@ -110,7 +110,14 @@ class Workshop:
         views: int,
         augment: str,
     ) -> list[Wish]:
-        """Return a wish for each view, the clean one first, of each layer of each backbone."""
+        """Return a wish for each view, the clean one first, of each layer of each backbone.
+
+        Raises
+        ------
+        UsageError    a negative number of views
+        """
+        if views < 0:
+            raise UsageError(f"--views is {views}, expected 0 or more")
         asked = [
             Wish(name, layer, shape, self.settings, augment if view else "none", view)
             for view in range(views + 1)

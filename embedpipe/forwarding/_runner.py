@@ -138,7 +138,7 @@ class Runner:
     def _explain(self, number: int, images: Sequence[np.ndarray]) -> list[str]:
         """Return for each image why its features are not finite: the first layer at fault, or the stored dtype."""
         joint, batch = self.joints[self._joint[number]], images[self._window[number]]
-        faults = find_faults(joint, lambda: open_torch([joint], self.forward)(0, batch), len(batch))
+        faults = find_faults(joint, lambda: open_torch([joint], self.forward, folded=False)(0, batch), len(batch))
         return [self._reason(faults.get(row)) for row in range(len(batch))]
 
     def _reason(self, layer: str | None) -> str:
@@ -156,7 +156,7 @@ def open_session(joints: Sequence[Joint], forward: Forward, graphs: Path | None 
     return open_torch(joints, forward, compiled=forward.executor == "compile")
 
 
-def open_torch(joints: Sequence[Joint], forward: Forward, *, compiled: bool = False) -> Torch:
+def open_torch(joints: Sequence[Joint], forward: Forward, *, compiled: bool = False, folded: bool = True) -> Torch:
     """Return a session of torch."""
     return Torch(
         joints,
@@ -164,6 +164,7 @@ def open_torch(joints: Sequence[Joint], forward: Forward, *, compiled: bool = Fa
         precision=forward.precision,
         channels_last=forward.channels_last,
         compiled=compiled,
+        folded=folded,
     )
 
 

@@ -1,0 +1,98 @@
+"""Fold batch normalisations into the convolutions before them: in eval mode both are linear, so one of them is enough.
+
+>>> folded = fold(joint)          # the joint itself where there is nothing to fold
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from embedpipe.backbones import Joint
+
+SHAPES = ("__get__", "size", "dim", "numel")  # functions that only look at a tensor's shape
+
+
+def fold(joint: Joint) -> Joint:
+    """Return a copy of a joint without the batch normalisations that directly follow a convolution.
+
+    A convolution is left alone where its output is wanted itself, or goes anywhere else as well.
+    """
+    pairs = find_pairs(joint)
+    if not pairs:
+        return joint
+    from torch import nn
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    folded = copy.deepcopy(joint)
+    model = folded.headless.model
+    for conv, norm in pairs:
+        before: Any = model.get_submodule(conv)
+        after: Any = model.get_submodule(norm)
+        model.set_submodule(conv, fuse_conv_bn_eval(before, after))
+        rest = [part for part in (getattr(after, "drop", None), getattr(after, "act", None)) if part is not None]
+        model.set_submodule(norm, nn.Sequential(*rest))  # of timm's norms, which hold the activation
+    return folded
+
+
+def find_pairs(joint: Joint) -> list[tuple[str, str]]:
+    """Return names of convolutions and of the batch normalisations that alone take their output, from a pass on black images."""
+    import torch
+    from torch import nn
+    from torch.overrides import TorchFunctionMode
+
+    model = joint.headless.model
+    names = {module: name for name, module in model.named_modules()}
+    made: dict[int, str] = {}  # by the identity of an output
+    taken: dict[str, str] = {}
+    uses: Counter[str] = Counter()
+    runs: Counter[str] = Counter()
+    alive: list[Any] = []  # so that identities stay unique
+
+    class Uses(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__name__", "") not in SHAPES:
+                uses.update(made[id(one)] for one in args if id(one) in made)
+            return func(*args, **(kwargs or {}))
+
+    def enter(module: nn.Module, inputs: Any) -> None:
+        runs[names[module]] += 1
+        if is_norm(module) and inputs and id(inputs[0]) in made:
+            taken[made[id(inputs[0])]] = names[module]
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        if is_conv(module):
+            made[id(output)] = names[module]
+        alive.append(output)
+
+    handles = [module.register_forward_pre_hook(enter) for module in names]
+    handles += [module.register_forward_hook(leave) for module in names]
+    try:
+        with torch.inference_mode(), Uses():
+            joint(joint.example(1))
+    finally:
+        for handle in handles:
+            handle.remove()
+    wanted = {tap.name for group in joint.groups for tap in group}
+    return [
+        (conv, norm)
+        for conv, norm in taken.items()
+        if uses[conv] == 1 and runs[conv] == runs[norm] == 1 and conv not in wanted
+    ]
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Whether a module is a convolution with the weights that it holds, of torch or of timm's padding."""
+    return type(module).__name__ in ("Conv2d", "Conv2dSame")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch normalisation of torch, or of timm with its activation, with fixed statistics."""
+    from torch import nn
+
+    known = type(module).__name__ in ("BatchNorm2d", "BatchNormAct2d")
+    return isinstance(module, nn.BatchNorm2d) and known and module.running_var is not None and not module.training
