@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ def fold(joint: Joint) -> Joint:
 def find_pairs(joint: Joint) -> list[tuple[str, str]]:
     """Return names of convolutions and of the batch normalisations that alone take their output, from a pass on black images."""
     import torch
-    from torch import nn
     from torch.overrides import TorchFunctionMode
 
     model = joint.headless.model
@@ -56,7 +56,7 @@ def find_pairs(joint: Joint) -> list[tuple[str, str]]:
     class Uses(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if getattr(func, "__name__", "") not in SHAPES:
-                uses.update(made[id(one)] for one in args if id(one) in made)
+                uses.update(made[id(one)] for one in _flat([args, kwargs]) if id(one) in made)
             return func(*args, **(kwargs or {}))
 
     def enter(module: nn.Module, inputs: Any) -> None:
@@ -83,6 +83,17 @@ def find_pairs(joint: Joint) -> list[tuple[str, str]]:
         for conv, norm in taken.items()
         if uses[conv] == 1 and runs[conv] == runs[norm] == 1 and conv not in wanted
     ]
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """Yield what stands in nested lists, tuples and dictionaries."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from _flat(part)
+    else:
+        yield value
 
 
 def is_conv(module: nn.Module) -> bool:

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from embedpipe.disk import storage_errors
 from embedpipe.errors import UsageError
 from embedpipe.provenance import canonical_json
 
@@ -75,34 +77,50 @@ class OpenVino:
 
 
 def _graph(core: Any, joint: Joint, graphs: Path | None, renew: bool) -> Any:
-    """Return the graph of a joint: the kept one, or one converted now and kept."""
-    import openvino
+    """Return the graph of a joint: the kept one, or one converted now and kept.
 
-    kept = graphs / graph_name([joint]) if graphs else None
-    if kept and not renew:
+    It is always read from a file: a graph fresh from conversion gives other last bits than the same graph read again.
+    """
+    if graphs is None:
+        with TemporaryDirectory() as folder:
+            return _graph(core, joint, Path(folder), renew)
+    kept = graphs / graph_name([joint])
+    if not renew:
         with suppress(RuntimeError):  # not there, or damaged
             return core.read_model(kept / "graph.xml")
+    _convert(joint, kept)
+    return core.read_model(kept / "graph.xml")
+
+
+def _convert(joint: Joint, folder: Path) -> None:
+    """Write the graph of a joint where the next start finds it, whole or not at all.
+
+    Raises
+    ------
+    StorageError    the disk is full or refuses
+    """
+    import openvino
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing: shapes become constants, as they should
         graph = openvino.convert_model(joint.cpu(), example_input=joint.example(2))
-    if kept:
-        with suppress(OSError, RuntimeError):  # kept only to save time
-            _keep(graph, kept)
-    return graph
-
-
-def _keep(graph: Any, folder: Path) -> None:
-    """Write a graph where the next start finds it, whole or not at all."""
-    import openvino
-
     fresh = folder.with_name(f".tmp-{uuid.uuid4().hex}")
-    fresh.mkdir(parents=True)
+    with storage_errors(folder, "write to"):
+        fresh.mkdir(parents=True)
+        try:
+            openvino.save_model(graph, fresh / "graph.xml", compress_to_fp16=False)
+            shutil.rmtree(folder, ignore_errors=True)
+            _rename(fresh, folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _rename(fresh: Path, folder: Path) -> None:
     try:
-        openvino.save_model(graph, fresh / "graph.xml", compress_to_fp16=False)
-        shutil.rmtree(folder, ignore_errors=True)
         os.rename(fresh, folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    except OSError:
+        if not (folder / "graph.xml").exists():  # else another process was quicker with the same graph
+            raise
 
 
 def graph_name(joints: Sequence[Joint]) -> str:

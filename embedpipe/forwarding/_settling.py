@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from embedpipe.disk import publish
-from embedpipe.errors import EmbedpipeWarning, StorageError, UsageError
+from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, StorageError, UsageError
 from embedpipe.executors import graph_name, has_openvino
 from embedpipe.forwarding._plan import FIRST_BATCH, Forward, torch_threads
 from embedpipe.forwarding._runner import Runner
@@ -84,24 +84,31 @@ def settle(
     known, ahead_s = _recall(memo) or EXPECTED[name], work * eager_s / (forward.batch_size * forward.streams)
     if wanted == "auto" and ahead_s * known.gain < known.warm_up_s:
         return eager
-    start = time.monotonic()
-    other = Runner(backbones, replace(forward, executor=name), graphs=graphs)
-    _, found = _timed(other, sample)
+    start, eager_s = time.monotonic(), _timed(eager, sample)[0]  # now that it is warm
+    try:
+        other = Runner(backbones, replace(forward, executor=name), graphs=graphs)
+        _, found = _timed(other, sample)
+    except EmbedpipeError:
+        raise
+    except Exception as exc:  # noqa: BLE001  converters raise anything for a model that they do not know
+        _warn(f"{name} cannot run {backbones[0].name}: {' '.join(str(exc).split())[:200]}")
+        return eager
     other_s, _ = _timed(other, sample)
+    other.difference = largest_difference(reference, found)
     cost = Cost(time.monotonic() - start - other_s, 1 - other_s / eager_s)
-    difference = largest_difference(reference, found)
     if memo:
         with suppress(StorageError):  # kept only to save time
             publish(memo, json.dumps(vars(cost)).encode())
-    if difference > AGREEMENT:
-        warnings.warn(
-            f"{name} differs from eager torch by {difference:.1e} of the largest feature, expected at most {AGREEMENT:g}; "
-            "eager is used",
-            EmbedpipeWarning,
-            stacklevel=2,
+    if other.difference > AGREEMENT:
+        _warn(
+            f"{name} differs from eager torch by {other.difference:.1e} of the largest feature, expected at most {AGREEMENT:g}"
         )
-    other.difference = difference
-    return eager if difference > AGREEMENT or (wanted == "auto" and cost.gain <= 0) else other
+        return eager
+    return eager if wanted == "auto" and cost.gain <= 0 else other
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"{reason}; eager torch is used", EmbedpipeWarning, stacklevel=3)
 
 
 def _candidate(forward: Forward) -> str:
