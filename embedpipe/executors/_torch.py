@@ -47,6 +47,8 @@ class Torch:
         self._device, self._kind = device, device.partition(":")[0]
         self._dtype = getattr(torch, DTYPES[precision])
         self._memory = torch.channels_last if channels_last else torch.contiguous_format
+        if self._kind == "cuda" and precision == "fp32":  # not the 10 bits of TF32, which is cuDNN's default
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         ready = [fold(joint.cpu()) if folded and precision == "fp32" else joint for joint in joints]
         modules = [joint.to(device).to(memory_format=self._memory) for joint in ready]
         self._modules: list[Any] = [torch.compile(module) if compiled else module for module in modules]
