@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -157,7 +158,7 @@ def collect_garbage(
     dry_run: bool = False,
     cache_dir: PathLike = "cache",
 ) -> Collected:
-    """Remove whole spaces, never one that a writer holds.
+    """Remove graphs that executors keep, which only save time, and whole spaces, never one that a writer holds.
 
     Parameters
     ----------
@@ -166,7 +167,8 @@ def collect_garbage(
     older_than : str
         Remove those not used for this long, such as 30d, 12h or 2w.
     unused : bool
-        Remove those in which no data set has a row, and temporary files that killed processes left an hour ago or longer.
+        Remove those in which no data set has a row, all graphs, and temporary files that killed processes left an hour ago
+        or longer.
     dry_run : bool
         Only say what would go.
 
@@ -187,7 +189,11 @@ def collect_garbage(
     removed: list[dict[str, Any]] = [
         {"name": name, "bytes": size, "reason": "left by a killed process"} for name, size in swept.items()
     ]
-    skipped, freed = [], sum(swept.values())
+    for path, why in _idle_graphs(cache, left - limit, oldest, unused=unused):
+        removed.append({"name": path.name, "bytes": measure(path), "reason": why})
+        if not dry_run:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    skipped, freed = [], sum(one["bytes"] for one in removed)
     for used, name in sorted((last_used(cache.spaces_folder / name), name) for name in cache.space_names()):
         reason = idle.get(name) or (f"not used for {older_than}" if used < oldest else None)
         reason = reason or (f"the cache is over {max_size}" if left - freed > limit else None)
@@ -201,6 +207,16 @@ def collect_garbage(
                 removed.append({"name": name, "bytes": size, "reason": reason})
                 freed += size
     return Collected(removed, skipped, freed, left - freed, dry_run)
+
+
+def _idle_graphs(cache: Cache, excess: float, oldest: float, *, unused: bool) -> Iterator[tuple[Path, str]]:
+    """Yield kept graphs to remove and why, the oldest first, until `excess` bytes are gone."""
+    from embedpipe.cache import measure
+
+    for path in sorted(cache.graphs_folder.glob("[!.]*"), key=lambda path: path.stat().st_mtime):
+        if unused or path.stat().st_mtime < oldest or excess > 0:
+            excess -= measure(path)
+            yield path, "a graph is converted again when it is needed"
 
 
 def _amount(text: str, units: Mapping[str, int], flag: str, example: str) -> float:

@@ -316,6 +316,23 @@ def test_gc_of_the_unused(run: Run, tmp_path: Path, extracted: dict[str, Any]) -
     assert len(Cache(CACHE).spaces()) == 1
 
 
+def test_gc_takes_graphs_first_and_they_are_made_again(run: Run, photos: Path) -> None:
+    openvino = [*TINY, "--executor", "openvino"]
+    first = run("extract", photos, *openvino, "--json").data
+    graphs = set(Path("cache/graphs").iterdir())
+    assert len(graphs) == 2  # the graph, and what it cost
+    size = sum(path.stat().st_size for path in Path("cache").rglob("*") if path.is_file())
+    gone = run("cache", "gc", "--max-size", f"{size - 1000}B", "--dry-run", "--json").data
+    assert {one["name"] for one in gone["removed"]} <= {path.name for path in graphs}
+    assert set(Path("cache/graphs").iterdir()) == graphs
+    run("cache", "gc", "--unused")
+    assert not list(Path("cache/graphs").iterdir())
+    assert Path(first["features"]).exists()
+    run("cache", "rm", Path(first["space"]).name)
+    again = run("extract", photos, *openvino, "--json").data
+    assert again["executor"] == "openvino"
+
+
 def test_gc_does_not_guess_what_a_damaged_table_names(run: Run, extracted: dict[str, Any]) -> None:
     flip(Cache(CACHE).table_path(extracted["dataset"]), 700)
     assert run("cache", "gc", "--unused").code == 4

@@ -62,7 +62,7 @@ def remove_space(folder: Path, *, dry_run: bool) -> None:
 def sweep_leftovers(root: Path, *, dry_run: bool) -> dict[str, int]:
     """Remove what killed processes left in a cache under temporary names an hour ago or longer; return names and bytes."""
     swept = {}
-    for folder in (root, root / "spaces", root / "datasets"):
+    for folder in (root, root / "spaces", root / "datasets", root / "graphs"):
         for path in sorted(folder.glob(f"{TEMPORARY}*")):
             with storage_errors(path, "remove"), suppress(FileNotFoundError):
                 if path.lstat().st_mtime > time.time() - LEFTOVER_S:

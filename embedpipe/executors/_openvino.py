@@ -86,8 +86,10 @@ def _graph(core: Any, joint: Joint, graphs: Path | None, renew: bool) -> Any:
             return _graph(core, joint, Path(folder), renew)
     kept = graphs / graph_name([joint])
     if not renew:
-        with suppress(RuntimeError):  # not there, or damaged
-            return core.read_model(kept / "graph.xml")
+        with suppress(RuntimeError, OSError):  # not there, or damaged
+            graph = core.read_model(kept / "graph.xml")
+            os.utime(kept)  # the time of the last use, for `cache gc`
+            return graph
     _convert(joint, kept)
     return core.read_model(kept / "graph.xml")
 
