@@ -86,6 +86,7 @@ def explain_reuse(
     image_size: int | None = None,
     crop_pct: float | None = None,
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = None,
+    pixels: Literal["exact", "fast"] = "exact",
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     store_dtype: Literal["float32", "float16"] = "float32",
     allow_outside: bool = False,
@@ -100,7 +101,7 @@ def explain_reuse(
         Folder or table of images as `extract` takes it, or a data set of the cache. Default: the one extracted last.
     backbone : str
         timm:NAME, torchvision:NAME, or the model/ folder of a fine-tuned run.
-    weights, layer, pool, image_size, crop_pct, interpolation, precision, store_dtype : as extract takes them
+    weights, layer, pool, image_size, crop_pct, interpolation, pixels, precision, store_dtype : as extract takes them
         As in `extract`.
     allow_outside : bool
         Let a table name files outside its own folder.
@@ -116,6 +117,7 @@ def explain_reuse(
     cache = Cache(Path(cache_dir))
     manifest = _wanted_data(cache, dataset, allow_outside)
     shape: dict[str, Any] = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
+    shape |= {"pixels": pixels}
     loaded = load_backbone(backbone, weights=weights, layer=layer, pool=pool, seed=seed, **shape)
     spec = space_spec(loaded, precision, store_dtype)
     space = cache.open_space(spec, name=space_name(spec))
