@@ -11,6 +11,7 @@ from embedpipe.cache import Cache, Space, prove_files, prove_latest, prove_space
 from embedpipe.cache._features import key_matrix, write_features
 from embedpipe.cache._sealed import USER_BLOCK, seal
 from embedpipe.manifest import Manifest, Sample, Source
+from embedpipe.places import Place
 
 from .conftest import SPEC, rows, write
 
@@ -116,7 +117,7 @@ def test_files_are_read_again_whatever_their_times_say(tmp_path: Path) -> None:
     os.mkfifo(paths[3])
     samples = tuple(Sample(p.name, None, "all", None, key) for p, key in zip(paths, keys, strict=True))
     files, findings = prove_files(Manifest("x", (Source("x", tmp_path),), samples, (), 0, (), ()))
-    assert files == {keys[0]: paths[0]}
+    assert files == {keys[0]: Place.of(paths[0])}
     assert [(f.kind, Path(f.place).name) for f in findings] == [
         ("changed", "changed"),
         ("unreadable", "gone"),
