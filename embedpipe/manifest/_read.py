@@ -98,7 +98,7 @@ def _list_source(argument: str, allow_outside: bool) -> Listing:
         return list_hub(source)
     if not source.names_files:
         return _list_folder(source, allow_outside)
-    names = [one.removeprefix(f"{source.root}".rstrip("/") + "/") for one in expand_braces(source.absolute)]
+    names = [one.removeprefix(join(source.root, "")) for one in expand_braces(source.absolute)]
     absent = [
         name for name in names if not is_url(join(source.root, name)) and not os.path.isfile(join(source.root, name))
     ]

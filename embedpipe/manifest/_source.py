@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from embedpipe.errors import UsageError
 from embedpipe.places import HUB, is_url, parse_hub
@@ -102,7 +101,9 @@ def folder_of(path: str) -> str:
 
 def suffix_of(path: str) -> str:
     """Return the suffix of a file or URL in lower case."""
-    return os.path.splitext(urlsplit(path).path if is_url(path) else path)[1].lower()
+    if path.startswith(("http://", "https://")):
+        path = path.partition("?")[0]
+    return os.path.splitext(path)[1].lower()
 
 
 def check_uncompressed(path: str) -> None:

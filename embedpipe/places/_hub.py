@@ -55,6 +55,8 @@ def _of_saved(found: Any, split: str) -> Any:
 
     if isinstance(found, datasets.Dataset):
         found = datasets.DatasetDict({str(found.split or "train"): found})
+    if split and split not in found:
+        raise ValueError(f"no split {split!r}, expected {' or '.join(found)}")
     return found[split] if split else found
 
 
