@@ -18,6 +18,7 @@ CONTENT = ("etag", "checksum", "md5", "md5hash", "content_md5", "crc32c", "gener
 TIMES = ("lastmodified", "last_modified", "mtime", "modified", "updated", "created")
 SETTLED_S = 2.0  # a younger file may change again within one tick of its time
 FRESH_S = 2.0  # how long an answer about a URL is taken for granted: thousands of members ask for one file
+MOST_VERSIONS = 10_000
 
 _versions: dict[str, tuple[float, str | None]] = {}
 _lock = threading.Lock()
@@ -32,7 +33,8 @@ def read_url(url: str, offset: int, size: int) -> bytes:
     """Return `size` bytes from `offset` on, all where `size` is -1; fewer where there are no more."""
     system, path = _open_system(url)
     with _remote_errors(url):
-        return bytes(system.cat_file(path, offset, offset + size) if size >= 0 else system.cat_file(path))
+        # by name: the second of s3fs is a version
+        return bytes(system.cat_file(path, start=offset, end=offset + size) if size >= 0 else system.cat_file(path))
 
 
 def open_url(url: str) -> IO[bytes]:
@@ -64,6 +66,8 @@ def url_version(url: str) -> str | None:
         known = {name.lower().replace("-", "_"): value for name, value in system.info(path).items()}
     version = _version_of(known)
     with _lock:
+        if len(_versions) >= MOST_VERSIONS:
+            _versions.clear()
         _versions[url] = (time.monotonic(), version)
     return version
 
@@ -87,7 +91,7 @@ def _open_system(url: str) -> tuple[Any, str]:
         system, path = url_to_fs(url)
     except (ImportError, ValueError) as exc:
         hint = "pip install the file system of that scheme, such as s3fs or gcsfs"
-        raise UsageError(f"{url!r}: {_first_line(exc)}", hint=hint) from exc
+        raise UsageError(f"{url!r}: {_one_line(exc)}", hint=hint) from exc
     return system, path
 
 
@@ -99,10 +103,10 @@ def _remote_errors(url: str) -> Iterator[None]:
     except FileNotFoundError as exc:
         raise FileNotFoundError(errno.ENOENT, "no such file", url) from exc
     except OSError as exc:
-        raise OSError(exc.errno, exc.strerror or _first_line(exc), url) from exc
+        raise OSError(exc.errno, exc.strerror or _one_line(exc), url) from exc
     except Exception as exc:
-        raise OSError(errno.EIO, f"{type(exc).__name__}: {_first_line(exc)}", url) from exc
+        raise OSError(errno.EIO, f"{type(exc).__name__}: {_one_line(exc)}", url) from exc
 
 
-def _first_line(exc: Exception) -> str:
-    return next(iter(str(exc).splitlines()), "") or type(exc).__name__
+def _one_line(exc: Exception) -> str:
+    return " ".join(str(exc).split()) or type(exc).__name__

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from embedpipe.cache import Cache, KeyIndex
 from embedpipe.errors import StorageError, UsageError
@@ -125,6 +126,22 @@ def test_tables_stay_below_their_url(folder: Path, index: KeyIndex, tmp_path: Pa
             read(index, str(tmp_path / "here.csv"))
         manifest = read(index, str(tmp_path / "here.csv"), allow_outside=True)
         assert manifest.place_of(manifest.samples[0]) == Place(f"{url}/data/a/1.png")
+
+
+class Versioned(MemoryFileSystem):
+    """A file system whose `cat_file` takes a version before a range, as that of s3fs does."""
+
+    protocol = "versioned"
+
+    def cat_file(self, path: str, version_id: None = None, start: int | None = None, end: int | None = None) -> bytes:
+        assert version_id is None
+        return bytes(super().cat_file(path, start=start, end=end))
+
+
+def test_ranges_are_asked_for_by_name() -> None:
+    fsspec.register_implementation("versioned", Versioned, clobber=True)
+    Versioned().pipe("versioned://x/y", b"abcdef")
+    assert Place("versioned://x/y", "2+3").read() == b"cde"
 
 
 def test_files_by_url_and_in_memory(folder: Path, index: KeyIndex) -> None:
