@@ -132,9 +132,9 @@ def explain_reuse(
 def _wanted_data(cache: Cache, dataset: str | None, allow_outside: bool) -> Manifest:
     """Return the manifest of a source as it is now, or of a data set of the cache."""
     from embedpipe.cache import KeyIndex
-    from embedpipe.manifest import read_manifest
+    from embedpipe.manifest import is_source, read_manifest
 
-    if dataset is None or not Path(dataset).exists():
+    if dataset is None or not is_source(dataset):
         return cache.read_dataset(dataset)
     index = KeyIndex()
     try:

@@ -21,7 +21,7 @@ FLOORS = [
     {"__main__", "__init__"},
 ]
 # On these floors rooms may use their neighbours, in this order: the first knows none of the others.
-STAIRS = [["errors", "disk"], ["errors", "training"], ["errors", "metrics"]]
+STAIRS = [["errors", "disk"], ["errors", "places"], ["errors", "training"], ["errors", "metrics"]]
 STAIRS += [["executors", "forwarding"], ["forwarding", "drift"], ["forwarding", "pipeline"], ["drift", "pipeline"]]
 DOORS = {
     "h5py": {"cache"},
@@ -35,7 +35,10 @@ DOORS = {
     "rich": {"cli", "demo.py"},
     "PIL": {"images", "demo.py", "backbones"},
     "sqlite3": {"cache"},
-    "pyarrow": {"cache"},
+    "pyarrow": {"cache", "places/_parquet.py", "manifest/_parquet.py"},
+    "fsspec": {"places/_remote.py"},
+    "datasets": {"places/_hub.py", "manifest/_hub.py"},
+    "tarfile": {"manifest/_tar.py"},
     "openvino": {"executors/_openvino.py"},
     "pickle": {"backbones/_state.py", "backbones/weights.py"},  # the error; an unpickler of arrays
     "joblib": set(),

@@ -17,11 +17,12 @@ from embedpipe.cache._structure import damaged
 from embedpipe.disk import publish
 
 if TYPE_CHECKING:
-    from embedpipe.manifest import Manifest, Source
+    from embedpipe.manifest import Manifest
 
 TEXTS = ("path", "label", "split", "group")
+OPTIONAL = ("part",)  # absent where every image is a whole file
 SCHEMA = {
-    **dict.fromkeys(TEXTS, ("S", 1)),
+    **dict.fromkeys((*TEXTS, *OPTIONAL), ("S", 1)),
     "key": ("u1", 2),
     "source": ("i4", 1),
     "classes": ("S", 1),
@@ -35,7 +36,7 @@ SCHEMA = {
 def dataset_name(manifest: Manifest) -> str:
     """Return `<name>-<id>`; the id is that of the sources, so a new reading replaces it."""
     readable = re.sub(r"[^A-Za-z0-9._-]+", "_", manifest.name).strip("._-")[:64] or "data"
-    sources = b"\0".join(os.fsencode(_place(source)) for source in manifest.sources)
+    sources = b"\0".join(os.fsencode(source.absolute) for source in manifest.sources)
     return f"{readable}-{hashlib.sha256(sources).hexdigest()[:12]}"
 
 
@@ -45,7 +46,8 @@ def write_table(path: Path, manifest: Manifest) -> None:
     Files that could not be read are left out: they have no key, and the next run tries them again.
     """
     samples, sources = manifest.samples, manifest.sources
-    columns = {name: _texts(getattr(sample, name) for sample in samples) for name in TEXTS}
+    names = (*TEXTS, *(name for name in OPTIONAL if any(getattr(sample, name) for sample in samples)))
+    columns = {name: _texts(getattr(sample, name) for sample in samples) for name in names}
     arrays = {
         **columns,
         "key": key_matrix(sample.key for sample in samples),
@@ -53,7 +55,7 @@ def write_table(path: Path, manifest: Manifest) -> None:
         "classes": _texts(manifest.classes),
         "warnings": _texts(manifest.warnings),
         "sources/argument": _texts(source.argument for source in sources),
-        "sources/absolute": _texts(_place(source) for source in sources),
+        "sources/absolute": _texts(source.absolute for source in sources),
         "sources/root": _texts(str(source.root) for source in sources),
     }
     attrs: dict[str, int | str] = {
@@ -71,7 +73,7 @@ def read_table(path: Path) -> Manifest:
     ------
     CacheMismatch    newer format, damaged or foreign
     """
-    table = open_sealed(path, SCHEMA)
+    table = open_sealed(path, SCHEMA, optional=OPTIONAL)
     try:
         return _manifest_of(table)
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
@@ -79,17 +81,18 @@ def read_table(path: Path) -> Manifest:
 
 
 def _manifest_of(table: Sealed) -> Manifest:
-    from embedpipe.manifest import Manifest, Sample, Source
+    from embedpipe.manifest import Manifest, Sample, Source, root_of
 
     columns = {name: texts_of(table.arrays[name]) for name in TEXTS}
     keys = [key.tobytes() for key in table.arrays["key"].reshape(-1, KEY_BYTES)]
-    rows = zip(*columns.values(), keys, table.arrays["source"].tolist(), strict=True)
+    parts = _column(table, "part") if "part" in table.arrays else [""] * len(keys)
+    rows = zip(*columns.values(), keys, table.arrays["source"].tolist(), parts, strict=True)
     samples = tuple(
-        Sample(place, label or None, split, group or None, key, source)
-        for place, label, split, group, key, source in rows
+        Sample(path, label or None, split, group or None, key, source, part)
+        for path, label, split, group, key, source, part in rows
     )
     pairs = zip(_column(table, "sources/argument"), _column(table, "sources/root"), strict=True)
-    sources = tuple(Source(argument, Path(root)) for argument, root in pairs)
+    sources = tuple(Source(argument, root_of(root)) for argument, root in pairs)
     if not {sample.source for sample in samples} <= set(range(len(sources))):
         raise ValueError("a sample of no source")
     return Manifest(
@@ -104,8 +107,11 @@ def _manifest_of(table: Sealed) -> Manifest:
 
 
 def reads(path: Path, source: str) -> bool:
-    """Whether the table is that of the folder or file `source`."""
-    return os.path.abspath(source) in _column(open_sealed(path, SCHEMA), "sources/absolute")
+    """Whether the table is that of the folder, file or URL `source`."""
+    from embedpipe.manifest import absolute_argument
+
+    table = open_sealed(path, SCHEMA, optional=OPTIONAL)
+    return absolute_argument(source) in _column(table, "sources/absolute")
 
 
 def _column(table: Sealed, name: str) -> list[str]:
@@ -114,8 +120,3 @@ def _column(table: Sealed, name: str) -> list[str]:
 
 def _texts(values: Iterable[str | None]) -> Any:
     return text_column(value or "" for value in values)
-
-
-def _place(source: Source) -> str:
-    """Return the absolute path of a source, wherever the process stands now."""
-    return str(source.root / Path(source.argument).name if source.is_table else source.root)

@@ -1,4 +1,4 @@
-"""A memo (path, size, mtime, inode, ctime) -> sha256, and other answers. Deletable; any trouble means ask again."""
+"""A memo (place, size, mtime, inode, ctime) -> sha256, and other answers. Deletable; any trouble means ask again."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ BATCH = 1000
 MAX_INTEGER = (1 << 63) - 1  # of sqlite; inodes of some file systems are larger
 CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
+Identity = tuple[int, int, int, int]
+
 SCHEMA = (
     "CREATE TABLE IF NOT EXISTS keys (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER,"
     " inode INTEGER, ctime_ns INTEGER, key BLOB) WITHOUT ROWID;"
@@ -29,7 +31,7 @@ SCHEMA = (
 
 
 class KeyIndex:
-    """Keys of files: sha256 of their bytes, remembered between runs.
+    """Keys of images: sha256 of their bytes, remembered between runs.
 
     Parameters
     ----------
@@ -38,7 +40,7 @@ class KeyIndex:
 
     Attributes
     ----------
-    hashed : int    how many files had to be read
+    hashed : int    how many images had to be read
 
     >>> index = KeyIndex()
     >>> index.key_of(Path("a.jpg"))
@@ -56,19 +58,19 @@ class KeyIndex:
 
         Raises
         ------
-        OSError    it cannot be read, or is no regular file
+        OSError       it cannot be read, or is in no regular file
+        UsageError    a library that reads it is not installed
         """
-        file, now = os.fsencode(Place.of(place).path), time.time_ns()
-        name = file
-        before = _stat(name)
-        known = self._look_up(name, before)
+        place, now = Place.of(place), time.time_ns()
+        name = os.fsencode(place.path) + (b"\0" + os.fsencode(place.part) if place.part else b"")
+        before = _identity_of(place)
+        known = self._look_up(name, before) if before else None
         if known is not None:
             return known
-        with open(name, "rb") as stream:
-            key = hashlib.file_digest(stream, "sha256").digest()
-            after = _identity(os.fstat(stream.fileno()))
-        settled = after == before and max(after[1], after[3]) < now - RACY_NS
-        self._remember((name, *after, key) if settled else None)
+        key = _digest(place)
+        after = _identity_of(place)
+        settled = after is not None and after == before and max(after[1], after[3]) < now - RACY_NS
+        self._remember((name, *after, key) if settled and after else None)
         return key
 
     def recall(self, question: str) -> str | None:
@@ -91,7 +93,7 @@ class KeyIndex:
             self._flush()
             self._database.close()
 
-    def _look_up(self, name: bytes, identity: tuple[int, int, int, int]) -> bytes | None:
+    def _look_up(self, name: bytes, identity: Identity) -> bytes | None:
         query = "SELECT key FROM keys WHERE (path, size, mtime_ns, inode, ctime_ns) = (?, ?, ?, ?, ?)"
         with self._lock, suppress(sqlite3.Error):
             row = self._database.execute(query, (name, *identity)).fetchone()
@@ -113,14 +115,23 @@ class KeyIndex:
         self._new = []
 
 
-def _stat(name: bytes) -> tuple[int, int, int, int]:
-    status = os.stat(name)
+def _digest(place: Place) -> bytes:
+    if place.part or place.is_remote:
+        return hashlib.sha256(place.read()).digest()
+    with open(place.path, "rb") as stream:  # of any size
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+def _identity_of(place: Place) -> Identity | None:
+    """Return what changes with a file: size, mtime, inode, ctime; elsewhere its version, in two numbers; None: unknown."""
+    if place.is_remote:
+        version = place.version()
+        words = hashlib.sha256(version.encode()).digest() if version else b""
+        numbers = [int.from_bytes(words[at : at + 8], "big") & MAX_INTEGER for at in (0, 8)]
+        return (numbers[0], 0, numbers[1], 0) if version else None
+    status = os.stat(place.path)
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", os.fsdecode(name))
-    return _identity(status)
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+        raise OSError(errno.EINVAL, "not a regular file", place.path)
     return status.st_size, status.st_mtime_ns, status.st_ino & MAX_INTEGER, status.st_ctime_ns
 
 

@@ -19,7 +19,7 @@ import json
 import mmap
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -119,13 +119,14 @@ def write_sealed(stream: IO[bytes], arrays: Mapping[str, Any], attrs: Mapping[st
     stream.write(seal(build_head(arrays, attrs), 0))
 
 
-def open_sealed(path: Path, schema: Schema, *, large: str | None = None) -> Sealed:
+def open_sealed(path: Path, schema: Schema, *, large: str | None = None, optional: Collection[str] = ()) -> Sealed:
     """Open a sealed file and prove its head.
 
     Parameters
     ----------
     schema : mapping of array name to (NumPy's kind and size, such as "f4|f2", or "S"; dimensions)
-    large : str    which of them is the large one
+    large : str        which of them is the large one
+    optional : names    which of them may be absent
 
     Raises
     ------
@@ -139,7 +140,7 @@ def open_sealed(path: Path, schema: Schema, *, large: str | None = None) -> Seal
         mapped = _map(stream, path)
         offset, size = _prove(mapped, path)
         attrs, extents = structure(stream, path)
-    if set(extents) != set(schema):
+    if not set(schema) - set(optional) <= set(extents) <= set(schema):
         raise damaged(path, f"it holds {sorted(extents)}, expected {sorted(schema)}")
     for name, extent in extents.items():
         check_extent(extent, *schema[name], mapped.size, path)

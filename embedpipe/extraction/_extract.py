@@ -64,7 +64,8 @@ def extract(
     Parameters
     ----------
     data : path or several
-        Class folders (with or without train/ val/ test/), a flat folder, or a CSV, TSV or JSONL manifest.
+        Class folders (with or without train/ val/ test/), a flat folder, a CSV, TSV, JSONL or Parquet manifest, Parquet files of
+        images, .tar shards ("s-{000..012}.tar"), an s3:// or other URL of one of these, or hf:NAME[:CONFIG][@SPLIT].
     backbone : str, Backbone or several names
         timm:NAME, torchvision:NAME, or the model/ folder of a fine-tuned run.
     weights : str

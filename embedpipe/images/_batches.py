@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Key = TypeVar("Key", bound=bytes | None)
 Images = Callable[[Image.Image], "torch.Tensor"]
 Timed = tuple[list[Loaded], float]
+READERS = 16  # threads that fetch what decoder processes cannot read themselves: they wait, decoders work
 ALL = -1  # no transform has this image
 
 
@@ -78,7 +79,7 @@ def image_batches(
     ----------
     items : iterable of (key, place)    a file whose sha256 is not its key fails; None: no check
     transforms : callables              RGB image -> float32 (3, H, W), all of one decode; their errors are raised
-    batch_size, workers : int >= 1      at most 2 * batch_size + workers images are held at a time
+    batch_size, workers : int >= 1      at most 2 * batch_size + workers images are held at a time, read or decoded
     in_order : bool                     as the items come; else as they are ready, and a slow image holds up no other
     """
     keys: list[Key] = []
@@ -126,10 +127,16 @@ def _loaded(
     ready: SimpleQueue[tuple[int, Key, Future[Timed]]] = SimpleQueue()
     waiting: list[tuple[int, Key, Future[Timed]]] = []  # a heap by number
     taken = given = 0
-    executor, decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode"), Decoders()
+    decoding = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    reading = ThreadPoolExecutor(
+        max(READERS, workers), thread_name_prefix="read"
+    )  # starts no thread before its first task
+    decoders = Decoders(workers)
 
-    def submit(number: int, key: Key, place: Place | Path) -> None:
-        future = executor.submit(_load, decoders, key, Place.of(place), transforms)
+    def submit(number: int, key: Key, item: Place | Path) -> None:
+        place = Place.of(item)
+        executor = decoding if place.is_direct else reading
+        future = executor.submit(_load, decoders, key, place, transforms)
         future.add_done_callback(lambda done: ready.put((number, key, done)))
 
     try:
@@ -145,9 +152,11 @@ def _loaded(
             _, key, future = heapq.heappop(waiting)
             yield key, future.result()
     finally:
-        executor.shutdown(wait=False, cancel_futures=True)
+        for executor in (reading, decoding):
+            executor.shutdown(wait=False, cancel_futures=True)
         decoders.give_up()
-        executor.shutdown(wait=True)
+        for executor in (reading, decoding):
+            executor.shutdown(wait=True)
 
 
 def _load(decoders: Decoders, key: bytes | None, place: Place, transforms: Sequence[Images]) -> Timed:

@@ -62,8 +62,12 @@ class Decoder:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._requests, self._answers = self._process.stdin, self._process.stdout
-        with suppress(AttributeError, OSError):  # Linux; an image at a time goes through without a halt
-            fcntl.fcntl(self._answers, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        for pipe in (self._requests, self._answers):
+            with suppress(AttributeError, OSError):  # Linux; an image at a time goes through without a halt
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        os.set_blocking(self._requests.fileno(), False)
+        self._room = select.poll()
+        self._room.register(self._requests, select.POLLOUT)
         self._poll = select.poll()
         self._poll.register(self._answers, select.POLLIN)
         try:
@@ -79,19 +83,29 @@ class Decoder:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def load(self, place: Place, *, key: bytes | None, transforms: Sequence[Mapping[str, Any] | None]) -> list[Loaded]:
+    def load(
+        self,
+        place: Place,
+        *,
+        key: bytes | None,
+        transforms: Sequence[Mapping[str, Any] | None],
+        data: bytes | None = None,
+    ) -> list[Loaded]:
         """Return, for each transform, uint8 (H, W, 3) of an image, or (stage, reason) of its failure.
 
         Parameters
         ----------
         place : Place                     where its bytes are
+        data : bytes or None              these bytes; None: the decoder reads the place itself
         key : bytes or None               their sha256; other bytes are a failure
         transforms : list of dict or None    of a `Transform`, whose resize and crop are applied; None: the whole image
         """
-        request = {"path": place.path, "part": place.part, "key": key.hex() if key else None}
+        request: dict[str, Any] = {"path": place.path, "part": place.part, "key": key.hex() if key else None}
+        request |= {"transforms": transforms, "bytes": None if data is None else len(data)}
         deadline = time.monotonic() + TIME_LIMIT_S
         try:
-            self._requests.write(json.dumps({**request, "transforms": transforms}).encode() + b"\n")
+            self._write(json.dumps(request).encode() + b"\n", deadline)
+            self._write(data or b"", deadline)
             return [self._receive(deadline) for _ in transforms]
         except TimeoutError:
             self.close()
@@ -122,6 +136,14 @@ class Decoder:
         """Leave the process to the parent of this fork."""
         self._process.returncode = 0
 
+    def _write(self, data: bytes, deadline: float) -> None:
+        left = memoryview(data)
+        while left:
+            if not self._room.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                raise TimeoutError
+            with suppress(BlockingIOError):
+                left = left[os.write(self._requests.fileno(), left) :]
+
     def _read(self, count: int, deadline: float) -> bytearray:
         data, got = bytearray(count), 0
         while got < count:
@@ -139,15 +161,33 @@ def _end_of(code: int) -> str:
 
 
 class Decoders:
-    """Decoder processes for a while, as many as threads ask at once; whatever they are at is given up when it ends."""
+    """Decoder processes for a while, `limit` at most; whatever they are at is given up when it ends.
 
-    def __init__(self) -> None:
+    More threads than `limit` may ask: a place that a decoder cannot read is read here, before one is waited for.
+    """
+
+    def __init__(self, limit: int = 1) -> None:
+        self._slots = threading.Semaphore(limit)
         self._busy: set[Decoder] = set()
         self._ended = False
         self._lock = threading.Lock()
 
     def load(self, place: Place, *, key: bytes | None, transforms: Sequence[Mapping[str, Any] | None]) -> list[Loaded]:
         """Return what `Decoder.load` does."""
+        data = None
+        if not place.is_direct:
+            try:
+                data = place.read()
+            except OSError as exc:
+                return [("read", exc.strerror or str(exc))] * len(transforms)
+            if self._ended:
+                return [("limit", "given up")] * len(transforms)
+        with self._slots:
+            return self._load(place, data, key, transforms)
+
+    def _load(
+        self, place: Place, data: bytes | None, key: bytes | None, transforms: Sequence[Mapping[str, Any] | None]
+    ) -> list[Loaded]:
         decoder = _take()
         with self._lock:
             self._busy.add(decoder)
@@ -155,7 +195,7 @@ class Decoders:
                 decoder.interrupt()
         reusable = False
         try:
-            loaded = decoder.load(place, key=key, transforms=transforms)
+            loaded = decoder.load(place, key=key, transforms=transforms, data=data)
             reusable = decoder.alive
             return loaded
         finally:

@@ -1,8 +1,9 @@
 """The child's side of an isolated decoder: requests come on stdin, pixels leave on stdout.
 
 A request is a line of JSON: path and part of a `Place`, key (hex, or null), transforms (each a dict, or null for the image
-as it is). The answer has, for each transform, `HEADER` (kind, height or length, width) and then uint8 (height, width, 3), or
-the reason of a failure. The process leaves as soon as its parent has gone, even in the middle of an image.
+as it is), bytes: how many bytes of the image follow the line, or null where this process reads the place itself. The answer
+has, for each transform, `HEADER` (kind, height or length, width) and then uint8 (height, width, 3), or the reason of a failure.
+The process leaves as soon as its parent has gone, even in the middle of an image.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from embedpipe.places import Place
 HEADER = struct.Struct("<III")
 PIXELS = 0
 STAGES = {1: "read", 2: "decode", 3: "limit"}
+Request = tuple[dict[str, Any], bytes | None]
 FAILURES = (DecodeError, MemoryError, OSError)  # of an image; any other error ends the process
 
 
@@ -41,17 +43,22 @@ def serve(memory_bytes: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides
         signal.signal(number, signal.SIG_IGN)
     _limit_memory(memory_bytes)
-    requests: SimpleQueue[bytes] = SimpleQueue()
+    requests: SimpleQueue[Request] = SimpleQueue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     _write(answers, HEADER.pack(PIXELS, 0, 0))  # ready
     while True:
-        _write(answers, *_answer(json.loads(requests.get()), memory_bytes))
+        _write(answers, *_answer(*requests.get(), memory_bytes))
 
 
-def _listen(requests: SimpleQueue[bytes]) -> None:
-    for line in sys.stdin.buffer:
-        requests.put(line)
-    os._exit(0)
+def _listen(requests: SimpleQueue[Request]) -> None:
+    """Take requests as they come, so that their writer never waits for a decoder at work; leave when there are no more."""
+    try:
+        for line in sys.stdin.buffer:
+            request = json.loads(line)
+            size = request["bytes"]
+            requests.put((request, None if size is None else sys.stdin.buffer.read(size)))
+    finally:
+        os._exit(0)
 
 
 def _limit_memory(memory_bytes: int) -> None:
@@ -60,10 +67,10 @@ def _limit_memory(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def _answer(request: Mapping[str, Any], memory_bytes: int) -> list[bytes]:
+def _answer(request: Mapping[str, Any], data: bytes | None, memory_bytes: int) -> list[bytes]:
     transforms = request["transforms"]
     try:
-        image = load_image(Place(request["path"], request["part"]), request["key"])
+        image = load_image(Place(request["path"], request["part"]).read() if data is None else data, request["key"])
     except FAILURES as exc:
         return _failure(exc, memory_bytes) * len(transforms)
     return [part for transform in transforms for part in _window(image, transform, request["key"] or "", memory_bytes)]
@@ -94,15 +101,14 @@ def _failure(exc: Exception, memory_bytes: int) -> list[bytes]:
     return [HEADER.pack(kind, len(text), 0), text]
 
 
-def load_image(place: Place, key: str | None) -> Image.Image:
-    """Return the RGB image at a place.
+def load_image(data: bytes, key: str | None) -> Image.Image:
+    """Return the RGB image that bytes are.
 
     Raises
     ------
     DecodeError    its decoder refuses it
-    OSError        it cannot be read, or its sha256 is not `key`
+    OSError        their sha256 is not `key`
     """
-    data = place.read()
     if key is not None and hashlib.sha256(data).hexdigest() != key:
         raise OSError("changed while reading")
     return decode_image(data)

@@ -1,7 +1,7 @@
-"""Sources to samples: class folders, flat folders and CSV, TSV or JSONL tables become a Manifest.
+"""Sources to samples: folders, tables, tar shards, Parquet files, hub data sets and URLs of them become a Manifest.
 
 Any deed and the pipeline may enter; the cache imports the nouns. Nothing here opens an image or
-imports torch: the content key of a file comes from the `key_of` function that the caller hands in.
+imports torch: the content key of an image comes from the `key_of` function that the caller hands in.
 
 >>> manifest = read_manifest(["data"], key_of=index.key_of)
 >>> manifest.classes, manifest.splits
@@ -10,6 +10,8 @@ imports torch: the content key of a file comes from the `key_of` function that t
 
 from embedpipe.manifest._folder import IMAGE_SUFFIXES, list_images
 from embedpipe.manifest._read import read_manifest
-from embedpipe.manifest._sample import SPLITS, Failure, Manifest, Sample, Source
+from embedpipe.manifest._sample import SPLITS, Failure, Manifest, Sample
+from embedpipe.manifest._source import Source, absolute_argument, is_source, root_of
 
-__all__ = ["IMAGE_SUFFIXES", "SPLITS", "Failure", "Manifest", "Sample", "Source", "list_images", "read_manifest"]
+__all__ = ["IMAGE_SUFFIXES", "SPLITS", "Failure", "Manifest", "Sample", "Source", "absolute_argument", "is_source"]
+__all__ += ["list_images", "read_manifest", "root_of"]

@@ -6,32 +6,48 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
-from embedpipe.errors import UsageError
-from embedpipe.manifest._folder import IMAGE_SUFFIXES, list_folder
-from embedpipe.manifest._sample import TABLE_SUFFIXES, Failure, Listing, Manifest, Row, Sample, Source
+from embedpipe.errors import EmbedpipeError, UsageError
+from embedpipe.manifest._folder import IMAGE_SUFFIXES, list_folder, unreadable_folders, walk
+from embedpipe.manifest._hub import list_hub
+from embedpipe.manifest._sample import Failure, Listing, Manifest, Row, Sample, name_of
+from embedpipe.manifest._shards import list_shards
+from embedpipe.manifest._source import (
+    TABLE_SUFFIXES,
+    Source,
+    check_uncompressed,
+    expand_braces,
+    join,
+    source_of,
+    suffix_of,
+)
 from embedpipe.manifest._split import assign_splits
 from embedpipe.manifest._table import list_table
+from embedpipe.places import HUB, Place, is_url
+
+READERS, REMOTE_READERS = 8, 32  # threads that read images for their keys
+MOST_AT_ONCE = 64  # images a thread takes
 
 
 def read_manifest(
     data: Sequence[str | os.PathLike[str]],
     *,
-    key_of: Callable[[Path], bytes],
+    key_of: Callable[[Place], bytes],
     split_by: str = "auto",
     val_fraction: float = 0.15,
     test_fraction: float = 0.15,
     limit: int | None = None,
     allow_outside: bool = False,
 ) -> Manifest:
-    """Read class folders, flat folders and tables as one data set.
+    """Read class folders, flat folders, tables, shards and hub data sets as one data set.
 
     Parameters
     ----------
-    data : sequence of path     folders, or .csv, .tsv, .jsonl tables
-    key_of : path -> bytes      32-byte content key; an OSError puts the file among `unreadable`
+    data : sequence of path     folders, .csv, .tsv, .jsonl tables, .tar or .parquet files, all of them also as URLs or
+                                patterns such as "s-{000..012}.tar", or hf:NAME
+    key_of : place -> bytes     32-byte content key, asked for in several threads; an OSError puts the image among `unreadable`
     split_by : str              "auto" (as the data say, else hash), "folder", "column", "hash"
     val_fraction : float        share of val in a hash split, or of what is carved from train
     test_fraction : float       share of test in a hash split
@@ -76,15 +92,44 @@ def _check_options(split_by: str, val_fraction: float, test_fraction: float, lim
 
 
 def _list_source(argument: str, allow_outside: bool) -> Listing:
-    path = Path(os.path.abspath(argument))
-    if path.is_dir():
-        return list_folder(Source(argument, path))
-    if path.is_file() and path.suffix.lower() in TABLE_SUFFIXES:
-        return list_table(Source(argument, path.parent), path, allow_outside=allow_outside)
-    raise UsageError(
-        f"{argument!r} {'is another kind of file' if path.exists() else 'does not exist'}, "
-        "expected a folder of images or a .csv, .tsv or .jsonl table",
-        hint="give the folder that holds it" if path.exists() else "check the path",
+    check_uncompressed(argument)
+    source = source_of(argument)
+    if source.is_hub:
+        return list_hub(source)
+    if not source.names_files:
+        return _list_folder(source, allow_outside)
+    names = [one.removeprefix(join(source.root, "")) for one in expand_braces(source.absolute)]
+    absent = [
+        name for name in names if not is_url(join(source.root, name)) and not os.path.isfile(join(source.root, name))
+    ]
+    if absent:
+        raise _refusal(join(source.prefix, absent[0]), join(source.root, absent[0]))
+    if suffix_of(argument) not in TABLE_SUFFIXES:
+        return list_shards(source, names, allow_outside=allow_outside)
+    if len(names) > 1:
+        raise UsageError(f"{argument!r} stands for {len(names)} tables", hint="name tables one by one")
+    return list_table(source, names[0], allow_outside=allow_outside)
+
+
+def _list_folder(source: Source, allow_outside: bool) -> Listing:
+    if not is_url(str(source.root)) and not os.path.isdir(source.root):
+        raise _refusal(source.argument, str(source.root))
+    walked = walk(source.root)
+    if walked.images or not walked.shards:
+        return list_folder(source, walked)
+    for shard in walked.shards:
+        check_uncompressed(shard)
+    found = list_shards(source, walked.shards, allow_outside=allow_outside)
+    unreadable = (*unreadable_folders(source, walked), *found.unreadable)
+    return replace(found, ignored=found.ignored + walked.ignored, unreadable=unreadable)
+
+
+def _refusal(argument: str, path: str) -> UsageError:
+    there = os.path.exists(path)
+    return UsageError(
+        f"{argument!r} {'is another kind of file' if there else 'does not exist'}, expected a folder of images, "
+        "a .csv, .tsv, .jsonl or .parquet table, .tar shards, a URL of one of them, or hf:NAME",
+        hint="give the folder that holds it" if there else "check the path",
     )
 
 
@@ -105,7 +150,7 @@ def _check_listings(listings: list[Listing], split_by: str) -> None:
     if split_by != "hash":
         _check_all_or_none(listings, "split")
     for listing in listings if split_by in ("folder", "column") else ():
-        kind = "column" if listing.source.is_table else "folder"
+        kind = "column" if listing.source.has_columns else "folder"
         if kind != split_by or not listing.rows[0].split:
             raise UsageError(
                 f"{listing.source.argument!r} has no splits by {split_by}",
@@ -134,24 +179,44 @@ def _limited(rows: list[tuple[int, Row]], limit: int | None) -> list[tuple[int, 
 
 
 def _read_keys(
-    rows: list[tuple[int, Row]], listings: list[Listing], key_of: Callable[[Path], bytes]
+    rows: list[tuple[int, Row]], listings: list[Listing], key_of: Callable[[Place], bytes]
 ) -> tuple[list[Sample], list[Failure]]:
+    sources = [listing.source for listing in listings]
+    places = [Place(join(sources[index].root, row.path), row.part) for index, row in rows]
     samples, unreadable = [], []
-    for index, row in rows:
-        source = listings[index].source
-        try:
-            key = key_of(source.root / row.path)
-        except OSError as exc:
-            name = os.path.join(source.prefix, row.path)
-            unreadable.append(Failure(name, "read", exc.strerror or str(exc)))
+    for (index, row), key in zip(rows, _keys_of(places, key_of), strict=True):
+        if isinstance(key, OSError):
+            unreadable.append(Failure(name_of(sources[index], row), "read", key.strerror or str(key)))
         else:
-            samples.append(Sample(row.path, row.label, row.split, row.group, key, index))
+            samples.append(Sample(row.path, row.label, row.split, row.group, key, index, row.part))
     if not samples:
         raise UsageError(
             f"no image can be read, first of {len(unreadable)}: {unreadable[0].path!r}: {unreadable[0].reason}",
             hint="check paths and permissions; paths in a table are relative to its folder",
         )
     return samples, unreadable
+
+
+def _keys_of(places: Sequence[Place], key_of: Callable[[Place], bytes]) -> list[bytes | OSError]:
+    """Return the key of each place, in order, or why there is none; many reads are under way at once."""
+
+    def ask(some: Sequence[Place]) -> list[bytes | OSError]:
+        return [_try(key_of, place) for place in some]
+
+    readers = REMOTE_READERS if any(place.is_remote for place in (*places[:1], *places[-1:])) else READERS
+    size = min(MOST_AT_ONCE, -(-len(places) // (4 * readers)))
+    parts = [places[start : start + size] for start in range(0, len(places), size)]
+    with ThreadPoolExecutor(readers, thread_name_prefix="key") as threads:
+        return [key for keys in threads.map(ask, parts) for key in keys]
+
+
+def _try(key_of: Callable[[Place], bytes], place: Place) -> bytes | OSError:
+    try:
+        return key_of(place)
+    except EmbedpipeError:
+        raise  # of what is missing for all
+    except OSError as exc:
+        return exc
 
 
 def _one_class(classes: tuple[str, ...]) -> list[str]:
@@ -161,6 +226,8 @@ def _one_class(classes: tuple[str, ...]) -> list[str]:
 
 
 def _name(sources: Sequence[Source]) -> str:
-    first = Path(sources[0].argument).stem if sources[0].is_table else sources[0].root.name
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", first).strip("-.") or "data"
+    first = sources[0].absolute.rpartition("/")[2] if sources[0].names_files else os.path.basename(sources[0].root)
+    if sources[0].names_files:
+        first = os.path.splitext(first)[0]
+    name = re.sub(r"[^A-Za-z0-9._]+", "-", first.removeprefix(HUB)).strip("-.") or "data"
     return name if len(sources) == 1 else f"{name}-and-{len(sources) - 1}-more"

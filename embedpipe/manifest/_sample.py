@@ -1,17 +1,15 @@
-"""The nouns of the room: Source, Sample, Failure and the Manifest that holds them."""
+"""The nouns of the room: Sample, Failure and the Manifest that holds them."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
+from embedpipe.manifest._source import Source, join
 from embedpipe.places import Place
 
 SPLITS = ("train", "val", "test", "all")
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 
 @dataclass(frozen=True)
@@ -31,31 +29,14 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Source:
-    """One DATA argument: as typed, and the absolute folder that its paths are relative to."""
-
-    argument: str
-    root: Path
-
-    @property
-    def is_table(self) -> bool:
-        argument = Path(self.argument)
-        return argument.suffix.lower() in TABLE_SUFFIXES and argument.name != self.root.name
-
-    @property
-    def prefix(self) -> str:
-        """What relative paths are joined to for display: the argument, or the folder of a table."""
-        return os.path.dirname(self.argument) if self.is_table else self.argument
-
-
-@dataclass(frozen=True)
 class Row:
-    """What a source says of one image before it is read; `split` is empty if none is named."""
+    """What a source says of one image before it is read; `split` is empty if none is named, `part` for a whole file."""
 
     path: str
     label: str | None = None
     split: str = ""
     group: str | None = None
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,8 +60,9 @@ class Sample:
     label : str or None   class name
     split : str           "train", "val", "test", or "all" for unlabelled data without splits
     group : str or None   samples of one group stay in one split
-    key : bytes           sha256 of the file's bytes, 32 bytes
+    key : bytes           sha256 of the image's bytes, 32 bytes
     source : int          index into `Manifest.sources`
+    part : str            where in the file it is, as in a `Place`; "" the whole file
     """
 
     path: str
@@ -89,6 +71,7 @@ class Sample:
     group: str | None
     key: bytes
     source: int = 0
+    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,11 +99,11 @@ class Manifest:
 
     def place_of(self, sample: Sample) -> Place:
         """Return where the bytes of a sample are."""
-        return Place(os.path.join(self.sources[sample.source].root, sample.path))
+        return Place(join(self.sources[sample.source].root, sample.path), sample.part)
 
     def name_of(self, sample: Sample) -> str:
-        """Return the DATA argument joined with the sample's relative path."""
-        return os.path.join(self.sources[sample.source].prefix, sample.path)
+        """Return the DATA argument joined with the sample's relative path, and its name in that file."""
+        return name_of(self.sources[sample.source], sample)
 
     @cached_property
     def splits(self) -> dict[str, int]:
@@ -131,3 +114,9 @@ class Manifest:
     @property
     def labelled(self) -> bool:
         return bool(self.classes)
+
+
+def name_of(source: Source, row: Row | Sample) -> str:
+    """Return what to call an image: the DATA argument joined with its relative path, and its name in that file."""
+    location, _, name = row.part.partition("/")
+    return join(source.prefix, row.path) + (f"/{name.lstrip('/') or location}" if row.part else "")

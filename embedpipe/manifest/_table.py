@@ -13,36 +13,55 @@ import difflib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from embedpipe.errors import StorageError, UsageError
 from embedpipe.manifest._folder import SPLIT_NAMES
-from embedpipe.manifest._sample import Listing, Row, Source
+from embedpipe.manifest._sample import Listing, Row
+from embedpipe.manifest._source import Source, join, suffix_of
+from embedpipe.places import Place, is_url
 
 COLUMNS = ("path", "label", "split", "group")
 Record = tuple[str, dict[str, str]]  # where it stands ("list.csv, line 3") and its cells
 
 
-def list_table(source: Source, file: Path, *, allow_outside: bool) -> Listing:
-    """Read a .csv, .tsv or .jsonl table.
+def list_table(source: Source, name: str, *, allow_outside: bool) -> Listing:
+    """Read a .csv, .tsv or .jsonl table, of that name in the root of its source.
 
     Raises
     ------
     UsageError      a line, a column or a value that cannot be what was meant; the line is named
     StorageError    the file cannot be read
     """
+    file = join(source.root, name)
+    with reading(file):
+        text = _decode(Place(file).read())
+    records = _json_lines(text, name) if suffix_of(name) == ".jsonl" else _cells(text, name)
+    return Listing(source, rows_of(records, source.root, allow_outside))
+
+
+@contextmanager
+def reading(file: str) -> Iterator[None]:
+    """Say which table cannot be read."""
     try:
-        text = _decode(file.read_bytes())
+        yield
+    except StorageError:
+        raise
     except OSError as exc:
-        raise StorageError(f"could not read {str(file)!r}: {exc.strerror}", hint="check its permissions") from exc
+        hint = "check the address, the network and your credentials" if is_url(file) else "check its permissions"
+        raise StorageError(f"could not read {file!r}: {exc.strerror or exc}", hint=hint) from exc
+
+
+def rows_of(records: Iterable[Record], root: Path | str, allow_outside: bool) -> tuple[Row, ...]:
+    """Return the rows that records say, paths relative to `root`; a label or a split is in all or in none."""
     _real.cache_clear()  # links may have changed since the last table
-    records = _json_lines(text, file) if file.suffix.lower() == ".jsonl" else _cells(text, file)
-    rows = [(at, _row(cells, source.root, at, allow_outside)) for at, cells in records]
+    rows = [(at, _row(cells, root, at, allow_outside)) for at, cells in records]
     for column in ("label", "split"):
         _check_complete(rows, column)
-    return Listing(source, tuple(row for _, row in rows))
+    return tuple(row for _, row in rows)
 
 
 def _decode(data: bytes) -> str:
@@ -51,15 +70,15 @@ def _decode(data: bytes) -> str:
     return data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
 
 
-def _cells(text: str, file: Path) -> Iterator[Record]:
+def _cells(text: str, file: str) -> Iterator[Record]:
     """Read CSV or TSV; the delimiter of a .csv is whichever of `,` `;` tab its header has most."""
-    candidates = "\t" if file.suffix.lower() == ".tsv" else ",;\t"
+    candidates = "\t" if suffix_of(file) == ".tsv" else ",;\t"
     delimiter = max(candidates, key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        columns = _check_columns(next(reader, []), f"{file.name}, line 1")
+        columns = check_columns(next(reader, []), f"{file}, line 1")
         for cells in reader:
-            at = f"{file.name}, line {reader.line_num}"
+            at = f"{file}, line {reader.line_num}"
             if any(cells[len(columns) :]):
                 raise UsageError(
                     f"{at}: found {len(cells)} values, expected {len(columns)}",
@@ -68,33 +87,34 @@ def _cells(text: str, file: Path) -> Iterator[Record]:
             if any(cells):
                 yield at, dict(zip(columns, cells, strict=False))
     except csv.Error as exc:
-        at = f"{file.name}, line {reader.line_num}"
+        at = f"{file}, line {reader.line_num}"
         raise UsageError(f"{at}: {exc}", hint="check the quotes on that line") from exc
 
 
-def _json_lines(text: str, file: Path) -> Iterator[Record]:
+def _json_lines(text: str, file: str) -> Iterator[Record]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        at = f"{file.name}, line {number}"
+        at = f"{file}, line {number}"
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as exc:
             raise UsageError(f"{at}: not JSON ({exc})", hint="write one object a line") from exc
         if not isinstance(record, dict):
             raise UsageError(f"{at}: found {line[:40]!r}, expected a JSON object")
-        columns = _check_columns(list(record), at)
+        columns = check_columns(list(record), at)
         values = zip(columns, record.values(), strict=True)
-        yield at, {name: _text(value, at, name) for name, value in values if name in COLUMNS}
+        yield at, {name: text_of(value, at, name) for name, value in values if name in COLUMNS}
 
 
-def _text(value: object, at: str, column: str) -> str:
+def text_of(value: object, at: str, column: str) -> str:
+    """Return a cell as text, "" for none."""
     if value is None or isinstance(value, str | int | float):
         return "" if value is None else str(value)
     raise UsageError(f"{at}: {column} is {value!r}, expected a text or a number")
 
 
-def _check_columns(written: list[str], at: str) -> list[str]:
+def check_columns(written: list[str], at: str) -> list[str]:
     """Return the names in lower case; refuse a near miss of ours, one twice, and no `path`."""
     names = [name.strip().lower() for name in written]
     absent = [name for name in COLUMNS if name not in names]
@@ -110,14 +130,14 @@ def _check_columns(written: list[str], at: str) -> list[str]:
     return names
 
 
-def _row(cells: dict[str, str], root: Path, at: str, allow_outside: bool) -> Row:
+def _row(cells: dict[str, str], root: Path | str, at: str, allow_outside: bool) -> Row:
     path, label, split, group = (cells.get(name, "") for name in COLUMNS)
     for text in (path, label, group):
         _check_text(text, at)
     return Row(
         path=_relative(path, root, at, allow_outside),
         label=label.strip() or None,
-        split=_split(split.strip().lower(), at),
+        split=split_of(split, at),
         group=group.strip() or None,
     )
 
@@ -131,20 +151,33 @@ def _check_text(text: str, at: str) -> None:
         raise UsageError(f"{at}: {text!r} holds characters that no file name can have")
 
 
-def _relative(path: str, root: Path, at: str, allow_outside: bool) -> str:
+def _relative(path: str, root: Path | str, at: str, allow_outside: bool) -> str:
     """Return the normalised path below `root`: what is checked here is what will be opened.
 
     Links are followed as far as they stay below the folder of the table.
     """
     if not path.strip():
         raise UsageError(f"{at}: no path", hint="give every row the path of an image")
+    if is_url(str(root)) or is_url(path):
+        return _relative_url(path, at, allow_outside)
     below, normal = os.path.join(root, ""), os.path.normpath(os.path.join(root, path))
-    if normal.startswith(below) and (allow_outside or _stays(root, normal)):
+    if normal.startswith(below) and (allow_outside or _stays(Path(root), normal)):
         return normal.removeprefix(below)
     if allow_outside:
         return path
-    through = ", through a link" if normal.startswith(below) else ""
-    raise UsageError(
+    raise _leaves(path, at, ", through a link" if normal.startswith(below) else "")
+
+
+def _relative_url(path: str, at: str, allow_outside: bool) -> str:
+    """Return a path below a URL, or with leave a URL that stands for itself."""
+    normal = path if is_url(path) else os.path.normpath(path)
+    if allow_outside or not (is_url(path) or normal.startswith("/") or normal.split("/")[0] == ".."):
+        return normal
+    raise _leaves(path, at)
+
+
+def _leaves(path: str, at: str, through: str = "") -> UsageError:
+    return UsageError(
         f"{at}: {path!r} leaves the folder of the table{through}",
         hint="move the table above its images, or allow paths outside with --allow-outside",
     )
@@ -164,7 +197,9 @@ def _real(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def _split(name: str, at: str) -> str:
+def split_of(text: str, at: str) -> str:
+    """Return the split that a cell names."""
+    name = text.strip().lower()
     if name and name not in SPLIT_NAMES:
         raise UsageError(f"{at}: found the split {name!r}", hint="expected train, val or test")
     return SPLIT_NAMES.get(name, "")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import pytest
 
 from embedpipe.cache import Cache, dataset_name
 from embedpipe.errors import CacheMismatch, UsageError
 from embedpipe.manifest import Manifest, Sample, Source
+from embedpipe.places import Place
 
 
 def manifest(folder: Path, name: str = "data") -> Manifest:
@@ -34,6 +37,20 @@ def test_a_table_gives_the_manifest_back(cache: Cache, tmp_path: Path) -> None:
     assert cache.read_dataset(name) == stored
     empty = Manifest("empty", (Source("e", tmp_path),), (), (), 0, (), ())
     assert cache.read_dataset(cache.write_dataset(empty)) == empty
+
+
+def test_parts_of_files_come_back_and_tables_without_have_no_column(cache: Cache, tmp_path: Path) -> None:
+    plain = manifest(tmp_path)
+    with h5py.File(cache.table_path(cache.write_dataset(plain))) as file:
+        assert set(file) == {"path", "label", "split", "group", "key", "source", "classes", "warnings", "sources"}
+    part = "1536+20480/" + os.fsdecode(b"a/\xff\n.png")
+    odd = replace(plain.samples[0], path="x.tar", part=part)
+    sources = (Source("s3://b/x-{0..1}.tar", "s3://b"), Source("hf:o/n:c@train", "hf:o/n:c"), *plain.sources)
+    stored = replace(plain, samples=(odd, *plain.samples), sources=sources)
+    assert cache.read_dataset(cache.write_dataset(stored)) == stored
+    assert stored.place_of(odd) == Place("s3://b/x.tar", part)
+    assert stored.name_of(odd) == "s3://b/x.tar/" + part.partition("/")[2]
+    assert [one.absolute for one in sources[:2]] == ["s3://b/x-{0..1}.tar", "hf:o/n:c@train"]
 
 
 def test_a_table_is_found_by_name_id_source_or_prefix(cache: Cache, tmp_path: Path) -> None:

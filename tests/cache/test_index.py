@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from embedpipe.cache import KeyIndex
+from embedpipe.places import Place
 
 
 def old_file(path: Path, data: bytes) -> Path:
@@ -34,6 +35,22 @@ def test_known_files_are_not_read_again(tmp_path: Path) -> None:
         assert index.key_of(odd) == hashlib.sha256(b"odd").digest()
         assert index.hashed == expected
         index.close()
+
+
+@pytest.mark.usefixtures("settled")
+def test_parts_of_a_file_are_remembered_apart_and_forgotten_together(tmp_path: Path) -> None:
+    file = old_file(tmp_path / "a.tar", b"abcdef")
+    parts = {"0+3": b"abc", "3+3": b"def", "": b"abcdef"}
+    for expected in (3, 0):
+        index = KeyIndex(tmp_path / "index.sqlite")
+        for part, data in parts.items():
+            assert index.key_of(Place(str(file), part)) == hashlib.sha256(data).digest()
+        assert index.hashed == expected
+        index.close()
+    file.write_bytes(b"ABCDEF")
+    index = KeyIndex(tmp_path / "index.sqlite")
+    assert index.key_of(Place(str(file), "3+3")) == hashlib.sha256(b"DEF").digest()
+    index.close()
 
 
 @pytest.mark.usefixtures("settled")

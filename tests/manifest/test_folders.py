@@ -10,10 +10,11 @@ import pytest
 
 from embedpipe.errors import UsageError
 from embedpipe.manifest import Manifest, list_images, read_manifest
+from embedpipe.places import Place
 
 
-def key_of(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()
+def key_of(place: Place) -> bytes:
+    return hashlib.sha256(place.read()).digest()
 
 
 def write(root: Path, *paths: str) -> Path:
@@ -167,7 +168,7 @@ def test_several_sources_are_one_data_set(tmp_path: Path, monkeypatch) -> None:
         "./two/b/3.png",
         "./two/c/4.png",
     ]
-    assert manifest.place_of(manifest.samples[2]).path == str(tmp_path / "two/b/3.png")
+    assert manifest.place_of(manifest.samples[2]) == Place.of(tmp_path / "two/b/3.png")
     assert manifest.name == "one-and-1-more"
     assert read("one").name == "one"
 
@@ -224,16 +225,16 @@ def test_one_class_is_said(tmp_path: Path) -> None:
 def test_unreadable_files_do_not_stop_the_rest(tmp_path: Path) -> None:
     write(tmp_path, "a/1.png", "a/2.png", "b/3.png")
 
-    def picky(path: Path) -> bytes:
-        if path.name == "2.png":
+    def picky(place: Place) -> bytes:
+        if place.path.endswith("2.png"):
             raise PermissionError(13, "Permission denied")
-        return key_of(path)
+        return key_of(place)
 
     manifest = read_manifest([tmp_path], key_of=picky)
     assert [s.path for s in manifest.samples] == ["a/1.png", "b/3.png"]
     assert manifest.unreadable[0].reason == "Permission denied"
 
-    def refuse(path: Path) -> bytes:
+    def refuse(place: Place) -> bytes:
         raise PermissionError(13, "Permission denied")
 
     with pytest.raises(UsageError, match="no image can be read, first of 3"):
@@ -250,8 +251,8 @@ def test_a_limit_sees_all_classes_and_grows_by_addition(tmp_path: Path) -> None:
 
 def test_a_limit_is_not_hashed_beyond(tmp_path: Path) -> None:
     write(tmp_path, *(f"a/{i}.png" for i in range(30)))
-    asked: list[Path] = []
-    read_manifest([tmp_path], key_of=lambda path: asked.append(path) or key_of(path), limit=5)
+    asked: list[Place] = []
+    read_manifest([tmp_path], key_of=lambda place: asked.append(place) or key_of(place), limit=5)
     assert len(asked) == 5
 
 

@@ -11,10 +11,11 @@ import pytest
 
 from embedpipe.errors import UsageError
 from embedpipe.manifest import Manifest, read_manifest
+from embedpipe.places import Place
 
 
-def key_of(path: Path) -> bytes:
-    return hashlib.sha256(os.fsencode(path.name)).digest()  # the files need not exist
+def key_of(place: Place) -> bytes:
+    return hashlib.sha256(os.fsencode(os.path.basename(place.path))).digest()  # the files need not exist
 
 
 def read(folder: Path, text: str | bytes, name: str = "list.csv", **options: object) -> Manifest:
@@ -91,7 +92,7 @@ def test_display_name_and_file(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     manifest = read_manifest(["sub/list.csv"], key_of=key_of)
     assert manifest.name_of(manifest.samples[0]) == "sub/x/a.png"
-    assert manifest.place_of(manifest.samples[0]).path == str(tmp_path / "sub/x/a.png")
+    assert manifest.place_of(manifest.samples[0]) == Place.of(tmp_path / "sub/x/a.png")
     assert manifest.splits == {"all": 1}
 
 
@@ -174,7 +175,7 @@ def test_inside_paths_are_normalised(tmp_path: Path) -> None:
 def test_missing_files_are_unreadable_not_fatal(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     (tmp_path / "list.csv").write_text("path\na.png\nb.png\n")
-    manifest = read_manifest([tmp_path / "list.csv"], key_of=lambda p: p.read_bytes() * 32)
+    manifest = read_manifest([tmp_path / "list.csv"], key_of=lambda p: p.read() * 32)
     assert [f.path for f in manifest.unreadable] == [f"{tmp_path}/b.png"]
 
 

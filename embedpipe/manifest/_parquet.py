@@ -1,0 +1,130 @@
+"""Parquet: tables of paths (the columns of a CSV table), or of images (bytes, or {bytes, path} as `datasets` writes them).
+
+The column of images is called `image`, `img`, `bytes`, or is the only one of {bytes, path}; the label is in `label` or `class`,
+its names in the file's own record of `datasets`, if it has one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from embedpipe.errors import UsageError
+from embedpipe.manifest._folder import split_of_names
+from embedpipe.manifest._sample import Listing, Row
+from embedpipe.manifest._source import Source, folder_of, join
+from embedpipe.manifest._table import COLUMNS, check_columns, reading, rows_of, split_of, text_of
+from embedpipe.places import open_file, open_parquet
+
+IMAGES = ("image", "img", "bytes")
+LABELS = ("label", "class")
+
+
+def list_parquet(source: Source, names: Sequence[str], *, allow_outside: bool) -> Listing:
+    """Read .parquet files of these names in the root of their source.
+
+    Raises
+    ------
+    UsageError      no column of paths or images, or a value that cannot be what was meant
+    StorageError    a file cannot be read, or is not Parquet
+    """
+    named, rows = split_of_names(names), []
+    for name in names:
+        file = join(source.root, name)
+        with reading(file), open_file(file) as stream:
+            table = open_parquet(stream)
+            image = _image_column(table.schema_arrow)
+            if image is None:
+                found = _rows_of_paths(table, name, folder_of(file), allow_outside)
+            else:
+                found = list(_rows_of_images(table, name, image))
+        rows += [replace(row, split=row.split or named.get(name, "")) for row in found]
+    return Listing(source, tuple(rows))
+
+
+def _image_column(schema: Any) -> str | None:
+    """Return the name of the column that holds images, None where none does."""
+    from pyarrow import types
+
+    structs, holding = [], []
+    for field in schema:
+        kind = field.type
+        if types.is_struct(kind) and {"bytes", "path"} <= {child.name for child in kind}:
+            structs.append(field.name)
+        elif types.is_binary(kind) or types.is_large_binary(kind):
+            holding.append(field.name)
+    holding = [name for name in (*structs, *holding) if "/" not in name]
+    known = [name for wanted in IMAGES for name in holding if name.lower() == wanted]
+    return next(iter(known or structs if len(structs) == 1 else known), None)
+
+
+def _rows_of_paths(table: Any, name: str, folder: str, allow_outside: bool) -> list[Row]:
+    written = table.schema_arrow.names
+    columns = dict(zip(check_columns(written, name), written, strict=True))
+    taken = {column: columns[column] for column in COLUMNS if column in columns}
+    cells = table.read(columns=list(taken.values())).to_pydict()
+    names = _class_names(table.schema_arrow, taken.get("label"))
+    records = (
+        (
+            f"{name}, row {n}",
+            {column: text_of(cells[old][n], f"{name}, row {n}", column) for column, old in taken.items()},
+        )
+        for n in range(table.metadata.num_rows)
+    )
+    rows = rows_of(records, folder if "://" in folder else Path(folder), allow_outside)
+    above = os.path.dirname(name)
+    return [replace(row, path=os.path.join(above, row.path), label=_named(row.label, names)) for row in rows]
+
+
+def _rows_of_images(table: Any, name: str, image: str) -> Iterator[Row]:
+    schema = table.schema_arrow
+    by_name = {one.lower(): one for one in schema.names}
+    label = next((by_name[one] for one in LABELS if one in by_name), None)
+    taken = [one for one in (label, by_name.get("split"), by_name.get("group")) if one]
+    leaf = [f"{image}.path"] if schema.field(image).type.num_fields else []
+    read = table.read(columns=[*taken, *leaf]).to_pydict() if taken or leaf else {}
+    cells, classes = {one.lower(): read.get(one) for one in taken}, _class_names(schema, label)
+    places = [
+        (group, row) for group in range(table.num_row_groups) for row in range(table.metadata.row_group(group).num_rows)
+    ]
+    for n, (group, row) in enumerate(places):
+        at = f"{name}, row {n}"
+        texts = {one: text_of(values[n], at, one) for one, values in cells.items() if values is not None}
+        inner = os.path.basename((read[image][n] or {}).get("path") or "") if leaf else ""
+        yield Row(
+            path=name,
+            label=_named(texts.get((label or "").lower(), "").strip() or None, classes),
+            split=split_of(texts.get("split", ""), at),
+            group=texts.get("group", "").strip() or None,
+            part=f"row {group}:{row} {image}" + (f"/{inner}" if inner else ""),
+        )
+
+
+def _class_names(schema: Any, label: str | None) -> list[str]:
+    """Return the names of a ClassLabel column, as `datasets` records them in a file; [] where it is none."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[label]["names"]
+    except (ValueError, KeyError, TypeError):
+        return []
+    return [str(one) for one in names] if isinstance(names, list) else []
+
+
+def _named(label: str | None, names: Sequence[str]) -> str | None:
+    """Return the class of a label that may be a number of `names`; -1 is none.
+
+    Raises
+    ------
+    UsageError    a number that is none of them
+    """
+    if label is None or not names:
+        return label
+    if label == "-1":
+        return None
+    if not label.isdigit() or int(label) >= len(names):
+        raise UsageError(f"found the label {label!r}, expected 0 to {len(names) - 1}", hint="write the data set again")
+    return names[int(label)]
