@@ -96,22 +96,25 @@ def image_batches(
         keys.append(key)
         found.append([None if isinstance(part, tuple) else part for part in parts])
         if len(keys) == batch_size:
-            yield Batch(_stack(found, len(transforms)), keys, failures, seconds)
+            yield Batch(_stack(found, transforms), keys, failures, seconds)
             keys, found, failures, seconds = [], [], [], 0.0
     if keys or failures:
-        yield Batch(_stack(found, len(transforms)), keys, failures, seconds)
+        yield Batch(_stack(found, transforms), keys, failures, seconds)
 
 
-def _stack(found: Sequence[Sequence[np.ndarray | None]], transforms: int) -> list[np.ndarray]:
-    return [_stack_one([parts[n] for parts in found]) for n in range(transforms)]
+def _stack(found: Sequence[Sequence[np.ndarray | None]], transforms: Sequence[Images]) -> list[np.ndarray]:
+    return [_stack_one([parts[n] for parts in found], transform) for n, transform in enumerate(transforms)]
 
 
-def _stack_one(parts: Sequence[np.ndarray | None]) -> np.ndarray:
-    there = [part for part in parts if part is not None]
-    if not there:
-        return np.zeros((len(parts), 0, 0, 3), np.uint8)
-    black = np.zeros_like(there[0])
-    return np.stack([black if part is None else part for part in parts])
+def _stack_one(parts: Sequence[np.ndarray | None], transform: Images) -> np.ndarray:
+    there = next((part for part in parts if part is not None), None)
+    size = transform.crop_size if isinstance(transform, Transform) else (0, 0)
+    black = np.zeros((*size, 3), np.uint8) if there is None else np.zeros_like(there)
+    return (
+        np.stack([black if part is None else part for part in parts])
+        if parts
+        else np.empty((0, *black.shape), black.dtype)
+    )
 
 
 def _loaded(
