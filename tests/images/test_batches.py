@@ -120,7 +120,7 @@ def test_an_image_may_fail_in_one_transform_alone(tmp_path: Path) -> None:
     """So long and thin that its short side cannot be made 64 pixels, but can be cut down to 16."""
     Image.new("RGB", (60_000, 1)).save(tmp_path / "thin.png")
     large, small = Transform((64, 64), 64), Transform((16, 16), (16, 16), resize_mode="squash")
-    (batch,) = image_batches([(b"thin", tmp_path / "thin.png")], [large, small], batch_size=2, workers=1)
-    assert batch.keys == [b"thin"]
-    assert [(failed.key, failed.stage, failed.transform) for failed in batch.failures] == [(b"thin", "decode", 0)]
+    (batch,) = image_batches([(None, tmp_path / "thin.png")], [large, small], batch_size=2, workers=1)
+    assert batch.keys == [None]
+    assert [(failed.key, failed.stage, failed.transform) for failed in batch.failures] == [(None, "decode", 0)]
     assert [images.shape for images in batch.images] == [(1, 64, 64, 3), (1, 16, 16, 3)]
