@@ -27,10 +27,14 @@ def trace(code: str, *arguments: object, calls: str = "open,openat") -> tuple[su
     """Run Python code under strace; return how it ended and the log of these system calls."""
     need_strace()
     log = Path(str(arguments[0])) / "strace.log"
-    command = ["strace", "-f", "-qq", "-s", "4096", "-e", f"trace={calls}", "-o", str(log)]
+    command = ["strace", "-ff", "-qq", "-s", "4096", "-e", f"trace={calls}", "-o", str(log)]
     command += [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    return done, log.read_text(errors="surrogateescape")
+    threads = sorted(log.parent.glob(f"{log.name}.*"))  # one log a thread: lines of several would be cut by each other
+    text = "".join(path.read_text(errors="surrogateescape") for path in threads)
+    for path in threads:
+        path.unlink()
+    return done, text
 
 
 def opened(log: str) -> list[str]:
