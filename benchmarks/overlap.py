@@ -44,7 +44,9 @@ class Slow:
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        self._image: Any = None
+
+    def to_dict(self) -> dict[str, float]:
+        return {"sleep_s": self.seconds}
 
     def __call__(self, image: Image.Image) -> Any:
         import torch
