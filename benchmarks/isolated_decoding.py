@@ -6,64 +6,57 @@ python benchmarks/isolated_decoding.py --images 400 --repeats 5
 from __future__ import annotations
 
 import argparse
-import statistics
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
-from PIL import Image
-from sklearn.datasets import load_sample_images
+import numpy as np
+from measuring import Spread, interleave, print_table
+from photos import SETS, add_options, list_images
 
 from embedpipe.images import Transform, decode_image, image_batches
 
 TRANSFORM = Transform(crop_size=(224, 224), resize_size=256)
 
 
-def write_photos(folder: Path, count: int) -> list[Path]:
-    """Write crops of two real photographs, 500 x 375, quality 90."""
-    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
-    paths = []
-    for k in range(count):
-        left, top = (7 * k) % 140, (3 * k) % 52
-        paths.append(folder / f"{k:05d}.jpg")
-        photos[k % 2].crop((left, top, left + 500, top + 375)).save(paths[-1], quality=90)
-    return paths
-
-
-def in_threads(paths: list[Path], workers: int) -> torch.Tensor:
+def in_threads(paths: Sequence[Path], workers: int) -> np.ndarray:
+    """Return uint8 (N, H, W, 3), decoded by threads of this process."""
     with ThreadPoolExecutor(workers) as executor:
-        return torch.stack(list(executor.map(lambda path: TRANSFORM(decode_image(path.read_bytes())), paths)))
+        return np.stack(list(executor.map(lambda path: TRANSFORM.window(decode_image(path.read_bytes())), paths)))
 
 
-def in_processes(paths: list[Path], workers: int) -> torch.Tensor:
+def in_processes(paths: Sequence[Path], workers: int) -> np.ndarray:
+    """Return the same, decoded as `extract` does."""
     items = [(None, path) for path in paths]
-    return torch.cat([b.images for b in image_batches(items, TRANSFORM, batch_size=32, workers=workers)])
+    return np.concatenate([b.images[0] for b in image_batches(items, [TRANSFORM], batch_size=32, workers=workers)])
+
+
+def timed(way: Callable[[Sequence[Path], int], np.ndarray], paths: Sequence[Path], workers: int) -> float:
+    """Return images a second; normalising, which comes afterwards for both, is left out."""
+    start = time.monotonic()
+    way(paths, workers)
+    return len(paths) / (time.monotonic() - start)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=400)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, images=400)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    ways: dict[str, Callable[[list[Path], int], torch.Tensor]] = {"threads": in_threads, "processes": in_processes}
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    with tempfile.TemporaryDirectory() as name:
-        paths = write_photos(Path(name), options.images)
-        assert torch.equal(*(way(paths[:64], options.workers) for way in ways.values()))  # and both are warm now
-        for _ in range(options.repeats):
-            for way, run in ways.items():
-                start = time.monotonic()
-                run(paths, options.workers)
-                rates[way].append(len(paths) / (time.monotonic() - start))
-    print(f"{'decoded in':<12}{'images/s':>10}{'min':>8}{'max':>8}{'ratio':>8}")
-    base = statistics.median(rates["threads"])
-    for way, values in rates.items():
-        middle = statistics.median(values)
-        print(f"{way:<12}{middle:>10.0f}{min(values):>8.0f}{max(values):>8.0f}{middle / base:>8.2f}")
+    paths = list_images(SETS[options.set](options.images))
+    if not np.array_equal(in_threads(paths[:64], options.workers), in_processes(paths[:64], options.workers)):
+        raise SystemExit("threads and processes give different pixels")  # and both are warm now
+    ways = {"threads": in_threads, "processes": in_processes}
+    starts = {name: (lambda way=way: timed(way, paths, options.workers)) for name, way in ways.items()}  # type: ignore[misc]
+    rates = interleave(starts, options.repeats)
+    rows = []
+    for name, found in rates.items():
+        ratios = Spread.of([rate / base for rate, base in zip(found, rates["threads"], strict=True)])
+        rows.append((name, Spread.of(found).text(0), ratios.text(2)))
+    title = f"Decoding apart, {options.images} of {options.set}, {options.workers} workers, {options.repeats} repeats"
+    print_table(title, ("decoded in", "images/s", "of threads"), rows, "the pixels of both are equal, bit for bit")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """What a second extract costs: interleaved runs of the command line over fresh, unchanged and slightly changed folders.
 
-python benchmarks/second_extract.py --images 500 --repeats 3
+Seconds are those of the whole process. Two more second runs, not timed, show that torch is not imported and (by strace, where
+there is one) that no image is opened.
+
+python benchmarks/second_extract.py --images 10000 --repeats 3
 """
 
 from __future__ import annotations
@@ -8,59 +11,110 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+from measuring import Spread, print_table, say
+from photos import make_photos
+from PIL import Image, ImageOps
 
-BACKBONE = ["--backbone", "timm:test_resnet", "--weights", "none"]  # random weights: only time is measured
-
-
-def write_images(folder: Path, numbers: range) -> None:
-    """Write noisy JPEGs, 500 x 375, quality 90."""
-    for k in numbers:
-        path = folder / f"class{k % 5}" / f"{k:05d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(k).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
+CHANGED = 10
+MOST_S, MOST_SHARE = 1.5, 0.02
 
 
-def extract(data: Path, cache: Path) -> tuple[float, int]:
-    """Run one extraction in a process of its own; return its seconds and what it computed."""
-    command = [sys.executable, "-m", "embedpipe", "extract", str(data), *BACKBONE]
-    command += ["--cache-dir", str(cache), "--json"]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache.parent / "memo")}
-    done = subprocess.run(command, capture_output=True, env=environment, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])["data"]
-    return found["seconds"], found["computed"]
+class Extraction:
+    """The command line over one folder, with a cache and a memo of its own."""
+
+    def __init__(self, folder: Path, backbone: str) -> None:
+        self.folder, self.data = folder, folder / "data"
+        self._arguments = ["-m", "embedpipe", "extract", str(self.data), "--backbone", backbone, "--weights", "none"]
+        self._arguments += ["--cache-dir", str(folder / "cache"), "--json"]
+        self._environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "memo")}
+
+    def run(self, *, wrapper: Sequence[str] = (), flags: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        command = [*wrapper, sys.executable, *flags, *self._arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=self._environment, check=True)
+
+    def timed(self, wanted: int) -> float:
+        """Return the seconds of one run, which computes `wanted` rows."""
+        start = time.monotonic()
+        done = self.run()
+        seconds = time.monotonic() - start
+        computed = json.loads(done.stdout.splitlines()[-1])["data"]["computed"]
+        if computed != wanted:
+            raise SystemExit(f"computed {computed} rows, expected {wanted}")
+        return seconds
+
+
+def change(data: Path, images: int) -> None:
+    """Mirror some images in place."""
+    for path in sorted(data.glob("*/*.jpg"))[:images]:
+        ImageOps.mirror(Image.open(path)).save(path, quality=90)
+
+
+def prove(extraction: Extraction) -> list[str]:
+    """Return what a second run did not do.
+
+    Raises
+    ------
+    SystemExit    it did
+    """
+    imports = extraction.run(flags=["-X", "importtime"]).stderr
+    if re.search(r"\|\s+torch$", imports, re.MULTILINE):
+        raise SystemExit("the second run imported torch")
+    notes = [f"the second run imported {imports.count('import time:') - 1} modules, torch not among them (-X importtime)"]
+    if not shutil.which("strace"):
+        return [*notes, "no strace here: that no image is opened was not checked"]
+    log = extraction.folder / "opened"
+    extraction.run(wrapper=["strace", "-f", "-qq", "-e", "trace=open,openat,openat2", "-o", str(log)])
+    lines = log.read_text().splitlines()
+    images = [line for line in lines if re.search(r"\.jpg\"", line)]
+    if images:
+        raise SystemExit(f"the second run opened {len(images)} images, the first: {images[0]}")
+    return [*notes, f"it opened {len(lines)} files, no image among them (strace)"]
+
+
+def measure(options: argparse.Namespace) -> tuple[dict[str, float], list[str]]:
+    """Return seconds by step over a fresh copy of the photos, and what the second run did not do."""
+    with tempfile.TemporaryDirectory(dir=options.scratch) as name:
+        extraction = Extraction(Path(name), options.backbone)
+        shutil.copytree(make_photos(options.images), extraction.data)
+        times = {"first": extraction.timed(options.images), "second": extraction.timed(0)}
+        notes = prove(extraction)
+        change(extraction.data, CHANGED)
+        times[f"{CHANGED} changed"] = extraction.timed(CHANGED)
+    return times, notes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=500)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--backbone", default="timm:test_resnet", help="random weights: only time is measured")
+    parser.add_argument("--scratch", help="folder for copies of the photos and the cache (default: the system's)")
     options = parser.parse_args()
-    times: dict[str, list[float]] = {"first": [], "second": [], "ten new": []}
+    runs, notes = [], []
     for repeat in range(options.repeats):
-        with tempfile.TemporaryDirectory() as name:
-            data, cache = Path(name) / "data", Path(name) / "cache"
-            write_images(data, range(options.images))
-            for step, wanted in (("first", options.images), ("second", 0), ("ten new", 10)):
-                if step == "ten new":
-                    write_images(data, range(options.images, options.images + 10))
-                seconds, computed = extract(data, cache)
-                assert computed == wanted, f"{step}: computed {computed}, expected {wanted}"
-                times[step].append(seconds)
-        print(f"repeat {repeat + 1} of {options.repeats} done", file=sys.stderr)
-    first = statistics.median(times["first"])
-    print(f"{'run':<10}{'median s':>10}{'min':>8}{'max':>8}{'of first':>10}")
-    for step, values in times.items():
-        middle = statistics.median(values)
-        print(f"{step:<10}{middle:>10.2f}{min(values):>8.2f}{max(values):>8.2f}{middle / first:>10.3f}")
+        times, notes = measure(options)
+        runs.append(times)
+        say(f"repeat {repeat + 1} of {options.repeats}: {times}")
+    rows = []
+    for step in runs[0]:
+        shares = Spread.of([times[step] / times["first"] for times in runs])
+        rows.append((step, Spread.of([times[step] for times in runs]).text(2), shares.text(4)))
+    print_table(
+        f"A second extract, {options.images} photos, {options.backbone}, {options.repeats} repeats",
+        ("run", "s, whole process", "of the first"),
+        rows,
+        f"target of the second: {MOST_S} s and {MOST_SHARE} of the first",
+        *notes,
+    )
 
 
 if __name__ == "__main__":
