@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BENCH := .venv-bench
+BENCH_RUN := $(BENCH)/bin/python benchmarks
 PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test slow faults lint fix bench clean
+.PHONY: demo test slow faults lint fix bench bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/embedpipe demo $(ARGS)
@@ -28,8 +30,26 @@ fix: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/second_extract.py $(ARGS)
+# One table after another, on a machine with nothing else to do: the better part of an hour on 2 cores.
+bench: $(BENCH)/.done
+	$(BENCH_RUN)/peers.py --images 384 --repeats 3 --backbones resnet18 tf_efficientnet_lite0
+	$(BENCH_RUN)/peers.py --images 128 --repeats 3 --backbones resnet50 vit_small_patch16_224
+	$(BENCH_RUN)/bound.py --images 256 --repeats 3
+	$(BENCH_RUN)/overlap.py --batches 60 --repeats 3
+	$(BENCH_RUN)/many.py --images 256 --repeats 3
+	$(BENCH_RUN)/second_extract.py --images 10000 --repeats 2
+	$(BENCH_RUN)/memory.py --sizes 1000 10000 --repeats 2
+	$(BENCH_RUN)/isolated_decoding.py --images 400 --repeats 5
+
+bench-gpu: $(BENCH)/.done
+	$(BENCH_RUN)/gpu.py --images 4000 --repeats 3
+
+# The peers' pins conflict with ours: they live beside .venv, which they see.
+$(BENCH)/.done: benchmarks/peers.txt $(VENV)/.dev
+	test -x $(BENCH)/bin/pip || $(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet --no-deps --requirement benchmarks/peers.txt
+	$(BENCH)/bin/python benchmarks/join_environments.py $(VENV)
+	touch $@
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
@@ -42,4 +62,4 @@ $(VENV)/.dev: $(VENV)/.demo
 	touch $@
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis embedpipe-demo
+	rm -rf $(VENV) $(BENCH) benchmarks/.photos benchmarks/.weights .mypy_cache .ruff_cache .pytest_cache .hypothesis embedpipe-demo

@@ -65,7 +65,9 @@ def main() -> None:
     add_options(parser, images=300)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--backbones", nargs="+", default=BACKBONES)
-    parser.add_argument("--executor", default="openvino", help="of the forward pass; auto may stay with eager for few images")
+    parser.add_argument(
+        "--executor", default="openvino", help="of the forward pass; auto may stay with eager for few images"
+    )
     options = parser.parse_args()
     folder = str(SETS[options.set](options.images))
     rows = [measure(folder, backbone, options) for backbone in options.backbones]

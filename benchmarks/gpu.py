@@ -32,7 +32,7 @@ def forward(data: str, backbone: str, precision: str, executor: str) -> dict[str
     from embedpipe.forwarding import plan_forward, settle
 
     settings = {"device": "cuda", "batch_size": "auto", "workers": "auto", "precision": precision, "executor": executor}
-    runner = settle(load(backbone), plan_forward(**settings), _items(data), work=1_000_000)  # type: ignore[arg-type]
+    runner = settle(load(backbone), plan_forward(**settings), _items(data), work=1_000_000)
     images, size = runner.examples(), runner.forward.batch_size
     with ThreadPoolExecutor(runner.forward.streams) as pool:
         list(pool.map(lambda _: runner(images), range(2 * runner.forward.streams)))  # every stream is warm
@@ -64,7 +64,16 @@ def main() -> None:
     print_table(
         f"Extraction on {torch.cuda.get_device_name()}, {options.precision}, {options.images} of {options.set}, random weights, "
         f"{options.repeats} repeats",
-        ("backbone", "executor", "batch", "extract images/s", "forward only", "decode only", "bound by", "of the bound"),
+        (
+            "backbone",
+            "executor",
+            "batch",
+            "extract images/s",
+            "forward only",
+            "decode only",
+            "bound by",
+            "of the bound",
+        ),
         rows,
         f"target: {TARGET} of the lesser of forward only (copies included) and decode only ({count_cores()} cores)",
     )

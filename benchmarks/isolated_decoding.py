@@ -49,7 +49,7 @@ def main() -> None:
     if not np.array_equal(in_threads(paths[:64], options.workers), in_processes(paths[:64], options.workers)):
         raise SystemExit("threads and processes give different pixels")  # and both are warm now
     ways = {"threads": in_threads, "processes": in_processes}
-    starts = {name: (lambda way=way: timed(way, paths, options.workers)) for name, way in ways.items()}  # type: ignore[misc]
+    starts = {name: (lambda way=way: timed(way, paths, options.workers)) for name, way in ways.items()}
     rates = interleave(starts, options.repeats)
     rows = []
     for name, found in rates.items():

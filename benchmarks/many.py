@@ -30,7 +30,7 @@ def main() -> None:
     for backbone in options.backbones:
         write_weights(backbone)
     cases = _cases(options)
-    found = interleave({name: start for name, start in _ways(folder, options, cases).items()}, options.repeats)
+    found = interleave(_ways(folder, options, cases), options.repeats)
     rows = [_row(name, backbones, layers, found) for name, (backbones, layers) in cases.items()]
     print_table(
         f"Many features in one pass, {options.images} of {options.set}, random weights, {options.repeats} repeats",

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--executor", default="openvino", help="auto may choose by the number of images")
     options = parser.parse_args()
     folders = {size: make_photos(size) for size in options.sizes}
-    ways = {str(size): (lambda data=data: measure(data, options)) for size, data in folders.items()}  # type: ignore[misc]
+    ways = {str(size): (lambda data=data: measure(data, options)) for size, data in folders.items()}
     found = interleave(ways, options.repeats)
     base = found[str(options.sizes[0])]
     rows = []

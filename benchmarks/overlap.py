@@ -90,9 +90,9 @@ def measure(items: Sequence[tuple[bytes, Path]], decode_s: float, forward_s: flo
         return (time.monotonic() - start) / batches
 
     settings: dict[str, Any] = {"batch_size": BATCH, "workers": WORKERS}
-    decoded = list(image_batches(items[:BATCH], runner.windows, **settings))[0].images  # decoders are there now
+    first = list(image_batches(items[:BATCH], runner.windows, **settings))  # to its end: decoders are there now, idle
     alone = timed(lambda: list(image_batches(items, runner.windows, **settings, in_order=False)))
-    device = timed(lambda: [runner(decoded) for _ in range(batches)])
+    device = timed(lambda: [runner(first[0].images) for _ in range(batches)])
     return alone, device, timed(lambda: list(stream_rows(items, runner)))
 
 
@@ -110,7 +110,7 @@ def main() -> None:
         def start(ratio: float) -> tuple[float, float, float]:
             return measure(items, slower_s * min(1, ratio), slower_s * min(1, 1 / ratio))
 
-        ways = {f"{ratio:g}": (lambda ratio=ratio: start(ratio)) for ratio in options.ratios}  # type: ignore[misc]
+        ways = {f"{ratio:g}": (lambda ratio=ratio: start(ratio)) for ratio in options.ratios}
         found = interleave(ways, options.repeats)
     rows = []
     for name, runs in found.items():

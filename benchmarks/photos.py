@@ -99,7 +99,9 @@ def source_photos() -> list[Path]:
 def _package(module: str, distribution: str) -> Path:
     spec = importlib.util.find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"no {distribution} here, expected one for the photos in it; run these scripts by `make bench`")
+        raise SystemExit(
+            f"no {distribution} here, expected one for the photos in it; run these scripts by `make bench`"
+        )
     return Path(spec.submodule_search_locations[0])
 
 

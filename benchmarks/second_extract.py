@@ -68,7 +68,9 @@ def prove(extraction: Extraction) -> list[str]:
     imports = extraction.run(flags=["-X", "importtime"]).stderr
     if re.search(r"\|\s+torch$", imports, re.MULTILINE):
         raise SystemExit("the second run imported torch")
-    notes = [f"the second run imported {imports.count('import time:') - 1} modules, torch not among them (-X importtime)"]
+    notes = [
+        f"the second run imported {imports.count('import time:') - 1} modules, torch not among them (-X importtime)"
+    ]
     if not shutil.which("strace"):
         return [*notes, "no strace here: that no image is opened was not checked"]
     log = extraction.folder / "opened"
@@ -99,7 +101,8 @@ def main() -> None:
     parser.add_argument("--backbone", default="timm:test_resnet", help="random weights: only time is measured")
     parser.add_argument("--scratch", help="folder for copies of the photos and the cache (default: the system's)")
     options = parser.parse_args()
-    runs, notes = [], []
+    runs: list[dict[str, float]] = []
+    notes: list[str] = []
     for repeat in range(options.repeats):
         times, notes = measure(options)
         runs.append(times)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import Parity, count_cores, extract_steadily
+from measuring import Parity, Way, count_cores, extract_steadily
 from photos import list_images
 from weights import read_model, recipe, write_weights
 
@@ -131,4 +131,4 @@ def check_parity(found: str, reference: str, tolerance: float = 1e-7) -> Parity:
     return parity
 
 
-STAGES = {"decode": decode, "forward": forward, "extract": extract, "plain": plain}
+STAGES: dict[str, Way] = {"decode": decode, "forward": forward, "extract": extract, "plain": plain}
