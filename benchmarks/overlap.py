@@ -33,10 +33,10 @@ class Device:
         self.seconds, self.feature_dim = seconds, feature_dim
         self._lock = threading.Lock()
 
-    def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def __call__(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
         with self._lock:
             time.sleep(self.seconds)
-        return [np.ones((len(batch), self.feature_dim), np.float32) for batch in images]
+        return [np.ones((len(images), self.feature_dim), np.float32)]
 
 
 class Slow:

@@ -193,9 +193,9 @@ def test_much_work_is_done_by_what_is_faster(
     assert runner.forward.executor == ("openvino" if cost["gain"] > 0 else "eager")
     assert cost["warm_up_s"] > 0
     (memo,) = graphs.glob("*.json")
-    for gain, chosen in ((0.0, "eager"), (0.9, runner.forward.executor)):  # what was measured decides the next time
-        memo.write_text(json.dumps({"warm_up_s": 1.0, "gain": gain}))
-        assert choose(backbone, items, graphs, work=10_000_000).forward.executor in (chosen, "eager")
+    before = memo.write_text(json.dumps({"warm_up_s": 1.0, "gain": 0.0}))  # what was measured decides the next time
+    assert choose(backbone, items, graphs, work=10_000_000).forward.executor == "eager"
+    assert memo.stat().st_size == before  # nothing was tried
 
 
 def test_an_executor_asked_for_by_name_is_proved(
