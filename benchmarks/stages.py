@@ -62,12 +62,11 @@ def decode(data: str, backbones: list[str], cores: int = 1) -> dict[str, Any]:
 
 def _decode_share(share: tuple[list[tuple[bytes, Path]], list[Any]]) -> float:
     from embedpipe.images._serving import load_image
-    from embedpipe.places import Place
 
     items, windows = share
     start = time.monotonic()
     for key, path in items:
-        image = load_image(Place.of(path), key.hex())
+        image = load_image(path.read_bytes(), key.hex())
         for window in windows:
             window.window(image)
     return time.monotonic() - start
