@@ -36,6 +36,13 @@ TIME_LIMIT_S = 60.0
 MEMORY_LIMIT_BYTES = 4 << 30  # of address space: an RGBA image of MAX_PIXELS over white takes about 3 GiB
 START_LIMIT_S = 60.0
 PIPE_BYTES = 1 << 20
+SETTINGS = {  # one thread; and memory of the size of an image is kept for the next one
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "PILLOW_BLOCKS_MAX": "16",
+    "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+}
 SERVE = "import sys; sys.path[:] = {path!r}; from embedpipe.images._serving import serve; serve({memory})"
 
 _idle: list[Decoder] = []
@@ -57,7 +64,7 @@ class Decoder:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={**os.environ, **SETTINGS},
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
