@@ -216,7 +216,7 @@ def classify(
             device=device,
             precision=spec["precision"],
             store_dtype=spec["stored_dtype"],
-            batch_size=min(len(unknown), 8) if batch_size == "auto" else batch_size,
+            batch_size=batch_size,
             workers=workers,
         )
         done = 0

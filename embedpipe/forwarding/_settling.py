@@ -66,8 +66,9 @@ def settle(
     UsageError    the executor cannot do what is asked for
     """
     wanted = forward.executor
-    forward = replace(forward, executor="eager", batch_size=forward.batch_size or _find_batch(backbones, forward))
-    eager = Runner(backbones, forward)
+    if forward.device != "cpu" and not forward.batch_size:
+        forward = replace(forward, batch_size=_find_batch(backbones, forward))
+    eager = Runner(backbones, forward.under("eager"))
     name = _candidate(forward) if wanted == "auto" else wanted
     if name == "eager":
         return eager
@@ -81,12 +82,13 @@ def settle(
     sample = _sample(eager, items)
     eager_s, reference = _timed(eager, sample)
     memo = graphs / f"{graph_name(eager.joints)}-{name}.json" if graphs else None
-    known, ahead_s = _recall(memo) or EXPECTED[name], work * eager_s / (forward.batch_size * forward.streams)
+    known, ahead_s = _recall(memo) or EXPECTED[name], work * eager_s / forward.streams
     if wanted == "auto" and ahead_s * known.gain < known.warm_up_s:
         return eager
     start, eager_s = time.monotonic(), _timed(eager, sample)[0]  # now that it is warm
     try:
-        other = Runner(backbones, replace(forward, executor=name), graphs=graphs)
+        other = Runner(backbones, forward.under(name), graphs=graphs)
+        sample = [images[: other.forward.batch_size] for images in sample]
         _, found = _timed(other, sample)
     except EmbedpipeError:
         raise
@@ -95,7 +97,7 @@ def settle(
         return eager
     other_s, _ = _timed(other, sample)
     other.difference = largest_difference(reference, found)
-    cost = Cost(time.monotonic() - start - other_s, 1 - other_s / eager_s)
+    cost = Cost(time.monotonic() - start - other_s * len(sample[0]), 1 - other_s / eager_s)
     if memo:
         with suppress(StorageError):  # kept only to save time
             publish(memo, json.dumps(vars(cost)).encode())
@@ -127,15 +129,16 @@ def _sample(runner: Runner, items: Iterable[tuple[bytes, Place | Path]]) -> list
 
 
 def _timed(runner: Runner, images: Sequence[np.ndarray]) -> tuple[float, list[np.ndarray]]:
+    """Return the seconds an image, and the features, of a batch."""
     with torch_threads(runner.forward.threads):
         start = time.monotonic()
         features = runner(images)
-        return time.monotonic() - start, features
+        return (time.monotonic() - start) / len(images[0]), features
 
 
 def largest_difference(reference: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
-    """Return the largest difference of features, as a share of the largest feature of their backbone."""
-    pairs = zip(reference, found, strict=True)
+    """Return the largest difference of the features found, as a share of the largest feature of their backbone."""
+    pairs = [(old[: len(new)], new) for old, new in zip(reference, found, strict=True)]
     tiny = np.finfo(np.float32).tiny
     return max(float(np.abs(new - old).max() / max(np.abs(old).max(), tiny)) for old, new in pairs)
 
@@ -183,6 +186,6 @@ def _find_batch(backbones: Sequence[Backbone], forward: Forward) -> int:
     def rate(size: int) -> float:
         runner = Runner(backbones, replace(forward, executor="eager", batch_size=size))
         images = runner.examples()
-        return size / min(_timed(runner, images)[0] for _ in range(4))  # the first of them warms up
+        return 1 / min(_timed(runner, images)[0] for _ in range(4))  # the first of them warms up
 
     return find_batch(rate, FIRST_BATCH)

@@ -27,6 +27,7 @@ Key = TypeVar("Key", bound=bytes | None)
 Images = Callable[[Image.Image], "torch.Tensor"]
 Timed = tuple[list[Loaded], float]
 READERS = 16  # threads that fetch what decoder processes cannot read themselves: they wait, decoders work
+AHEAD = 16  # images, where batches are small: what is far away is asked for early
 ALL = -1  # no transform has this image
 
 
@@ -79,13 +80,13 @@ def image_batches(
     ----------
     items : iterable of (key, place)    a file whose sha256 is not its key fails; None: no check
     transforms : callables              RGB image -> float32 (3, H, W), all of one decode; their errors are raised
-    batch_size, workers : int >= 1      at most 2 * batch_size + workers images are held at a time, read or decoded
+    batch_size, workers : int >= 1      at most max(batch_size, AHEAD) + batch_size + workers images are held at a time, read or decoded
     in_order : bool                     as the items come; else as they are ready, and a slow image holds up no other
     """
     keys: list[Key] = []
     found: list[list[np.ndarray | None]] = []
     failures: list[Failed[Key]] = []
-    window, seconds = batch_size + workers, 0.0
+    window, seconds = max(batch_size, AHEAD) + workers, 0.0
     for key, (parts, took_s) in _loaded(items, transforms, window=window, workers=workers, in_order=in_order):
         seconds += took_s
         failed = [Failed(key, *part, n) for n, part in enumerate(parts) if isinstance(part, tuple)]

@@ -16,7 +16,7 @@ from embedpipe.executors import OpenVino, Session, Torch, graph_name
 from embedpipe.executors._folding import find_pairs, fold
 from embedpipe.images import Transform
 
-BATCH = 8
+BATCH = 4
 NAMES = ("timm:test_resnet", "timm:test_efficientnet", "timm:test_vit", "torchvision:mobilenet_v3_small")
 MAKERS: dict[str, Callable[[list[Joint]], Session]] = {
     "eager": lambda joints: Torch(joints),
@@ -80,7 +80,7 @@ def test_a_row_does_not_depend_on_its_place_or_its_thread(name: str, maker: str)
     joints, _ = join([load(name)])
     session, pixels = MAKERS[maker](joints), pixels_for(joints[0])
     (first,) = session(0, pixels)
-    order = np.array([2, 0, 3, 1, 7, 6, 4, 5])
+    order = np.array([2, 0, 3, 1])
     with ThreadPoolExecutor(2) as threads:
         shuffled = list(threads.map(lambda _: session(0, np.ascontiguousarray(pixels[order]))[0], range(4)))
     for found in shuffled:

@@ -237,5 +237,6 @@ def test_no_warning_when_all_is_well(backbone: Backbone, items: list[tuple[bytes
 def test_a_plan_has_a_stream_a_core() -> None:
     plan = plan_forward(device="cpu", batch_size="auto", workers="auto")
     assert plan.streams * plan.threads >= 1
-    assert (plan.batch_size, plan.executor) == (8, "auto")
-    assert plan.definite.executor == "eager"
+    assert (plan.batch_size, plan.executor) == (0, "auto")
+    assert (plan.definite.executor, plan.definite.batch_size) == ("eager", 4)
+    assert plan.under("openvino").batch_size == 2

@@ -87,7 +87,7 @@ def test_the_window_is_bounded(items) -> None:
     batches = image_batches(endless(), [TRANSFORM], batch_size=4, workers=2)
     for _ in range(3):
         next(batches)
-    assert taken <= 3 * 4 + 4 + 2
+    assert taken <= 3 * 4 + 16 + 2
     batches.close()
 
 
