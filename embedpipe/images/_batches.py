@@ -80,7 +80,7 @@ def image_batches(
     ----------
     items : iterable of (key, place)    a file whose sha256 is not its key fails; None: no check
     transforms : callables              RGB image -> float32 (3, H, W), all of one decode; their errors are raised
-    batch_size, workers : int >= 1      at most max(batch_size, AHEAD) + batch_size + workers images are held at a time, read or decoded
+    batch_size, workers : int >= 1      at most max(batch_size, AHEAD) + batch_size + workers images are held, read or decoded
     in_order : bool                     as the items come; else as they are ready, and a slow image holds up no other
     """
     keys: list[Key] = []
