@@ -91,9 +91,9 @@ def test_a_device_or_library_that_no_field_names_does_not_matter(run: Run, photo
 
 def test_other_pins_are_probed_when_there_is_something_to_compute(run: Run, photos: Path) -> None:
     run("extract", photos / "red", *TINY)
-    run("extract", photos / "red", *TINY, "--batch-size", 4)
+    run("extract", photos / "red", *TINY, "--batch-size", 8)
     assert len(only_space().environments) == 1
-    more = run("extract", photos, *TINY, "--batch-size", 4, "--json").data
+    more = run("extract", photos, *TINY, "--batch-size", 8, "--json").data
     assert (more["computed"], more["reused"]) == (24, 12)
     assert [one.get("probed") for one in only_space().environments] == [None, 8]
 

@@ -104,5 +104,5 @@ def test_who_stops_early_leaves_no_thread(data: bytes) -> None:
     next(batches)
     start = time.monotonic()
     batches.close()
-    assert time.monotonic() - start < 1
+    assert time.monotonic() - start < 5
     assert threading.active_count() <= before
