@@ -27,6 +27,10 @@ from PIL import Image, ImageOps
 CHANGED = 10
 MOST_S, MOST_SHARE = 1.5, 0.02
 
+SETTLED_S = (
+    3.0  # a file is remembered once it is older than a tick of its times: photos are not written while they are read
+)
+
 
 class Extraction:
     """The command line over one folder, with a cache and a memo of its own."""
@@ -87,6 +91,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, float], list[str]]:
     with tempfile.TemporaryDirectory(dir=options.scratch) as name:
         extraction = Extraction(Path(name), options.backbone)
         shutil.copytree(make_photos(options.images), extraction.data)
+        time.sleep(SETTLED_S)
         times = {"first": extraction.timed(options.images), "second": extraction.timed(0)}
         notes = prove(extraction)
         change(extraction.data, CHANGED)
