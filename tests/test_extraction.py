@@ -58,6 +58,43 @@ def test_all_layers_and_what_is_there_already(run: Run, photos: Path) -> None:
     assert [space["reused"] for space in again["spaces"]] == [36] * len(spaces)
 
 
+def test_what_is_asked_for_twice_is_computed_once(run: Run, photos: Path) -> None:
+    twice = ["--backbone", "test_resnet", "--layer", "layer2", "--layer", "all"]
+    found = run("extract", photos, *TINY, *twice, "--json").data
+    folders = [space["space"] for space in found["spaces"]]
+    assert len(set(folders)) < len(folders)
+    assert all(space["rows"] == 36 for space in found["spaces"])
+
+
+def test_a_backbone_handed_over_takes_layer_and_pool(photos: Path) -> None:
+    import embedpipe as ep
+
+    backbone = ep.load_backbone("timm:test_resnet", weights="none")
+    names = {
+        pool: ep.extract(photos, backbone, layer=("layer2",), pool=pool).summary["fingerprint"]
+        for pool in ("avg", "max")
+    }
+    assert names["avg"] != names["max"]
+
+
+def test_an_interrupted_extraction_whose_executor_fails_here_is_refused(
+    run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from embedpipe.cache._meta import read_meta, write_meta
+    from embedpipe.forwarding import _settling as settling
+
+    space = Path(run("extract", photos, *TINY, "--executor", "openvino", "--limit", 4, "--json").data["space"])
+    meta = read_meta(space)
+    assert meta is not None
+    write_meta(space, replace(meta, pins=meta.environments[0]["pins"]))
+    monkeypatch.setattr(settling, "AGREEMENT", 0.0)
+    ended = run("extract", photos, *TINY)
+    assert ended.code == 4
+    assert "was interrupted under" in ended.err
+
+
 def test_a_known_failure_of_one_space_is_one_of_the_other(run: Run, photos: Path) -> None:
     (photos / "red" / "000.png").write_bytes(b"no image")
     assert run("extract", photos, *TINY, "--layer", "layer2").code == 3

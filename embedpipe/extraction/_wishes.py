@@ -179,7 +179,7 @@ class Workshop:
         from embedpipe.images import Transform
 
         if isinstance(wish.backbone, Backbone):
-            backbone = at_layer(wish.backbone, wish.layer) if wish.layer else wish.backbone
+            backbone = at_layer(wish.backbone, wish.layer, pool=wish.shape["pool"]) if wish.layer else wish.backbone
         elif wish.backbone in self.models:
             backbone = at_layer(self.models[wish.backbone], wish.layer, pool=wish.shape["pool"])
         else:

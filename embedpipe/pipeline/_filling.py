@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from typing import Any
 from embedpipe.cache import SpaceWriter
 from embedpipe.disk import check_free_space
 from embedpipe.drift import check_drift, is_new, record_environment
-from embedpipe.errors import CacheBusy, StorageError
+from embedpipe.errors import CacheBusy, CacheMismatch, StorageError
 from embedpipe.forwarding import Forward, Rows, Runner, settle, stream_rows
 from embedpipe.images import DECODER
 from embedpipe.manifest import Manifest, Sample
@@ -80,20 +80,18 @@ def fill_spaces(
     CacheBusy        somebody else writes to one of the spaces
     CacheMismatch    stored rows come out differently in this environment
     """
-    filled: dict[int, Filled] = {}
+    filled: dict[Path, Filled] = {}
     options: dict[str, Any] = {
         "shard_rows": shard_rows,
         "retry_failed": retry_failed,
         "progress": progress,
         "graphs": graphs,
     }
-    for numbers in _by_pins(targets):
-        pins = pins_of(targets[numbers[0]])
-        done = _fill_together(
-            manifest, [targets[n] for n in numbers], forward.pinned(pins) if pins else forward, **options
-        )
-        filled |= zip(numbers, done, strict=True)
-    return [filled[n] for n in range(len(targets))]
+    for some in _by_pins(targets):
+        pins = pins_of(some[0])
+        done = _fill_together(manifest, some, forward.pinned(pins) if pins else forward, **options)
+        filled |= zip((target.space.folder for target in some), done, strict=True)
+    return [filled[target.space.folder] for target in targets]
 
 
 def pins_of(target: Target) -> dict[str, Any]:
@@ -102,11 +100,11 @@ def pins_of(target: Target) -> dict[str, Any]:
     return dict(meta.pins or {}) if meta else {}
 
 
-def _by_pins(targets: Sequence[Target]) -> list[list[int]]:
-    """Group targets that can be filled under the same settings."""
-    groups: dict[str, list[int]] = defaultdict(list)
-    for number, target in enumerate(targets):
-        groups[canonical_json(pins_of(target))].append(number)
+def _by_pins(targets: Sequence[Target]) -> list[list[Target]]:
+    """Group targets that can be filled under the same settings; a space that is asked for twice is filled once."""
+    groups: dict[str, list[Target]] = defaultdict(list)
+    for target in {target.space.folder: target for target in targets}.values():
+        groups[canonical_json(pins_of(target))].append(target)
     return list(groups.values())
 
 
@@ -130,6 +128,8 @@ def _fill_together(
     for job in lacking:
         job.target.space.ensure_free()  # before anything is measured in vain
     runner = _settle(manifest, lacking, forward, graphs)
+    if runner:
+        _keep_pins(pins_of(targets[0]), runner.forward)
     forward, clock = runner.forward if runner else forward.definite, Clock()
     for job in jobs:
         _prove(manifest, job, forward, graphs)
@@ -184,6 +184,20 @@ def _open(job: Job, forward: Forward, shard_rows: int) -> SpaceWriter:
         pins=forward.pins,
         shard_rows=shard_rows,
     )
+
+
+def _keep_pins(pins: Mapping[str, Any], forward: Forward) -> None:
+    """Refuse to go on with an interrupted extraction in another way than it was begun in.
+
+    Raises
+    ------
+    CacheMismatch    what it is pinned to does not work here
+    """
+    if pins and pins != forward.pins:
+        raise CacheMismatch(
+            f"this extraction was interrupted under {canonical_json(dict(pins))}, which does not work here",
+            hint="go on where it was begun, or remove the space (`embedpipe cache ls`, `cache rm`) and begin again",
+        )
 
 
 def _obey(writer: SpaceWriter, forward: Forward) -> None:
