@@ -26,7 +26,7 @@ PathLike = str | os.PathLike[str]
 def fit_head(
     features: FeatureSet | str | None = None,
     *,
-    solver: Literal["auto", "lbfgs", "sklearn", "knn"] = "auto",
+    solver: Literal["auto", "newton", "lbfgs", "sklearn", "ridge", "knn"] = "auto",
     l2: float | Literal["auto"] = "auto",
     refit: bool = False,
     standardize: bool = True,
@@ -47,7 +47,8 @@ def fit_head(
     features : FeatureSet, or name, id or path of a data set
         Default: the data set extracted last.
     solver : str
-        lbfgs and sklearn solve the same objective; knn keeps the training features and asks the nearest.
+        newton (auto), lbfgs and sklearn solve the same objective; ridge fits least squares, in the least time; knn asks the
+        nearest training images.
     l2 : float or auto
         Strength of the penalty; auto takes the best of 45 values on val.
     refit : bool

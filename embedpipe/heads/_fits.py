@@ -21,18 +21,22 @@ from embedpipe.metrics import score
 from embedpipe.provenance import nearest
 
 L2_GRID: tuple[float, ...] = tuple(float(l2) for l2 in np.logspace(-6, 2, 45))
-SOLVERS = ("lbfgs", "sklearn")
+SOLVERS = ("newton", "lbfgs", "sklearn", "ridge")
 Solver = Callable[[Problem, Sequence[float], Solution | None], list[Solution]]
 
 
 @dataclass(frozen=True)
 class PathPoint:
-    """One l2: the objective on train, and what validation says (None where there is none)."""
+    """One l2: the objective on train, and what validation says (None where there is none).
+
+    loo_accuracy: of train, each sample left out in turn (solver `ridge`)
+    """
 
     l2: float
     objective: float
     val_accuracy: float | None
     val_log_loss: float | None
+    loo_accuracy: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +100,12 @@ def fit_path(
     """Fit a head for every l2 of a grid (or the one given) on train, and choose on validation.
 
     The highest validation accuracy wins; ties go to the lowest log loss, then to the largest l2.
-    X_val and y_val may be None or empty where l2 is a number. All else as in `fit_linear`.
+    X_val and y_val may be None or empty where l2 is a number, and with the solver ridge, which then asks its leave-one-out
+    accuracy. All else as in `fit_linear`.
     """
     values = _falling(grid if l2 == "auto" else [float(l2)])
     validation = _validation(X_val, y_val, len(classes))
-    if validation is None and len(values) > 1:
+    if validation is None and len(values) > 1 and solver != "ridge":
         raise UsageError(
             "no validation samples, expected some to choose l2 on", hint="give one l2 as a number, or keep a val split"
         )
@@ -117,7 +122,11 @@ def fit_path(
 
 def _solver(name: str) -> tuple[str, Solver]:
     """Return a solver and its name; torch and scikit-learn are only imported here."""
-    if name in ("auto", "lbfgs"):
+    if name in ("auto", "newton"):
+        from embedpipe.heads import _newton
+
+        return "newton", _newton.solve_path
+    if name == "lbfgs":
         from embedpipe.heads import _lbfgs
 
         return "lbfgs", _lbfgs.solve_path
@@ -125,6 +134,10 @@ def _solver(name: str) -> tuple[str, Solver]:
         from embedpipe.heads import _sklearn
 
         return "sklearn", _sklearn.solve_path
+    if name == "ridge":
+        from embedpipe.heads import _ridge
+
+        return "ridge", _ridge.solve_path
     close = nearest(name, ("auto", *SOLVERS))
     raise UsageError(
         f"no solver {name!r}, expected auto, {', '.join(SOLVERS)}",
@@ -144,10 +157,12 @@ def _head(frame: Frame, solution: Solution, l2: float, *, solver: str, standardi
     provenance = {
         "solver": solver,
         "l2": l2,
-        "objective": frame.problem.objective(solution, l2),
+        "objective": frame.problem.objective(solution, l2) if solution.objective is None else solution.objective,
         "standardize": standardize,
         "n_train": len(frame.problem.y),
     }
+    if solution.loo_accuracy is not None:
+        provenance["loo_accuracy"] = solution.loo_accuracy
     return frame.head_of(solution, provenance)
 
 
@@ -159,14 +174,15 @@ def _validation(X: ArrayLike | None, y: ArrayLike | None, n_classes: int) -> tup
 
 def _point(head: LinearHead, validation: tuple[ArrayLike, ArrayLike] | None) -> PathPoint:
     l2, objective = head.provenance["l2"], head.provenance["objective"]
+    left_out = head.provenance.get("loo_accuracy")
     if validation is None:
-        return PathPoint(l2, objective, None, None)
+        return PathPoint(l2, objective, None, None, left_out)
     X, y = validation
     scores = score(head.predict_proba(X), y)
-    return PathPoint(l2, objective, scores["accuracy"], scores["log_loss"])
+    return PathPoint(l2, objective, scores["accuracy"], scores["log_loss"], left_out)
 
 
 def _merit(point: PathPoint) -> tuple[float, float, float]:
     if point.val_accuracy is None or point.val_log_loss is None:
-        return 0.0, 0.0, point.l2
+        return point.loo_accuracy or 0.0, 0.0, point.l2
     return point.val_accuracy, -point.val_log_loss, point.l2

@@ -83,7 +83,7 @@ def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = 
 
 def rotate(problem: Problem) -> Rotated:
     """Centre the features and turn them to the eigenbasis of their Gram matrix."""
-    X, y = torch.from_numpy(problem.X).double(), torch.from_numpy(problem.y)
+    X, y = torch.from_numpy(problem.array).double(), torch.from_numpy(problem.y)
     sample_weight = torch.from_numpy(problem.sample_weight)
     mean = sample_weight @ X
     X -= mean

@@ -13,8 +13,9 @@ file each, and no other file knows how it works.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,10 +28,48 @@ BLOCK_ROWS = 4096  # rows taken to float64 at a time
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """Float64 weights (K, D) on standardised features and bias (K,); K = 1 for two classes."""
+    """Float64 weights (K, D) on standardised features and bias (K,); K = 1 for two classes.
+
+    objective : float        of a solver that minimises another one than that of the problem
+    loo_accuracy : float     of the training samples, each left out in turn, where that comes for free
+    """
 
     weight: Float64
     bias: Float64
+    objective: float | None = None
+    loo_accuracy: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Chunked:
+    """Features that are read when they are asked for, for a set that memory does not hold.
+
+    Parameters
+    ----------
+    shape : (N, D)
+    read : rows -> float32 (n, D)    rows are a slice or rising numbers int64 (n,)
+    """
+
+    shape: tuple[int, int]
+    read: Callable[[Any], Float32]
+
+    ndim = 2
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> Float32:
+        return self.read(rows)
+
+    def scaled(self, mean: Float64, std: Float64, kept: Int64 | None = None) -> Chunked:
+        """Return these features less their mean, over their std; of some rows alone, where numbers are given."""
+        n = len(self) if kept is None else len(kept)
+
+        def read(rows: Any) -> Float32:
+            wanted = rows if kept is None else kept[rows]
+            return np.asarray((self.read(wanted) - mean) / std, dtype=np.float32)
+
+        return Chunked((n, self.shape[1]), read)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,46 +79,86 @@ class Problem:
     Parameters
     ----------
     X : float32 (N, D)              standardised features
-    y : int64 (N,)                  class in [0, n_classes), every class present
+    y : int64 (N,)                  class in [0, n_classes), every class present; or (N, K) of 0 and 1: labels, any number of
+                                    which an image may have
     sample_weight : float64 (N,)    positive, sums to 1
+    memory_bytes : int              that a solver may take beside X
     """
 
-    X: Float32
+    X: Float32 | Chunked
     y: Int64
     sample_weight: Float64
     n_classes: int
+    memory_bytes: int = 2**30
+
+    @property
+    def apart(self) -> bool:
+        """Whether every logit is a question of its own: several labels, or two classes, which are one question."""
+        return self.y.ndim == 2 or self.n_classes == 2
+
+    @property
+    def rows(self) -> int:
+        """K, the number of logits."""
+        return 1 if self.y.ndim == 1 and self.n_classes == 2 else self.n_classes
 
     @property
     def blind(self) -> Solution:
         """The optimum as l2 grows without bound: no weights, the class frequencies in the bias."""
-        bias = np.log(np.bincount(self.y, self.sample_weight, self.n_classes))
-        bias = bias[1:] - bias[:1] if self.n_classes == 2 else bias - bias.mean()
+        if self.apart:
+            share = self.sample_weight @ self.y.reshape(len(self.y), -1)
+            bias = np.log(share / (1 - share))
+        else:
+            bias = np.log(np.bincount(self.y, self.sample_weight, self.n_classes))
+            bias -= bias.mean()
         return Solution(np.zeros((len(bias), self.X.shape[1])), bias)
+
+    @property
+    def array(self) -> Float32:
+        """All features, in memory."""
+        return self.X[:] if isinstance(self.X, Chunked) else self.X
 
     def objective(self, solution: Solution, l2: float) -> float:
         weights = self.sample_weight
         return objective(solution.weight, solution.bias, self.X, self.y, l2=l2, sample_weight=weights)
 
 
+def narrow(problem: Problem) -> tuple[Problem, Float64 | None]:
+    """Return a problem with fewer features than rows, and the orthonormal basis (D, r) of the features kept.
+
+    The optimum lies in the span of the rows. A problem that is narrow already comes back as it is, without a basis.
+    """
+    if len(problem.X) >= problem.X.shape[1]:
+        return problem, None
+    basis, triangle = np.linalg.qr(problem.array.T.astype(np.float64))
+    return replace(problem, X=np.ascontiguousarray(triangle.T)), basis
+
+
 def objective(
-    weight: ArrayLike, bias: ArrayLike, X: ArrayLike, y: ArrayLike, *, l2: float, sample_weight: ArrayLike | None = None
+    weight: ArrayLike,
+    bias: ArrayLike,
+    X: ArrayLike | Chunked,
+    y: ArrayLike,
+    *,
+    l2: float,
+    sample_weight: ArrayLike | None = None,
 ) -> float:
-    """Return weighted mean cross-entropy + l2/2 * ||W||^2, in float64.
+    """Return weighted mean cross-entropy + l2/2 * ||W||^2, in float64; of several labels the sum of their cross-entropies.
 
     Parameters
     ----------
     weight : float (K, D)    on standardised features; K = 1: the logit of class 1 of two
     bias : float (K,)
     X : float (N, D)         standardised features
-    y : int (N,)             class index
+    y : int (N,) or (N, K)   class index, or 0 and 1 for each of K labels
     sample_weight : float (N,), optional    divided by its sum here
     """
     W, b = np.asarray(weight, dtype=np.float64), np.asarray(bias, dtype=np.float64)
     truth = np.asarray(y, dtype=np.int64)
-    logits = affine(np.asarray(X), W, b)
-    if len(W) == 1:
-        logits = np.concatenate([np.zeros_like(logits), logits], axis=1)
-    each = log_normaliser(logits) - logits[np.arange(len(truth)), truth]
+    logits = affine(X if isinstance(X, Chunked) else np.asarray(X), W, b)
+    if truth.ndim == 2 or len(W) == 1:
+        each = np.logaddexp(0, logits * (1 - 2 * truth.reshape(logits.shape))).sum(axis=1)
+    else:
+        each = log_normaliser(logits) - logits[np.arange(len(truth)), truth]
     weights = None if sample_weight is None else np.asarray(sample_weight)
     return float(np.average(each, weights=weights) + l2 / 2 * np.sum(W * W))
 
@@ -90,7 +169,7 @@ def log_normaliser(logits: Float64) -> Float64:
     return np.asarray(top + np.log(np.exp(logits - top[:, None]).sum(axis=1)))
 
 
-def affine(X: NDArray[np.floating], weight: NDArray[np.floating], bias: NDArray[np.floating]) -> Float64:
+def affine(X: NDArray[np.floating] | Chunked, weight: NDArray[np.floating], bias: NDArray[np.floating]) -> Float64:
     """Return X W' + b in float64 (N, K), block by block, so that X may be a memory map."""
     out = np.empty((len(X), len(weight)))
     W = weight.astype(np.float64).T

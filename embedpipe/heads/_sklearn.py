@@ -16,8 +16,8 @@ GRADIENT_TOLERANCE, ITERATIONS = 1e-8, 20_000
 
 def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = None) -> list[Solution]:
     """Minimise the objective for every l2, falling, each from the solution before it."""
-    mean = problem.sample_weight @ problem.X
-    X = problem.X - mean  # float64; the bias is free, so centring changes nothing but the speed
+    mean = problem.sample_weight @ problem.array
+    X = problem.array - mean  # float64; the bias is free, so centring changes nothing but the speed
     solution, solutions = start or problem.blind, []
     for l2 in l2s:
         model = LogisticRegression(C=1 / l2, tol=GRADIENT_TOLERANCE, max_iter=ITERATIONS, warm_start=True)

@@ -1,0 +1,228 @@
+"""Solver `newton`: Newton's method with conjugate gradients, many l2 at a time, to a proved optimum.
+
+The step of each l2 is found by conjugate gradients on the Hessian, preconditioned in the eigenbasis of the features' covariance,
+where each row counts with its p (1 - p): for two classes that is the Hessian itself. The penalty stays on the weights. Some l2,
+falling, are solved one after the other, each from where the last ones point to; those between start from a curve through their
+neighbours, and are solved together, which fills matrix products.
+
+The objective is l2-strongly convex in the weights, so its squared gradient / (2 l2) bounds what is left to gain. That bound,
+relative to the objective, is at most TOLERANCE for every solution, or a warning says so.
+
+Source: Nocedal and Wright, Numerical Optimization, 7.1 (line search Newton-CG) and 5.1 (preconditioning).
+
+>>> [solution] = solve_path(problem, [1e-3])
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embedpipe.heads._problem import Problem, Solution, narrow
+from embedpipe.heads._sweeps import Metric, Sweeps
+
+TOLERANCE = 1e-7  # of the bound on what is left to gain, relative to the objective
+STEPS, PRODUCTS, HALVINGS = 100, 60, 40  # at most, in a minimisation, in a step, in a line search
+STRIDE, TOGETHER = 4, 9  # every fourth l2 leads; those between are solved nine at a time
+WORN = 10  # products for a step: the metric is measured again
+LEAST_SPREAD = 1e-12  # of a class that every sample is already sure about
+APPROACH = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # on the way from nothing to a small l2
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """L problems, each at its weights: float64 l2 (L,), W (L, K, D), b (L, K), objective (L,), its gradients, mean p (1 - p)."""
+
+    l2: Tensor
+    W: Tensor
+    b: Tensor
+    objective: Tensor
+    grad_W: Tensor
+    grad_b: Tensor
+    spread: Tensor
+
+    def __getitem__(self, which: Tensor) -> Points:
+        return Points(*(getattr(self, one.name)[which] for one in fields(self)))
+
+    @property
+    def gap(self) -> Tensor:
+        """A bound (L,) on what is left to gain, relative to the objective."""
+        bias = (self.grad_b.square() / self.spread).sum(1)
+        return (self.grad_W.square().sum((1, 2)) / self.l2 + bias) / (2 * self.objective)
+
+
+def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = None) -> list[Solution]:
+    """Minimise the objective for every l2, falling."""
+    small, basis = narrow(problem)
+    sweeps = Sweeps(small, kept_bytes=problem.memory_bytes // 2)
+    blind = small.blind if start is None else start
+    if start is not None and basis is not None:
+        blind = Solution(start.weight @ basis, start.bias)
+    before = [] if start else [l2 for l2 in APPROACH if l2 > l2s[0]]
+    way = _Way(sweeps, blind, [*before, *l2s])
+    way.lead()
+    way.fill()
+    solutions = [Solution(W.numpy(), b.numpy()) for W, b in zip(way.W, way.b, strict=True)][len(before) :]
+    return solutions if basis is None else [Solution(one.weight @ basis.T, one.bias) for one in solutions]
+
+
+class _Way:
+    """The l2 of a path, falling, with the weights found so far."""
+
+    def __init__(self, sweeps: Sweeps, start: Solution, l2s: Sequence[float]) -> None:
+        self.sweeps, self.l2 = sweeps, torch.tensor(l2s, dtype=torch.float64)
+        self.W = torch.from_numpy(start.weight).repeat(len(l2s), 1, 1)
+        self.b = torch.from_numpy(start.bias).repeat(len(l2s), 1)
+        every = STRIDE if len(l2s) > 2 * STRIDE else 1
+        self.leading = sorted({*range(0, len(l2s), every), len(l2s) - 1})
+
+    def lead(self) -> None:
+        """Solve the leading ones one by one, each from a curve through the last three."""
+        metric = self.sweeps.measure()
+        for place, number in enumerate(self.leading):
+            self._from(number, self.leading[max(0, place - 3) : place])
+            metric = self._solve([number], metric)
+
+    def fill(self) -> None:
+        """Solve the others, as many at a time as fit, each from a curve through the nearest four."""
+        rest = [number for number in range(len(self.l2)) if number not in self.leading]
+        most = min(TOGETHER, self.sweeps.most)
+        for first in range(0, len(rest), most):
+            some = rest[first : first + most]
+            for number in some:
+                near = sorted(self.leading, key=lambda one, number=number: abs(one - number))  # type: ignore[misc]
+                self._from(number, near[:4])
+            self._solve(some, None)
+
+    def _from(self, number: int, known: Sequence[int]) -> None:
+        """Start from the polynomial in log l2 through what is known; from the start where nothing is."""
+        if known:
+            log_l2 = self.l2.log()
+            shares = _lagrange(log_l2[list(known)], log_l2[number])
+            self.W[number] = torch.tensordot(shares, self.W[list(known)], 1)
+            self.b[number] = torch.tensordot(shares, self.b[list(known)], 1)
+
+    def _solve(self, some: list[int], metric: Metric | None) -> Metric:
+        found = minimise(self.sweeps, self.l2[some], self.W[some], self.b[some], metric)
+        self.W[some], self.b[some] = found.W, found.b
+        return found.metric
+
+
+@dataclass(frozen=True, eq=False)
+class Minimum:
+    """Weights (L, K, D), biases (L, K), and the metric that served last."""
+
+    W: Tensor
+    b: Tensor
+    metric: Metric
+
+
+def minimise(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, metric: Metric | None) -> Minimum:
+    """Minimise the objective for L values of l2 from W (L, K, D), b (L, K)."""
+    points, left = _points(sweeps, l2, W, b), torch.arange(len(l2))
+    W, b = W.clone(), b.clone()
+    metric = metric or sweeps.measure(len(l2) // 2)
+    for _ in range(STEPS):
+        W[left], b[left] = points.W, points.b
+        open_ = points.gap > TOLERANCE
+        if not open_.any():
+            return Minimum(W, b, metric)
+        dW, db, products = _direction(sweeps, points, open_.nonzero()[:, 0], metric)
+        points, left, dW, db = points[open_], left[open_], dW[open_], db[open_]
+        worn = products > WORN
+        points, moved = _step(sweeps, points, dW, db)
+        if not moved:
+            break
+        if worn:
+            metric = sweeps.measure(len(points.l2) // 2)
+    W[left], b[left] = points.W, points.b
+    worst = float(points.gap.max())
+    if worst > 10 * TOLERANCE:
+        warnings.warn(
+            f"newton has not converged at l2 = {points.l2.min():g}: up to {worst:.1e} of the objective may be left",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return Minimum(W, b, metric)
+
+
+def _points(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor) -> Points:
+    loss, grad_W, grad_b, spread = sweeps.value(W, b)
+    objective = loss + l2 / 2 * W.square().sum((1, 2))
+    return Points(l2, W, b, objective, grad_W + l2[:, None, None] * W, grad_b, spread.clamp_min(LEAST_SPREAD))
+
+
+def _direction(sweeps: Sweeps, points: Points, active: Tensor, metric: Metric) -> tuple[Tensor, Tensor, int]:
+    """Return Newton's step (L, K, D), (L, K) of the active problems, and how many products the slowest took.
+
+    The residual of the linear system is the gradient that is left where the model holds: it need not be smaller than what ends
+    the minimisation, nor, far from there, than a share of the gradient.
+    """
+    l2, spread = points.l2, points.spread
+    inverse = 1 / (spread[:, :, None] * metric.spectrum + l2[:, None, None])
+
+    def precondition(W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        weight = ((W - b[:, :, None] * metric.mean) @ metric.basis * inverse) @ metric.basis.T
+        return weight, b / spread - weight @ metric.mean
+
+    enough = 0.25 * TOLERANCE * 2 * points.objective
+    first = _left(points, points.grad_W, points.grad_b)
+    wanted = torch.maximum(enough, first * points.gap.clamp(max=0.01))
+    dW, db = torch.zeros_like(points.W), torch.zeros_like(points.b)
+    rest_W, rest_b = -points.grad_W, -points.grad_b
+    way_W, way_b = precondition(rest_W, rest_b)
+    size = _dot(rest_W, rest_b, way_W, way_b)
+    for products in range(1, PRODUCTS + 1):  # noqa: B007
+        hess_W, hess_b = sweeps.curve(way_W[active], way_b[active], active)
+        hess_W += l2[active, None, None] * way_W[active]
+        share = size[active] / _dot(way_W[active], way_b[active], hess_W, hess_b)
+        dW[active] += share[:, None, None] * way_W[active]
+        db[active] += share[:, None] * way_b[active]
+        rest_W[active] -= share[:, None, None] * hess_W
+        rest_b[active] -= share[:, None] * hess_b
+        next_W, next_b = precondition(rest_W, rest_b)
+        ratio, size = size, _dot(rest_W, rest_b, next_W, next_b)
+        ratio = size / ratio
+        way_W, way_b = next_W + ratio[:, None, None] * way_W, next_b + ratio[:, None] * way_b
+        active = active[(_left(points, rest_W, rest_b) > wanted)[active]]
+        if not len(active):
+            break
+    return dW, db, products
+
+
+def _left(points: Points, W: Tensor, b: Tensor) -> Tensor:
+    """Return the bound (L,) on what a gradient leaves to gain, times 2."""
+    return W.square().sum((1, 2)) / points.l2 + (b.square() / points.spread).sum(1)
+
+
+def _step(sweeps: Sweeps, points: Points, dW: Tensor, db: Tensor) -> tuple[Points, bool]:
+    """Return the points after a step along (dW, db), halved for each problem until it gains; and whether any moved."""
+    slope = _dot(points.grad_W, points.grad_b, dW, db)
+    length = torch.ones_like(slope)
+    for _ in range(HALVINGS):
+        new = _points(sweeps, points.l2, points.W + length[:, None, None] * dW, points.b + length[:, None] * db)
+        good = new.objective <= points.objective + 1e-4 * length * slope + 1e-14 * points.objective
+        if good.all():
+            return new, bool((length > 0).any())
+        length = torch.where(good, length, length / 4)
+    length = torch.where(good, length, torch.zeros_like(length))
+    new = _points(sweeps, points.l2, points.W + length[:, None, None] * dW, points.b + length[:, None] * db)
+    return new, bool((length > 0).any())
+
+
+def _dot(W: Tensor, b: Tensor, V: Tensor, c: Tensor) -> Tensor:
+    return (W * V).sum((1, 2)) + (b * c).sum(1)
+
+
+def _lagrange(places: Tensor, at: Tensor) -> Tensor:
+    """Return the share of each known value in the polynomial through them, at another place."""
+    apart = places[:, None] - places[None]
+    np.fill_diagonal(apart.numpy(), 1.0)
+    towards = (at - places[None]).repeat(len(places), 1)
+    np.fill_diagonal(towards.numpy(), 1.0)
+    return (towards / apart).prod(1)

@@ -1,0 +1,171 @@
+"""Sweeps over the rows of a problem: objective and gradient, Hessian times vector, and the metric that preconditions both.
+
+Several l2 are carried at once, so that each block of rows is multiplied by many columns: L problems of K rows each. Rows come
+in blocks, so features may be a memory map. Objective and gradient are float64, whatever the features; products with the
+Hessian only choose directions, and take the features' own precision.
+
+>>> sweeps = Sweeps(problem)
+>>> loss, grad_W, grad_b, spread = sweeps.value(W, b)     # (L,), (L, K, D), (L, K), (L, K)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embedpipe.heads._problem import Problem
+
+KEPT_BYTES = 2**29  # of probabilities; more are computed again for every product
+SMALL = 2**22  # features of a problem that is carried in float64
+BLOCK_NUMBERS = 2**18  # of logits in a block, so that it stays in the processor's cache
+METRIC_ROWS = 16  # times the width: rows that are enough to measure a metric
+
+
+@dataclass(frozen=True, eq=False)
+class Metric:
+    """A weighted covariance of the features: eigenvalues (D,), eigenvectors (D, D) and mean (D,), float64."""
+
+    spectrum: Tensor
+    basis: Tensor
+    mean: Tensor
+
+
+class Sweeps:
+    """The problem's loss without penalty, for L sets of weights (L, K, D) and biases (L, K) at once, float64.
+
+    K = C for classes, 1 for two classes, and the number of labels where y is (N, K) of 0 and 1.
+    """
+
+    def __init__(self, problem: Problem, *, kept_bytes: int = KEPT_BYTES) -> None:
+        small = len(problem.X) * problem.X.shape[1] <= SMALL
+        self._X = problem.array.astype(np.float64) if small else problem.X
+        self._dtype = torch.from_numpy(self._X[:1]).dtype
+        self.n, self.width = problem.X.shape
+        self.rows = problem.rows
+        self._y = torch.from_numpy(problem.y)
+        self._labels = self._y[None] if self._y.ndim == 1 else self._y.T  # (K, N) where every logit stands for itself
+        self._apart = problem.apart
+        self._weights = torch.from_numpy(problem.sample_weight)
+        self._kept_bytes = kept_bytes
+        self._bytes: int = self.n * self.rows * self._dtype.itemsize
+        self._kept: Tensor | None = None  # probabilities (L, K, N) of the last `value`
+        self._at: tuple[Tensor, Tensor] | None = None  # and its weights
+
+    @property
+    def most(self) -> int:
+        """How many problems can be carried at once, with their probabilities kept."""
+        return max(1, self._kept_bytes // self._bytes)
+
+    def value(self, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return loss (L,), its gradients (L, K, D) and (L, K), and the mean of p (1 - p), (L, K)."""
+        many = len(W)
+        loss, spread = W.new_zeros(many), W.new_zeros(many, self.rows)
+        grad_W, grad_b = W.new_zeros(many * self.rows, self.width), W.new_zeros(many * self.rows)
+        self._kept, self._at = None, (W, b)
+        if many * self._bytes <= self._kept_bytes:
+            self._kept = torch.empty(many, self.rows, self.n, dtype=self._dtype)
+        for rows, x in self._blocks(many):
+            x, weight = x.double(), self._weights[rows]
+            each, p = self._probabilities(x, W, b, rows)
+            loss += each @ weight
+            if self._kept is not None:
+                self._kept[:, :, rows] = p
+            spread += (p - p * p) @ weight
+            error = self._minus_truth(p, rows).mul_(weight).flatten(0, 1)
+            grad_W += error @ x
+            grad_b += error.sum(1)
+        return loss, grad_W.view_as(W), grad_b.view_as(b), spread
+
+    def curve(self, dW: Tensor, db: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the Hessian times a vector, at the weights of the last `value`; `which` of its problems are meant."""
+        many = len(dW)
+        hess_W, hess_b = dW.new_zeros(many * self.rows, self.width), dW.new_zeros(many * self.rows)
+        weights = self._weights.to(self._dtype)
+        for rows, x in self._blocks(many):
+            along = _logits(x, dW.to(self._dtype), db.to(self._dtype))
+            p = self._recall(x, rows, which)
+            if self._apart:
+                along *= p - p * p
+            else:
+                along -= (p * along).sum(1, keepdim=True)
+                along *= p
+            along = along.mul_(weights[rows]).flatten(0, 1)
+            hess_W += along @ x
+            hess_b += along.sum(1)
+        return hess_W.view_as(dW), hess_b.view_as(db)
+
+    def measure(self, which: int | None = None) -> Metric:
+        """Return the covariance of the features: each row counts with its p (1 - p), summed, in one problem of the last `value`.
+
+        Without one all rows count as in the loss. Of many rows some are drawn, by what they count.
+        """
+        counts = self._weights.clone()
+        if which is not None:
+            assert self._at is not None
+            for rows, x in self._blocks(1):
+                p = self._recall(x, rows, torch.tensor([which]))[0].double()
+                counts[rows] *= (p - p * p).sum(0)
+            if not counts.sum() > 0:
+                counts = self._weights.clone()
+        enough = METRIC_ROWS * self.width
+        if self.n > 2 * enough:
+            drawn = np.random.default_rng(0).choice(self.n, enough, p=(counts / counts.sum()).numpy())
+            drawn, times = np.unique(drawn, return_counts=True)
+            x = torch.from_numpy(self._X[drawn]).to(self._dtype)
+            return _metric([(x, torch.from_numpy(times / enough))], self.width)
+        counts /= counts.sum()
+        return _metric([(x, counts[rows]) for rows, x in self._blocks(1)], self.width)
+
+    def _blocks(self, many: int) -> Iterator[tuple[slice, Tensor]]:
+        size = min(max(BLOCK_NUMBERS // (many * self.rows) // 64 * 64, 256), 4096)
+        for start in range(0, self.n, size):
+            rows = slice(start, min(start + size, self.n))
+            yield rows, torch.from_numpy(np.ascontiguousarray(self._X[rows]))
+
+    def _probabilities(self, x: Tensor, W: Tensor, b: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Return the loss of each row (L, n), and probabilities (L, K, n)."""
+        logits = _logits(x, W, b)
+        if self._apart:
+            signs = 1 - 2 * self._labels[:, rows].to(logits.dtype)
+            return torch.nn.functional.softplus(logits * signs, threshold=700).sum(1), logits.sigmoid_()
+        normaliser = logits.logsumexp(1)
+        truth = self._y[rows].expand(len(W), 1, -1)
+        each = normaliser - logits.gather(1, truth)[:, 0]
+        return each, logits.sub_(normaliser[:, None]).exp_()
+
+    def _minus_truth(self, p: Tensor, rows: slice) -> Tensor:
+        if self._apart:
+            return p.sub_(self._labels[:, rows])
+        truth = self._y[rows].expand(len(p), 1, -1)
+        return p.scatter_add_(1, truth, p.new_full((1, 1, 1), -1).expand_as(truth))
+
+    def _recall(self, x: Tensor, rows: slice, which: Tensor) -> Tensor:
+        """Return probabilities (L, K, n) of the last `value`, in the features' precision."""
+        if self._kept is not None:
+            part = self._kept[:, :, rows]
+            return part if len(which) == len(part) else part[which]
+        assert self._at is not None
+        W, b = self._at
+        return self._probabilities(x, W[which].to(x.dtype), b[which].to(x.dtype), rows)[1]
+
+
+def _logits(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """Return W x + b, (L, K, n), for rows x (n, D)."""
+    return torch.addmm(b.reshape(-1, 1), W.flatten(0, 1), x.T).view(*b.shape, len(x))
+
+
+def _metric(parts: list[tuple[Tensor, Tensor]], width: int) -> Metric:
+    """Return the covariance of rows (n, D) that count (n,), which sum to 1 over all parts."""
+    mean = torch.zeros(width, dtype=torch.float64)
+    for x, counts in parts:
+        mean += counts.to(x.dtype) @ x
+    gram = torch.zeros(width, width, dtype=torch.float64)
+    for x, counts in parts:
+        centred = (x - mean.to(x.dtype)) * counts.sqrt().to(x.dtype)[:, None]
+        gram += centred.T @ centred
+    spectrum, basis = torch.linalg.eigh(gram)
+    return Metric(spectrum.clamp_min(0), basis, mean)

@@ -1,0 +1,128 @@
+"""Solver `newton`: every optimum proved in float64, with and without kept probabilities, for labels too."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from embedpipe.heads import L2_GRID, fit_linear
+from embedpipe.heads._newton import TOLERANCE, solve_path
+from embedpipe.heads._problem import Chunked, Problem, Solution
+
+
+def hard(n: int, width: int, n_classes: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Features as after a ReLU, correlated; some labels wrong; a constant column, a doubled one, some scaled by 1e3."""
+    random = np.random.default_rng(seed)
+    y = np.arange(n) % n_classes
+    rank = min(width, 64)
+    hidden = random.normal(size=(n, rank)) + random.normal(size=(n_classes, rank))[y]
+    mixing = random.normal(size=(rank, width)) / np.arange(1, rank + 1)[:, None] ** 0.5
+    X = np.maximum(hidden @ mixing + 0.3 * random.normal(size=(n, width)), 0)
+    y = np.where(random.random(n) < 0.03, random.integers(n_classes, size=n), y)
+    X[:, 0], X[:, 1] = 5, X[:, 2]
+    X[:, 3 : width // 10 + 4] *= 1e3
+    return X.astype(np.float32), y
+
+
+def standardised(X: np.ndarray) -> np.ndarray:
+    X = X.astype(np.float64)
+    std = X.std(axis=0)
+    std[std < 1e-9 * np.abs(X.mean(axis=0))] = 0
+    return (X - X.mean(axis=0)) / np.maximum(std, 0.01 * np.median(std))
+
+
+def gap(problem: Problem, found: Solution, l2: float) -> float:
+    """Squared gradient / (2 l2), relative to the objective, written down afresh; the gradient of the bias must vanish."""
+    logits = problem.X.astype(np.float64) @ found.weight.T + found.bias
+    if problem.apart:
+        error = 1 / (1 + np.exp(-logits)) - problem.y.reshape(logits.shape)
+    else:
+        error = np.exp(logits - np.logaddexp.reduce(logits, axis=1)[:, None]) - np.eye(problem.n_classes)[problem.y]
+    error *= problem.sample_weight[:, None]
+    assert np.abs(error.sum(axis=0)).max() < 1e-4 * max(1e-3, problem.objective(found, l2))
+    gradient = error.T @ problem.X + l2 * found.weight
+    return float(np.square(gradient).sum() / (2 * l2) / problem.objective(found, l2))
+
+
+def even(X: np.ndarray, y: np.ndarray, n_classes: int, **more: int) -> Problem:
+    return Problem(X, y, np.full(len(X), 1 / len(X)), n_classes, **more)
+
+
+SHAPES = [(400, 60, 2), (90, 128, 2), (600, 60, 10), (120, 160, 10), (900, 40, 100)]
+LARGE = [(n, width, c) for width in (512, 1280, 2048) for c in (2, 10, 100) for n in (300, 3 * width)]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *(pytest.param(shape, marks=pytest.mark.slow) for shape in LARGE)])
+def test_nothing_is_left_to_gain_at_any_point_of_a_path(shape: tuple[int, int, int]) -> None:
+    X, y = hard(*shape)
+    problem = even(standardised(X).astype(np.float32), y, shape[2])
+    l2s = sorted(L2_GRID, reverse=True)
+    gaps = [gap(problem, found, l2) for l2, found in zip(l2s, solve_path(problem, l2s), strict=True)]
+    assert max(gaps) <= 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_stored_head_is_as_good_and_answers_as_scikit_learn_does(shape: tuple[int, int, int]) -> None:
+    X, y = hard(*shape)
+    Z = standardised(X)
+    problem = even(Z, y, shape[2])
+    for l2 in (1e-5, 1e-2):
+        head = fit_linear(X, y, classes=[str(c) for c in range(shape[2])], l2=l2)
+        assert head.provenance["solver"] == "newton"
+        model = LogisticRegression(C=1 / (len(y) * l2), tol=1e-8, max_iter=20_000).fit(Z, y)
+        same = head.predict_proba(X).argmax(axis=1) == model.predict(Z)
+        assert same.mean() >= 0.999
+        best = problem.objective(Solution(model.coef_, model.intercept_), l2)
+        assert head.provenance["objective"] <= best * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("n_classes", [2, 5])
+def test_probabilities_that_do_not_fit_in_memory_change_nothing(n_classes: int) -> None:
+    X, y = hard(500, 40, n_classes)
+    Z, l2s = standardised(X).astype(np.float32), sorted(L2_GRID, reverse=True)
+    kept = solve_path(even(Z, y, n_classes), l2s)
+    again = solve_path(even(Z, y, n_classes, memory_bytes=1), l2s)
+    for one, other in zip(kept, again, strict=True):
+        np.testing.assert_allclose(one.weight, other.weight, atol=1e-3 * np.abs(one.weight).max())
+
+
+def test_features_that_are_read_in_chunks_give_the_same_weights() -> None:
+    X, y = hard(60_000, 80, 4)  # more than what is carried in float64
+    Z = standardised(X).astype(np.float32)
+    most = 0
+
+    def read(rows: object) -> np.ndarray:
+        nonlocal most
+        part = Z[rows]  # type: ignore[index]
+        most = max(most, len(part))
+        return part
+
+    l2s = [1e-1, 1e-3]
+    whole = solve_path(even(Z, y, 4), l2s)
+    chunked = solve_path(even(Chunked(Z.shape, read), y, 4), l2s)  # type: ignore[arg-type]
+    for one, other in zip(whole, chunked, strict=True):
+        np.testing.assert_allclose(one.weight, other.weight, atol=1e-5)
+    assert most <= 4096
+
+
+def test_labels_of_which_an_image_may_have_several_are_solved_one_by_one() -> None:
+    X, first = hard(300, 30, 2)
+    second = (np.arange(300) // 3) % 2
+    Z = standardised(X).astype(np.float32)
+    [found] = solve_path(even(Z, np.stack([first, second], axis=1), 2), [1e-2])
+    for number, y in enumerate((first, second)):
+        [alone] = solve_path(even(Z, y, 2), [1e-2])
+        np.testing.assert_allclose(found.weight[number], alone.weight[0], atol=2e-4)
+    problem = even(Z, np.stack([first, second], axis=1), 2)
+    assert gap(problem, found, 1e-2) <= 2 * TOLERANCE
+
+
+def test_what_does_not_converge_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from embedpipe.heads import _newton
+
+    monkeypatch.setattr(_newton, "STEPS", 1)
+    X, y = hard(200, 20, 3)
+    with pytest.warns(RuntimeWarning) as caught:
+        solve_path(even(standardised(X), y, 3), [1e-6])
+    assert "newton has not converged at l2 = 1e-06" in str(caught[-1].message)
