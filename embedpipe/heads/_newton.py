@@ -29,7 +29,7 @@ from embedpipe.heads._sweeps import Metric, Sweeps
 TOLERANCE = 1e-7  # of the bound on what is left to gain, relative to the objective
 STEPS, PRODUCTS, HALVINGS = 100, 60, 40  # at most, in a minimisation, in a step, in a line search
 STRIDE, TOGETHER = 4, 9  # every fourth l2 leads; those between are solved nine at a time
-WORN = 10  # products for a step: the metric is measured again
+WORN = 20  # products for a step: the metric is measured again
 LEAST_SPREAD = 1e-12  # of a class that every sample is already sure about
 APPROACH = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # on the way from nothing to a small l2
 

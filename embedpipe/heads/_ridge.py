@@ -54,7 +54,7 @@ def _targets(problem: Problem, rows: slice = slice(None)) -> Float64:
 
 
 def _decompose(problem: Problem) -> tuple[Float64, Float64, Float64, Float64]:
-    """Return the features' mean (D,), eigenvalues (D,) and vectors (D, D) of their covariance, and it with the targets, (D, K)."""
+    """Return the features' mean (D,), eigenvalues (D,) and vectors (D, D) of their covariance, and it with targets (D, K)."""
     width = problem.X.shape[1]
     mean, gram, across = np.zeros(width), np.zeros((width, width)), np.zeros((width, problem.rows))
     for rows in blocks(len(problem.X)):
