@@ -174,7 +174,8 @@ def _check_classes(first: Run, others: Sequence[Run]) -> None:
 
 def _split_of(runs: Sequence[Run]) -> str:
     """Return test, or val, with a word about it, where a run has no test."""
-    lacking = [run.name for run in runs if not any(one.split == "test" for one in run.predictions)]
+    found = {run.name: {one.split for one in run.predictions} for run in runs}
+    lacking = [name for name, splits in found.items() if "test" not in splits]
     if not lacking:
         return "test"
     warnings.warn(f"{lacking[0]} has no test split: compared on val", EmbedpipeWarning, stacklevel=3)

@@ -139,8 +139,11 @@ def read_predictions(folder: Path) -> list[Predicted]:
     path = folder / PREDICTIONS
     try:
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
-            return [_predicted(row) for row in csv.DictReader(stream)]
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as exc:
+            lines = csv.DictReader(stream)
+            if not {*COLUMNS[:4]} <= {*(lines.fieldnames or ())}:
+                raise ValueError(f"expected the columns {', '.join(COLUMNS)}")
+            return [_predicted(row) for row in lines]
+    except (OSError, ValueError, csv.Error) as exc:
         raise ModelMismatch(f"{path} is not readable ({exc})", hint="fit the head again") from exc
 
 
@@ -210,7 +213,7 @@ def _prediction_rows(
             yield name, split, sample.label, classes[best], f"{row[best]:.6f}", key, f"{row[y]:.9g}"
 
 
-def _predicted(row: Mapping[str, str]) -> Predicted:
+def _predicted(row: Mapping[str, Any]) -> Predicted:
     probability = row.get("probability_of_label")
     path, split, label, predicted = texts = [row[name] for name in COLUMNS[:4]]
     if not all(isinstance(text, str) for text in texts):

@@ -90,10 +90,11 @@ def fit_temperature(probabilities: ArrayLike, y: ArrayLike) -> float:
         return float(np.mean(mean - own)), float(np.mean((p * (logits - mean[:, None]) ** 2).sum(axis=1)))
 
     low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
-    if slopes(low)[0] > TOLERANCE:
-        return TEMPERATURES[1]
-    if slopes(high)[0] < -TOLERANCE:
-        return TEMPERATURES[0]
+    at_low, at_high = slopes(low)[0], slopes(high)[0]
+    if max(abs(at_low), abs(at_high)) <= TOLERANCE:
+        return 1.0  # every temperature is as good
+    if at_low >= -TOLERANCE or at_high <= TOLERANCE:
+        return TEMPERATURES[1 if at_low >= -TOLERANCE else 0]
     inverse = 1.0
     for _ in range(STEPS):
         first, second = slopes(inverse)

@@ -1,7 +1,7 @@
 """95 % intervals that cover: of proportions, of means, and of what is averaged over classes. No resampling, no seed.
 
-Plain percentile bootstraps cover 92 to 94 % at some hundred samples, because counts near their bound and losses are
-skewed. These cover 94 to 96 % (`tests/metrics/test_coverage.py`) in a thousandth of the time.
+A plain percentile bootstrap covers too little at some hundred samples, because counts near their bound and losses are
+skewed. `pytest -s tests/metrics/test_coverage.py` prints what these cover.
 
 >>> wilson_interval(81, 263)
 (0.255..., 0.366...)
