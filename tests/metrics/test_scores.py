@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -10,7 +11,18 @@ from hypothesis import strategies as st
 from sklearn import metrics as reference
 
 from embedpipe.errors import UsageError
-from embedpipe.metrics import confusion_matrix, expected_calibration_error, score, wilson_interval
+from embedpipe.metrics import (
+    balanced_accuracy,
+    balanced_accuracy_interval,
+    confusion_matrix,
+    expected_calibration_error,
+    macro_f1_interval,
+    mean_interval,
+    per_class,
+    score,
+    score_fully,
+    wilson_interval,
+)
 
 
 def guesses(n: int, n_classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -37,6 +49,83 @@ def test_scores_are_those_of_scikit_learn(n: int, n_classes: int, seed: int) -> 
     low, high = scores["accuracy_ci95"]
     assert 0 <= low <= scores["accuracy"] <= high <= 1
     assert scores["n"] == n
+
+
+@given(n=st.integers(1, 40), n_classes=st.integers(2, 8), seed=st.integers(0, 999), ties=st.booleans())
+def test_full_scores_of_any_size(n: int, n_classes: int, seed: int, ties: bool) -> None:
+    probabilities, y = guesses(n, n_classes, seed)
+    probabilities = probabilities.round(1) if ties else probabilities
+    found = score_fully(probabilities, y)
+    assert found.items() >= score(probabilities, y).items()
+    for name in ("balanced_accuracy", "macro_f1", "log_loss"):
+        interval = found[f"{name}_ci95"]
+        if name == "log_loss" and n == 1:
+            assert interval is None
+        else:
+            assert 0 <= interval[0] <= found[name] * (1 + 1e-12) + 1e-12
+            assert interval[1] >= found[name] * (1 - 1e-12)
+    assert ("top5" in found) == (n_classes > 5)
+    assert ("roc_auc" in found) == (n_classes == 2)
+    json.dumps(found, allow_nan=False)
+    if n_classes > 5 and not ties:
+        top5 = reference.top_k_accuracy_score(y, probabilities, k=5, labels=np.arange(n_classes))
+        assert found["top5"] == pytest.approx(top5)
+    if n_classes == 2:
+        kinds = len(np.unique(y))
+        auc = reference.roc_auc_score(y, probabilities[:, 1]) if kinds == 2 else None
+        assert found["roc_auc"] == (auc if auc is None else pytest.approx(auc))
+
+
+def test_of_equal_probabilities_the_first_classes_count() -> None:
+    found = score_fully(np.full((6, 6), 1 / 6), np.arange(6))
+    assert (found["top5"], found["accuracy"]) == (5 / 6, 1 / 6)
+
+
+@given(n=st.integers(1, 60), n_classes=st.integers(2, 6), seed=st.integers(0, 999))
+def test_rows_of_classes_are_those_of_scikit_learn(n: int, n_classes: int, seed: int) -> None:
+    probabilities, y = guesses(n, n_classes, seed)
+    predicted, labels = probabilities.argmax(axis=1), np.arange(n_classes)
+    rows = per_class(confusion_matrix(y, predicted, n_classes))
+    wanted = reference.precision_recall_fscore_support(y, predicted, labels=labels, zero_division=np.nan)
+    for row, precision, recall, _, support in zip(rows, *wanted, strict=True):
+        assert row["n"] == support
+        assert row["precision"] == (None if np.isnan(precision) else pytest.approx(precision))
+        assert row["recall"] == (None if np.isnan(recall) else pytest.approx(recall))
+        assert (row["recall_ci95"] is None) == (support == 0)
+    f1 = [row["f1"] for row in rows if row["f1"] is not None]
+    assert np.mean(f1) == pytest.approx(score(probabilities, y)["macro_f1"])
+
+
+def test_intervals_of_equal_classes_are_those_of_the_accuracy() -> None:
+    """One accuracy in two classes of one size: nearly Wilson's interval, and exactly so where all is right."""
+    half = np.array([[90, 10], [10, 90]])
+    assert balanced_accuracy_interval(half) == pytest.approx(wilson_interval(180, 200), abs=5e-4)
+    assert macro_f1_interval(half) == pytest.approx(wilson_interval(180, 200), abs=5e-4)
+    right = np.diag([100, 100])
+    assert balanced_accuracy_interval(right) == pytest.approx(wilson_interval(200, 200))
+    assert macro_f1_interval(right) == pytest.approx(wilson_interval(200, 200))
+
+
+def test_a_class_of_one_sample_makes_the_interval_wide() -> None:
+    confusion = np.array([[99, 1], [0, 1]])
+    low, high = balanced_accuracy_interval(confusion)
+    assert balanced_accuracy(confusion) == 0.995
+    assert high - low > 0.05
+    low, high = balanced_accuracy_interval(np.array([[100, 0], [1, 0]]))
+    assert high - low > 0.5
+
+
+def test_the_interval_of_a_mean_leans_to_the_long_tail() -> None:
+    values = np.random.default_rng(0).exponential(size=50)
+    low, high = mean_interval(values) or (0, 0)
+    assert high - values.mean() > 1.1 * (values.mean() - low)
+    mirrored = mean_interval(-values) or (0, 0)
+    assert mirrored == pytest.approx([-high, -low])
+    # n = 10, no skewness: Student's t, 2.2622 at 9 degrees of freedom
+    even = np.array([-2.0, -1, -1, 0, 0, 0, 0, 1, 1, 2])
+    assert (mean_interval(even) or [0])[0] == pytest.approx(-2.2622 * even.std(ddof=1) / np.sqrt(10), rel=2e-3)
+    assert mean_interval([3.0]) is None
+    assert mean_interval([3.0, 3.0]) == [3, 3]
 
 
 def test_wilson_interval_is_the_published_one() -> None:
