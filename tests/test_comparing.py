@@ -85,6 +85,15 @@ def test_relabelled_images_are_not_the_same_sample(features: ep.FeatureSet) -> N
     assert done.n == 29
 
 
+def test_copies_count_as_often_as_they_are_there(features: ep.FeatureSet) -> None:
+    first = ep.fit_head(features, l2=0.1)
+    for name in ("one", "two"):
+        shutil.copy("data/test/red/000.png", f"data/test/red/{name}.png")
+    copies = ep.fit_head(ep.extract("data", features.backbone), l2=0.1)
+    assert ep.compare([first, copies]).n == 30
+    assert ep.compare([copies, copies]).n == 32
+
+
 def test_old_runs_are_matched_by_path(features: ep.FeatureSet) -> None:
     first, other = (ep.fit_head(features, l2=l2) for l2 in (0.1, 1.0))
     assert first.folder is not None

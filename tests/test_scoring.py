@@ -11,8 +11,9 @@ import pytest
 import embedpipe as ep
 from embedpipe.errors import EmbedpipeWarning, UsageError
 from embedpipe.heads import LinearHead
+from embedpipe.manifest import Sample
 from embedpipe.metrics import fit_temperature, log_loss, soften
-from embedpipe.scoring import read_predictions
+from embedpipe.scoring import Scored, read_predictions, report_scores, worst_classes
 from tests.conftest import COLOURS, TINY, Run, write_photo
 
 
@@ -68,6 +69,18 @@ def test_the_tables_of_a_run(features: ep.FeatureSet) -> None:
     f1 = [one["f1"] for one in worst["classes"]]
     assert f1 == sorted(f1)
     assert len(f1) == 3
+
+
+def test_the_worst_classes_are_among_those_that_occur() -> None:
+    samples = tuple(Sample(f"{k}", label, "test", None, bytes(32)) for k, label in enumerate("aabbcccdd"))
+    predicted = [0, 0, 1, 2, 2, 2, 3, 4, 4]  # d is called e, which has no sample
+    scored = Scored(samples, np.eye(5)[predicted])
+    assert [(row["class"], row["f1"]) for row in worst_classes(scored, "abcde")] == [
+        ("d", 0), ("b", pytest.approx(2 / 3)), ("c", pytest.approx(2 / 3)),
+    ]  # fmt: skip
+    assert report_scores({"test": scored}, "abcde")["worst_classes"]["split"] == "test"
+    two = Scored(samples[:4], np.eye(2)[[0, 0, 1, 1]])
+    assert report_scores({"test": two}, "ab")["worst_classes"] is None
 
 
 def test_the_temperature_sees_val_alone(features: ep.FeatureSet) -> None:
@@ -141,6 +154,10 @@ def test_what_val_has_chosen_is_said(run: Run, tmp_path: Path) -> None:
     marked = run("evaluate", chosen["run"], "--split", "val")
     assert "val*" in marked.out
     assert "*" not in run("evaluate", chosen["run"], "--split", "test").out
+    own = {
+        split: run("evaluate", chosen["run"], "--split", split, "--json").data["chosen_on"] for split in ("val", "test")
+    }
+    assert own == {"val": "val", "test": None}
     assert run("evaluate", chosen["run"], tmp_path / "data" / "test", "--json").data["chosen_on"] is None
     refitted = run("fit-head", "--l2", 0.1, "--refit", "--json").data
     assert refitted["chosen_on"] == "val"
