@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from embedpipe.backbones import Backbone, Layer, list_models, load_backbone
     from embedpipe.caretaking import collect_garbage, describe_space, export_features, list_cache, remove_from_cache
     from embedpipe.classifier import Classifier
+    from embedpipe.comparing import Comparison, compare
     from embedpipe.errors import EmbedpipeError
     from embedpipe.evaluation import Evaluation, evaluate
     from embedpipe.extraction import extract
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Backbone": "backbones",
     "Classifier": "classifier",
+    "Comparison": "comparing",
     "EmbedpipeError": "errors",
     "Evaluation": "evaluation",
     "FeatureSet": "features",
@@ -40,6 +42,7 @@ _HOMES = {
     "Prediction": "prediction",
     "Transform": "images",
     "collect_garbage": "caretaking",
+    "compare": "comparing",
     "describe_space": "caretaking",
     "evaluate": "evaluation",
     "explain_reuse": "proving",
@@ -57,6 +60,7 @@ _HOMES = {
 __all__ = [
     "Backbone",
     "Classifier",
+    "Comparison",
     "EmbedpipeError",
     "Evaluation",
     "FeatureSet",
@@ -65,6 +69,7 @@ __all__ = [
     "Prediction",
     "Transform",
     "collect_garbage",
+    "compare",
     "describe_space",
     "evaluate",
     "explain_reuse",

@@ -8,8 +8,6 @@ and a reference to the backbone; after finetune it holds all weights, in `model/
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,12 +20,13 @@ import numpy as np
 from embedpipe.cache import Cache, KeyIndex
 from embedpipe.errors import DecodeError, EmbedpipeError, ModelMismatch, UsageError
 from embedpipe.forwarding import Runner, plan_forward, stream_rows
-from embedpipe.manifest import Failure, Manifest, Sample
-from embedpipe.metrics import score
+from embedpipe.manifest import Failure
 from embedpipe.pipeline import Progress, space_name, space_spec
 from embedpipe.places import Place
 from embedpipe.provenance import differing_fields, environment
 from embedpipe.runs import RunFolder, read_run
+from embedpipe.scoring import Scored as Scored
+from embedpipe.scoring import report_scores, write_scored
 
 if TYPE_CHECKING:
     from embedpipe.backbones import Backbone
@@ -79,18 +78,6 @@ class Reference:
                 fields=[one.field for one in differing],
             )
         return backbone
-
-
-@dataclass(frozen=True)
-class Scored:
-    """samples : n Sample with a label, probabilities : float64 (n, C)."""
-
-    samples: tuple[Sample, ...]
-    probabilities: np.ndarray
-
-    def labels(self, classes: Sequence[str]) -> np.ndarray:
-        """Return class indices int64 (n,)."""
-        return np.array([classes.index(s.label or "") for s in self.samples], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -267,19 +254,19 @@ def save_run(
     Parameters
     ----------
     scored : mapping of str to Scored    by split
-    report : mapping                     the JSON of the verb, without `run`, `folder`, `metrics` and `seconds`
+    report : mapping                     the JSON of the verb, without `run`, `folder`, `seconds` and the scores
     """
-    classes = classifier.classes
+    classes, applied = classifier.classes, classifier.head.provenance.get("temperature")
     report = {
         **report,
         "run": run.final.name,
         "folder": str(run.final),
-        "metrics": {split: score(one.probabilities, one.labels(classes)) for split, one in scored.items()},
+        **report_scores(scored, classes, applied=applied, unseen_val=not report.get("refit")),
         "seconds": round(seconds, 3),
     }
     classifier.head.save(run.folder)
     run.write_json("metrics.json", report["metrics"])
-    run.write_text("predictions.csv", _predictions_csv(classes, features.manifest, scored))
+    write_scored(run, scored, classes, features.manifest)
     run.write_json(
         "run.json",
         {
@@ -291,15 +278,3 @@ def save_run(
         },
     )
     return replace(classifier, report=report, folder=run.final, dataset=features.dataset)
-
-
-def _predictions_csv(classes: Sequence[str], manifest: Manifest, scored: Mapping[str, Scored]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["path", "split", "label", "predicted", "probability"])
-    for split, one in scored.items():
-        for sample, row in zip(one.samples, one.probabilities, strict=True):
-            best = int(row.argmax())
-            name = manifest.name_of(sample)
-            writer.writerow([name, split, sample.label, classes[best], f"{row[best]:.6f}"])
-    return out.getvalue()

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 
     from embedpipe.classifier import Classifier
     from embedpipe.manifest import Failure, Manifest
-    from embedpipe.metrics import Score
+    from embedpipe.metrics import FullScore
     from embedpipe.pipeline import Progress
 
 PathLike = str | os.PathLike[str]
@@ -30,18 +28,20 @@ PathLike = str | os.PathLike[str]
 class Evaluation:
     """Scores of one classifier on labelled images.
 
-    metrics : dict                 accuracy with its 95 % interval, balanced accuracy, macro F1, log loss, ECE, n
+    metrics : dict                 as `metrics.score_fully` gives them: accuracy with its 95 % interval, and so on
     confusion : int64 (C, C)       rows are true classes, columns predicted ones
     classes : tuple of str
     failed : images left out
+    chosen_on : str or None        the split, where it helped to choose the head; None for one that did not
     """
 
     run: str
     split: str
-    metrics: Score
+    metrics: FullScore
     confusion: np.ndarray
     classes: tuple[str, ...]
     failed: tuple[Failure, ...]
+    chosen_on: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -51,15 +51,14 @@ class Evaluation:
             "classes": list(self.classes),
             "confusion": self.confusion.tolist(),
             "failed": [vars(failure) for failure in self.failed],
+            "chosen_on": self.chosen_on,
         }
 
     def confusion_csv(self) -> str:
         """Return the confusion matrix as CSV: a header of predicted classes, then a row a true class."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["true\\predicted", *self.classes])
-        writer.writerows([name, *row] for name, row in zip(self.classes, self.confusion.tolist(), strict=True))
-        return out.getvalue()
+        from embedpipe.scoring import confusion_csv
+
+        return confusion_csv(self.classes, self.confusion)
 
 
 def evaluate(
@@ -126,9 +125,10 @@ def evaluate(
     )
     y = np.array([files[path] for path in result.paths], dtype=np.int64)
     matrix = metrics.confusion_matrix(y, result.values.argmax(axis=1), len(run.classes))
-    done = Evaluation(
-        run.name, split, metrics.score(result.values, y), matrix, run.classes, (*manifest.unreadable, *result.failed)
-    )
+    scores, failed = metrics.score_fully(result.values, y), (*manifest.unreadable, *result.failed)
+    chosen_on = run.report.get("chosen_on") if data is None else None
+    seen = chosen_on if chosen_on == split else None
+    done = Evaluation(run.name, split, scores, matrix, run.classes, failed, seen)
     if confusion:
         publish(Path(confusion), done.confusion_csv().encode("utf-8", "surrogateescape"))
     return done

@@ -384,6 +384,7 @@ def _describe(network: Network, photos: Photos, unfrozen: Sequence[str], history
         "activations": {"cached": False, "rows": 0, "bytes": 0, "reused": 0},
         "epochs": [epoch.to_dict() for epoch in history],
         "best_epoch": _best(history),
+        "chosen_on": "val",
         "classes": list(photos.features.classes),
     }
 

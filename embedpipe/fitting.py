@@ -29,6 +29,7 @@ def fit_head(
     solver: Literal["auto", "newton", "lbfgs", "sklearn", "ridge", "knn"] = "auto",
     l2: float | Literal["auto"] = "auto",
     refit: bool = False,
+    calibrate: bool = False,
     standardize: bool = True,
     class_weight: Literal["none", "balanced"] = "none",
     space: str | None = None,
@@ -53,6 +54,8 @@ def fit_head(
         Strength of the penalty; auto takes the best of 45 values on val.
     refit : bool
         Fit once more on train and val together, with the l2 chosen.
+    calibrate : bool
+        Divide the logits by the temperature that fits val; which class is the most probable stays.
     standardize : bool
         Scale features by mean and std of the train split; the scale is folded into the head.
     class_weight : str
@@ -71,13 +74,15 @@ def fit_head(
 
     Raises
     ------
-    UsageError          nothing extracted, no labels, fewer than two classes, no validation samples
+    UsageError          nothing extracted, no labels, fewer than two classes, no validation samples; calibrate with
+                        refit (val is fitted on then) or without a linear head
     NonFiniteFeatures   NaN or inf in the features
     """
     from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier, Reference, Scored, save_run
     from embedpipe.features import FeatureSet, open_features
     from embedpipe.runs import new_run
+    from embedpipe.scoring import calibrated
 
     start = time.monotonic()
     if not isinstance(features, FeatureSet):
@@ -87,6 +92,8 @@ def fit_head(
     options: dict[str, Any] = {"l2": l2, "refit": refit, "standardize": standardize, "class_weight": class_weight}
     fit = _fit_knn if solver == "knn" else _fit_linear
     head, fitted = fit(features, solver=solver, **options)
+    if calibrate:
+        head, fitted = calibrated(head, features, unseen_val=not refit), {**fitted, "chosen_on": "val"}
     classifier = Classifier(head, Reference(features.space.spec, features.loader), _backbone=features.backbone)
     scored = {}
     for split in features.splits:
@@ -103,7 +110,7 @@ def _fit_knn(features: FeatureSet, **_: Any) -> tuple[KnnHead, dict[str, Any]]:
 
     X, y = features.arrays("train")
     head = fit_knn(X, y, classes=features.classes)
-    return head, {"solver": "knn", "l2": None, "l2_path": [], "n_train": len(y)}
+    return head, {"solver": "knn", "l2": None, "l2_path": [], "n_train": len(y), "chosen_on": None}
 
 
 def _fit_linear(
@@ -134,7 +141,9 @@ def _fit_linear(
         head = fit_linear(X, y, l2=path.l2, **options(y))
     points = [{"l2": p.l2, "val_accuracy": p.val_accuracy, "objective": p.objective} for p in path.points]
     solved = head.provenance["solver"]
-    return head, {"solver": solved, "l2": path.l2, "l2_path": points, "n_train": len(y)}
+    chosen_on = "val" if len(points) > 1 or refit else None
+    fitted = {"solver": solved, "l2": path.l2, "l2_path": points, "n_train": len(y), "refit": refit}
+    return head, {**fitted, "chosen_on": chosen_on}
 
 
 def _check(features: FeatureSet) -> None:

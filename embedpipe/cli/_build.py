@@ -271,13 +271,32 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     ctx.default_map = tree
 
 
-def scores(metrics: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a table of scores, a row a split."""
+def scores(metrics: Mapping[str, Mapping[str, Any]], chosen_on: str | None = None) -> str:
+    """Return a table of scores, a row a split; the one that helped to choose the head is marked."""
     lines = [f"{'split':<6} {'n':>6} {'accuracy':>9}  {'95 % interval':<16} {'macro F1':>8} {'log loss':>9}"]
     for split, one in metrics.items():
         low, high = one["accuracy_ci95"]
+        name = f"{split}*" if split == chosen_on else split
         lines.append(
-            f"{split:<6} {one['n']:>6} {one['accuracy']:>9.4f}  {f'{low:.4f} - {high:.4f}':<16} "
+            f"{name:<6} {one['n']:>6} {one['accuracy']:>9.4f}  {f'{low:.4f} - {high:.4f}':<16} "
             f"{one['macro_f1']:>8.4f} {one['log_loss']:>9.4f}"
+        )
+    if chosen_on in metrics:
+        lines.append(f"* {chosen_on} was used to make this head: only other images say what it does on new ones")
+    return "\n".join(lines)
+
+
+def worst(found: Mapping[str, Any] | None) -> str:
+    """Return the table of the worst classes, or nothing where a report names none."""
+    if not found:
+        return ""
+    width = max(len("worst classes"), *(len(one["class"]) for one in found["classes"]))
+    lines = [f"\n{'worst classes':<{width}} {'n':>6} {'precision':>9} {'recall':>7}  {'95 % interval':<16} {'F1':>7}"]
+    for one in found["classes"]:
+        low, high = one["recall_ci95"]
+        precision = "-" if one["precision"] is None else f"{one['precision']:.4f}"
+        lines.append(
+            f"{one['class']:<{width}} {one['n']:>6} {precision:>9} {one['recall']:>7.4f}  "
+            f"{f'{low:.4f} - {high:.4f}':<16} {one['f1']:>7.4f}"
         )
     return "\n".join(lines)

@@ -17,4 +17,4 @@ def evaluate(session: Session, run: str, data: tuple[str, ...], **options: Any) 
     done = evaluation.evaluate(run, data or None, progress=session.progress, **options)
     for failure in done.failed:
         session.note(f"failed: {failure.path} ({failure.stage}): {failure.reason}")
-    session.finish(done.to_dict(), scores({done.split: done.metrics}), failed=len(done.failed))
+    session.finish(done.to_dict(), scores({done.split: done.metrics}, done.chosen_on), failed=len(done.failed))

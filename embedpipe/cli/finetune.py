@@ -19,4 +19,4 @@ def finetune(session: Session, run: str | None, **options: Any) -> None:
         f"{report['frozen_parameters']:,} frozen, best epoch {report['best_epoch']} "
         f"of {len(report['epochs']) - 1}, {report['seconds']:.1f} s"
     )
-    session.finish(report, f"{title}\n{scores(report['metrics'])}")
+    session.finish(report, f"{title}\n{scores(report['metrics'], report['chosen_on'])}")

@@ -1,0 +1,72 @@
+"""Scores with intervals, calibration, and tests of pairs: pure functions of arrays. Any room may enter; torch stays out.
+
+`score` is for choosing (cheap, point estimates), `score_fully` for reporting (with intervals).
+
+>>> score(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 1]))["accuracy"]
+1.0
+"""
+
+from __future__ import annotations
+
+from embedpipe.metrics._calibration import (
+    ECE_BINS,
+    TEMPERATURES,
+    Bin,
+    expected_calibration_error,
+    fit_temperature,
+    reliability,
+    soften,
+)
+from embedpipe.metrics._intervals import mcnemar, mean_interval, paired_interval, wilson_interval
+from embedpipe.metrics._multilabel import MultilabelScore, score_multilabel
+from embedpipe.metrics._regression import RegressionScore, score_regression
+from embedpipe.metrics._scores import (
+    LEAST_PROBABILITY,
+    ClassScore,
+    FullScore,
+    Score,
+    balanced_accuracy,
+    balanced_accuracy_interval,
+    confusion_matrix,
+    log_loss,
+    losses,
+    macro_f1,
+    macro_f1_interval,
+    per_class,
+    score,
+    score_fully,
+    top_k_accuracy,
+)
+
+__all__ = [
+    "ECE_BINS",
+    "LEAST_PROBABILITY",
+    "TEMPERATURES",
+    "Bin",
+    "ClassScore",
+    "FullScore",
+    "MultilabelScore",
+    "RegressionScore",
+    "Score",
+    "balanced_accuracy",
+    "balanced_accuracy_interval",
+    "confusion_matrix",
+    "expected_calibration_error",
+    "fit_temperature",
+    "log_loss",
+    "losses",
+    "macro_f1",
+    "macro_f1_interval",
+    "mcnemar",
+    "mean_interval",
+    "paired_interval",
+    "per_class",
+    "reliability",
+    "score",
+    "score_fully",
+    "score_multilabel",
+    "score_regression",
+    "soften",
+    "top_k_accuracy",
+    "wilson_interval",
+]
