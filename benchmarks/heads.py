@@ -1,0 +1,223 @@
+"""What does the whole path over l2 cost, beside scikit-learn's fits?
+
+Simulated features (correlated, as after a ReLU; 3 % of the labels wrong), float32, standardised. One thread for all; CPU seconds.
+
+python benchmarks/heads.py --shape 50000 512 10 --repeats 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ[name] = "1"
+
+import numpy as np  # noqa: E402
+from measuring import Spread, answered, interleave, print_table, run_way  # noqa: E402
+
+COLD = 6  # of the l2, evenly spread, that are fitted from nothing; the rest are interpolated
+ITERATIONS = 10_000
+ONE_L2 = 1e-3
+
+
+def features(n: int, width: int, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return features float32 (n, width), standardised, and labels int64 (n,)."""
+    random = np.random.default_rng(0)
+    rank = min(width, 128)
+    y = random.integers(n_classes, size=n)
+    hidden = 0.6 * random.normal(size=(n_classes, rank))[y] + random.normal(size=(n, rank))
+    hidden *= 3 * np.arange(1, rank + 1) ** -0.5
+    mixing = 2 / np.sqrt(rank) * random.normal(size=(rank, width))
+    X = np.maximum(hidden @ mixing + 0.3 * random.normal(size=(n, width)) + 0.1, 0)
+    wrong = random.random(n) < 0.03
+    y[wrong] = random.integers(n_classes, size=wrong.sum())
+    return ((X - X.mean(axis=0)) / X.std(axis=0)).astype(np.float32), y
+
+
+def l2_grid() -> list[float]:
+    from embedpipe.heads import L2_GRID
+
+    return sorted(L2_GRID, reverse=True)
+
+
+def ours(shape: Sequence[int], l2s: Sequence[float]) -> dict[str, Any]:
+    import torch
+
+    from embedpipe.heads._newton import solve_path
+    from embedpipe.heads._problem import Problem
+
+    torch.set_num_threads(1)
+    X, y = features(*shape)
+    problem = Problem(X, y, np.full(len(y), 1 / len(y)), shape[2])
+    with _counted() as products:
+        start = time.process_time()
+        solutions = solve_path(problem, l2s)
+        cpu_s = time.process_time() - start
+    objectives = [problem.objective(one, l2) for one, l2 in zip(solutions, l2s, strict=True)]
+    return {"cpu_s": cpu_s, "l2": list(l2s), "objectives": objectives, **_bounds(X, products)}
+
+
+class _counted:
+    """Count the sweeps: by kind, and by how many rows of weights they carry."""
+
+    def __enter__(self) -> dict[tuple[str, int], int]:
+        from embedpipe.heads._sweeps import Sweeps
+
+        self.kept = {name: getattr(Sweeps, name) for name in ("value", "curve")}
+        counts: dict[tuple[str, int], int] = {}
+        for name, method in self.kept.items():
+
+            def counting(sweeps: Any, W: Any, *rest: Any, name: str = name, method: Any = method) -> Any:
+                key = (name, W.shape[0] * W.shape[1])
+                counts[key] = counts.get(key, 0) + 1
+                return method(sweeps, W, *rest)
+
+            setattr(Sweeps, name, counting)
+        return counts
+
+    def __exit__(self, *_: object) -> None:
+        from embedpipe.heads._sweeps import Sweeps
+
+        for name, method in self.kept.items():
+            setattr(Sweeps, name, method)
+
+
+def _bounds(X: np.ndarray, counts: dict[tuple[str, int], int]) -> dict[str, float]:
+    """Return what the matrix products of all sweeps take alone: in their own shapes, and as if all came nine l2 at a time."""
+    import torch
+
+    x = torch.from_numpy(X)
+    dtypes = {"value": torch.float64, "curve": torch.float32}
+    own, evaluations = 0.0, 0
+    for (name, rows), times in counts.items():
+        own += times * _product_s(x.to(dtypes[name]), rows)
+        evaluations += times * rows
+    widest = max(rows for _, rows in counts)
+    return {"own_s": own, "batched_s": evaluations * _product_s(x, widest) / widest}
+
+
+def _product_s(x: Any, rows: int) -> float:
+    """Return the seconds of W X' and then (W X') X, the two products of a sweep, in blocks as they are swept."""
+    import torch
+
+    weight = torch.randn(rows, x.shape[1], dtype=x.dtype)
+    size = min(max(2**18 // rows // 64 * 64, 256), 1024)
+    best = np.inf
+    for _ in range(3):
+        start = time.process_time()
+        for first in range(0, len(x), size):
+            block = x[first : first + size]
+            (weight @ block.T) @ block
+        best = min(best, time.process_time() - start)
+    return float(best)
+
+
+def scikit_learn(shape: Sequence[int], l2s: Sequence[float], warm: bool, patched: bool = False) -> dict[str, Any]:
+    if patched:
+        from sklearnex import patch_sklearn
+
+        patch_sklearn(verbose=False)
+    from sklearn.linear_model import LogisticRegression
+
+    from embedpipe.heads import objective
+
+    X, y = features(*shape)
+    model = LogisticRegression(max_iter=ITERATIONS, warm_start=warm)
+    seconds, objectives = [], []
+    for l2 in l2s:
+        start = time.process_time()
+        model.set_params(C=1 / (len(y) * l2)).fit(X, y)
+        seconds.append(time.process_time() - start)
+        objectives.append(objective(model.coef_, model.intercept_, X, y, l2=l2))
+    return {"cpu_s": sum(seconds), "each_s": seconds, "l2": list(l2s), "objectives": objectives}
+
+
+WAYS = {"ours": ours, "scikit-learn": scikit_learn}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs=3, default=(50_000, 512, 10), metavar=("N", "D", "C"))
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--intelex", action="store_true", help="scikit-learn-intelex too, which has no warm start")
+    parser.add_argument("--cold", type=int, default=COLD, help="how many of the 45 are fitted from nothing")
+    options = parser.parse_args()
+    grid = l2_grid()
+    some = [grid[round(k)] for k in np.linspace(0, len(grid) - 1, options.cold)]
+
+    def way(name: str, l2s: Sequence[float], **more: Any) -> Callable[[], dict[str, Any]]:
+        return lambda: run_way(__file__, name, shape=list(options.shape), l2s=list(l2s), **more)
+
+    ways = {
+        "embedpipe, path": way("ours", grid),
+        "embedpipe, one fit": way("ours", [ONE_L2]),
+        "scikit-learn, one fit": way("scikit-learn", [ONE_L2], warm=False),
+        "scikit-learn, each from nothing": way("scikit-learn", some, warm=False),
+        "scikit-learn, each from the last": way("scikit-learn", grid, warm=True),
+    }
+    if options.intelex:
+        ways["scikit-learn-intelex, each from nothing"] = way("scikit-learn", some, warm=False, patched=True)
+    found = interleave(ways, options.repeats)
+    n, width, n_classes = options.shape
+    print_table(
+        f"45 values of l2, N = {n}, D = {width}, C = {n_classes}, {options.repeats} repeats, one thread",
+        (
+            "way",
+            "fits run",
+            "CPU s",
+            "CPU s for all",
+            "x ours",
+            "objective above ours at most",
+            "our optimum over theirs",
+        ),
+        [_row(name, runs, found) for name, runs in found.items()],
+        "CPU s for all: of fits from nothing some are run, and the others interpolated between them",
+        f"one fit: l2 = {ONE_L2:g}, its ratio to our one fit",
+        "last columns: the largest relative difference of an objective from ours at the same l2, and of ours from theirs",
+    )
+    path = found["embedpipe, path"]
+    print_table(
+        "The path and its kernels",
+        ("path, CPU s", "its matrix products alone", "ratio", "the same work, nine l2 a product, float32", "ratio"),
+        [_kernels(path)],
+    )
+
+
+def _row(name: str, runs: list[dict[str, Any]], found: dict[str, list[dict[str, Any]]]) -> list[object]:
+    one = "one fit" in name
+    reference = found["embedpipe, one fit" if one else "embedpipe, path"]
+    total = [run["cpu_s"] if one else _for_all(run) for run in runs]
+    ratio = [theirs / base["cpu_s"] for theirs, base in zip(total, reference, strict=True)]
+    above, below = [], []
+    for run, base in zip(runs, reference, strict=True):
+        best = dict(zip(base["l2"], base["objectives"], strict=True))
+        gaps = [value / best[l2] - 1 for l2, value in zip(run["l2"], run["objectives"], strict=True)]
+        above.append(max(gaps))
+        below.append(max(0.0, -min(gaps)))
+    seconds = Spread.of([run["cpu_s"] for run in runs]).text()
+    shown = [f"{max(above):.1e}", f"{max(below):.1e}"]
+    return [name, len(runs[0]["l2"]), seconds, Spread.of(total).text(), Spread.of(ratio).text(), *shown]
+
+
+def _for_all(run: dict[str, Any]) -> float:
+    """Return the seconds of all 45, from those of some by linear interpolation."""
+    if len(run["l2"]) == len(l2_grid()):
+        return float(run["cpu_s"])
+    places = [l2_grid().index(l2) for l2 in run["l2"]]
+    return float(np.interp(range(len(l2_grid())), places, run["each_s"]).sum())
+
+
+def _kernels(path: list[dict[str, Any]]) -> list[object]:
+    own, batched = ([run[key] for run in path] for key in ("own_s", "batched_s"))
+    ratios = [[run["cpu_s"] / run[key] for run in path] for key in ("own_s", "batched_s")]
+    texts = [Spread.of(values).text(2) for values in ratios]
+    seconds = [Spread.of(values).text() for values in ([run["cpu_s"] for run in path], own, batched)]
+    return [seconds[0], seconds[1], texts[0], seconds[2], texts[1]]
+
+
+if __name__ == "__main__" and not answered(WAYS):
+    main()
