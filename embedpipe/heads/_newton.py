@@ -26,12 +26,11 @@ from torch import Tensor
 from embedpipe.heads._problem import Problem, Solution, narrow
 from embedpipe.heads._sweeps import Metric, Sweeps
 
-TOLERANCE = 1e-7  # of the bound on what is left to gain, relative to the objective
+TOLERANCE = 4e-7  # of the bound on what is left to gain, relative to the objective
 STEPS, PRODUCTS, HALVINGS = 100, 60, 40  # at most, in a minimisation, in a step, in a line search
 STRIDE, TOGETHER = 4, 9  # every fourth l2 leads; those between are solved nine at a time
 WORN = 20  # products for a step: the metric is measured again
 LEAST_SPREAD = 1e-12  # of a class that every sample is already sure about
-APPROACH = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # on the way from nothing to a small l2
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,11 +62,10 @@ def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = 
     blind = small.blind if start is None else start
     if start is not None and basis is not None:
         blind = Solution(start.weight @ basis, start.bias)
-    before = [] if start else [l2 for l2 in APPROACH if l2 > l2s[0]]
-    way = _Way(sweeps, blind, [*before, *l2s])
+    way = _Way(sweeps, blind, l2s)
     way.lead()
     way.fill()
-    solutions = [Solution(W.numpy(), b.numpy()) for W, b in zip(way.W, way.b, strict=True)][len(before) :]
+    solutions = [Solution(W.numpy(), b.numpy()) for W, b in zip(way.W, way.b, strict=True)]
     return solutions if basis is None else [Solution(one.weight @ basis.T, one.bias) for one in solutions]
 
 
