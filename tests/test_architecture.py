@@ -14,7 +14,7 @@ FLOORS = [
     {"manifest", "images", "runs"},
     {"backbones", "cache", "heads"},
     {"executors", "forwarding", "drift", "pipeline", "recall", "features", "network"},
-    {"classifier"},
+    {"classifier", "ranking"},
     {"extraction", "fitting", "finetuning", "prediction", "evaluation", "caretaking", "proving"},
     {"config", "demo"},
     {"cli"},
