@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from embedpipe.features import PENULTIMATE, FeatureSet
 from embedpipe.heads import Path, block_scales
-from embedpipe.metrics import log_loss
+from embedpipe.metrics import LEAST_PROBABILITY
 
 DRAWS, SEED = 10_000, 0  # of the bootstrap
 
@@ -52,9 +52,15 @@ class Ranked:
     def accuracy(self) -> float:
         return float(self.right.mean())
 
+    @cached_property
+    def losses(self) -> NDArray[np.float64]:
+        """Negative log probability of the truth of each sample."""
+        true = self.probabilities[np.arange(len(self.y)), self.y]
+        return np.asarray(-np.log(np.clip(true, LEAST_PROBABILITY, 1.0)))
+
     @property
     def log_loss(self) -> float:
-        return log_loss(self.probabilities, self.y)
+        return float(self.losses.mean())
 
     @property
     def merit(self) -> tuple[float, float]:
@@ -125,19 +131,22 @@ def choose_blocks(features: FeatureSet, fit: Fit) -> Chosen:
         kept = {*(space.folder for space in grown.features.spaces), one.features.space.folder}
         tried = rank(features.only(space for space in features.spaces if space.folder in kept), fit)
         grown = tried if tried.least_loss < grown.least_loss else grown
-    wins = is_beyond_noise(grown.right, last.right)
+    wins = is_beyond_noise(grown, last)
     winner = grown if wins else last
     return Chosen(winner.features, _describe_blocks(features, ranked, winner, last=last, grown=grown))
 
 
-def is_beyond_noise(right: NDArray[np.bool_], before: NDArray[np.bool_]) -> bool:
-    """Whether more answers are right than before, by at least one standard error of the paired difference.
+def is_beyond_noise(new: Ranked, old: Ranked) -> bool:
+    """Whether a head is better on val than another by more than noise: more answers are right, and that or the loss shows it.
 
     Of the samples on which the two disagree, `gained` - `lost` - 1 >= sqrt(gained + lost): McNemar's statistic with
-    continuity correction at 1.
+    continuity correction at one standard error. Or the mean difference of log loss is two standard errors and more: it
+    moves long before answers do, but alone it proves nothing about them.
     """
-    gained, lost = int((right & ~before).sum()), int((before & ~right).sum())
-    return gained + lost > 0 and gained - lost - 1 >= math.sqrt(gained + lost)
+    gained, lost = int((new.right & ~old.right).sum()), int((old.right & ~new.right).sum())
+    saved = old.losses - new.losses
+    surer = saved.mean() >= 2 * saved.std() / math.sqrt(len(saved))
+    return gained > lost and bool(surer or gained - lost - 1 >= math.sqrt(gained + lost))
 
 
 def paired_difference(right: NDArray[np.bool_], other: NDArray[np.bool_]) -> tuple[float, list[float]]:
