@@ -58,7 +58,7 @@ def repeat(features: ep.FeatureSet, seed: int, options: argparse.Namespace) -> R
     features = replace(features, manifest=replace(features.manifest, samples=samples, classes=classes))
     last = features.only([features.spaces[-1]])
     with tempfile.TemporaryDirectory() as runs:
-        alone, chosen = (ep.fit_head(one, runs_dir=runs) for one in (last, features))
+        alone, chosen = (ep.fit_head(one, solver=options.solver, runs_dir=runs) for one in (last, features))
     layers = [block["layer"] for block in chosen.report["blocks"] if block["chosen"]]
     accuracies = (one.report["metrics"]["test"]["accuracy"] for one in (alone, chosen))
     say(f"split {seed}: {' + '.join(layers)}, {chosen.report['decision']}")
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--val", type=float, default=300 / 1797)
     parser.add_argument("--test", type=float, default=397 / 1797)
     parser.add_argument("--least", type=int, default=10, help="images that a class must have")
+    parser.add_argument("--solver", default="auto")
     parser.add_argument("--cache-dir", default="cache")
     options = parser.parse_args()
     rows, cache = [], Cache(Path(options.cache_dir))
