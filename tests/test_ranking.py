@@ -92,6 +92,9 @@ def test_several_layers_predict_alike_with_and_without_a_cache(features: ep.Feat
     np.testing.assert_allclose(classifier.predict_proba(paths), head.predict_proba(X), atol=1e-5)
     cached = ep.predict(classifier, paths)
     np.testing.assert_array_equal([one.values for one in cached.predictions], head.predict_proba(X))
+    Cache(Path("cache")).remove_space(some.spaces[1].folder.name)  # the others are read, this one is computed
+    partly = ep.predict(classifier, paths)
+    np.testing.assert_allclose([one.values for one in partly.predictions], head.predict_proba(X), atol=1e-5)
     again = Reference.from_dict(classifier.reference.to_dict())
     assert again.to_dict() == classifier.reference.to_dict()
     assert len(again.parts) == 3
@@ -151,11 +154,22 @@ def test_layers_are_ranked_on_val(features: ep.FeatureSet) -> None:
     assert {row["layer"] for row in some} == {"layer1", "layer2"}
 
 
-def test_two_backbones(tmp_path: Path, features: ep.FeatureSet) -> None:
-    ep.extract("photos", ("timm:test_vit", "timm:test_resnet"), weights="none")
+def test_two_backbones(features: ep.FeatureSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    from embedpipe import ranking
+
+    monkeypatch.setattr(ranking, "is_beyond_noise", lambda new, old: True)
+    ep.extract("photos", ("timm:test_vit", "timm:test_resnet"), weights="none", layer=("all", "penultimate"))
+    every = [
+        space.spec["layer"] for space in open_features(Cache(Path("cache")), backbone="test_vit", layer="all").spaces
+    ]
+    stages = [layer.name for layer in ep.load_backbone("timm:test_vit", weights="none").layers]
+    assert every == [*stages, "penultimate"] != sorted(every)
     both = open_features(Cache(Path("cache")), backbone=("timm:test_vit", "test_resnet"))
     assert [space.spec["architecture"] for space in both.spaces] == ["test_vit", "test_resnet"]
-    assert len(ep.fit_head(both).report["blocks"]) == 2
+    fitted = ep.fit_head(both)
+    assert len(fitted.report["blocks"]) == len(fitted.reference.parts) == 2
+    with pytest.raises(UsageError, match="no run of fit-head that fits"):  # both penultimate, and yet two
+        ep.finetune(unfreeze="layer4")
 
 
 def test_what_cannot_be_chosen(features: ep.FeatureSet) -> None:
