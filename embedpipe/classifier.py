@@ -9,7 +9,8 @@ and a reference to the backbone; after finetune it holds all weights, in `model/
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedpipe.cache import Cache, KeyIndex
+from embedpipe.cache import Cache, KeyIndex, Space
 from embedpipe.errors import DecodeError, EmbedpipeError, ModelMismatch, UsageError
-from embedpipe.forwarding import Runner, plan_forward, stream_rows
+from embedpipe.features import PENULTIMATE
+from embedpipe.forwarding import Rows, Runner, plan_forward, stream_rows
 from embedpipe.manifest import Failure
 from embedpipe.pipeline import Progress, space_name, space_spec
 from embedpipe.places import Place
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from embedpipe.features import FeatureSet
     from embedpipe.heads import KnnHead, LinearHead
 
+TAPPED = ("layer", "pool")  # what of a spec is where the features are taken, not which model they come from
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -40,17 +44,42 @@ class Reference:
 
     spec : dict      all that shapes a row: the space's spec
     loader : dict    keyword arguments of `load_backbone`; `{"name": folder}` for a stored model
+    beside : tuple of Reference    further spaces, whose rows stand to the right of this one's
     """
 
     spec: Mapping[str, Any]
     loader: Mapping[str, Any]
+    beside: tuple[Reference, ...] = ()
+
+    @classmethod
+    def of(cls, spaces: Sequence[Space]) -> Reference:
+        """Return the reference to the rows of spaces, side by side."""
+        first, *others = (cls(space.spec, space.loader) for space in spaces)
+        return replace(first, beside=tuple(others))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Reference:
+        """Return what `to_dict` told.
+
+        Raises
+        ------
+        KeyError, TypeError    a field is missing, unknown or of another kind
+        """
+        beside = tuple(cls(one["spec"], one["loader"]) for one in fields.get("beside", ()))
+        return cls(**{**fields, "beside": beside})
 
     @property
     def name(self) -> str:
         return f"{self.spec['source']}:{self.spec['architecture']}"
 
+    @property
+    def parts(self) -> tuple[Reference, ...]:
+        """One reference a space, in the order of the columns."""
+        return (replace(self, beside=()), *self.beside)
+
     def to_dict(self) -> dict[str, Any]:
-        return {"spec": dict(self.spec), "loader": dict(self.loader)}
+        beside = {"beside": [one.to_dict() for one in self.beside]} if self.beside else {}
+        return {"spec": dict(self.spec), "loader": dict(self.loader), **beside}
 
     def load(self, folder: Path | None = None) -> Backbone:
         """Return the backbone that made the features; `folder` is the run that holds a stored model.
@@ -69,7 +98,23 @@ class Reference:
             )
         if folder is not None and loader["name"] == "model":
             loader["name"] = str(folder / "model")
-        backbone = load_backbone(**loader)
+        return self._proved(load_backbone(**loader))
+
+    def is_of(self, backbone: Backbone) -> bool:
+        """Whether the features are those of this very model, at whatever layer."""
+        return all(self.spec.get(name) == value for name, value in backbone.spec.items() if name not in TAPPED)
+
+    def taken_from(self, backbone: Backbone) -> Backbone:
+        """Return a backbone of the same model at the layer of these features; the two share the model."""
+        from embedpipe.backbones import at_layer
+
+        if all(self.spec[name] == backbone.spec[name] for name in TAPPED):
+            return backbone
+        layer = None if self.spec["layer"] == PENULTIMATE else self.spec["layer"]
+        pool = self.loader.get("pool", self.spec["pool"] if layer else "auto")
+        return self._proved(at_layer(backbone, layer, pool=pool))
+
+    def _proved(self, backbone: Backbone) -> Backbone:
         differing = differing_fields(self.spec, space_spec(backbone, self.spec["precision"], self.spec["stored_dtype"]))
         if differing:
             raise ModelMismatch(
@@ -116,15 +161,26 @@ class Classifier:
     def classes(self) -> tuple[str, ...]:
         return self.head.classes
 
-    @cached_property
+    @property
     def backbone(self) -> Backbone:
-        """The backbone, loaded when first asked for.
+        """The backbone (of the first space, where there are several), loaded when first asked for.
 
         Raises
         ------
         ModelMismatch    the weights are not those that the head was fitted on
         """
-        return self._backbone or self.reference.load(self.folder)
+        return self.backbones[0]
+
+    @cached_property
+    def backbones(self) -> tuple[Backbone, ...]:
+        """One a space; those of one model share it, so that an image passes it once."""
+        loaded = [self._backbone] if self._backbone else []
+        found = []
+        for part in self.reference.parts:
+            model = next((one for one in loaded if part.is_of(one)), None)
+            found.append(part.taken_from(model) if model else part.load(self.folder))
+            loaded.append(found[-1])
+        return tuple(found)
 
     def predict_proba(self, paths: Sequence[str | os.PathLike[str]]) -> np.ndarray:
         """Return class probabilities float64 (N, C) of image files.
@@ -159,8 +215,8 @@ class Classifier:
         if "reference" not in record:
             raise UsageError(f"{folder.name} is a run of {record['verb']}", hint="name a run of fit-head or finetune")
         try:
-            reference, report, dataset = Reference(**record["reference"]), record["report"], record["dataset"]
-        except (KeyError, TypeError) as exc:
+            reference, report, dataset = Reference.from_dict(record["reference"]), record["report"], record["dataset"]
+        except (KeyError, TypeError, AttributeError) as exc:
             raise ModelMismatch(f"{folder} has a run.json without {exc}", hint="fit the head again") from exc
         return cls(load_head(folder), reference, report, folder, dataset)
 
@@ -195,48 +251,62 @@ def classify(
         except OSError as exc:
             failed[file] = ("read", exc.strerror or str(exc))
     index.close()
-    rows = _cached_rows(classifier, cache, keys.values())
-    unknown = {key: file for file, key in keys.items() if key not in rows}
-    if unknown:
-        spec = classifier.reference.spec
-        forward = plan_forward(
-            device=device,
-            precision=spec["precision"],
-            store_dtype=spec["stored_dtype"],
-            batch_size=batch_size,
-            workers=workers,
-        )
-        done = 0
-        for batch in stream_rows(unknown.items(), Runner([classifier.backbone], forward.definite)):
-            rows |= zip(batch.keys, batch.features, strict=True)
-            reasons = {key: (stage, reason) for key, stage, reason in batch.failures}
-            failed |= {file: reasons[key] for file, key in keys.items() if key in reasons}
-            done += len(batch.keys) + len(batch.failures)
-            if progress:
-                progress("predict", done, len(unknown))
+    rows = [_cached_rows(part, cache, keys.values()) for part in classifier.reference.parts]
+    unknown = {key: file for file, key in keys.items() if any(key not in one for one in rows)}
+    machine = {"device": device, "batch_size": batch_size, "workers": workers}
+    done: set[bytes] = set()
+    for number, batch in _computed_rows(classifier, unknown, rows, **machine):
+        rows[number] |= zip(batch.keys, batch.features, strict=True)
+        reasons = {key: (stage, reason) for key, stage, reason in batch.failures}
+        failed |= {file: reasons[key] for file, key in keys.items() if key in reasons}
+        done |= {*batch.keys, *reasons}
+        if progress:
+            progress("predict", len(done), len(unknown))
     if strict and failed:
         file, (_, reason) = next(iter(failed.items()))
         raise EmbedpipeError(f"{file}: {reason}", hint="mend or remove it")
     good = [file for file in files if file not in failed]
     values = np.empty((0, len(classifier.classes)))
     if good:
-        X = np.stack([rows[keys[file]] for file in good]).astype(np.float32)
-        values = classifier.head.predict_proba(X)
+        blocks = [np.stack([one[keys[file]] for file in good]).astype(np.float32) for one in rows]
+        values = classifier.head.predict_proba(np.hstack(blocks))
     return Probabilities(
         [str(file) for file in good], values, tuple(Failure(str(file), *reason) for file, reason in failed.items())
     )
 
 
-def _cached_rows(classifier: Classifier, cache: Cache | None, keys: Any) -> dict[bytes, np.ndarray]:
-    """Return the rows that the classifier's own space holds, by key."""
+def _cached_rows(reference: Reference, cache: Cache | None, keys: Iterable[bytes]) -> dict[bytes, np.ndarray]:
+    """Return the rows that the space of a reference holds, by key."""
     if cache is None:
         return {}
-    spec = dict(classifier.reference.spec)
+    spec = dict(reference.spec)
     space = cache.open_space(spec, name=space_name(spec))
     space.mark_used()
     view = space.view()
     known = list(dict.fromkeys(key for key in keys if key in view))
     return dict(zip(known, view.read(known), strict=True)) if known else {}
+
+
+def _computed_rows(
+    classifier: Classifier,
+    unknown: Mapping[bytes, Place | Path],
+    rows: Sequence[Mapping[bytes, np.ndarray]],
+    **machine: Any,
+) -> Iterator[tuple[int, Rows]]:
+    """Yield the number of a space and rows that it lacks; spaces that lack the same images share decode and model."""
+    passes: dict[tuple[Any, ...], dict[bytes, Place | Path]] = defaultdict(dict)
+    for key, file in unknown.items():
+        lacking: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for number, part in enumerate(classifier.reference.parts):
+            if key not in rows[number]:
+                lacking[part.spec["precision"], part.spec["stored_dtype"]].append(number)
+        for (precision, dtype), numbers in lacking.items():
+            passes[precision, dtype, *numbers][key] = file
+    for (precision, dtype, *numbers), items in passes.items():
+        forward = plan_forward(precision=precision, store_dtype=dtype, **machine)
+        runner = Runner([classifier.backbones[n] for n in numbers], forward.definite)
+        for batch in stream_rows(items.items(), runner):
+            yield numbers[batch.backbone], batch
 
 
 def save_run(

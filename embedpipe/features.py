@@ -1,16 +1,22 @@
 """FeatureSet: the cached features of a data set, by split, read when asked for.
 
-What `extract` returns and `fit_head` takes. Labels and splits come from the sample table, rows from a space; a row is read
-from the memory-mapped file when somebody looks at it.
+What `extract` returns and `fit_head` takes. Labels and splits come from the sample table, rows from a space, or from several
+side by side; a row is read from the memory-mapped file when somebody looks at it.
 
 >>> X, y = open_features(Cache(Path("cache"))).arrays("train")
+>>> open_features(Cache(Path("cache")), layer=("layer3", "penultimate")).widths
+(256, 512)
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import inspect
+import re
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,25 +25,47 @@ import numpy as np
 from embedpipe.cache import Cache, Space, dataset_name
 from embedpipe.errors import UsageError
 from embedpipe.manifest import SPLITS, Manifest, Sample
+from embedpipe.provenance import canonical_json
 
 if TYPE_CHECKING:
     from embedpipe.backbones import Backbone
+    from embedpipe.cache import SpaceView
+
+
+PENULTIMATE = "penultimate"  # the layer of a space by default: what enters the classifier
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of one data set in one space.
+    """Features of one data set in one space, or in several whose rows stand side by side.
 
     manifest : Manifest     samples with label, split and group
     space : Space           where the rows are
     backbone : Backbone     what made them, where it is at hand
     summary : dict          what extracting them took (the JSON of `extract`)
+    beside : tuple of Space    further spaces: their columns follow, row by row of the same image
     """
 
     manifest: Manifest
     space: Space
     backbone: Backbone | None = None
     summary: Mapping[str, Any] = field(default_factory=dict)
+    beside: tuple[Space, ...] = ()
+
+    @property
+    def spaces(self) -> tuple[Space, ...]:
+        """All of them, in the order of the columns."""
+        return (self.space, *self.beside)
+
+    def only(self, spaces: Iterable[Space]) -> FeatureSet:
+        """Return the same samples with the columns of some spaces."""
+        first, *others = spaces
+        return replace(self, space=first, beside=tuple(others))
+
+    def reopened(self, **asked: Any) -> FeatureSet:
+        """Return what `open_features` finds for the same data set in the same cache."""
+        cache = Cache(self.space.folder.parent.parent)
+        return replace(open_features(cache, self.dataset, **asked), backbone=self.backbone)
 
     @property
     def dataset(self) -> str:
@@ -54,23 +82,28 @@ class FeatureSet:
         return self.manifest.classes
 
     @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of each space."""
+        return tuple(space.feature_dim or 0 for space in self.spaces)
+
+    @property
     def feature_dim(self) -> int:
-        return self.space.feature_dim or 0
+        return sum(self.widths)
 
     @cached_property
-    def _view(self) -> Any:
-        return self.space.view()
+    def _views(self) -> tuple[SpaceView, ...]:
+        return tuple(space.view() for space in self.spaces)
 
     @cached_property
     def _present(self) -> tuple[Sample, ...]:
-        view = self._view
-        return tuple(sample for sample in self.manifest.samples if sample.key in view)
+        """Samples with a row in every space."""
+        return tuple(sample for sample in self.manifest.samples if all(sample.key in view for view in self._views))
 
     @property
     def missing(self) -> int:
         """Samples without a row that are not recorded failures: what another `extract` would compute."""
-        view = self._view
-        return sum(s.key not in view and s.key not in view.failures for s in self.manifest.samples)
+        views = self._views
+        return sum(any(s.key not in v and s.key not in v.failures for v in views) for s in self.manifest.samples)
 
     @property
     def splits(self) -> dict[str, int]:
@@ -116,17 +149,19 @@ class FeatureSet:
         """Return features float32 (N, D) of samples that have a row."""
         if not samples:
             return np.empty((0, self.feature_dim), np.float32)
-        rows: np.ndarray = self._view.read([sample.key for sample in samples])
-        return rows.astype(np.float32, copy=False)
+        keys = [sample.key for sample in samples]
+        blocks = [view.read(keys).astype(np.float32, copy=False) for view in self._views]
+        return np.hstack(blocks) if self.beside else blocks[0]
 
 
 def open_features(
     cache: Cache,
     dataset: str | None = None,
     *,
-    space: str | None = None,
-    backbone: str | None = None,
-    layer: str | None = None,
+    space: str | Sequence[str] | None = None,
+    backbone: str | Sequence[str] | None = None,
+    layer: str | Sequence[str] | None = None,
+    every: bool = False,
 ) -> FeatureSet:
     """Find the cached features of a data set.
 
@@ -134,37 +169,43 @@ def open_features(
     ----------
     dataset : str
         Name, id or source path of a data set; the one extracted last when not given.
-    space, backbone, layer : str
-        Which space, where the data set has rows in several: the folder's name or a prefix, the backbone's name, the layer.
+    space, backbone, layer : str or several
+        Which spaces: the folder's name or a prefix, the backbone's name, the layer ("all": every one that the cache holds,
+        in the order of the model). Several stand side by side. Default: the only one, or the one filled last.
+    every : bool
+        All spaces that hold every image and fit `backbone` and `layer`.
 
     Raises
     ------
-    UsageError    nothing extracted yet, or what is asked for does not name one space
+    UsageError    nothing extracted yet, or what is asked for does not name one space each, or a space lacks images
     """
     manifest = cache.read_dataset(dataset)
-    if space is not None:
-        found = FeatureSet(manifest, cache.find_space(space))
+    names, backbones, layers = _several(space), _several(backbone), _several(layer)
+    if names:
+        found = [cache.find_space(name) for name in names]
+    elif every:
+        found = _every(cache, manifest, backbones, [one for one in layers if one != "all"])
+    elif len(backbones) > 1 or len(layers) > 1 or "all" in layers:
+        asked = layers or (PENULTIMATE,)
+        found = [one for name in backbones or (None,) for one in _of_model(cache, manifest, name, asked)]
     else:
-        found = _only_complete(cache, manifest, backbone, layer)
-    found.space.mark_used()
-    return found
+        found = [_only_complete(cache, manifest, next(iter(backbones), None), next(iter(layers), None))]
+    first, *others = {one.folder: one for one in found}.values()  # asked for twice, it stands there once
+    features = FeatureSet(manifest, first, beside=tuple(others))
+    for one in features.spaces:
+        one.mark_used()
+    return features
 
 
-def _only_complete(cache: Cache, manifest: Manifest, backbone: str | None, layer: str | None) -> FeatureSet:
-    complete = [
-        features
-        for one in cache.spaces()
-        if _fits(one, backbone, layer) and (features := FeatureSet(manifest, one)).splits and not features.missing
-    ]
-    latest = cache.latest() or {"spaces": []}
-    newest = [f for f in complete if f.space.folder.name in latest["spaces"][:1]]
-    if len(complete) == 1 or newest:
-        return (newest or complete)[0]
+def _several(given: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given or ())
+
+
+def _only_complete(cache: Cache, manifest: Manifest, backbone: str | None, layer: str | None) -> Space:
+    fitting = [one for one in cache.spaces() if _fits(one, backbone, layer)]
+    complete = [one for one in fitting if _holds(manifest, one)]
     if complete:
-        names = ", ".join(features.space.folder.name for features in complete)
-        raise UsageError(
-            f"{manifest.name} has features in {len(complete)} spaces: {names}", hint="name one with --space"
-        )
+        return _pick(cache, manifest, complete)
     asked = "".join(f" and {kind} {name}" for kind, name in (("backbone", backbone), ("layer", layer)) if name)
     raise UsageError(
         f"no space holds the features of every image of {manifest.name}{asked and f' with{asked[4:]}'}",
@@ -172,7 +213,109 @@ def _only_complete(cache: Cache, manifest: Manifest, backbone: str | None, layer
     )
 
 
+def _pick(cache: Cache, manifest: Manifest, spaces: Sequence[Space]) -> Space:
+    """Return the only one, or the first of the last extraction."""
+    latest = (cache.latest() or {"spaces": []})["spaces"]
+    newest = sorted((s for s in spaces if s.folder.name in latest), key=lambda s: latest.index(s.folder.name))
+    if len(spaces) == 1 or newest:
+        return (newest or spaces)[0]
+    names = ", ".join(one.folder.name for one in spaces)
+    raise UsageError(f"{manifest.name} has features in {len(spaces)} spaces: {names}", hint="name one with --space")
+
+
+def _every(cache: Cache, manifest: Manifest, backbones: Sequence[str], layers: Sequence[str]) -> list[Space]:
+    """Return all complete spaces that fit, those of a model together and in its order."""
+    models: dict[str, list[Space]] = defaultdict(list)
+    for one in cache.spaces():
+        named = not backbones or any(_fits(one, name, None) for name in backbones)
+        if named and (not layers or one.spec["layer"] in layers) and not one.spec["view"] and _holds(manifest, one):
+            models[_model_of(one)].append(one)
+    if not models:
+        raise UsageError(
+            f"no space holds the features of every image of {manifest.name}",
+            hint=f"run `embedpipe extract {manifest.sources[0].argument} --layer all`",
+        )
+    return [one for spaces in models.values() for one in _in_order(spaces)]
+
+
+def _of_model(cache: Cache, manifest: Manifest, backbone: str | None, layers: Sequence[str]) -> list[Space]:
+    """Return the spaces of layers of one model, in its order.
+
+    Raises
+    ------
+    UsageError    there are several such models, or a layer lacks images
+    """
+    some = [one for one in cache.spaces() if _fits(one, backbone, None) and _holds(manifest, one, every=False)]
+    if not some:
+        return [_only_complete(cache, manifest, backbone, None)]
+    full = {one.folder for one in some if _holds(manifest, one)}
+    models: dict[str, list[Space]] = defaultdict(list)
+    for one in some:
+        models[_model_of(one)].append(one)
+    able = [m for m in models.values() if {*layers} - {"all"} <= {one.spec["layer"] for one in m if one.folder in full}]
+    able = able or list(models.values())
+    chosen = _pick(cache, manifest, [one for m in able for one in m]) if len(able) > 1 else able[0][0]
+    held = models[_model_of(chosen)]
+    wanted = list(dict.fromkeys(one.spec["layer"] for one in held)) if "all" in layers else list(dict.fromkeys(layers))
+    found = []
+    for layer in wanted:
+        there = [one for one in held if one.spec["layer"] == layer]
+        complete = [one for one in there if one.folder in full]
+        if not complete:
+            raise _lacking(manifest, (there or held)[0], layer)
+        found.append(_pick(cache, manifest, complete))
+    return _in_order(found)
+
+
+def _lacking(manifest: Manifest, space: Space, layer: str) -> UsageError:
+    """Return the error of images without features of a layer; `space` is one of the same model."""
+    from embedpipe.backbones import load_backbone
+
+    same = space.spec["layer"] == layer
+    count = FeatureSet(manifest, space).missing if same else len(manifest.samples)
+    usual = {name: one.default for name, one in inspect.signature(load_backbone).parameters.items()}
+    usual |= {"precision": "fp32", "store_dtype": "float32", "name": None}
+    options = {**space.loader, "precision": space.spec["precision"], "store_dtype": space.spec["stored_dtype"]}
+    options = {name: value for name, value in options.items() if value != usual.get(name)}
+    options = {"backbone": options.pop("name", None), **options, "layer": layer}
+    flags = [part for k, v in options.items() if v for part in (f"--{k.replace('_', '-')}", str(v))]
+    command = shlex.join(["embedpipe", "extract", *(source.argument for source in manifest.sources), *flags])
+    return UsageError(
+        f"{count} of {len(manifest.samples)} images of {manifest.name} have no features of the layer {layer}",
+        hint=f"run `{command}`",
+        layer=layer,
+    )
+
+
+def _holds(manifest: Manifest, space: Space, *, every: bool = True) -> bool:
+    """Whether a space has clean rows of the data set; of every image."""
+    features = FeatureSet(manifest, space)
+    return bool(features.splits) and not (every and features.missing)
+
+
 def _fits(space: Space, backbone: str | None, layer: str | None) -> bool:
     name = f"{space.spec['source']}:{space.spec['architecture']}"
     named = backbone is None or backbone in (name, name.removeprefix("timm:"))
     return named and (layer is None or layer == space.spec["layer"])
+
+
+def _model_of(space: Space) -> str:
+    """Return what spaces of the layers of one model have in common."""
+    return canonical_json({k: v for k, v in space.spec.items() if k not in ("layer", "pool")})
+
+
+def _in_order(spaces: Sequence[Space]) -> list[Space]:
+    """Return spaces of one model in the order in which it computes them; what enters the classifier comes last."""
+    from embedpipe.backbones import describe_layers
+
+    stages: list[str] = []
+    with suppress(UsageError):  # handed over from Python, or a folder that is not there any more
+        stages = [stage.name for stage in describe_layers(str(spaces[0].loader.get("name")))]
+
+    def place(space: Space) -> tuple[bool, int, list[str | int], str]:
+        layer = space.spec["layer"]
+        inside = (number for number, stage in enumerate(stages) if f"{layer}.".startswith(f"{stage}."))
+        natural = [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", layer)]
+        return layer == PENULTIMATE, next(inside, len(stages)), natural, space.spec["pool"]
+
+    return sorted(spaces, key=place)

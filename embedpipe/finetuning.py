@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from embedpipe.training import Epoch, Score
 
 PathLike = str | os.PathLike[str]
-PENULTIMATE = "penultimate"
 HANDOFF_TOLERANCE = 1e-3
 HANDOFF_ROWS = 32
 
@@ -136,6 +135,7 @@ def finetune(
 def _starting_point(run: Classifier | PathLike | None, runs_dir: Path) -> tuple[Classifier, LinearHead]:
     """Return the classifier to start from, and its head: a linear one on the penultimate layer."""
     from embedpipe.classifier import Classifier
+    from embedpipe.features import PENULTIMATE
     from embedpipe.heads import LinearHead
     from embedpipe.runs import find_run, latest_run
 
@@ -147,7 +147,11 @@ def _starting_point(run: Classifier | PathLike | None, runs_dir: Path) -> tuple[
         folder = latest_run(
             runs_dir,
             "fit-head",
-            lambda record: record["report"]["solver"] != "knn" and record["reference"]["spec"]["layer"] == PENULTIMATE,
+            lambda record: (
+                record["report"]["solver"] != "knn"
+                and record["reference"]["spec"]["layer"] == PENULTIMATE
+                and "beside" not in record["reference"]
+            ),
         )
         classifier = Classifier.load(folder)
     if not isinstance(classifier.head, LinearHead):
@@ -155,11 +159,11 @@ def _starting_point(run: Classifier | PathLike | None, runs_dir: Path) -> tuple[
             f"{classifier.name} has a kNN head, expected a linear one to start from",
             hint="run `embedpipe fit-head` without --solver knn",
         )
-    layer = classifier.reference.spec["layer"]
-    if layer != PENULTIMATE:
+    layers = [part.spec["layer"] for part in classifier.reference.parts]
+    if layers != [PENULTIMATE]:
         raise UsageError(
-            f"{classifier.name} is fitted on the layer {layer}, expected the penultimate features",
-            hint="run `embedpipe extract` without --layer, then `embedpipe fit-head`",
+            f"{classifier.name} is fitted on the layer {' + '.join(layers)}, expected the penultimate features alone",
+            hint=f"run `embedpipe extract` without --layer, then `embedpipe fit-head --layer {PENULTIMATE}`",
         )
     return classifier, classifier.head
 

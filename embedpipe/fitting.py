@@ -16,9 +16,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from embedpipe.errors import EmbedpipeWarning, UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from embedpipe.classifier import Classifier
     from embedpipe.features import FeatureSet
     from embedpipe.heads import KnnHead, LinearHead
+    from embedpipe.heads import Path as HeadPath
 
 PathLike = str | os.PathLike[str]
 
@@ -32,9 +35,10 @@ def fit_head(
     calibrate: bool = False,
     standardize: bool = True,
     class_weight: Literal["none", "balanced"] = "none",
-    space: str | None = None,
-    backbone: str | None = None,
-    layer: str | None = None,
+    space: tuple[str, ...] | str = (),
+    backbone: tuple[str, ...] | str = (),
+    layer: tuple[str, ...] | str = (),
+    compare_layers: bool = False,
     cache_dir: PathLike = "cache",
     runs_dir: PathLike = "runs",
     seed: int = 0,
@@ -60,12 +64,15 @@ def fit_head(
         Scale features by mean and std of the train split; the scale is folded into the head.
     class_weight : str
         balanced gives every class the same weight.
-    space : str
-        Which space, when the data set has features in several: its folder's name or a prefix.
-    backbone : str
-        Take the space of this backbone.
-    layer : str
-        Take the space of this layer.
+    space : str or several
+        Which space, when the data set has features in several: its folder's name or a prefix; repeatable, as --layer is.
+    backbone : str or several
+        Take the space of this backbone; repeatable.
+    layer : str or several
+        Take the space of this layer; repeatable, all means every cached one. Of several, those that help on val are used
+        together, and the last layer alone where that is no better.
+    compare_layers : bool
+        Rank every cached space on val (those of --backbone and --layer, if given), and take the best.
 
     Returns
     -------
@@ -85,24 +92,52 @@ def fit_head(
     from embedpipe.scoring import calibrated
 
     start = time.monotonic()
+    asked: dict[str, Any] = {"space": space, "backbone": backbone, "layer": layer, "every": compare_layers}
     if not isinstance(features, FeatureSet):
-        asked = {"space": space, "backbone": backbone, "layer": layer}
         features = open_features(Cache(Path(cache_dir)), features, **asked)
+    elif any(asked.values()):
+        features = features.reopened(**asked)
     _check(features)
-    options: dict[str, Any] = {"l2": l2, "refit": refit, "standardize": standardize, "class_weight": class_weight}
+    options: dict[str, Any] = {"l2": l2, "standardize": standardize, "class_weight": class_weight}
+    features, choice = _choose(features, compare_layers, solver=solver, **options)
     fit = _fit_knn if solver == "knn" else _fit_linear
-    head, fitted = fit(features, solver=solver, **options)
+    head, fitted = fit(features, solver=solver, refit=refit, **options)
     if calibrate:
         head, fitted = calibrated(head, features, unseen_val=not refit), {**fitted, "chosen_on": "val"}
-    classifier = Classifier(head, Reference(features.space.spec, features.loader), _backbone=features.backbone)
+    classifier = Classifier(head, Reference.of(features.spaces), _backbone=features.backbone)
     scored = {}
     for split in features.splits:
         samples = features.samples(split, labelled=True)
         scored[split] = Scored(samples, head.predict_proba(features.read(samples)))
     report = {"dataset": features.dataset, **fitted, "classes": list(features.classes), "leaks": find_leaks(features)}
+    report |= choice
+    if choice:
+        report["chosen_on"] = "val"
     with new_run(Path(runs_dir), "fit-head") as run:
         seconds = time.monotonic() - start
         return save_run(run, "fit-head", classifier, features, scored, report, seconds=seconds)
+
+
+def _choose(features: FeatureSet, compare: bool, **options: Any) -> tuple[FeatureSet, dict[str, Any]]:
+    """Return the features of the spaces that val chooses, and what there is to tell of the choice.
+
+    Raises
+    ------
+    UsageError    a kNN head, or no validation samples, where there is a choice
+    """
+    from embedpipe.ranking import choose_blocks, choose_space
+
+    if not (compare or features.beside):
+        return features, {}
+    if options["solver"] == "knn":
+        raise UsageError("--solver knn takes one space", hint="name one --layer, or fit a linear head")
+    if "val" not in features.splits:
+        raise UsageError(
+            f"{features.manifest.name} has no validation samples to choose layers on",
+            hint="name one --layer, or add val/ images",
+        )
+    chosen = (choose_space if compare else choose_blocks)(features, lambda some: _fit_path(some, **options))
+    return chosen.features, chosen.report
 
 
 def _fit_knn(features: FeatureSet, **_: Any) -> tuple[KnnHead, dict[str, Any]]:
@@ -119,13 +154,24 @@ def _fit_linear(
     """Fit the path over l2, choose on validation, and say what came of it."""
     import numpy as np
 
-    from embedpipe.heads import class_weights, fit_linear, fit_path
+    from embedpipe.heads import fit_blocks_once
 
-    def options(y: np.ndarray) -> dict[str, Any]:
-        balanced = class_weight == "balanced"
-        weight = class_weights(y, len(features.classes))[y] if balanced else None
-        common = {"classes": features.classes, "solver": solver, "standardize": standardize}
-        return {**common, "sample_weight": weight}
+    path = _fit_path(features, solver=solver, l2=l2, standardize=standardize, class_weight=class_weight)
+    head, (X, y) = path.head, features.arrays("train")
+    if refit and "val" in features.splits:
+        X_val, y_val = features.arrays("val")
+        X, y = np.concatenate([X, X_val]), np.concatenate([y, y_val])
+        options = _options(features, y, solver=solver, standardize=standardize, class_weight=class_weight)
+        head = fit_blocks_once(X, y, l2=path.l2, **options)
+    points = [{"l2": p.l2, "val_accuracy": p.val_accuracy, "objective": p.objective} for p in path.points]
+    solved = head.provenance["solver"]
+    chosen_on = "val" if len(points) > 1 or refit else None
+    fitted = {"solver": solved, "l2": path.l2, "l2_path": points, "n_train": len(y), "refit": refit}
+    return head, {**fitted, "chosen_on": chosen_on}
+
+
+def _fit_path(features: FeatureSet, *, l2: float | str, **options: Any) -> HeadPath:
+    from embedpipe.heads import fit_blocks
 
     X, y = features.arrays("train")
     X_val, y_val = features.arrays("val") if "val" in features.splits else (X[:0], y[:0])
@@ -134,16 +180,17 @@ def _fit_linear(
             f"{features.manifest.name} has no validation samples to choose l2 on",
             hint="name one with --l2, or add val/ images",
         )
-    path = fit_path(X, y, X_val, y_val, l2=l2, **options(y))
-    head = path.head
-    if refit:
-        X, y = np.concatenate([X, X_val]), np.concatenate([y, y_val])
-        head = fit_linear(X, y, l2=path.l2, **options(y))
-    points = [{"l2": p.l2, "val_accuracy": p.val_accuracy, "objective": p.objective} for p in path.points]
-    solved = head.provenance["solver"]
-    chosen_on = "val" if len(points) > 1 or refit else None
-    fitted = {"solver": solved, "l2": path.l2, "l2_path": points, "n_train": len(y), "refit": refit}
-    return head, {**fitted, "chosen_on": chosen_on}
+    return fit_blocks(X, y, X_val, y_val, l2=l2, **_options(features, y, **options))
+
+
+def _options(
+    features: FeatureSet, y: np.ndarray, *, solver: str, standardize: bool, class_weight: str
+) -> dict[str, Any]:
+    from embedpipe.heads import class_weights
+
+    weight = class_weights(y, len(features.classes))[y] if class_weight == "balanced" else None
+    common = {"classes": features.classes, "solver": solver, "standardize": standardize}
+    return {**common, "widths": features.widths, "sample_weight": weight}
 
 
 def _check(features: FeatureSet) -> None:

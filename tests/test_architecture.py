@@ -14,7 +14,7 @@ FLOORS = [
     {"manifest", "images", "runs"},
     {"backbones", "cache", "heads"},
     {"executors", "forwarding", "drift", "pipeline", "recall", "features", "network", "scoring"},
-    {"classifier"},
+    {"classifier", "ranking"},
     {"extraction", "fitting", "finetuning", "prediction", "evaluation", "comparing", "caretaking", "proving"},
     {"config", "demo"},
     {"cli"},

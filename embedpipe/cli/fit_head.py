@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rich_click as click
@@ -10,7 +11,7 @@ from embedpipe import fitting
 from embedpipe.cli._build import Session, command, scores, worst
 
 
-@command(fitting.fit_head, example="embedpipe fit-head --l2 auto")
+@command(fitting.fit_head, example="embedpipe fit-head --layer all")
 @click.argument("dataset", required=False)
 def fit_head(session: Session, dataset: str | None, **options: Any) -> None:
     report = fitting.fit_head(dataset, **options).report
@@ -18,4 +19,37 @@ def fit_head(session: Session, dataset: str | None, **options: Any) -> None:
     title = f"run {report['run']}: {report['solver']}{chosen}, {report['n_train']} training images, {report['seconds']:.1f} s"
     calibrated = " calibrated" if (report["calibration"] or {}).get("applied") else ""
     table = scores(report["metrics"], report["chosen_on"])
-    session.finish(report, f"{title}{calibrated}\n{table}\n{worst(report['worst_classes'])}".rstrip())
+    parts = [tell_ranking(report["ranking"])] if "ranking" in report else []
+    parts += [tell_blocks(report["blocks"], report["decision"])] if "blocks" in report else []
+    parts += [f"{title}{calibrated}", table, worst(report["worst_classes"])]
+    session.finish(report, "\n".join(parts).rstrip())
+
+
+def tell_ranking(ranking: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of what each space is worth on val, the best first."""
+    difference = "to the best, 95 % interval"
+    lines = [
+        f"{'layer':<24} {'pool':<5} {'dim':>5} {'l2':>9} {'val accuracy':>12} {'log loss':>9}  {difference:<28} backbone"
+    ]
+    for one in ranking:
+        low, high = one["difference_ci95"]
+        apart = "chosen" if one["chosen"] else f"{one['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
+        lines.append(
+            f"{one['layer']:<24} {one['pool']:<5} {one['dim']:>5} {one['l2']:>9.3g} {one['val_accuracy']:>12.4f} "
+            f"{one['val_log_loss']:>9.4f}  {apart:<28} {one['backbone']}"
+        )
+    return "\n".join([*lines, ""])
+
+
+def tell_blocks(blocks: Sequence[Mapping[str, Any]], decision: Mapping[str, Any]) -> str:
+    """Return a table of the spaces asked for, and why several or one are used."""
+    lines = [f"{'layer':<24} {'dim':>5} {'alone on val':>12}  {'scale':>7}  backbone"]
+    for one in blocks:
+        scale = "not used" if not one["chosen"] else "" if one["scale"] is None else f"{one['scale']:.3f}"
+        lines.append(f"{one['layer']:<24} {one['dim']:>5} {one['val_accuracy']:>12.4f}  {scale:>8} {one['backbone']}")
+    several, last = decision["blocks"], decision["last"]
+    used = "several are used" if decision["chosen"] == "blocks" else f"{last['layer']} alone is used"
+    compared = (
+        f"{' + '.join(several['layers'])} {several['val_accuracy']:.4f}, {last['layer']} {last['val_accuracy']:.4f}"
+    )
+    return "\n".join([*lines, f"on val: {compared}; {used}", ""])

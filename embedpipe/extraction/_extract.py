@@ -71,7 +71,7 @@ def extract(
     weights : str
         pretrained (from the library's hub), packaged (from an installed package), none (seeded random), or a file.
     layer : tuple of str
-        Layer to take features from, pooled; repeatable; all means every stage. Default: what enters the classifier.
+        Layer to take features from, pooled; repeatable; all means every stage. Default: penultimate, what enters the classifier.
     pool : str
         How maps and tokens become one vector; auto averages what is not class or register token.
     image_size : int

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedpipe.cache import Cache, KeyIndex, Space
 from embedpipe.errors import UsageError
+from embedpipe.features import PENULTIMATE
 from embedpipe.forwarding import plan_forward
 from embedpipe.pipeline import (
     Filled,
@@ -119,10 +120,10 @@ class Workshop:
         if views < 0:
             raise UsageError(f"--views is {views}, expected 0 or more")
         asked = [
-            Wish(name, layer, shape, self.settings, augment if view else "none", view)
+            Wish(name, None if layer == PENULTIMATE else layer, shape, self.settings, augment if view else "none", view)
             for view in range(views + 1)
             for name in backbones
-            for layer in layers or (None,)
+            for layer in layers or (PENULTIMATE,)
         ]
         return [one for wish in asked for one in self.expand(wish)]
 

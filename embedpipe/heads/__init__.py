@@ -14,6 +14,7 @@ import os
 from pathlib import Path as FilePath
 
 from embedpipe.errors import ModelMismatch
+from embedpipe.heads._blocks import block_scales, fit_blocks, fit_blocks_once
 from embedpipe.heads._files import read_record
 from embedpipe.heads._fits import L2_GRID, SOLVERS, Path, PathPoint, fit_linear, fit_path
 from embedpipe.heads._frame import class_weights
@@ -28,7 +29,10 @@ __all__ = [
     "LinearHead",
     "Path",
     "PathPoint",
+    "block_scales",
     "class_weights",
+    "fit_blocks",
+    "fit_blocks_once",
     "fit_knn",
     "fit_linear",
     "fit_path",

@@ -1,0 +1,58 @@
+"""A head on blocks: plain weights on raw features, blocks of any width weighing the same."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from embedpipe.errors import NonFiniteFeatures, UsageError
+from embedpipe.heads import block_scales, fit_blocks, fit_blocks_once, fit_linear, fit_path
+
+CLASSES = ("a", "b", "c")
+RNG = np.random.default_rng(0)
+Y = RNG.integers(0, 3, 120)
+NARROW = (np.eye(3)[Y] + RNG.normal(0, 0.4, (120, 3))).astype(np.float32) * 50 + 7
+WIDE = RNG.normal(0, 1, (120, 300)).astype(np.float32)
+X = np.hstack([NARROW, WIDE])
+
+
+def test_the_scale_is_folded_in() -> None:
+    """Weights on raw features give the logits of a head on what was scaled by hand."""
+    head = fit_blocks_once(X, Y, classes=CLASSES, widths=(3, 300), l2=0.1)
+    mean, std = X.mean(axis=0), X.std(axis=0)
+    scaled = (X - mean) / std * np.repeat([np.sqrt(303 / 6), np.sqrt(303 / 600)], [3, 300])
+    wanted = fit_linear(scaled, Y, classes=CLASSES, l2=0.1, standardize=False)
+    np.testing.assert_allclose(head.logits(X), wanted.logits(scaled), atol=1e-3)
+    assert head.provenance["standardize"] is True
+    assert head.provenance["blocks"] == [3, 300]
+
+
+def test_blocks_have_rows_of_the_same_length_and_l2_its_meaning() -> None:
+    scales = block_scales((64, 2048))
+    lengths = scales**2 * (64, 2048)
+    assert lengths[0] == pytest.approx(lengths[1])
+    assert lengths.sum() == pytest.approx(64 + 2048)
+    np.testing.assert_allclose(block_scales((7, 7)), 1)
+
+
+def test_a_wide_block_of_noise_does_not_drown_a_narrow_one() -> None:
+    options = {"classes": CLASSES, "l2": 1.0}
+    together = fit_blocks(X[:60], Y[:60], X[60:], Y[60:], widths=(3, 300), **options)
+    plain = fit_path(X[:60], Y[:60], X[60:], Y[60:], **options)
+    assert together.points[0].val_accuracy > plain.points[0].val_accuracy + 0.1
+
+
+def test_one_block_is_an_ordinary_head() -> None:
+    one = fit_blocks(X, Y, X, Y, widths=(303,), classes=CLASSES, l2=0.1).head
+    plain = fit_path(X, Y, X, Y, classes=CLASSES, l2=0.1).head
+    np.testing.assert_array_equal(one.weight, plain.weight)
+    assert one.provenance == plain.provenance
+
+
+def test_what_does_not_fit() -> None:
+    with pytest.raises(UsageError, match="302 features together, expected 303"):
+        fit_blocks_once(X, Y, widths=(3, 299), classes=CLASSES, l2=0.1)
+    broken = X.copy()
+    broken[7, 5] = np.nan
+    with pytest.raises(NonFiniteFeatures, match="row 7"):
+        fit_blocks_once(broken, Y, widths=(3, 300), classes=CLASSES, l2=0.1)
