@@ -124,7 +124,7 @@ def minimise(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, metric: Metric | 
     """Minimise the objective for L values of l2 from W (L, K, D), b (L, K)."""
     points, left = _points(sweeps, l2, W, b), torch.arange(len(l2))
     W, b = W.clone(), b.clone()
-    metric = metric or sweeps.measure(len(l2) // 2)
+    metric, worn = metric or sweeps.measure(len(l2) // 2), 0
     for _ in range(STEPS):
         W[left], b[left] = points.W, points.b
         open_ = points.gap > TOLERANCE
@@ -132,12 +132,12 @@ def minimise(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, metric: Metric | 
             return Minimum(W, b, metric)
         dW, db, products = _direction(sweeps, points, open_.nonzero()[:, 0], metric)
         points, left, dW, db = points[open_], left[open_], dW[open_], db[open_]
-        worn = products > WORN
+        worn += products > WORN
         points, moved = _step(sweeps, points, dW, db)
         if not moved:
             break
-        if worn:
-            metric = sweeps.measure(len(points.l2) // 2)
+        if worn == 1:  # once: the weights of the rows hardly change any more
+            metric, worn = sweeps.measure(len(points.l2) // 2), 2
     W[left], b[left] = points.W, points.b
     worst = float(points.gap.max())
     if worst > 10 * TOLERANCE:
@@ -162,10 +162,11 @@ def _direction(sweeps: Sweeps, points: Points, active: Tensor, metric: Metric) -
     the minimisation, nor, far from there, than a share of the gradient.
     """
     l2, spread = points.l2, points.spread
-    inverse = 1 / (spread[:, :, None] * metric.spectrum + l2[:, None, None])
+    inverse = (1 / (spread[:, :, None] * metric.spectrum + l2[:, None, None])).float()
+    basis = metric.basis.float()
 
     def precondition(W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        weight = ((W - b[:, :, None] * metric.mean) @ metric.basis * inverse) @ metric.basis.T
+        weight = (((W - b[:, :, None] * metric.mean).float() @ basis * inverse) @ basis.T).double()
         return weight, b / spread - weight @ metric.mean
 
     enough = 0.25 * TOLERANCE * 2 * points.objective

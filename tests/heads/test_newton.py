@@ -113,7 +113,7 @@ def test_labels_of_which_an_image_may_have_several_are_solved_one_by_one() -> No
     [found] = solve_path(even(Z, np.stack([first, second], axis=1), 2), [1e-2])
     for number, y in enumerate((first, second)):
         [alone] = solve_path(even(Z, y, 2), [1e-2])
-        np.testing.assert_allclose(found.weight[number], alone.weight[0], atol=2e-4)
+        np.testing.assert_allclose(found.weight[number], alone.weight[0], atol=5e-3)
     problem = even(Z, np.stack([first, second], axis=1), 2)
     assert gap(problem, found, 1e-2) <= 2 * TOLERANCE
 
