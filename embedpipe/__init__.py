@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from embedpipe.auditing import Audit, audit
     from embedpipe.backbones import Backbone, Layer, list_models, load_backbone
     from embedpipe.caretaking import collect_garbage, describe_space, export_features, list_cache, remove_from_cache
     from embedpipe.classifier import Classifier
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from embedpipe.proving import explain_reuse, verify_cache
 
 _HOMES = {
+    "Audit": "auditing",
     "Backbone": "backbones",
     "Classifier": "classifier",
     "EmbedpipeError": "errors",
@@ -39,6 +41,7 @@ _HOMES = {
     "LinearHead": "heads",
     "Prediction": "prediction",
     "Transform": "images",
+    "audit": "auditing",
     "collect_garbage": "caretaking",
     "describe_space": "caretaking",
     "evaluate": "evaluation",
@@ -55,6 +58,7 @@ _HOMES = {
     "verify_cache": "proving",
 }
 __all__ = [
+    "Audit",
     "Backbone",
     "Classifier",
     "EmbedpipeError",
@@ -64,6 +68,7 @@ __all__ = [
     "LinearHead",
     "Prediction",
     "Transform",
+    "audit",
     "collect_garbage",
     "describe_space",
     "evaluate",

@@ -10,12 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "embedpipe"
 
 FLOORS = [
-    {"errors", "disk", "places", "provenance", "metrics", "training"},
+    {"errors", "disk", "places", "provenance", "metrics", "neighbours", "training"},
     {"manifest", "images", "runs"},
     {"backbones", "cache", "heads"},
-    {"executors", "forwarding", "drift", "pipeline", "recall", "features", "network"},
-    {"classifier"},
-    {"extraction", "fitting", "finetuning", "prediction", "evaluation", "caretaking", "proving"},
+    {"executors", "forwarding", "drift", "pipeline", "recall", "features", "network", "recipe"},
+    {"classifier", "folds", "leaks"},
+    {"extraction", "fitting", "finetuning", "prediction", "evaluation", "auditing", "caretaking", "proving"},
     {"config", "demo"},
     {"cli"},
     {"__main__", "__init__"},

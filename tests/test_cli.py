@@ -145,7 +145,7 @@ def test_importing_the_package_loads_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["extract", "fit-head", "finetune", "predict", "evaluate", "models", "layers", "demo"]
+    "command", ["extract", "fit-head", "finetune", "predict", "evaluate", "audit", "models", "layers", "demo"]
 )
 def test_every_help_carries_an_example(run: Run, command: str) -> None:
     text = run(command, "--help").out
