@@ -7,8 +7,8 @@ the nearest and to the k-th nearest of n others relate as
     P(first < r * kth) = 1 - (1 - r^m)^(k - 1)
 
 whatever the density there (r^m are volumes, and k - 1 points lie evenly in the ball of the k-th). m is measured on the data
-themselves, from the median of first / kth, which copies do not move as long as fewer than half of the rows have one. A row is
-a copy where its ratio is so small that chance would give `FALSE_ALARMS` such rows in the whole search.
+themselves, from the median of first / kth, which near copies hardly move as long as few rows have one. A row is a copy where
+its ratio is so small that chance would give `FALSE_ALARMS` such rows in the whole search.
 
 >>> X = unit_rows(features - features.mean(axis=0))
 >>> typical = find_neighbours(X, X, own=np.arange(len(X)))
@@ -90,7 +90,7 @@ def copy_ratio(typical: Neighbours, searches: int, *, k: int = K) -> float:
     typical : Neighbours    of rows of the base within the base, themselves left out
     searches : int          how many queries will be asked
     """
-    known = typical.kth > SAME
+    known = typical.first > SAME  # rows with a twin say nothing of the distance between different images
     middle = float(np.median(typical.first[known] / typical.kth[known])) if known.any() else 0.0
     if not 0 < middle < 1:
         return 0.0
