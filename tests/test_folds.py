@@ -48,7 +48,7 @@ def test_labels_without_meaning_are_not_predicted() -> None:
     X = np.repeat(rng.normal(size=(150, 200)), 2, axis=0).astype(np.float32)  # every image twice
     y = np.repeat(rng.integers(0, 2, 150), 2)
     ties = [f"image {k // 2}" for k in range(300)]
-    fold, probabilities, l2 = cross_fit(X, y, ties, Recipe(("a", "b")), folds=5, seed=0)
+    _, probabilities, l2 = cross_fit(X, y, ties, Recipe(("a", "b")), folds=5, seed=0)
     assert 0.35 < np.mean(probabilities.argmax(axis=1) == y) < 0.65
     assert len(l2) == 5
     loose = cross_fit(X, y, range(300), Recipe(("a", "b"), l2=1e-6), folds=5, seed=0)[1]
