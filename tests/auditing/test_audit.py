@@ -91,7 +91,10 @@ def test_the_command(run: Run, tmp_path: Path) -> None:
 
 def test_few_images_are_audited_by_label_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write_photos(Path("photos"), per_class=4)
+    for split in ("train", "val"):
+        write_photos(Path("photos") / split, per_class=2)
+    for path in Path("photos/val").rglob("*.png"):
+        path.write_bytes(path.read_bytes() + b"val")
     features = ep.extract("photos", ep.load_backbone("timm:test_resnet", weights="none"))
     with pytest.warns(EmbedpipeWarning, match="outliers and near copies are not looked for among 12 images"):
         done = ep.audit(features, folds=2, l2=0.01)
