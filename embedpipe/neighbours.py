@@ -82,6 +82,19 @@ def find_neighbours(queries: Float32, base: Float32, *, own: Int64 | None = None
     return Neighbours(nearest, chords[:, 0], chords[:, 1])
 
 
+def kth_distance(X: Float32, *, k: int = K) -> Float64:
+    """Return the Euclidean distance of each row to its k-th nearest other row, float64 (n,), for X (n, D), n > k."""
+    squares = np.einsum("nd,nd->n", X, X)
+    far = np.empty(len(X))
+    step = max(1, BLOCK_BYTES // (X.itemsize * max(1, len(X))))
+    for start in range(0, len(X), step):
+        rows = slice(start, start + step)
+        square = squares[rows, None] + squares - 2 * (X[rows] @ X.T)
+        square[np.arange(len(square)), np.arange(start, start + len(square))] = np.inf
+        far[rows] = np.partition(square, k - 1, axis=1)[:, k - 1]
+    return np.asarray(np.sqrt(np.maximum(0, far)))
+
+
 def copy_ratio(typical: Neighbours, searches: int, *, k: int = K) -> float:
     """Return the ratio first / kth below which a row is a copy, in [0, MOST_RATIO].
 

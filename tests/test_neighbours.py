@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from embedpipe.neighbours import FALSE_ALARMS, copy_ratio, find_neighbours, unit_rows
+from embedpipe.neighbours import FALSE_ALARMS, copy_ratio, find_neighbours, kth_distance, unit_rows
 
 
 def rows(n: int, dim: int, seed: int = 0, latent: int | None = None) -> np.ndarray:
@@ -23,6 +23,12 @@ def test_neighbours_are_those_of_a_plain_search() -> None:
         assert found.nearest[i] == chords.argmin()
         np.testing.assert_allclose([found.first[i], found.kth[i]], np.sort(chords)[[0, 9]], atol=1e-3)
         assert found.similarity[i] == pytest.approx(base[found.nearest[i]] @ queries[i], abs=1e-6)
+
+
+def test_distances_are_those_of_a_plain_search() -> None:
+    X = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    plain = np.linalg.norm(X[:, None] - X, axis=2)
+    np.testing.assert_allclose(kth_distance(X, k=3), np.sort(plain, axis=1)[:, 3], atol=1e-3)
 
 
 def test_a_row_is_not_its_own_neighbour() -> None:

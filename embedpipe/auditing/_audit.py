@@ -140,12 +140,13 @@ def _neighbour_issues(features: FeatureSet, done: OutOfFold) -> list[Issue]:
         if first.setdefault(sample.key, row) != row:
             copies.append((row, first[sample.key], 1.0))
     rows = list(first.values())
-    found = _search(features, tuple(done.samples[row] for row in rows))
+    searched = _search(features, tuple(done.samples[row] for row in rows))
     outliers = []
-    if found is not None:
+    if searched is not None:
+        found, distances = searched
         near = sorted(_near_pairs(found), key=lambda pair: -pair[2])
         copies += [(rows[row], rows[twin], score) for row, twin, score in near]
-        far = _far(found)
+        far = _far(distances)
         outliers = sorted(((rows[i], score) for i, score in far.items()), key=lambda pair: -pair[1])
     return [
         *(_issue(features, done, row, kind="outlier", score=score) for row, score in outliers),
@@ -153,11 +154,11 @@ def _neighbour_issues(features: FeatureSet, done: OutOfFold) -> list[Issue]:
     ]
 
 
-def _search(features: FeatureSet, samples: tuple[Any, ...]) -> Neighbours | None:
-    """Return the neighbours of different images among themselves; None, and a warning, where there are too few or too many."""
+def _search(features: FeatureSet, samples: tuple[Any, ...]) -> tuple[Neighbours, Any] | None:
+    """Return the neighbours of different images among themselves, by angle, and their distances; None, and a warning, where there are too few or too many."""
     import numpy as np
 
-    from embedpipe.neighbours import LEAST_ROWS, find_neighbours, unit_rows
+    from embedpipe.neighbours import LEAST_ROWS, find_neighbours, kth_distance, unit_rows
 
     n, dim = len(samples), features.feature_dim
     if n < LEAST_ROWS or n * n * dim > MOST_WORK:
@@ -166,8 +167,9 @@ def _search(features: FeatureSet, samples: tuple[Any, ...]) -> Neighbours | None
         warnings.warn(text, EmbedpipeWarning, stacklevel=4)
         return None
     X = features.read(samples)
-    X = unit_rows(X - X.mean(axis=0, dtype=np.float64).astype(np.float32))
-    return find_neighbours(X, X, own=np.arange(n))
+    X = X - X.mean(axis=0, dtype=np.float64).astype(np.float32)
+    unit = unit_rows(X)
+    return find_neighbours(unit, unit, own=np.arange(n)), kth_distance(X)
 
 
 def _near_pairs(found: Neighbours) -> Iterator[tuple[int, int, float]]:
@@ -183,11 +185,11 @@ def _near_pairs(found: Neighbours) -> Iterator[tuple[int, int, float]]:
             yield row, twin, float(found.similarity[row])
 
 
-def _far(found: Neighbours) -> dict[int, float]:
+def _far(distances: Any) -> dict[int, float]:
     """Return the rows whose k-th neighbour is farther than is usual, with how many times the usual limit."""
     import numpy as np
 
-    logs = np.log(np.maximum(found.kth, np.finfo(np.float64).tiny))
+    logs = np.log(np.maximum(distances, np.finfo(np.float64).tiny))
     middle = np.median(logs)
     limit = middle + FAR * PER_MAD * np.median(np.abs(logs - middle))
     return {int(row): float(np.exp(logs[row] - limit)) for row in np.flatnonzero(logs > limit)}

