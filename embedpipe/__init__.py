@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from embedpipe.auditing import Audit, audit
     from embedpipe.backbones import Backbone, Layer, list_models, load_backbone
     from embedpipe.caretaking import collect_garbage, describe_space, export_features, list_cache, remove_from_cache
     from embedpipe.classifier import Classifier
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from embedpipe.proving import explain_reuse, verify_cache
 
 _HOMES = {
+    "Audit": "auditing",
     "Backbone": "backbones",
     "Classifier": "classifier",
     "Comparison": "comparing",
@@ -41,6 +43,7 @@ _HOMES = {
     "LinearHead": "heads",
     "Prediction": "prediction",
     "Transform": "images",
+    "audit": "auditing",
     "collect_garbage": "caretaking",
     "compare": "comparing",
     "describe_space": "caretaking",
@@ -58,6 +61,7 @@ _HOMES = {
     "verify_cache": "proving",
 }
 __all__ = [
+    "Audit",
     "Backbone",
     "Classifier",
     "Comparison",
@@ -68,6 +72,7 @@ __all__ = [
     "LinearHead",
     "Prediction",
     "Transform",
+    "audit",
     "collect_garbage",
     "compare",
     "describe_space",

@@ -10,12 +10,22 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "embedpipe"
 
 FLOORS = [
-    {"errors", "disk", "places", "provenance", "metrics", "training"},
+    {"errors", "disk", "places", "provenance", "metrics", "neighbours", "training"},
     {"manifest", "images", "runs"},
     {"backbones", "cache", "heads"},
-    {"executors", "forwarding", "drift", "pipeline", "recall", "features", "network", "scoring"},
-    {"classifier", "ranking"},
-    {"extraction", "fitting", "finetuning", "prediction", "evaluation", "comparing", "caretaking", "proving"},
+    {"executors", "forwarding", "drift", "pipeline", "recall", "features", "network", "scoring", "recipe"},
+    {"classifier", "ranking", "folds", "leaks"},
+    {
+        "extraction",
+        "fitting",
+        "finetuning",
+        "prediction",
+        "evaluation",
+        "comparing",
+        "auditing",
+        "caretaking",
+        "proving",
+    },
     {"config", "demo"},
     {"cli"},
     {"__main__", "__init__"},

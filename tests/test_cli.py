@@ -145,7 +145,8 @@ def test_importing_the_package_loads_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["extract", "fit-head", "finetune", "predict", "evaluate", "compare", "models", "layers", "demo"]
+    "command",
+    ["extract", "fit-head", "finetune", "predict", "evaluate", "compare", "audit", "models", "layers", "demo"],
 )
 def test_every_help_carries_an_example(run: Run, command: str) -> None:
     text = run(command, "--help").out

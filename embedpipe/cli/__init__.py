@@ -19,7 +19,19 @@ import rich_click as click
 from embedpipe.cli._build import COMMAND, WARNINGS, Verbs, describe_error, print_envelope, shared_options
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, Interrupted, Stopped, StorageError, UsageError
 
-COMMANDS = ("extract", "fit-head", "finetune", "predict", "evaluate", "compare", "cache", "models", "layers", "demo")
+COMMANDS = (
+    "extract",
+    "fit-head",
+    "finetune",
+    "predict",
+    "evaluate",
+    "compare",
+    "audit",
+    "cache",
+    "models",
+    "layers",
+    "demo",
+)
 HELP = """Features of a frozen backbone, computed once and cached; heads in seconds; fine-tuning from there.
 
 Example: `embedpipe extract data/ && embedpipe fit-head && embedpipe predict RUN new/`

@@ -11,7 +11,7 @@ from embedpipe import fitting
 from embedpipe.cli._build import Session, command, scores, worst
 
 
-@command(fitting.fit_head, example="embedpipe fit-head --layer all")
+@command(fitting.fit_head, example="embedpipe fit-head --layer all --folds 5")
 @click.argument("dataset", required=False)
 def fit_head(session: Session, dataset: str | None, **options: Any) -> None:
     report = fitting.fit_head(dataset, **options).report
@@ -22,7 +22,9 @@ def fit_head(session: Session, dataset: str | None, **options: Any) -> None:
     parts = [tell_ranking(report["ranking"])] if "ranking" in report else []
     parts += [tell_blocks(report["blocks"], report["decision"])] if "blocks" in report else []
     parts += [f"{title}{calibrated}", table, worst(report["worst_classes"])]
-    session.finish(report, "\n".join(parts).rstrip())
+    parts += [tell_curve(report["curve"])] if "curve" in report else []
+    parts += [tell_folds(report["folds"])] if "folds" in report else []
+    session.finish(report, "\n".join(part for part in parts if part).rstrip())
 
 
 def tell_ranking(ranking: Sequence[Mapping[str, Any]]) -> str:
@@ -53,3 +55,23 @@ def tell_blocks(blocks: Sequence[Mapping[str, Any]], decision: Mapping[str, Any]
         f"{' + '.join(several['layers'])} {several['val_accuracy']:.4f}, {last['layer']} {last['val_accuracy']:.4f}"
     )
     return "\n".join([*lines, f"on val: {compared}; {used}", ""])
+
+
+def tell_curve(curve: Sequence[Mapping[str, Any]]) -> str:
+    """Return a table of mean accuracies, a row a size, a column a split."""
+    splits = list(curve[0]["metrics"])
+    lines = [f"\n{'shots':<6} {'n':>6} {'repeats':>7}" + "".join(f"  {split:<24}" for split in splits)]
+    for point in curve:
+        cells = "".join(f"  {_mean(point['metrics'][split]):<24}" for split in splits)
+        lines.append(f"{point['shots']:<6} {point['n_train']:>6} {point['repeats']:>7}{cells}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _mean(one: Mapping[str, Any]) -> str:
+    interval = one["accuracy_ci95"]
+    return f"{one['accuracy']:.4f}" + (f" ({interval[0]:.4f} - {interval[1]:.4f})" if interval else "")
+
+
+def tell_folds(folds: Mapping[str, Any]) -> str:
+    each = ", ".join(f"{fold['accuracy']:.4f}" for fold in folds["per_fold"])
+    return f"\n{folds['k']} folds over train and val, {folds['n']} images: accuracy {_mean(folds)}; each {each}"

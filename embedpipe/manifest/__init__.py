@@ -12,6 +12,7 @@ from embedpipe.manifest._folder import IMAGE_SUFFIXES, list_images
 from embedpipe.manifest._read import read_manifest
 from embedpipe.manifest._sample import SPLITS, Failure, Manifest, Sample
 from embedpipe.manifest._source import Source, absolute_argument, is_source, root_of
+from embedpipe.manifest._split import components
 
 __all__ = ["IMAGE_SUFFIXES", "SPLITS", "Failure", "Manifest", "Sample", "Source", "absolute_argument", "is_source"]
-__all__ += ["list_images", "read_manifest", "root_of"]
+__all__ += ["components", "list_images", "read_manifest", "root_of"]

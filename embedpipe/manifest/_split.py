@@ -42,7 +42,7 @@ def hash_split(
     """Split by u; every class is given train and val, one with a lone component only train."""
     val_end = test_fraction + val_fraction
     bounds = {"test": (0.0, test_fraction), "val": (test_fraction, val_end), "train": (val_end, 1)}
-    members = _components(samples)
+    members = components(samples)
     split_of = {
         name: next(split for split, (_, end) in bounds.items() if position(name) < end) for name in set(members)
     }
@@ -61,8 +61,8 @@ def position(identity: str) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
-def _components(samples: Sequence[Sample]) -> list[str]:
-    """Name each sample's component: the identity with the smallest u of all that it ties."""
+def components(samples: Sequence[Sample]) -> list[str]:
+    """Name each sample's component: the identity with the smallest u of all that it ties by group or content."""
     parent: dict[str, str] = {}
 
     def root(name: str) -> str:

@@ -10,9 +10,10 @@ import pytest
 
 import embedpipe as ep
 from embedpipe.heads import fit_linear
-from tests.conftest import write_photos
+from tests.conftest import TINY, Run, write_photos
 
 CLASSES = ("blue", "red")
+pytestmark = pytest.mark.filterwarnings("ignore:images that an earlier split has too")
 
 
 @pytest.fixture
@@ -31,7 +32,31 @@ def features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ep.FeatureSet:
 
 def test_copies_of_training_images_are_counted(features: ep.FeatureSet) -> None:
     report = ep.fit_head(features).report
-    assert report["leaks"] == {"duplicates_of_train": {"val": 1, "test": 2}}
+    leaks = report["leaks"]
+    assert leaks["duplicates_of_train"] == {"val": 1, "test": 2}
+    assert leaks["leaked"] == {"val": 1, "test": 2}
+    assert leaks["accuracy_without_leaks"]["test"]["n"] == report["metrics"]["test"]["n"] - 2
+
+
+def test_curve_and_folds_leave_the_head_alone(features: ep.FeatureSet) -> None:
+    plain = ep.fit_head(features, l2=0.01).report
+    report = ep.fit_head(features, l2=0.01, shots="1,4,50%", repeats=3, folds=3).report
+    assert report["metrics"] == plain["metrics"]
+    assert "curve" not in plain
+    assert "folds" not in plain
+    assert [(p["shots"], p["n_train"], p["repeats"]) for p in report["curve"]] == [(1, 2, 3), (4, 8, 3), ("50%", 8, 3)]
+    assert set(report["curve"][0]["metrics"]) == {"val", "test"}
+    folds = report["folds"]
+    assert (folds["k"], folds["n"], sum(one["n"] for one in folds["per_fold"])) == (3, 25, 25)
+    assert folds["accuracy"] == pytest.approx(sum(one["n"] * one["accuracy"] for one in folds["per_fold"]) / 25)
+
+
+def test_the_command_prints_curve_and_folds(run: Run, photos: Path) -> None:
+    run("extract", photos, *TINY)
+    out = run("fit-head", "--l2", 0.01, "--shots", "1,2", "--repeats", 2, "--folds", 3).out
+    assert "shots" in out
+    assert "3 folds over train and val" in out
+    assert run("fit-head", "--shots", "0").code == 2
 
 
 def test_refit_takes_val_in_and_keeps_l2(features: ep.FeatureSet) -> None:

@@ -1,0 +1,226 @@
+"""The deed: open the features, fit, score, look for leaks, and say how much the scores may be trusted."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from embedpipe.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from embedpipe.classifier import Classifier, Scored
+    from embedpipe.features import FeatureSet
+    from embedpipe.heads import Path as HeadPath
+    from embedpipe.recipe import Fitted, Recipe
+
+PathLike = str | os.PathLike[str]
+
+
+def fit_head(
+    features: FeatureSet | str | None = None,
+    *,
+    solver: Literal["auto", "newton", "lbfgs", "sklearn", "ridge", "knn"] = "auto",
+    l2: float | Literal["auto"] = "auto",
+    refit: bool = False,
+    calibrate: bool = False,
+    standardize: bool = True,
+    class_weight: Literal["none", "balanced"] = "none",
+    shots: tuple[str | int, ...] | str = (),
+    repeats: int = 5,
+    folds: int | None = None,
+    space: tuple[str, ...] | str = (),
+    backbone: tuple[str, ...] | str = (),
+    layer: tuple[str, ...] | str = (),
+    compare_layers: bool = False,
+    cache_dir: PathLike = "cache",
+    runs_dir: PathLike = "runs",
+    seed: int = 0,
+) -> Classifier:
+    """Fit a head on the train split, choose l2 on val, and score test once.
+
+    The objective is mean cross-entropy + l2/2 * ||W||^2 on standardised features, bias free.
+
+    Parameters
+    ----------
+    features : FeatureSet, or name, id or path of a data set
+        Default: the data set extracted last.
+    solver : str
+        newton (auto), lbfgs and sklearn solve the same objective; ridge fits least squares, in the least time; knn asks the
+        nearest training images.
+    l2 : float or auto
+        Strength of the penalty; auto takes the best of 45 values on val.
+    refit : bool
+        Fit once more on train and val together, with the l2 chosen.
+    calibrate : bool
+        Divide the logits by the temperature that fits val; which class is the most probable stays.
+    standardize : bool
+        Scale features by mean and std of the train split; the scale is folded into the head.
+    class_weight : str
+        balanced gives every class the same weight.
+    shots : several
+        Learning curve: heads on 1,2,5,10 training images a class, or on 10%,50% of them.
+    repeats : int
+        Random draws for each point of the learning curve.
+    folds : int
+        Cross-validate over train and val, with that many folds; test is left out.
+    space : str or several
+        Which space, when the data set has features in several: its folder's name or a prefix; repeatable, as --layer is.
+    backbone : str or several
+        Take the space of this backbone; repeatable.
+    layer : str or several
+        Take the space of this layer; repeatable, all means every cached one. Of several, those that help on val are used
+        together, and the last layer alone where that is no better.
+    compare_layers : bool
+        Rank every cached space on val (those of --backbone and --layer, if given), and take the best.
+
+    Returns
+    -------
+    Classifier
+        With the run's scores in `report`.
+
+    Raises
+    ------
+    UsageError          nothing extracted, no labels, fewer than two classes, no validation samples
+    NonFiniteFeatures   NaN or inf in the features
+    """
+    from embedpipe.cache import Cache
+    from embedpipe.classifier import Classifier, Reference, save_run
+    from embedpipe.features import FeatureSet, open_features
+    from embedpipe.fitting._curve import parse_shots
+    from embedpipe.leaks import find_leaks
+    from embedpipe.recipe import Recipe, check_classes, check_labelled
+    from embedpipe.runs import new_run
+    from embedpipe.scoring import calibrated
+
+    start = time.monotonic()
+    asked_shots = parse_shots(shots)
+    asked: dict[str, Any] = {"space": space, "backbone": backbone, "layer": layer, "every": compare_layers}
+    if not isinstance(features, FeatureSet):
+        features = open_features(Cache(Path(cache_dir)), features, **asked)
+    elif any(asked.values()):
+        features = features.reopened(**asked)
+    check_labelled(features)
+    check_classes(features)
+    recipe = Recipe(features.classes, solver, l2, standardize, class_weight, features.widths)
+    features, choice = _choose(features, recipe, compare=compare_layers)
+    recipe = replace(recipe, widths=features.widths)
+    fitted, report = _fit(features, recipe, refit=refit)
+    if choice or calibrate:
+        report |= {**choice, "chosen_on": "val"}
+    if calibrate:
+        fitted = replace(fitted, head=calibrated(fitted.head, features, unseen_val=not refit))
+    classifier = Classifier(fitted.head, Reference.of(features.spaces), _backbone=features.backbone)
+    scored = _predict(features, fitted)
+    report |= {"dataset": features.dataset, "classes": list(features.classes), "leaks": find_leaks(features, scored)}
+    if asked_shots:
+        report["curve"] = _curve(features, recipe, asked_shots, repeats=repeats, seed=seed)
+    if folds is not None:
+        report["folds"] = _folds(features, recipe, folds, seed)
+    with new_run(Path(runs_dir), "fit-head") as run:
+        seconds = time.monotonic() - start
+        return save_run(run, "fit-head", classifier, features, scored, report, seconds=seconds)
+
+
+def _choose(features: FeatureSet, recipe: Recipe, *, compare: bool) -> tuple[FeatureSet, dict[str, Any]]:
+    """Return the features of the spaces that val chooses, and what there is to tell of the choice.
+
+    Raises
+    ------
+    UsageError    a kNN head, or no validation samples, where there is a choice
+    """
+    from embedpipe.ranking import choose_blocks, choose_space
+
+    if not (compare or features.beside):
+        return features, {}
+    if recipe.solver == "knn":
+        raise UsageError("--solver knn takes one space", hint="name one --layer, or fit a linear head")
+    if "val" not in features.splits:
+        raise UsageError(
+            f"{features.manifest.name} has no validation samples to choose layers on",
+            hint="name one --layer, or add val/ images",
+        )
+    chosen = (choose_space if compare else choose_blocks)(features, lambda some: _path(some, recipe))
+    return chosen.features, chosen.report
+
+
+def _path(features: FeatureSet, recipe: Recipe) -> HeadPath:
+    """Fit a linear head for every l2 on train, and choose on val."""
+    return replace(recipe, widths=features.widths).path(*features.arrays("train"), *_val(features, recipe))
+
+
+def _val(features: FeatureSet, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """Return X and y of val, without rows where there is none.
+
+    Raises
+    ------
+    UsageError    there is none, and l2 is to be chosen
+    """
+    X, y = features.arrays("val" if "val" in features.splits else "train")
+    if "val" in features.splits:
+        return X, y
+    if recipe.chooses:
+        raise UsageError(
+            f"{features.manifest.name} has no validation samples to choose l2 on",
+            hint="name one with --l2, or add val/ images",
+        )
+    return X[:0], y[:0]
+
+
+def _fit(features: FeatureSet, recipe: Recipe, *, refit: bool) -> tuple[Fitted, dict[str, Any]]:
+    """Fit on train with the l2 that is best on val, and on both once more if asked; say what came of it."""
+    import numpy as np
+
+    from embedpipe.recipe import Fitted
+
+    X, y = features.arrays("train")
+    X_val, y_val = _val(features, recipe)
+    fitted = recipe.choose(X, y, X_val, y_val)
+    if refit:
+        X, y = np.concatenate([X, X_val]), np.concatenate([y, y_val])
+        fitted = Fitted(recipe.fit(X, y, l2=fitted.l2), fitted.l2, fitted.points)
+    points = [{"l2": p.l2, "val_accuracy": p.val_accuracy, "objective": p.objective} for p in fitted.points]
+    solver = fitted.head.provenance["solver"]
+    chosen_on = "val" if len(points) > 1 or (refit and recipe.solver != "knn") else None
+    found = {"solver": solver, "l2": fitted.l2, "l2_path": points, "n_train": len(y), "chosen_on": chosen_on}
+    return fitted, found if recipe.solver == "knn" else {**found, "refit": refit}
+
+
+def _predict(features: FeatureSet, fitted: Fitted) -> dict[str, Scored]:
+    """Return the head's probabilities of each split's labelled samples."""
+    from embedpipe.classifier import Scored
+
+    split_samples = {split: features.samples(split, labelled=True) for split in features.splits}
+    return {
+        split: Scored(samples, fitted.head.predict_proba(features.read(samples)))
+        for split, samples in split_samples.items()
+    }
+
+
+def _curve(
+    features: FeatureSet, recipe: Recipe, shots: dict[str | int, int | float], *, repeats: int, seed: int
+) -> list[dict[str, Any]]:
+    from embedpipe.fitting._curve import learning_curve
+
+    others: dict[str, Any] = {split: features.arrays(split) for split in ("val", "test") if split in features.splits}
+    return learning_curve(recipe, shots, features.arrays("train"), others, repeats=repeats, seed=seed)
+
+
+def _folds(features: FeatureSet, recipe: Recipe, folds: int, seed: int) -> dict[str, Any]:
+    """Cross-validate over train and val: k, accuracy over all samples, its interval, and each fold's own."""
+    from embedpipe.folds import out_of_fold
+    from embedpipe.metrics import wilson_interval
+
+    done = out_of_fold(features, recipe, folds=folds, seed=seed)
+    right = done.probabilities.argmax(axis=1) == done.labels
+    per_fold = [
+        {"n": int(mine.sum()), "accuracy": float(right[mine].mean()), "l2": l2}
+        for l2, mine in ((l2, done.fold == number) for number, l2 in enumerate(done.l2))
+    ]
+    n, correct = len(right), int(right.sum())
+    interval = list(wilson_interval(correct, n))
+    return {"k": folds, "n": n, "accuracy": correct / n, "accuracy_ci95": interval, "per_fold": per_fold}

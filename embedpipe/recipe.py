@@ -1,0 +1,112 @@
+"""Recipe: how a head is fitted, the same for the head of a run, for a point of a learning curve and for a fold.
+
+>>> recipe = Recipe(("cat", "dog"), l2="auto")
+>>> fitted = recipe.choose(X, y, X_val, y_val)
+>>> recipe.fit(X, y, l2=fitted.l2).predict_proba(X_test)
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from embedpipe.errors import EmbedpipeWarning, UsageError
+from embedpipe.heads import KnnHead, LinearHead, Path, PathPoint, class_weights, fit_blocks, fit_blocks_once, fit_knn
+
+if TYPE_CHECKING:
+    from embedpipe.features import FeatureSet
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A head, its l2 (None for knn) and the points of the path that it was chosen from."""
+
+    head: LinearHead | KnnHead
+    l2: float | None
+    points: tuple[PathPoint, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The options of fit-head that shape a head; the deed explains them.
+
+    widths : tuple of int    features of each space, side by side; one space where there are none
+    """
+
+    classes: tuple[str, ...]
+    solver: str = "auto"
+    l2: float | str = "auto"
+    standardize: bool = True
+    class_weight: str = "none"
+    widths: tuple[int, ...] = ()
+
+    @property
+    def chooses(self) -> bool:
+        """Whether validation samples are needed, to choose l2 on."""
+        return self.solver != "knn" and self.l2 == "auto"
+
+    def choose(self, X: Array, y: Array, X_val: Array, y_val: Array) -> Fitted:
+        """Fit on X, y with the l2 that is best on X_val, y_val, or with the one that was named.
+
+        X : float32 (N, D); y : int64 (N,)
+
+        Raises
+        ------
+        UsageError    fewer than two classes, or nothing to choose l2 on
+        """
+        if self.solver == "knn":
+            return Fitted(fit_knn(X, y, classes=self.classes), None)
+        path = self.path(X, y, X_val, y_val)
+        return Fitted(path.head, path.l2, path.points)
+
+    def path(self, X: Array, y: Array, X_val: Array, y_val: Array) -> Path:
+        """Fit a linear head for every l2, as `choose` does."""
+        return fit_blocks(X, y, X_val, y_val, l2=self.l2, **self._options(X, y))
+
+    def fit(self, X: Array, y: Array, *, l2: float | None) -> LinearHead | KnnHead:
+        """Fit on X, y with this l2."""
+        if self.solver == "knn" or l2 is None:
+            return fit_knn(X, y, classes=self.classes)
+        return fit_blocks_once(X, y, l2=l2, **self._options(X, y))
+
+    def _options(self, X: Array, y: Array) -> dict[str, Any]:
+        weight = class_weights(y, len(self.classes))[y] if self.class_weight == "balanced" else None
+        common = {"classes": self.classes, "solver": self.solver, "standardize": self.standardize}
+        return {**common, "widths": self.widths or (X.shape[1],), "sample_weight": weight}
+
+
+def check_labelled(features: FeatureSet) -> None:
+    """Refuse data without labels and data that are not extracted whole, in the user's words."""
+    name = features.manifest.name
+    if not features.manifest.labelled:
+        raise UsageError(
+            f"{name} has no labels, expected class folders or a manifest with a label column",
+            hint="sort the images into one folder a class",
+        )
+    if features.missing:
+        raise UsageError(
+            f"{features.missing} of {len(features.manifest.samples)} images of {name} have no features in "
+            f"{features.space.folder.name}",
+            hint=f"run `embedpipe extract {features.manifest.sources[0].argument}` again",
+        )
+
+
+def check_classes(features: FeatureSet) -> None:
+    """Refuse a train split of fewer than two classes; warn of classes that it lacks."""
+    name = features.manifest.name
+    found = sorted({sample.label or "" for sample in features.samples("train", labelled=True)})
+    if len(found) < 2:
+        raise UsageError(
+            f"the train split of {name} has {len(found)} class ({', '.join(found) or 'none'}), expected at least 2",
+            hint="add a folder of images for every other class",
+        )
+    lacking = [name for name in features.classes if name not in found]
+    if lacking:
+        warnings.warn(
+            f"no training image of {', '.join(lacking)}: the head will never answer so", EmbedpipeWarning, stacklevel=3
+        )
