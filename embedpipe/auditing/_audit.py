@@ -155,7 +155,7 @@ def _neighbour_issues(features: FeatureSet, done: OutOfFold) -> list[Issue]:
 
 
 def _search(features: FeatureSet, samples: tuple[Any, ...]) -> tuple[Neighbours, Any] | None:
-    """Return the neighbours of different images among themselves, by angle, and their distances; None, and a warning, where there are too few or too many."""
+    """Return neighbours by angle, and distances, of different images; None, and a warning, for too few or too many."""
     import numpy as np
 
     from embedpipe.neighbours import LEAST_ROWS, find_neighbours, kth_distance, unit_rows
