@@ -60,7 +60,7 @@ def test_flipped_labels_strangers_and_copies_of_digits(digits: set[str]) -> None
     assert copies["copy.png"] == ("005.png", 1.0)
     assert copies["near.png"][0] == "006.png"
     assert len(copies) <= 4
-    rows = list(csv.DictReader(done.csv.open()))
+    rows = list(csv.DictReader(done.csv.read_text().splitlines()))
     assert [(row["path"], row["kind"]) for row in rows] == [(issue.path, issue.kind) for issue in done.issues]
     assert done.counts == {kind: sum(row["kind"] == kind for row in rows) for kind in ("label", "outlier", "duplicate")}
 
