@@ -33,11 +33,13 @@ def write_photo(path: Path, colour: tuple[int, int, int], seed: int) -> Path:
     return path
 
 
-def write_photos(folder: Path, per_class: int = 12, classes: tuple[str, ...] = tuple(COLOURS)) -> Path:
-    """Write class folders of PNG files."""
+def write_photos(
+    folder: Path, per_class: int = 12, classes: tuple[str, ...] = tuple(COLOURS), *, seed: int = 0
+) -> Path:
+    """Write class folders of PNG files, other ones for another seed."""
     for c, name in enumerate(classes):
         for k in range(per_class):
-            write_photo(folder / name / f"{k:03d}.png", COLOURS[name], seed=1000 * c + k)
+            write_photo(folder / name / f"{k:03d}.png", COLOURS[name], seed=100_000 * seed + 1000 * c + k)
     return folder
 
 
