@@ -40,6 +40,7 @@ bench: $(BENCH)/.done
 	$(BENCH_RUN)/second_extract.py --images 10000 --repeats 2
 	$(BENCH_RUN)/memory.py --sizes 1000 10000 --repeats 2
 	$(BENCH_RUN)/isolated_decoding.py --images 400 --repeats 5
+	$(BENCH_RUN)/heads.py --repeats 3
 
 bench-gpu: $(BENCH)/.done
 	$(BENCH_RUN)/gpu.py --images 4000 --repeats 3
