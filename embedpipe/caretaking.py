@@ -6,22 +6,20 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from embedpipe.disk import BYTES, parse_amount
 from embedpipe.errors import CacheBusy, CacheMismatch, StorageError, UsageError
 
 if TYPE_CHECKING:
     from embedpipe.cache import Cache
 
 PathLike = str | os.PathLike[str]
-BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-BYTES |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 SECONDS = {"S": 1, "M": 60, "H": 3600, "D": 86400, "W": 604800}
 
 
@@ -181,8 +179,8 @@ def collect_garbage(
 
     if max_size is None and older_than is None and not unused:
         raise UsageError("nothing to collect", hint="give --max-size, --older-than or --unused")
-    limit = float("inf") if max_size is None else _amount(max_size, BYTES, "--max-size", "10GB")
-    oldest = 0.0 if older_than is None else time.time() - _amount(older_than, SECONDS, "--older-than", "30d")
+    limit = float("inf") if max_size is None else parse_amount(max_size, BYTES, "--max-size", "10GB")
+    oldest = 0.0 if older_than is None else time.time() - parse_amount(older_than, SECONDS, "--older-than", "30d")
     cache = Cache(Path(cache_dir))
     left, idle = measure(cache.root), _unused(cache) if unused else {}
     swept = sweep_leftovers(cache.root, dry_run=dry_run) if unused else {}
@@ -217,14 +215,6 @@ def _idle_graphs(cache: Cache, excess: float, oldest: float, *, unused: bool) ->
         if unused or path.stat().st_mtime < oldest or excess > 0:
             excess -= measure(path)
             yield path, "a graph is converted again when it is needed"
-
-
-def _amount(text: str, units: Mapping[str, int], flag: str, example: str) -> float:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = match[2].upper() if match else "?"
-    if match is None or unit not in units:
-        raise UsageError(f"{flag}: found {text!r}; expected a number and a unit such as {example}")
-    return float(match[1]) * units[unit]
 
 
 def _unused(cache: Cache) -> dict[str, str]:

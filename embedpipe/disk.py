@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from embedpipe.errors import EmbedpipeError, StorageError
+from embedpipe.errors import EmbedpipeError, StorageError, UsageError
 
 TEMPORARY = ".tmp-"
 FOREIGN = (errno.EACCES, errno.EPERM, errno.EINVAL)  # a folder that cannot be read or synced holds none that we made
+BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+BYTES |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 
 @contextmanager
@@ -128,3 +131,17 @@ def show_size(count: int) -> str:
         if count >= 10**power:
             return f"{count / 10**power:.1f} {unit}"
     return f"{count} B"
+
+
+def parse_amount(text: str, units: Mapping[str, int], flag: str, example: str) -> float:
+    """Return what a user wrote as a number and a unit, such as 10GB of `BYTES`.
+
+    Raises
+    ------
+    UsageError    anything else
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = match[2].upper() if match else "?"
+    if match is None or unit not in units:
+        raise UsageError(f"{flag}: found {text!r}; expected a number and a unit such as {example}")
+    return float(match[1]) * units[unit]

@@ -24,6 +24,7 @@ import numpy as np
 
 from embedpipe.cache import Cache, Space, dataset_name
 from embedpipe.errors import UsageError
+from embedpipe.heads import Chunked
 from embedpipe.manifest import SPLITS, Manifest, Sample
 from embedpipe.provenance import canonical_json
 
@@ -145,11 +146,36 @@ class FeatureSet:
     def _rows_of(self, split: str | None) -> tuple[Sample, ...]:
         return self.samples(split, labelled=self.manifest.labelled)
 
+    def labelled(self, *splits: str, max_bytes: float) -> tuple[np.ndarray | Chunked, np.ndarray]:
+        """Return features (N, D) and class indices int64 (N,) of the labelled images of splits.
+
+        Features of more bytes are read in chunks, in the order in which they are stored.
+        """
+        samples = tuple(sample for split in splits for sample in self.samples(split, labelled=True))
+        small = len(samples) * self.feature_dim * 4 <= max_bytes
+        if not small:
+            samples = tuple(sorted(samples, key=lambda sample: sample.key))
+        index = {name: number for number, name in enumerate(self.classes)}
+        y = np.array([index[s.label or ""] for s in samples], dtype=np.int64)
+        return self.read(samples) if small else self.chunked(samples), y
+
+    def chunked(self, samples: Sequence[Sample]) -> Chunked:
+        """Return features float32 (N, D) of samples that have a row, to be read when somebody asks for them."""
+        keys = [sample.key for sample in samples]
+
+        def read(rows: Any) -> np.ndarray:
+            wanted = keys[rows] if isinstance(rows, slice) else [keys[row] for row in rows]
+            return self._read(wanted)
+
+        return Chunked((len(keys), self.feature_dim), read)
+
     def read(self, samples: tuple[Sample, ...]) -> np.ndarray:
         """Return features float32 (N, D) of samples that have a row."""
         if not samples:
             return np.empty((0, self.feature_dim), np.float32)
-        keys = [sample.key for sample in samples]
+        return self._read([sample.key for sample in samples])
+
+    def _read(self, keys: Sequence[bytes]) -> np.ndarray:
         blocks = [view.read(keys).astype(np.float32, copy=False) for view in self._views]
         return np.hstack(blocks) if self.beside else blocks[0]
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -48,12 +49,13 @@ class NearCopies:
     skipped: str | None = None
 
 
-def find_leaks(features: FeatureSet, scored: Mapping[str, Scored]) -> dict[str, Any]:
+def find_leaks(features: FeatureSet, scored: Mapping[str, Scored], *, max_bytes: float = math.inf) -> dict[str, Any]:
     """Report images of val and test that are in train too, and the accuracy without them; warn where there are any.
 
     Parameters
     ----------
     scored : mapping of str to Scored    predictions for each split
+    max_bytes : float                    that the features of train may take; more are not searched for near copies
 
     Returns
     -------
@@ -68,7 +70,7 @@ def find_leaks(features: FeatureSet, scored: Mapping[str, Scored]) -> dict[str, 
         pairs : [{path, split, kind, twin, similarity}], the first 20
     """
     exact = find_exact(features.samples())
-    near = find_near(features)
+    near = find_near(features, max_bytes=max_bytes)
     groups = find_groups(features.samples())
     found = (*exact, *near.leaks, *_group_leaks(features.samples(), groups))
     leaked = {leak.sample for leak in found}
@@ -103,7 +105,7 @@ def find_exact(samples: Sequence[Sample]) -> tuple[Leak, ...]:
     return tuple(leaks)
 
 
-def find_near(features: FeatureSet) -> NearCopies:
+def find_near(features: FeatureSet, *, max_bytes: float = math.inf) -> NearCopies:
     """Return the images of val and test with almost the features of one in train, and other bytes.
 
     The similarity is the cosine of features that are centred by the mean of train; `embedpipe.neighbours` says when it is near.
@@ -112,6 +114,8 @@ def find_near(features: FeatureSet) -> NearCopies:
     known = {sample.key for sample in train}
     others = tuple(s for s in features.samples() if s.split in STEPS[1:] and s.key not in known)
     skipped = _why_not(len(train), len(others), features.feature_dim)
+    if len(train) * features.feature_dim * 4 > max_bytes:
+        skipped = "the features of train are more than --max-memory"
     if skipped or not others:
         return NearCopies(skipped=skipped)
     X = features.read(train)

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,22 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from embedpipe.errors import EmbedpipeWarning, UsageError
-from embedpipe.heads import KnnHead, LinearHead, Path, PathPoint, class_weights, fit_blocks, fit_blocks_once, fit_knn
+from embedpipe.heads import (
+    MEMORY_BYTES,
+    Chunked,
+    KnnHead,
+    LinearHead,
+    Path,
+    PathPoint,
+    class_weights,
+    fit_blocks,
+    fit_blocks_once,
+    fit_knn,
+)
 
 if TYPE_CHECKING:
     from embedpipe.features import FeatureSet
+    from embedpipe.manifest import Sample
 
 Array = NDArray[Any]
 
@@ -36,6 +49,7 @@ class Recipe:
     """The options of fit-head that shape a head; the deed explains them.
 
     widths : tuple of int    features of each space, side by side; one space where there are none
+    max_bytes : float        features of more are read in chunks
     """
 
     classes: tuple[str, ...]
@@ -44,13 +58,27 @@ class Recipe:
     standardize: bool = True
     class_weight: str = "none"
     widths: tuple[int, ...] = ()
+    max_bytes: float = math.inf
 
     @property
     def chooses(self) -> bool:
         """Whether validation samples are needed, to choose l2 on."""
         return self.solver != "knn" and self.l2 == "auto"
 
-    def choose(self, X: Array, y: Array, X_val: Array, y_val: Array) -> Fitted:
+    @property
+    def _memory(self) -> int:
+        return int(min(MEMORY_BYTES, max(1.0, self.max_bytes / 4)))
+
+    def data(self, features: FeatureSet, *splits: str) -> tuple[Array | Chunked, Array]:
+        """Return X (N, D) and y (N,) of the labelled images of splits."""
+        return features.labelled(*splits, max_bytes=math.inf if self.solver == "knn" else self.max_bytes)
+
+    def rows(self, features: FeatureSet, samples: tuple[Sample, ...]) -> Any:
+        """Return the features (N, D) of samples."""
+        small = self.solver == "knn" or len(samples) * features.feature_dim * 4 <= self.max_bytes
+        return features.read(samples) if small else features.chunked(samples)
+
+    def choose(self, X: Array | Chunked, y: Array, X_val: Array | Chunked, y_val: Array) -> Fitted:
         """Fit on X, y with the l2 that is best on X_val, y_val, or with the one that was named.
 
         X : float32 (N, D); y : int64 (N,)
@@ -60,24 +88,24 @@ class Recipe:
         UsageError    fewer than two classes, or nothing to choose l2 on
         """
         if self.solver == "knn":
-            return Fitted(fit_knn(X, y, classes=self.classes), None)
+            return Fitted(fit_knn(X[:], y, classes=self.classes), None)
         path = self.path(X, y, X_val, y_val)
         return Fitted(path.head, path.l2, path.points)
 
-    def path(self, X: Array, y: Array, X_val: Array, y_val: Array) -> Path:
+    def path(self, X: Array | Chunked, y: Array, X_val: Array | Chunked, y_val: Array) -> Path:
         """Fit a linear head for every l2, as `choose` does."""
         return fit_blocks(X, y, X_val, y_val, l2=self.l2, **self._options(X, y))
 
-    def fit(self, X: Array, y: Array, *, l2: float | None) -> LinearHead | KnnHead:
+    def fit(self, X: Array | Chunked, y: Array, *, l2: float | None) -> LinearHead | KnnHead:
         """Fit on X, y with this l2."""
         if self.solver == "knn" or l2 is None:
-            return fit_knn(X, y, classes=self.classes)
+            return fit_knn(X[:], y, classes=self.classes)
         return fit_blocks_once(X, y, l2=l2, **self._options(X, y))
 
-    def _options(self, X: Array, y: Array) -> dict[str, Any]:
+    def _options(self, X: Array | Chunked, y: Array) -> dict[str, Any]:
         weight = class_weights(y, len(self.classes))[y] if self.class_weight == "balanced" else None
         common = {"classes": self.classes, "solver": self.solver, "standardize": self.standardize}
-        return {**common, "widths": self.widths or (X.shape[1],), "sample_weight": weight}
+        return {**common, "widths": self.widths or (X.shape[1],), "sample_weight": weight, "memory_bytes": self._memory}
 
 
 def check_labelled(features: FeatureSet) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from embedpipe.classifier import Classifier, Scored
     from embedpipe.features import FeatureSet
+    from embedpipe.heads import Chunked
     from embedpipe.heads import Path as HeadPath
     from embedpipe.recipe import Fitted, Recipe
 
@@ -33,6 +34,7 @@ def fit_head(
     shots: tuple[str | int, ...] | str = (),
     repeats: int = 5,
     folds: int | None = None,
+    max_memory: str = "4GB",
     space: tuple[str, ...] | str = (),
     backbone: tuple[str, ...] | str = (),
     layer: tuple[str, ...] | str = (),
@@ -68,6 +70,8 @@ def fit_head(
         Random draws for each point of the learning curve.
     folds : int
         Cross-validate over train and val, with that many folds; test is left out.
+    max_memory : str
+        Features of more bytes are read from the cache as they are needed, for the solvers newton and ridge.
     space : str or several
         Which space, when the data set has features in several: its folder's name or a prefix; repeatable, as --layer is.
     backbone : str or several
@@ -88,9 +92,8 @@ def fit_head(
     UsageError          nothing extracted, no labels, fewer than two classes, no validation samples
     NonFiniteFeatures   NaN or inf in the features
     """
-    from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier, Reference, save_run
-    from embedpipe.features import FeatureSet, open_features
+    from embedpipe.disk import BYTES, parse_amount
     from embedpipe.fitting._curve import parse_shots
     from embedpipe.leaks import find_leaks
     from embedpipe.recipe import Recipe, check_classes, check_labelled
@@ -99,14 +102,12 @@ def fit_head(
 
     start = time.monotonic()
     asked_shots = parse_shots(shots)
+    most = parse_amount(max_memory, BYTES, "--max-memory", "4GB")
     asked: dict[str, Any] = {"space": space, "backbone": backbone, "layer": layer, "every": compare_layers}
-    if not isinstance(features, FeatureSet):
-        features = open_features(Cache(Path(cache_dir)), features, **asked)
-    elif any(asked.values()):
-        features = features.reopened(**asked)
+    features = _open(features, Path(cache_dir), asked)
     check_labelled(features)
     check_classes(features)
-    recipe = Recipe(features.classes, solver, l2, standardize, class_weight, features.widths)
+    recipe = Recipe(features.classes, solver, l2, standardize, class_weight, features.widths, most)
     features, choice = _choose(features, recipe, compare=compare_layers)
     recipe = replace(recipe, widths=features.widths)
     fitted, report = _fit(features, recipe, refit=refit)
@@ -115,8 +116,12 @@ def fit_head(
     if calibrate:
         fitted = replace(fitted, head=calibrated(fitted.head, features, unseen_val=not refit))
     classifier = Classifier(fitted.head, Reference.of(features.spaces), _backbone=features.backbone)
-    scored = _predict(features, fitted)
-    report |= {"dataset": features.dataset, "classes": list(features.classes), "leaks": find_leaks(features, scored)}
+    scored = _predict(features, fitted, recipe)
+    report |= {
+        "dataset": features.dataset,
+        "classes": list(features.classes),
+        "leaks": find_leaks(features, scored, max_bytes=most),
+    }
     if asked_shots:
         report["curve"] = _curve(features, recipe, asked_shots, repeats=repeats, seed=seed)
     if folds is not None:
@@ -124,6 +129,15 @@ def fit_head(
     with new_run(Path(runs_dir), "fit-head") as run:
         seconds = time.monotonic() - start
         return save_run(run, "fit-head", classifier, features, scored, report, seconds=seconds)
+
+
+def _open(features: FeatureSet | str | None, cache_dir: Path, asked: dict[str, Any]) -> FeatureSet:
+    from embedpipe.cache import Cache
+    from embedpipe.features import FeatureSet, open_features
+
+    if isinstance(features, FeatureSet):
+        return features.reopened(**asked) if any(asked.values()) else features
+    return open_features(Cache(cache_dir), features, **asked)
 
 
 def _choose(features: FeatureSet, recipe: Recipe, *, compare: bool) -> tuple[FeatureSet, dict[str, Any]]:
@@ -150,38 +164,38 @@ def _choose(features: FeatureSet, recipe: Recipe, *, compare: bool) -> tuple[Fea
 
 def _path(features: FeatureSet, recipe: Recipe) -> HeadPath:
     """Fit a linear head for every l2 on train, and choose on val."""
-    return replace(recipe, widths=features.widths).path(*features.arrays("train"), *_val(features, recipe))
+    return replace(recipe, widths=features.widths).path(*recipe.data(features, "train"), *_val(features, recipe))
 
 
-def _val(features: FeatureSet, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+def _val(features: FeatureSet, recipe: Recipe) -> tuple[np.ndarray | Chunked, np.ndarray]:
     """Return X and y of val, without rows where there is none.
 
     Raises
     ------
     UsageError    there is none, and l2 is to be chosen
     """
-    X, y = features.arrays("val" if "val" in features.splits else "train")
+    import numpy as np
+
     if "val" in features.splits:
-        return X, y
+        return recipe.data(features, "val")
     if recipe.chooses:
         raise UsageError(
             f"{features.manifest.name} has no validation samples to choose l2 on",
             hint="name one with --l2, or add val/ images",
         )
-    return X[:0], y[:0]
+    return np.empty((0, features.feature_dim), np.float32), np.empty(0, np.int64)
 
 
 def _fit(features: FeatureSet, recipe: Recipe, *, refit: bool) -> tuple[Fitted, dict[str, Any]]:
     """Fit on train with the l2 that is best on val, and on both once more if asked; say what came of it."""
-    import numpy as np
 
     from embedpipe.recipe import Fitted
 
-    X, y = features.arrays("train")
+    X, y = recipe.data(features, "train")
     X_val, y_val = _val(features, recipe)
     fitted = recipe.choose(X, y, X_val, y_val)
     if refit:
-        X, y = np.concatenate([X, X_val]), np.concatenate([y, y_val])
+        X, y = recipe.data(features, "train", "val")
         fitted = Fitted(recipe.fit(X, y, l2=fitted.l2), fitted.l2, fitted.points)
     points = [{"l2": p.l2, "val_accuracy": p.val_accuracy, "objective": p.objective} for p in fitted.points]
     solver = fitted.head.provenance["solver"]
@@ -190,13 +204,13 @@ def _fit(features: FeatureSet, recipe: Recipe, *, refit: bool) -> tuple[Fitted, 
     return fitted, found if recipe.solver == "knn" else {**found, "refit": refit}
 
 
-def _predict(features: FeatureSet, fitted: Fitted) -> dict[str, Scored]:
+def _predict(features: FeatureSet, fitted: Fitted, recipe: Recipe) -> dict[str, Scored]:
     """Return the head's probabilities of each split's labelled samples."""
     from embedpipe.classifier import Scored
 
     split_samples = {split: features.samples(split, labelled=True) for split in features.splits}
     return {
-        split: Scored(samples, fitted.head.predict_proba(features.read(samples)))
+        split: Scored(samples, fitted.head.predict_proba(recipe.rows(features, samples)))
         for split, samples in split_samples.items()
     }
 

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 from embedpipe.errors import UsageError
 from embedpipe.heads._fits import Path, fit_linear, fit_path
 from embedpipe.heads._frame import check_labelled, measure
-from embedpipe.heads._problem import Float32, Float64, blocks
+from embedpipe.heads._problem import Chunked, Float32, Float64, blocks
 from embedpipe.heads.linear import LinearHead
 
 
@@ -60,9 +60,9 @@ def block_scales(widths: Sequence[int]) -> Float64:
 
 
 def fit_blocks(
-    X: ArrayLike,
+    X: ArrayLike | Chunked,
     y: ArrayLike,
-    X_val: ArrayLike | None,
+    X_val: ArrayLike | Chunked | None,
     y_val: ArrayLike | None,
     *,
     widths: Sequence[int],
@@ -73,22 +73,30 @@ def fit_blocks(
     classes = options["classes"]
     if len(widths) < 2:
         return fit_path(X, y, X_val, y_val, standardize=standardize, **options)
-    features, labels = check_labelled(X, y, len(classes))
+    features, labels = check_labelled(_in_memory(X), y, len(classes))
     scale = Scale.of(features, widths, standardize=standardize)
-    held_out = None if X_val is None else scale(X_val)
+    held_out = None if X_val is None else scale(_in_memory(X_val))
     path = fit_path(scale(features), labels, held_out, y_val, standardize=False, **options)
     return replace(path, head=_said(scale.fold(path.head, widths), standardize))
 
 
 def fit_blocks_once(
-    X: ArrayLike, y: ArrayLike, *, widths: Sequence[int], standardize: bool = True, **options: Any
+    X: ArrayLike | Chunked, y: ArrayLike, *, widths: Sequence[int], standardize: bool = True, **options: Any
 ) -> LinearHead:
     """Fit as `fit_linear` does, on blocks of these widths."""
     if len(widths) < 2:
         return fit_linear(X, y, standardize=standardize, **options)
-    features, labels = check_labelled(X, y, len(options["classes"]))
+    features, labels = check_labelled(_in_memory(X), y, len(options["classes"]))
     scale = Scale.of(features, widths, standardize=standardize)
     return _said(scale.fold(fit_linear(scale(features), labels, standardize=False, **options), widths), standardize)
+
+
+def _in_memory(X: ArrayLike | Chunked) -> ArrayLike:
+    if isinstance(X, Chunked):
+        raise UsageError(
+            "the features of several spaces together do not fit", hint="name one --layer, or more --max-memory"
+        )
+    return X
 
 
 def _said(head: LinearHead, standardize: bool) -> LinearHead:

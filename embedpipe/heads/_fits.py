@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from embedpipe.errors import UsageError
 from embedpipe.heads._frame import Frame, check_labelled, make_frame
-from embedpipe.heads._problem import Problem, Solution
+from embedpipe.heads._problem import MEMORY_BYTES, Chunked, Problem, Solution
 from embedpipe.heads.linear import LinearHead
 from embedpipe.metrics import score
 from embedpipe.provenance import nearest
@@ -49,7 +50,7 @@ class Path:
 
 
 def fit_linear(
-    X: ArrayLike,
+    X: ArrayLike | Chunked,
     y: ArrayLike,
     *,
     classes: Sequence[str],
@@ -58,6 +59,7 @@ def fit_linear(
     standardize: bool = True,
     sample_weight: ArrayLike | None = None,
     warm_start: LinearHead | None = None,
+    memory_bytes: int = MEMORY_BYTES,
 ) -> LinearHead:
     """Minimise mean cross-entropy + l2/2 * ||W||^2 (bias free) on standardised features.
 
@@ -69,6 +71,7 @@ def fit_linear(
     l2 : float > 0                          on the mean loss; scikit-learn's C = 1 / (N * l2)
     sample_weight : float (N,), optional    not negative, divided by its sum
     warm_start : LinearHead, optional       of the same classes and width
+    memory_bytes : int                      that the solver may take beside X, which may be `Chunked`
 
     Raises
     ------
@@ -77,17 +80,18 @@ def fit_linear(
 
     Source: Bishop, PRML 4.3.4.
     """
-    frame = make_frame(X, y, classes=classes, standardize=standardize, sample_weight=sample_weight)
-    name, solve_path = _solver(solver)
+    name, solve_path = _solver(solver, chunked=isinstance(X, Chunked))
+    shape: dict[str, Any] = {"classes": classes, "standardize": standardize, "sample_weight": sample_weight}
+    frame = make_frame(X, y, **shape, memory_bytes=memory_bytes)
     start = frame.solution_of(warm_start) if warm_start else None
     [solution] = solve_path(frame.problem, _falling([l2]), start)
     return _head(frame, solution, l2, solver=name, standardize=standardize)
 
 
 def fit_path(
-    X: ArrayLike,
+    X: ArrayLike | Chunked,
     y: ArrayLike,
-    X_val: ArrayLike | None,
+    X_val: ArrayLike | Chunked | None,
     y_val: ArrayLike | None,
     *,
     classes: Sequence[str],
@@ -96,6 +100,7 @@ def fit_path(
     standardize: bool = True,
     sample_weight: ArrayLike | None = None,
     grid: Sequence[float] = L2_GRID,
+    memory_bytes: int = MEMORY_BYTES,
 ) -> Path:
     """Fit a head for every l2 of a grid (or the one given) on train, and choose on validation.
 
@@ -109,8 +114,9 @@ def fit_path(
         raise UsageError(
             "no validation samples, expected some to choose l2 on", hint="give one l2 as a number, or keep a val split"
         )
-    frame = make_frame(X, y, classes=classes, standardize=standardize, sample_weight=sample_weight)
-    name, solve_path = _solver(solver)
+    name, solve_path = _solver(solver, chunked=isinstance(X, Chunked))
+    shape: dict[str, Any] = {"classes": classes, "standardize": standardize, "sample_weight": sample_weight}
+    frame = make_frame(X, y, **shape, memory_bytes=memory_bytes)
     points, heads = [], []
     for value, solution in zip(values, solve_path(frame.problem, values, None), strict=True):
         head = _head(frame, solution, value, solver=name, standardize=standardize)
@@ -120,8 +126,15 @@ def fit_path(
     return Path(heads[best], values[best], tuple(points[::-1]))
 
 
-def _solver(name: str) -> tuple[str, Solver]:
-    """Return a solver and its name; torch and scikit-learn are only imported here."""
+def _solver(name: str, *, chunked: bool = False) -> tuple[str, Solver]:
+    """Return a solver and its name; torch and scikit-learn are only imported here.
+
+    Raises
+    ------
+    UsageError    no such solver, or it takes no features that are read in chunks
+    """
+    if chunked and name in ("lbfgs", "sklearn"):
+        raise UsageError(f"the solver {name} holds all features in memory", hint="take newton or ridge, or more memory")
     if name in ("auto", "newton"):
         from embedpipe.heads import _newton
 
@@ -166,7 +179,9 @@ def _head(frame: Frame, solution: Solution, l2: float, *, solver: str, standardi
     return frame.head_of(solution, provenance)
 
 
-def _validation(X: ArrayLike | None, y: ArrayLike | None, n_classes: int) -> tuple[ArrayLike, ArrayLike] | None:
+def _validation(
+    X: ArrayLike | Chunked | None, y: ArrayLike | None, n_classes: int
+) -> tuple[ArrayLike, ArrayLike] | None:
     if X is None or y is None or not len(np.asarray(y)):
         return None
     return check_labelled(X, y, n_classes)

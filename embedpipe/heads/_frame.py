@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from embedpipe.errors import NonFiniteFeatures, UsageError
-from embedpipe.heads._problem import Float32, Float64, Int64, Problem, Solution, affine, blocks
+from embedpipe.heads._problem import MEMORY_BYTES, Chunked, Float32, Float64, Int64, Problem, Solution, affine, blocks
 from embedpipe.heads.linear import LinearHead
 
 STD_FLOOR = 0.01  # of the median std, so that dead features are not blown up
@@ -80,9 +80,17 @@ class Frame:
 
 
 def make_frame(
-    X: ArrayLike, y: ArrayLike, *, classes: Sequence[str], standardize: bool, sample_weight: ArrayLike | None
+    X: ArrayLike | Chunked,
+    y: ArrayLike,
+    *,
+    classes: Sequence[str],
+    standardize: bool,
+    sample_weight: ArrayLike | None,
+    memory_bytes: int = MEMORY_BYTES,
 ) -> Frame:
     """Check and standardise training data; samples without weight only count for the standardiser.
+
+    What is `Chunked` stays so: it is standardised as it is read.
 
     Raises
     ------
@@ -100,20 +108,25 @@ def make_frame(
     mean, std = np.zeros(features.shape[1]), np.ones(features.shape[1])
     if standardize:
         mean, std = measure(features)
-    scaled = np.empty_like(features)
-    for rows in blocks(len(features)):
-        scaled[rows] = (features[rows] - mean) / std
-    scaled = scaled if kept.all() else scaled[kept]
+    scaled: Float32 | Chunked
+    if isinstance(features, Chunked):
+        scaled = features.scaled(mean, std, None if kept.all() else np.flatnonzero(kept))
+    else:
+        whole = np.empty_like(features)
+        for rows in blocks(len(features)):
+            whole[rows] = (features[rows] - mean) / std
+        scaled = whole if kept.all() else whole[kept]
     weights = weights[kept] / weights[kept].sum()
-    return Frame(Problem(scaled, place, weights, len(present)), mean, std, tuple(classes), present)
+    problem = Problem(scaled, place, weights, len(present), memory_bytes)
+    return Frame(problem, mean, std, tuple(classes), present)
 
 
-def measure(X: Float32) -> tuple[Float64, Float64]:
+def measure(X: Float32 | Chunked) -> tuple[Float64, Float64]:
     """Return mean and std of every feature, float64 (D,), the std floored at 0.01 x the median std.
 
     Where the median is zero, the median of the features that vary takes its place.
     """
-    mean = X.mean(axis=0, dtype=np.float64)
+    mean = sum((X[rows].sum(axis=0, dtype=np.float64) for rows in blocks(len(X))), np.zeros(X.shape[1])) / len(X)
     squares = sum(np.square(X[rows] - mean).sum(axis=0) for rows in blocks(len(X)))
     std = np.sqrt(squares / len(X))
     alive = std[std > 0] if std.any() else np.ones(1)
@@ -130,8 +143,8 @@ def class_weights(y: ArrayLike, n_classes: int) -> Float64:
     return np.asarray(np.divide(total, counts, out=np.zeros(n_classes), where=counts > 0))
 
 
-def check_labelled(X: ArrayLike, y: ArrayLike, n_classes: int) -> tuple[Float32, Int64]:
-    """Return features float32 (N, D) and labels int64 (N,).
+def check_labelled(X: ArrayLike | Chunked, y: ArrayLike, n_classes: int) -> tuple[Any, Int64]:
+    """Return features float32 (N, D), `Chunked` as they came, and labels int64 (N,).
 
     Raises
     ------
@@ -139,7 +152,7 @@ def check_labelled(X: ArrayLike, y: ArrayLike, n_classes: int) -> tuple[Float32,
     NonFiniteFeatures    NaN or inf; the first bad row is named
     """
     with np.errstate(over="ignore"):
-        features = np.asarray(X, dtype=np.float32)
+        features = X if isinstance(X, Chunked) else np.asarray(X, dtype=np.float32)
     labels = np.asarray(y, dtype=np.int64)
     if features.ndim != 2 or features.shape[1] == 0 or labels.shape != features.shape[:1]:
         raise UsageError(f"X {features.shape} and y {labels.shape}, expected (N, D) and (N,)")

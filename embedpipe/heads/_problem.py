@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
+MEMORY_BYTES = 2**30  # that a solver may take beside the features
 BLOCK_ROWS = 4096  # rows taken to float64 at a time
 
 
@@ -89,7 +90,7 @@ class Problem:
     y: Int64
     sample_weight: Float64
     n_classes: int
-    memory_bytes: int = 2**30
+    memory_bytes: int = MEMORY_BYTES
 
     @property
     def apart(self) -> bool:

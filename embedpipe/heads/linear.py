@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from embedpipe.errors import ModelMismatch
 from embedpipe.heads._files import read_head, save_head
-from embedpipe.heads._problem import Float32, Float64, affine, log_normaliser
+from embedpipe.heads._problem import Chunked, Float32, Float64, affine, log_normaliser
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class LinearHead:
     def feature_dim(self) -> int:
         return int(self.weight.shape[1])
 
-    def logits(self, X: ArrayLike) -> Float64:
+    def logits(self, X: ArrayLike | Chunked) -> Float64:
         """Return X W' + b, float64 (N, C), for features (N, D) as the backbone gives them.
 
         Raises
@@ -60,7 +60,7 @@ class LinearHead:
         """
         return affine(check_width(X, self.feature_dim), self.weight, self.bias)
 
-    def predict_proba(self, X: ArrayLike) -> Float64:
+    def predict_proba(self, X: ArrayLike | Chunked) -> Float64:
         """Return class probabilities, float64 (N, C), rows sum to 1."""
         logits = self.logits(X)
         return np.asarray(np.exp(logits - log_normaliser(logits)[:, None]))
@@ -89,9 +89,9 @@ class LinearHead:
         return cls(arrays["weight"], arrays["bias"], classes, record["provenance"])
 
 
-def check_width(X: ArrayLike, feature_dim: int) -> Float32:
-    """Return features as an array (N, D), or say which width was expected."""
-    array = np.asarray(X)
+def check_width(X: ArrayLike | Chunked, feature_dim: int) -> Any:
+    """Return features as an array (N, D), `Chunked` as they came, or say which width was expected."""
+    array = X if isinstance(X, Chunked) else np.asarray(X)
     if array.ndim != 2 or array.shape[1] != feature_dim:
         raise ModelMismatch(
             f"features of shape {array.shape}, expected (N, {feature_dim})",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import embedpipe as ep
+from embedpipe.errors import UsageError
 from embedpipe.heads import fit_linear
 from tests.conftest import TINY, Run, write_photos
 
@@ -84,3 +85,17 @@ def test_balanced_classes_weigh_the_same(features: ep.FeatureSet) -> None:
     weight = np.where(y == 0, 11 / 2 / 8, 11 / 2 / 3)
     wanted = fit_linear(X, y, classes=CLASSES, l2=1.0, sample_weight=weight)
     np.testing.assert_allclose(head.logits(X), wanted.logits(X), atol=1e-4)
+
+
+def test_features_that_do_not_fit_in_memory_give_the_same_head(photos: Path, tmp_path: Path) -> None:
+    features = ep.extract(photos, ep.load_backbone("timm:test_resnet", weights="none"), cache_dir=tmp_path / "cache")
+    heads = [ep.fit_head(features, runs_dir=tmp_path, max_memory=size) for size in ("1GB", "1B")]
+    np.testing.assert_allclose(heads[0].head.weight, heads[1].head.weight, atol=1e-5)
+    assert heads[0].report["metrics"].keys() == heads[1].report["metrics"].keys()
+    assert heads[1].report["leaks"]["near_skipped"] == "the features of train are more than --max-memory"
+    again = [ep.fit_head(features, runs_dir=tmp_path, max_memory=size, refit=True) for size in ("1GB", "1B")]
+    np.testing.assert_allclose(again[0].head.weight, again[1].head.weight, atol=1e-5)
+    with pytest.raises(UsageError, match="lbfgs holds all features in memory"):
+        ep.fit_head(features, runs_dir=tmp_path, max_memory="1B", solver="lbfgs")
+    with pytest.raises(UsageError, match="--max-memory: found 'lots'; expected a number and a unit such as 4GB"):
+        ep.fit_head(features, runs_dir=tmp_path, max_memory="lots")
