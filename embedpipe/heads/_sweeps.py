@@ -121,7 +121,7 @@ class Sweeps:
         return _metric([(x, counts[rows]) for rows, x in self._blocks(1)], self.width)
 
     def _blocks(self, many: int) -> Iterator[tuple[slice, Tensor]]:
-        size = min(max(BLOCK_NUMBERS // (many * self.rows) // 64 * 64, 256), 512)
+        size = min(max(BLOCK_NUMBERS // (many * self.rows) // 64 * 64, 256), 1024)
         for start in range(0, self.n, size):
             rows = slice(start, min(start + size, self.n))
             yield rows, torch.from_numpy(np.ascontiguousarray(self._X[rows]))
