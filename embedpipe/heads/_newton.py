@@ -207,7 +207,7 @@ def _step(sweeps: Sweeps, points: Points, dW: Tensor, db: Tensor) -> tuple[Point
         new = _points(sweeps, points.l2, points.W + length[:, None, None] * dW, points.b + length[:, None] * db)
         good = new.objective <= points.objective + 1e-4 * length * slope + 1e-14 * points.objective
         if good.all():
-            return new, bool((length > 0).any())
+            return new, True
         length = torch.where(good, length, length / 4)
     length = torch.where(good, length, torch.zeros_like(length))
     new = _points(sweeps, points.l2, points.W + length[:, None, None] * dW, points.b + length[:, None] * db)

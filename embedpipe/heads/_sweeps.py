@@ -10,7 +10,7 @@ Hessian only choose directions, and take the features' own precision.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,9 +116,9 @@ class Sweeps:
             drawn = np.random.default_rng(0).choice(self.n, enough, p=(counts / counts.sum()).numpy())
             drawn, times = np.unique(drawn, return_counts=True)
             x = torch.from_numpy(self._X[drawn]).to(self._dtype)
-            return _metric([(x, torch.from_numpy(times / enough))], self.width)
+            return _metric(lambda: [(x, torch.from_numpy(times / enough))], self.width)
         counts /= counts.sum()
-        return _metric([(x, counts[rows]) for rows, x in self._blocks(1)], self.width)
+        return _metric(lambda: ((x, counts[rows]) for rows, x in self._blocks(1)), self.width)
 
     def _blocks(self, many: int) -> Iterator[tuple[slice, Tensor]]:
         size = min(max(BLOCK_NUMBERS // (many * self.rows) // 64 * 64, 256), 1024)
@@ -158,13 +158,13 @@ def _logits(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(b.reshape(-1, 1), W.flatten(0, 1), x.T).view(*b.shape, len(x))
 
 
-def _metric(parts: list[tuple[Tensor, Tensor]], width: int) -> Metric:
-    """Return the covariance of rows (n, D) that count (n,), which sum to 1 over all parts."""
+def _metric(parts: Callable[[], Iterable[tuple[Tensor, Tensor]]], width: int) -> Metric:
+    """Return the covariance of rows (n, D) that count (n,), which sum to 1 over all parts; they are gone through twice."""
     mean = torch.zeros(width, dtype=torch.float64)
-    for x, counts in parts:
+    for x, counts in parts():
         mean += counts.to(x.dtype) @ x
     gram = torch.zeros(width, width, dtype=torch.float64)
-    for x, counts in parts:
+    for x, counts in parts():
         centred = (x - mean.to(x.dtype)) * counts.sqrt().to(x.dtype)[:, None]
         gram += centred.T @ centred
     spectrum, basis = torch.linalg.eigh(gram)
