@@ -140,7 +140,7 @@ def minimise(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, metric: Metric | 
             metric, worn = sweeps.measure(len(points.l2) // 2), 2
     W[left], b[left] = points.W, points.b
     worst = float(points.gap.max())
-    if worst > 10 * TOLERANCE:
+    if worst > 2 * TOLERANCE:
         warnings.warn(
             f"newton has not converged at l2 = {points.l2.min():g}: up to {worst:.1e} of the objective may be left",
             RuntimeWarning,
