@@ -122,8 +122,8 @@ class Minimum:
 
 def minimise(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, metric: Metric | None) -> Minimum:
     """Minimise the objective for L values of l2 from W (L, K, D), b (L, K)."""
-    points, left = _points(sweeps, l2, W, b), torch.arange(len(l2))
-    W, b = W.clone(), b.clone()
+    W, b = sweeps.level(W, b)
+    points, left = _points(sweeps, l2, W.clone(), b.clone()), torch.arange(len(l2))
     metric, worn = metric or sweeps.measure(len(l2) // 2), 0
     for _ in range(STEPS):
         W[left], b[left] = points.W, points.b
@@ -150,6 +150,7 @@ def minimise(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, metric: Metric | 
 
 
 def _points(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor) -> Points:
+    W, b = sweeps.rounded(W), sweeps.rounded(b)
     loss, grad_W, grad_b, spread = sweeps.value(W, b)
     objective = loss + l2 / 2 * W.square().sum((1, 2))
     return Points(l2, W, b, objective, grad_W + l2[:, None, None] * W, grad_b, spread.clamp_min(LEAST_SPREAD))
@@ -167,7 +168,7 @@ def _direction(sweeps: Sweeps, points: Points, active: Tensor, metric: Metric) -
 
     def precondition(W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         weight = (((W - b[:, :, None] * metric.mean).float() @ basis * inverse) @ basis.T).double()
-        return weight, b / spread - weight @ metric.mean
+        return sweeps.level(weight, b / spread - weight @ metric.mean)
 
     enough = 0.25 * TOLERANCE * 2 * points.objective
     first = _left(points, points.grad_W, points.grad_b)
@@ -177,7 +178,7 @@ def _direction(sweeps: Sweeps, points: Points, active: Tensor, metric: Metric) -
     way_W, way_b = precondition(rest_W, rest_b)
     size = _dot(rest_W, rest_b, way_W, way_b)
     for products in range(1, PRODUCTS + 1):  # noqa: B007
-        hess_W, hess_b = sweeps.curve(way_W[active], way_b[active], active)
+        hess_W, hess_b = sweeps.level(*sweeps.curve(way_W[active], way_b[active], active))
         hess_W += l2[active, None, None] * way_W[active]
         share = size[active] / _dot(way_W[active], way_b[active], hess_W, hess_b)
         dW[active] += share[:, None, None] * way_W[active]
@@ -205,7 +206,7 @@ def _step(sweeps: Sweeps, points: Points, dW: Tensor, db: Tensor) -> tuple[Point
     length = torch.ones_like(slope)
     for _ in range(HALVINGS):
         new = _points(sweeps, points.l2, points.W + length[:, None, None] * dW, points.b + length[:, None] * db)
-        good = new.objective <= points.objective + 1e-4 * length * slope + 1e-14 * points.objective
+        good = new.objective <= points.objective + 1e-4 * length * slope + sweeps.noise * points.objective
         if good.all():
             return new, True
         length = torch.where(good, length, length / 4)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from embedpipe.heads._problem import Problem
 
@@ -69,13 +70,13 @@ class Sweeps:
         if many * self._bytes <= self._kept_bytes:
             self._kept = torch.empty(many, self.rows, self.n, dtype=self._dtype)
         for rows, x in self._blocks(many):
-            x, weight = x.double(), self._weights[rows]
-            each, p = self._probabilities(x, W, b, rows)
-            loss += each @ weight
+            p, each, error = self._answers(x, W, b, rows)
             if self._kept is not None:
                 self._kept[:, :, rows] = p
+            weight = self._weights[rows].to(p.dtype)
+            loss += each @ weight
             spread += (p - p * p) @ weight
-            error = self._minus_truth(p, rows).mul_(weight).flatten(0, 1)
+            error = error.mul_(weight).flatten(0, 1)
             grad_W += error @ x
             grad_b += error.sum(1)
         return loss, grad_W.view_as(W), grad_b.view_as(b), spread
@@ -120,28 +121,45 @@ class Sweeps:
         counts /= counts.sum()
         return _metric(lambda: ((x, counts[rows]) for rows, x in self._blocks(1)), self.width)
 
+    def level(self, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights and biases without what all classes share, which no probability shows and the optimum lacks."""
+        if self._apart:
+            return W, b
+        return W - W.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+
+    @property
+    def noise(self) -> float:
+        """How far rounding may move an objective, relative to it."""
+        return torch.finfo(self._dtype).eps / 10
+
+    def rounded(self, W: Tensor) -> Tensor:
+        """Return weights that the features' precision holds, so that a sweep is made at them and not beside them."""
+        return W.to(self._dtype).double()
+
     def _blocks(self, many: int) -> Iterator[tuple[slice, Tensor]]:
         size = min(max(BLOCK_NUMBERS // (many * self.rows) // 64 * 64, 256), 1024)
         for start in range(0, self.n, size):
             rows = slice(start, min(start + size, self.n))
             yield rows, torch.from_numpy(np.ascontiguousarray(self._X[rows]))
 
-    def _probabilities(self, x: Tensor, W: Tensor, b: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        """Return the loss of each row (L, n), and probabilities (L, K, n)."""
-        logits = _logits(x, W, b)
-        if self._apart:
-            signs = 1 - 2 * self._labels[:, rows].to(logits.dtype)
-            return torch.nn.functional.softplus(logits * signs, threshold=700).sum(1), logits.sigmoid_()
-        normaliser = logits.logsumexp(1)
-        truth = self._y[rows].expand(len(W), 1, -1)
-        each = normaliser - logits.gather(1, truth)[:, 0]
-        return each, logits.sub_(normaliser[:, None]).exp_()
+    def _answers(self, x: Tensor, W: Tensor, b: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Return probabilities (L, K, n), the loss of each row (L, n), and the probabilities less the truth.
 
-    def _minus_truth(self, p: Tensor, rows: slice) -> Tensor:
+        What a row is wrong by comes from the small numbers, never from 1 - p, so that rows that are sure count right.
+        """
+        logits = _logits(x, W.to(x.dtype), b.to(x.dtype))
         if self._apart:
-            return p.sub_(self._labels[:, rows])
-        truth = self._y[rows].expand(len(p), 1, -1)
-        return p.scatter_add_(1, truth, p.new_full((1, 1, 1), -1).expand_as(truth))
+            signs = 1 - 2 * self._labels[:, rows].to(x.dtype)
+            against = logits * signs
+            return logits.sigmoid(), softplus(against, threshold=700).sum(1), against.sigmoid_().mul_(signs)
+        truth = self._y[rows].expand(len(W), 1, -1)
+        normaliser = logits.logsumexp(1)
+        loss = normaliser - logits.gather(1, truth)[:, 0]
+        p = logits.sub_(normaliser[:, None]).exp_()
+        error = p.scatter(1, truth, 0)
+        wrong = error.sum(1)
+        error.scatter_(1, truth, -wrong[:, None])
+        return p, torch.where(wrong < 0.5, -torch.log1p(-wrong.clamp(max=0.5)), loss), error
 
     def _recall(self, x: Tensor, rows: slice, which: Tensor) -> Tensor:
         """Return probabilities (L, K, n) of the last `value`, in the features' precision."""
@@ -150,7 +168,7 @@ class Sweeps:
             return part if len(which) == len(part) else part[which]
         assert self._at is not None
         W, b = self._at
-        return self._probabilities(x, W[which].to(x.dtype), b[which].to(x.dtype), rows)[1]
+        return self._answers(x, W[which], b[which], rows)[0]
 
 
 def _logits(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
