@@ -150,7 +150,6 @@ def minimise(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, metric: Metric | 
 
 
 def _points(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor) -> Points:
-    W, b = sweeps.rounded(W), sweeps.rounded(b)
     loss, grad_W, grad_b, spread = sweeps.value(W, b)
     objective = loss + l2 / 2 * W.square().sum((1, 2))
     return Points(l2, W, b, objective, grad_W + l2[:, None, None] * W, grad_b, spread.clamp_min(LEAST_SPREAD))
@@ -207,6 +206,7 @@ def _step(sweeps: Sweeps, points: Points, dW: Tensor, db: Tensor) -> tuple[Point
     for _ in range(HALVINGS):
         new = _points(sweeps, points.l2, points.W + length[:, None, None] * dW, points.b + length[:, None] * db)
         good = new.objective <= points.objective + 1e-4 * length * slope + sweeps.noise * points.objective
+        good |= new.gap <= TOLERANCE
         if good.all():
             return new, True
         length = torch.where(good, length, length / 4)

@@ -1,8 +1,8 @@
 """Sweeps over the rows of a problem: objective and gradient, Hessian times vector, and the metric that preconditions both.
 
 Several l2 are carried at once, so that each block of rows is multiplied by many columns: L problems of K rows each. Rows come
-in blocks, so features may be a memory map. Objective and gradient are float64, whatever the features; products with the
-Hessian only choose directions, and take the features' own precision.
+in blocks, so features may be a memory map. Of many rows products are float32, and their sums over blocks float64: what rounding
+does to a gradient averages out. Weights are float64, and count so.
 
 >>> sweeps = Sweeps(problem)
 >>> loss, grad_W, grad_b, spread = sweeps.value(W, b)     # (L,), (L, K, D), (L, K), (L, K)
@@ -130,11 +130,7 @@ class Sweeps:
     @property
     def noise(self) -> float:
         """How far rounding may move an objective, relative to it."""
-        return torch.finfo(self._dtype).eps / 10
-
-    def rounded(self, W: Tensor) -> Tensor:
-        """Return weights that the features' precision holds, so that a sweep is made at them and not beside them."""
-        return W.to(self._dtype).double()
+        return torch.finfo(self._dtype).eps
 
     def _blocks(self, many: int) -> Iterator[tuple[slice, Tensor]]:
         size = min(max(BLOCK_NUMBERS // (many * self.rows) // 64 * 64, 256), 1024)
@@ -147,7 +143,7 @@ class Sweeps:
 
         What a row is wrong by comes from the small numbers, never from 1 - p, so that rows that are sure count right.
         """
-        logits = _logits(x, W.to(x.dtype), b.to(x.dtype))
+        logits = _exact_logits(x, W, b)
         if self._apart:
             signs = 1 - 2 * self._labels[:, rows].to(x.dtype)
             against = logits * signs
@@ -171,9 +167,19 @@ class Sweeps:
         return self._answers(x, W[which], b[which], rows)[0]
 
 
+def _exact_logits(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """Return W x + b, (L, K, n), of float64 weights: what float32 cannot hold of them is multiplied apart."""
+    high = W.to(x.dtype)
+    if x.dtype == W.dtype:
+        return _logits(x, W, b)
+    both = torch.stack([high, (W - high).to(x.dtype)])
+    parts = _logits(x, both, torch.stack([b, torch.zeros_like(b)]).to(x.dtype))
+    return parts[0].add_(parts[1])
+
+
 def _logits(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
     """Return W x + b, (L, K, n), for rows x (n, D)."""
-    return torch.addmm(b.reshape(-1, 1), W.flatten(0, 1), x.T).view(*b.shape, len(x))
+    return torch.addmm(b.reshape(-1, 1), W.flatten(0, -2), x.T).view(*b.shape, len(x))
 
 
 def _metric(parts: Callable[[], Iterable[tuple[Tensor, Tensor]]], width: int) -> Metric:
