@@ -139,7 +139,7 @@ def check_columns(written: list[str], at: str) -> list[str]:
             raise UsageError(f"{at}: unknown column {name!r}", hint=f"did you mean {meant[0]!r}?")
     if "path" in absent or any(names.count(name) > 1 for name in COLUMNS):
         raise UsageError(
-            f"{at}: found the columns {', '.join(names) or '(none)'}, expected path[,label|labels|target][,split][,group], each once",
+            f"{at}: found the columns {', '.join(names) or '(none)'}, expected path[,label][,split][,group], each once",
             hint="call the column of file names 'path'",
         )
     check_columns_of_targets(names, at)
