@@ -117,9 +117,7 @@ def class_table(scored: Scored, classes: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _per_label(scored: Scored, classes: Sequence[str]) -> list[ClassScore]:
-    """Return a row of `per_class` for each label, which is predicted from 0.5 on; none for numbers."""
-    if scored.task == "regression":
-        return []
+    """Return a row of `per_class` for each label, which is predicted from 0.5 on."""
     predicted, y = (scored.probabilities >= THRESHOLD).astype(np.int64), scored.labels(classes).astype(np.int64)
     return [per_class(confusion_matrix(y[:, c], predicted[:, c], 2))[1] for c in range(len(classes))]
 
@@ -137,6 +135,7 @@ def write_scored(run: RunFolder, scored: Mapping[str, Scored], classes: Sequence
     rows = [
         (split, row["class"], row["n"], row["precision"], row["recall"], *(row["recall_ci95"] or ("", "")), row["f1"])
         for split, one in scored.items()
+        if one.task != "regression"
         for row in class_table(one, classes)
     ]
     if rows:
