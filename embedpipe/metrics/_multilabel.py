@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from embedpipe.errors import UsageError
-from embedpipe.metrics._intervals import effective_interval, wilson_interval
+from embedpipe.metrics._intervals import wilson_interval
 from embedpipe.metrics._scores import LEAST_PROBABILITY
 
 THRESHOLD = 0.5
@@ -59,7 +59,7 @@ def score_multilabel(probabilities: ArrayLike, Y: ArrayLike) -> MultilabelScore:
     hits, total = (predicted & truth).sum(axis=0), predicted.sum(axis=0) + positives
     exact = int((predicted == truth).all(axis=1).sum())
 
-    precision, interval = _mean_average_precision(table[:, occurs], truth[:, occurs])
+    precision, interval = mean_average_precision(table[:, occurs], truth[:, occurs])
     return {
         "mean_average_precision": precision,
         "mean_average_precision_ci95": interval,
@@ -79,38 +79,51 @@ def binary_log_loss(probabilities: ArrayLike, Y: ArrayLike) -> float:
     return float(-np.log(np.maximum(np.where(truth, table, 1 - table), LEAST_PROBABILITY)).mean())
 
 
-def _mean_average_precision(
+def mean_average_precision(
     table: NDArray[np.float64], truth: NDArray[np.bool_]
 ) -> tuple[float | None, list[float] | None]:
-    """Return the mean over classes that occur, and its interval by the infinitesimal jackknife over images."""
-    if not truth.shape[1]:
+    """Return the mean over classes that occur, and its interval.
+
+    The jackknife over images gives the variance and the bias, which is upward where positives are few; the interval is
+    Wilson's around the value without it, with at most as many samples as if each positive were a draw.
+    """
+    n, classes = truth.shape
+    if not classes:
         return None, None
     found = [average_precision(scores, y) for scores, y in zip(table.T, truth.T, strict=True)]
-    value = float(np.mean([one for one, _ in found]))
-    pull = np.mean([slope for _, slope in found], axis=0)
-    return value, list(effective_interval(value, float(pull @ pull), len(truth)))
+    value, left_out = float(np.mean([one for one, _ in found])), np.mean([without for _, without in found], axis=0)
+    variance = float((n - 1) / n * np.sum((left_out - left_out.mean()) ** 2))
+    centre = float(np.clip(value - (n - 1) * (left_out.mean() - value), 0, 1))
+    effective = classes**2 / float(np.sum(1 / truth.sum(axis=0)))
+    if variance > 0 and 0 < centre < 1:
+        effective = min(effective, centre * (1 - centre) / variance)
+    return value, list(wilson_interval(centre * effective, effective))
 
 
 def average_precision(scores: NDArray[np.float64], y: NDArray[np.bool_]) -> tuple[float, NDArray[np.float64]]:
-    """Return the average precision, and its derivative by the weight of each sample.
+    """Return the average precision, and what it is with each sample left out, float64 (N,).
 
-    The mean over positives of T / R, of all samples with a score as high or higher: positives T, and all R.
+    The mean over positives of T / R: of all samples with a score as high or higher, the positives T, and all R.
 
     Parameters
     ----------
     scores : float64 (N,)
-    y : bool (N,)            at least one positive
+    y : bool (N,)            at least one positive; a lone one, left out, changes nothing
 
-    Source: Efron, The Jackknife, the Bootstrap and Other Resampling Plans (1982), section 6.
+    Source: Efron, The Jackknife, the Bootstrap and Other Resampling Plans (1982), chapter 2.
     """
     _, place = np.unique(-scores, return_inverse=True)  # 0 for the highest score, ties together
     positives = np.bincount(place, weights=y)
     T, R = np.cumsum(positives), np.cumsum(np.bincount(place))
-    total = T[-1]
-    value = float(positives @ (T / R) / total)
-    below = [np.cumsum(one[::-1])[::-1][place] for one in (positives / R, positives * T / R**2)]
-    slope = y * ((T / R)[place] - value + below[0]) - below[1]
-    return value, slope / total
+    fewer, total = np.maximum(R - 1, 1), T[-1]
+    kept = positives * T / R
+    above = (np.cumsum(kept) - kept)[place]
+    without_other, without_own = (
+        above + np.cumsum((positives * T_left / fewer)[::-1])[::-1][place] for T_left in (T, T - 1)
+    )
+    value = float(kept.sum() / total)
+    own = (without_own - ((T - 1) / fewer)[place]) / (total - 1) if total > 1 else value
+    return value, np.where(y, own, without_other / total)
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:
