@@ -96,7 +96,7 @@ class Recipe:
         UsageError    fewer than two classes, or nothing to choose l2 on
         """
         if self.solver == "knn":
-            return Fitted(fit_knn(X[:], y, classes=self.classes), None)
+            return Fitted(self._neighbours(X, y), None)
         path = self.path(X, y, X_val, y_val)
         return Fitted(path.head, path.l2, path.points)
 
@@ -107,8 +107,13 @@ class Recipe:
     def fit(self, X: Array | Chunked, y: Array, *, l2: float | None) -> LinearHead | KnnHead:
         """Fit on X, y with this l2."""
         if self.solver == "knn" or l2 is None:
-            return fit_knn(X[:], y, classes=self.classes)
+            return self._neighbours(X, y)
         return fit_blocks_once(X, y, l2=l2, **self._options(X, y))
+
+    def _neighbours(self, X: Array | Chunked, y: Array) -> KnnHead:
+        if self.task != "single":
+            raise UsageError(f"the solver knn knows no {self.task} targets", hint="leave out --solver knn")
+        return fit_knn(X[:], y, classes=self.classes)
 
     def _options(self, X: Array | Chunked, y: Array) -> dict[str, Any]:
         weight = class_weights(y, len(self.classes))[y] if self.class_weight == "balanced" else None

@@ -149,8 +149,7 @@ def _open(features: FeatureSet | str | None, cache_dir: Path, asked: dict[str, A
 
 def _single_only(features: FeatureSet, recipe: Recipe, others: dict[str, Any]) -> list[str]:
     """Return what is asked for, as it is typed, and makes sense for single labels only."""
-    given = {"--solver knn": recipe.solver == "knn", "--class-weight": recipe.class_weight == "balanced", **others}
-    given["a head on several layers"] = features.beside
+    given = {"--class-weight": recipe.class_weight == "balanced", **others, "a head on several layers": features.beside}
     return [option for option, value in given.items() if value]
 
 

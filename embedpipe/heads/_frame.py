@@ -181,9 +181,10 @@ def measure(X: Float32 | Chunked) -> tuple[Float64, Float64]:
 
     Where the median is zero, the median of the features that vary takes its place.
     """
-    mean = sum((X[rows].sum(axis=0, dtype=np.float64) for rows in blocks(len(X))), np.zeros(X.shape[1])) / len(X)
+    n = max(1, len(X))
+    mean = sum((X[rows].sum(axis=0, dtype=np.float64) for rows in blocks(len(X))), np.zeros(X.shape[1])) / n
     squares = sum(np.square(X[rows] - mean).sum(axis=0) for rows in blocks(len(X)))
-    std = np.sqrt(squares / len(X))
+    std = np.sqrt(squares / n)
     alive = std[std > 0] if std.any() else np.ones(1)
     return mean, np.maximum(std, STD_FLOOR * (np.median(std) or np.median(alive)))
 

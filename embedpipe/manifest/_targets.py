@@ -57,7 +57,7 @@ def read_target(cells: Mapping[str, str], at: str) -> tuple[str | None, str]:
     column = next((column for column in TASKS if column in cells), "label")
     text, task = cells.get(column, "").strip(), TASKS[column]
     if task == "multilabel":
-        return (join_names(names_of(text, task)) if column in cells else None), task
+        return join_names(names_of(text, task)), task
     if task == "regression" and text:
         _check_number(text, at)
     return text or None, task
