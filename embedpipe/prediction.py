@@ -57,11 +57,13 @@ class Prediction:
         return sorted(pairs, key=lambda pair: -pair[1])[:count]
 
     def to_dict(self, *, top: int = 1, probabilities: bool = False) -> dict[str, Any]:
+        from embedpipe.manifest import names_of
+
         if self.task == "regression":
             return {"path": self.path, "value": self.value}
         record: dict[str, Any] = {"path": self.path, "label": self.label, "probability": self.probability}
         if self.task == "multilabel":
-            record["labels"] = [name for name in self.label.split("|") if name]
+            record["labels"] = list(names_of(self.label, self.task))
         if top > 1:
             record["top"] = [{"label": name, "probability": p} for name, p in self.top(top)]
         if probabilities:

@@ -59,5 +59,5 @@ def _named(value: Any, names: list[str] | None) -> Any:
     if not names or value is None:
         return value
     if isinstance(value, list):
-        return [names[one] for one in value]
+        return [names[one] for one in value if one >= 0]
     return names[value] if value >= 0 else None

@@ -133,7 +133,7 @@ def check_columns(written: list[str], at: str) -> list[str]:
     """Return the names in lower case; refuse a near miss of ours, one twice, and no `path`."""
     names = [name.strip().lower() for name in written]
     absent = [name for name in COLUMNS if name not in names and not (name in TASKS and TASKS.keys() & names)]
-    for name in set(names).difference(COLUMNS):
+    for name in (one for one in names if one not in COLUMNS):
         meant = difflib.get_close_matches(name, absent, n=1, cutoff=0.75)
         if meant:
             raise UsageError(f"{at}: unknown column {name!r}", hint=f"did you mean {meant[0]!r}?")

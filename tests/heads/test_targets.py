@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import average_precision_score, r2_score
 
 from embedpipe.errors import ModelMismatch, UsageError
-from embedpipe.heads import LinearHead, fit_linear, fit_path, load_head
+from embedpipe.heads import Chunked, LinearHead, fit_linear, fit_path, load_head
 from embedpipe.metrics import score_multilabel, score_regression
 
 N, D = 200, 30
@@ -145,3 +145,13 @@ def test_heads_say_their_task_and_older_ones_have_none(tmp_path: Path) -> None:
     np.testing.assert_allclose(load_head(tmp_path).predict_proba(X).sum(axis=1), 1)
     with pytest.raises(ModelMismatch, match="a head for ranks"):
         LinearHead(np.zeros((1, 2), np.float32), np.zeros(1, np.float32), ("a",), task="ranks")
+
+
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+def test_features_in_chunks_give_the_same_head(task: str) -> None:
+    X, Y, y = features()
+    options = {"classes": NAMES if task == "multilabel" else ("target",), "l2": 0.01, "task": task}
+    target = Y if task == "multilabel" else y
+    whole = fit_linear(X, target, **options)
+    chunked = fit_linear(Chunked(X.shape, X.__getitem__), target, **options)
+    np.testing.assert_allclose(chunked.predict_proba(X), whole.predict_proba(X), rtol=1e-4, atol=1e-5)
