@@ -9,8 +9,10 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import average_precision_score, f1_score, r2_score, roc_auc_score
@@ -41,6 +43,7 @@ def digits(tmp_path: Path) -> Path:
         rows.append({"path": f"{k:03d}.png", "split": split, "digit": int(data.target[k])})
     several = [{"path": row["path"], "split": row["split"], "labels": names_of(row["digit"])} for row in rows]
     (folder / "several.jsonl").write_text("\n".join(map(json.dumps, several)))
+    parquet.write_table(pa.Table.from_pylist(several), folder / "several.parquet")
     for name, column in (("several", lambda d: "|".join(names_of(d))), ("value", str)):
         head = {"several": "labels", "value": "target"}[name]
         lines = [f"{row['path']},{row['split']},{column(row['digit'])}" for row in rows]
@@ -102,8 +105,20 @@ def test_several_labels(run: Run, digits: Path) -> None:
     printed = next(csv.DictReader(io.StringIO(run("predict", fitted["run"], digits / f"{120 + one}.png").out)))
     assert printed["label"] == rows[one]["predicted"]
     assert float(printed["probability"]) == pytest.approx(found[one][found[one] >= 0.5].min(), abs=1e-6)
-    assert run("extract", digits / "several.jsonl", *LITE0, "--json").data["computed"] == 0
+    (digits / "several.tsv").write_text((digits / "several.csv").read_text().replace(",", "\t"))
+    for kind in ("tsv", "parquet", "jsonl"):
+        again = run("extract", digits / f"several.{kind}", *LITE0, "--json").data
+        assert (again["computed"], again["task"], again["splits"]) == (0, "multilabel", first["splits"])
+        np.testing.assert_array_equal(open_features(Cache(Path("cache"))).arrays("train")[1], Y)
     assert run("fit-head", "--json").data["metrics"] == fitted["metrics"]
+
+
+def test_copies_are_leaks_whatever_the_task(run: Run, digits: Path) -> None:
+    (digits / "120.png").write_bytes((digits / "000.png").read_bytes())
+    run("extract", digits / "value.csv", "--backbone", "timm:test_resnet", "--weights", "none")
+    ended = run("fit-head", "--json")
+    assert ended.data["leaks"]["duplicates_of_train"] == {"val": 0, "test": 1}
+    assert any(text.endswith("by group: 1 of test") for text in ended.envelope["warnings"])
 
 
 def test_numbers(run: Run, digits: Path) -> None:
