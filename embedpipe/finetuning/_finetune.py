@@ -1,24 +1,16 @@
-"""finetune: from the fitted head, with the last layers of the backbone unfrozen.
-
-The network starts as backbone + head, and proves before the first step that it gives what the head gave (LP-FT, Kumar et
-al., ICLR 2022). What is frozen is compared bit for bit afterwards.
-
->>> tuned = finetune(head, unfreeze="layer4")
-"""
+"""The deed: take up a head, prove the hand-off, train, prove what is frozen, save."""
 
 from __future__ import annotations
 
 import copy
 import os
 import time
-import warnings
-from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, ModelMismatch, UsageError
+from embedpipe.errors import EmbedpipeError, UsageError
 from embedpipe.provenance import digest_arrays
 
 if TYPE_CHECKING:
@@ -28,16 +20,13 @@ if TYPE_CHECKING:
     from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier, Scored
     from embedpipe.features import FeatureSet
-    from embedpipe.forwarding import Forward
+    from embedpipe.finetuning._photos import Photos
     from embedpipe.heads import LinearHead
-    from embedpipe.manifest import Sample
     from embedpipe.network import Network
     from embedpipe.pipeline import Progress
     from embedpipe.training import Epoch, Score
 
 PathLike = str | os.PathLike[str]
-HANDOFF_TOLERANCE = 1e-3
-HANDOFF_ROWS = 32
 
 
 def finetune(
@@ -101,6 +90,8 @@ def finetune(
     import torch
 
     from embedpipe.cache import Cache
+    from embedpipe.finetuning._handoff import prove_handoff
+    from embedpipe.finetuning._photos import Photos
     from embedpipe.forwarding import plan_forward
     from embedpipe.network import Network, release
 
@@ -193,103 +184,6 @@ def _features_of(classifier: Classifier, cache: Cache) -> FeatureSet:
             hint="name the cache with --cache-dir, or extract again",
         )
     return features
-
-
-@dataclass(frozen=True)
-class Photos:
-    """The images of a data set as batches for a network, with their class indices."""
-
-    features: FeatureSet
-    backbone: Backbone
-    forward: Forward
-
-    def samples(self, split: str) -> tuple[Sample, ...]:
-        return self.features.samples(split, labelled=True)
-
-    def batches(self, samples: Sequence[Sample]) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[Sample]]]:
-        """Yield images float32 (n, 3, H, W), y int64 (n,) on the device, and their samples; unreadable ones are warned of."""
-        import torch
-
-        from embedpipe.images import Transform, image_batches
-
-        waiting: dict[bytes, deque[Sample]] = defaultdict(deque)
-        for sample in samples:
-            waiting[sample.key].append(sample)
-        items = [(sample.key, self.features.manifest.place_of(sample)) for sample in samples]
-        transform, size = self.backbone.transform, self.forward.batch_size
-        for batch in image_batches(items, [transform], batch_size=size, workers=self.forward.workers):
-            for failed in batch.failures:
-                path = self.features.manifest.name_of(waiting[failed.key].popleft())
-                warnings.warn(f"{path} is left out: {failed.reason}", EmbedpipeWarning, stacklevel=2)
-            if batch.keys:
-                these = [waiting[key].popleft() for key in batch.keys]
-                y = torch.tensor([self.features.classes.index(s.label or "") for s in these])
-                there = torch.from_numpy(batch.images[0]).to(self.forward.device)
-                images = transform.normalise(there) if isinstance(transform, Transform) else there
-                images = images.contiguous(memory_format=torch.channels_last)
-                yield images, y.to(self.forward.device), these
-
-    def shuffled(self, *, seed: int, flip: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the train split in a random order, whole batches only; what is left over comes in another epoch."""
-        import torch
-
-        samples, size = self.samples("train"), self.forward.batch_size
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(samples), generator=generator).tolist()
-        for images, y, _ in self.batches([samples[k] for k in order[: self.steps * size]]):
-            if flip:
-                mirrored = torch.rand(len(images), generator=generator) < 0.5
-                images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
-            yield images, y
-
-    @property
-    def steps(self) -> int:
-        """Batches an epoch."""
-        return max(1, len(self.samples("train")) // self.forward.batch_size)
-
-    def scores(self, network: Network, split: str) -> Scored:
-        """Return the samples of a split and the probabilities float64 (N, C) that the network gives them."""
-        import numpy as np
-        import torch
-
-        from embedpipe.classifier import Scored
-
-        samples, rows = [], [np.empty((0, len(self.features.classes)))]
-        with torch.inference_mode():
-            for images, _, these in self.batches(self.samples(split)):
-                rows.append(network(images).double().softmax(dim=1).cpu().numpy())
-                samples += these
-        return Scored(tuple(samples), np.concatenate(rows))
-
-
-def prove_handoff(network: Network, head: LinearHead, photos: Photos) -> float:
-    """Return how far the network's logits are from the head's on the cached features, at most.
-
-    Raises
-    ------
-    ModelMismatch    farther than 1e-3 x max(1, max |logit|): backbone, transform or head are not those of the cache
-    """
-    import numpy as np
-    import torch
-
-    network.eval()
-    spec = photos.features.space.spec
-    exact = spec["precision"] == "fp32" and spec["stored_dtype"] == "float32"
-    samples = photos.samples("train")[:HANDOFF_ROWS]
-    worst = largest = 0.0
-    with torch.inference_mode():
-        for images, _, these in photos.batches(samples):
-            features = photos.features.read(tuple(these)) if exact else network.backbone(images).cpu().numpy()
-            logits = head.logits(features)
-            worst = max(worst, float(np.abs(network(images).cpu().numpy() - logits).max()))
-            largest = max(largest, float(np.abs(logits).max()))
-    if not worst <= HANDOFF_TOLERANCE * max(1.0, largest):
-        raise ModelMismatch(
-            f"backbone and head give logits {worst:.2g} away from those on the cached features, "
-            f"expected at most {HANDOFF_TOLERANCE * max(1.0, largest):.2g}",
-            hint="extract and fit the head again",
-        )
-    return worst
 
 
 def _train(

@@ -1,0 +1,79 @@
+"""Photos: the images of a data set, decoded anew each epoch, as batches for a network.
+
+>>> images, y, samples = next(photos.batches(photos.samples("train")))
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from embedpipe.backbones import Backbone
+from embedpipe.classifier import Scored
+from embedpipe.errors import EmbedpipeWarning
+from embedpipe.features import FeatureSet
+from embedpipe.forwarding import Forward
+from embedpipe.images import Transform, image_batches
+from embedpipe.manifest import Sample
+from embedpipe.network import Network
+
+
+@dataclass(frozen=True)
+class Photos:
+    """The images of a data set as batches for a network, with their class indices."""
+
+    features: FeatureSet
+    backbone: Backbone
+    forward: Forward
+
+    def samples(self, split: str) -> tuple[Sample, ...]:
+        return self.features.samples(split, labelled=True)
+
+    def batches(self, samples: Sequence[Sample]) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[Sample]]]:
+        """Yield images float32 (n, 3, H, W), y int64 (n,) on the device, and their samples; unreadable ones are warned of."""
+        waiting: dict[bytes, deque[Sample]] = defaultdict(deque)
+        for sample in samples:
+            waiting[sample.key].append(sample)
+        items = [(sample.key, self.features.manifest.place_of(sample)) for sample in samples]
+        transform, size = self.backbone.transform, self.forward.batch_size
+        for batch in image_batches(items, [transform], batch_size=size, workers=self.forward.workers):
+            for failed in batch.failures:
+                path = self.features.manifest.name_of(waiting[failed.key].popleft())
+                warnings.warn(f"{path} is left out: {failed.reason}", EmbedpipeWarning, stacklevel=2)
+            if batch.keys:
+                these = [waiting[key].popleft() for key in batch.keys]
+                y = torch.tensor([self.features.classes.index(s.label or "") for s in these])
+                there = torch.from_numpy(batch.images[0]).to(self.forward.device)
+                images = transform.normalise(there) if isinstance(transform, Transform) else there
+                images = images.contiguous(memory_format=torch.channels_last)
+                yield images, y.to(self.forward.device), these
+
+    def shuffled(self, *, seed: int, flip: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the train split in a random order, whole batches only; what is left over comes in another epoch."""
+        samples, size = self.samples("train"), self.forward.batch_size
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(samples), generator=generator).tolist()
+        for images, y, _ in self.batches([samples[k] for k in order[: self.steps * size]]):
+            if flip:
+                mirrored = torch.rand(len(images), generator=generator) < 0.5
+                images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
+            yield images, y
+
+    @property
+    def steps(self) -> int:
+        """Batches an epoch."""
+        return max(1, len(self.samples("train")) // self.forward.batch_size)
+
+    def scores(self, network: Network, split: str) -> Scored:
+        """Return the samples of a split and the probabilities float64 (N, C) that the network gives them."""
+        samples, rows = [], [np.empty((0, len(self.features.classes)))]
+        with torch.inference_mode():
+            for images, _, these in self.batches(self.samples(split)):
+                rows.append(network(images).double().softmax(dim=1).cpu().numpy())
+                samples += these
+        return Scored(tuple(samples), np.concatenate(rows))
