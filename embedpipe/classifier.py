@@ -28,7 +28,7 @@ from embedpipe.places import Place
 from embedpipe.provenance import differing_fields, environment
 from embedpipe.runs import RunFolder, read_run
 from embedpipe.scoring import Scored as Scored
-from embedpipe.scoring import report_scores, write_scored
+from embedpipe.scoring import answer, report_scores, write_scored
 
 if TYPE_CHECKING:
     from embedpipe.backbones import Backbone
@@ -162,6 +162,11 @@ class Classifier:
         return self.head.classes
 
     @property
+    def task(self) -> str:
+        """Single, multilabel or regression."""
+        return self.head.task
+
+    @property
     def backbone(self) -> Backbone:
         """The backbone (of the first space, where there are several), loaded when first asked for.
 
@@ -183,7 +188,7 @@ class Classifier:
         return tuple(found)
 
     def predict_proba(self, paths: Sequence[str | os.PathLike[str]]) -> np.ndarray:
-        """Return class probabilities float64 (N, C) of image files.
+        """Return probabilities float64 (N, C) of image files, or numbers (N, 1), as the head gives them.
 
         Raises
         ------
@@ -197,8 +202,8 @@ class Classifier:
         return result.values
 
     def predict(self, paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-        """Return the most probable class of each image file."""
-        return [self.classes[k] for k in self.predict_proba(paths).argmax(axis=1)]
+        """Return what the head says of each image file: the most probable class; labels joined by "|"; the number as text."""
+        return [answer(row, self.classes, self.task)[0] for row in self.predict_proba(paths)]
 
     @classmethod
     def load(cls, folder: Path) -> Classifier:

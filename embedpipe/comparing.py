@@ -159,6 +159,11 @@ def _read(run: Classifier | PathLike, runs_dir: Path) -> Run:
     report = record.get("report")
     if not isinstance(report, Mapping) or not isinstance(report.get("classes"), list):
         raise UsageError(f"{folder.name} is a run of {record['verb']}", hint="name runs of fit-head or finetune")
+    if report.get("task", "single") != "single":
+        raise UsageError(
+            f"{folder.name} is a run of {report['task']} targets, expected single labels",
+            hint="evaluate each run on the same data",
+        )
     return Run(folder.name, tuple(report["classes"]), report.get("chosen_on"), tuple(read_predictions(folder)))
 
 

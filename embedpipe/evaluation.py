@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from embedpipe.classifier import Classifier
     from embedpipe.manifest import Failure, Manifest
-    from embedpipe.metrics import FullScore
     from embedpipe.pipeline import Progress
 
 PathLike = str | os.PathLike[str]
@@ -28,8 +27,8 @@ PathLike = str | os.PathLike[str]
 class Evaluation:
     """Scores of one classifier on labelled images.
 
-    metrics : dict                 as `metrics.score_fully` gives them: accuracy with its 95 % interval, and so on
-    confusion : int64 (C, C)       rows are true classes, columns predicted ones
+    metrics : dict                 as `Scored.metrics` gives them: accuracy with its 95 % interval, and so on
+    confusion : int64 (C, C)       rows are true classes, columns predicted ones; None but for single labels
     classes : tuple of str
     failed : images left out
     chosen_on : str or None        the split, where it helped to choose the head; None for one that did not
@@ -37,27 +36,36 @@ class Evaluation:
 
     run: str
     split: str
-    metrics: FullScore
-    confusion: np.ndarray
+    metrics: dict[str, Any]
+    confusion: np.ndarray | None
     classes: tuple[str, ...]
     failed: tuple[Failure, ...]
     chosen_on: str | None = None
+    task: str = "single"
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "run": self.run,
             "split": self.split,
             "metrics": self.metrics,
+            "task": self.task,
             "classes": list(self.classes),
-            "confusion": self.confusion.tolist(),
+            "confusion": None if self.confusion is None else self.confusion.tolist(),
             "failed": [vars(failure) for failure in self.failed],
             "chosen_on": self.chosen_on,
         }
 
     def confusion_csv(self) -> str:
-        """Return the confusion matrix as CSV: a header of predicted classes, then a row a true class."""
+        """Return the confusion matrix as CSV: a header of predicted classes, then a row a true class.
+
+        Raises
+        ------
+        UsageError    there is none
+        """
         from embedpipe.scoring import confusion_csv
 
+        if self.confusion is None:
+            raise UsageError(f"{self.task} targets have no confusion matrix", hint="leave out --confusion")
         return confusion_csv(self.classes, self.confusion)
 
 
@@ -86,7 +94,7 @@ def evaluate(
     split : str
         Which split to score; auto is test on the run's own data, and all images of other data.
     confusion : str
-        Write the confusion matrix to this CSV file.
+        Write the confusion matrix to this CSV file; single labels only.
     batch_size : int or auto
         Images a forward pass.
     device : str
@@ -100,15 +108,13 @@ def evaluate(
 
     Raises
     ------
-    UsageError    no labels, a label that the head does not know, or no sample in the split
+    UsageError    no labels, a label or a task that the head does not know, or no sample in the split
     """
-    import numpy as np
-
-    from embedpipe import metrics
     from embedpipe.cache import Cache
-    from embedpipe.classifier import Classifier, classify
+    from embedpipe.classifier import Classifier, Scored, classify
     from embedpipe.disk import publish
     from embedpipe.runs import find_run
+    from embedpipe.scoring import confusion_of
 
     if not isinstance(run, Classifier):
         run = Classifier.load(find_run(Path(runs_dir), run))
@@ -118,17 +124,17 @@ def evaluate(
         split = "test" if data is None else "all"
     samples = [s for s in manifest.samples if s.label is not None and split in ("all", s.split)]
     _check(manifest, run, [s.label or "" for s in samples], split)
-    files = {str(manifest.place_of(s)): run.classes.index(s.label or "") for s in samples}
+    files = {str(manifest.place_of(s)): s for s in samples}
     machine: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers, "progress": progress}
     result = classify(
         run, list(dict.fromkeys(manifest.place_of(s) for s in samples)), cache=cache, strict=strict, **machine
     )
-    y = np.array([files[path] for path in result.paths], dtype=np.int64)
-    matrix = metrics.confusion_matrix(y, result.values.argmax(axis=1), len(run.classes))
-    scores, failed = metrics.score_fully(result.values, y), (*manifest.unreadable, *result.failed)
+    scored = Scored(tuple(files[path] for path in result.paths), result.values, run.task)
+    matrix = confusion_of(scored, run.classes) if run.task == "single" else None
+    scores, failed = scored.metrics(run.classes), (*manifest.unreadable, *result.failed)
     chosen_on = run.report.get("chosen_on") if data is None else None
     seen = chosen_on if chosen_on == split else None
-    done = Evaluation(run.name, split, scores, matrix, run.classes, failed, seen)
+    done = Evaluation(run.name, split, scores, matrix, run.classes, failed, seen, run.task)
     if confusion:
         publish(Path(confusion), done.confusion_csv().encode("utf-8", "surrogateescape"))
     return done
@@ -150,12 +156,19 @@ def _manifest(run: Classifier, data: PathLike | Sequence[PathLike] | None, cache
 
 
 def _check(manifest: Manifest, run: Classifier, labels: list[str], split: str) -> None:
+    from embedpipe.manifest import names_of
+
     if not labels:
         raise UsageError(
             f"{manifest.name} has no labelled image in the split {split}",
             hint=f"found {', '.join(manifest.splits) or 'no split'}; name one with --split, or give labelled DATA",
         )
-    strange = sorted(set(labels) - set(run.classes))
+    if manifest.task != run.task:
+        raise UsageError(
+            f"{manifest.name} has {manifest.task} targets, and {run.name} was fitted on {run.task} ones",
+            hint="evaluate on data with the column that the head was fitted on",
+        )
+    strange = sorted({name for label in labels for name in names_of(label, run.task)} - set(run.classes))
     if strange:
         raise UsageError(
             f"{manifest.name} has the class {strange[0]!r}, expected {', '.join(run.classes[:8])}",

@@ -125,9 +125,10 @@ class FeatureSet:
         return [self.manifest.name_of(s) for s in self._rows_of(split)]
 
     def arrays(self, split: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return features float32 (N, D) and class indices int64 (N,) of a split, or of all.
+        """Return features float32 (N, D) of a split, or of all, and class indices int64 (N,).
 
-        In labelled data, images without a label are left out; in unlabelled data every index is -1.
+        Of several labels an image, float32 (N, C) of 0 and 1; of numbers, float64 (N,). In labelled data, images without a
+        label are left out; in unlabelled data every index is -1.
 
         Raises
         ------
@@ -139,15 +140,13 @@ class FeatureSet:
                 hint=f"found {', '.join(self.splits) or 'no features at all'}",
             )
         samples = self._rows_of(split)
-        index = {name: number for number, name in enumerate(self.classes)}
-        y = np.array([index.get(s.label or "", -1) for s in samples], dtype=np.int64)
-        return self.read(samples), y
+        return self.read(samples), self.manifest.targets(samples)
 
     def _rows_of(self, split: str | None) -> tuple[Sample, ...]:
         return self.samples(split, labelled=self.manifest.labelled)
 
     def labelled(self, *splits: str, max_bytes: float) -> tuple[np.ndarray | Chunked, np.ndarray]:
-        """Return features (N, D) and class indices int64 (N,) of the labelled images of splits.
+        """Return features (N, D) and targets, as `arrays` does, of the labelled images of splits.
 
         Features of more bytes are read in chunks, in the order in which they are stored.
         """
@@ -155,9 +154,7 @@ class FeatureSet:
         small = len(samples) * self.feature_dim * 4 <= max_bytes
         if not small:
             samples = tuple(sorted(samples, key=lambda sample: sample.key))
-        index = {name: number for number, name in enumerate(self.classes)}
-        y = np.array([index[s.label or ""] for s in samples], dtype=np.int64)
-        return self.read(samples) if small else self.chunked(samples), y
+        return self.read(samples) if small else self.chunked(samples), self.manifest.targets(samples)
 
     def chunked(self, samples: Sequence[Sample]) -> Chunked:
         """Return features float32 (N, D) of samples that have a row, to be read when somebody asks for them."""

@@ -66,7 +66,8 @@ def find_leaks(features: FeatureSet, scored: Mapping[str, Scored], *, max_bytes:
         near_ratio, near_skipped                    how near is near (`embedpipe.neighbours`); why it was left out
         groups_across_splits : int; groups : [{group, splits: {name: count}}], the first 20
         leaked : {split: count}                     images with any of these, each once
-        accuracy_without_leaks : {split: {accuracy, accuracy_ci95, n}}; accuracy null where nothing is left
+        accuracy_without_leaks : {split: {accuracy, accuracy_ci95, n}}; accuracy null where nothing is left; single labels
+                                                    only, else {}
         pairs : [{path, split, kind, twin, similarity}], the first 20
     """
     exact = find_exact(features.samples())
@@ -85,7 +86,9 @@ def find_leaks(features: FeatureSet, scored: Mapping[str, Scored], *, max_bytes:
         "groups": [{"group": name, "splits": dict(counts)} for name, counts in list(groups.items())[:SHOWN]],
         "leaked": {split: sum(sample.split == split for sample in leaked) for split in others},
         "accuracy_without_leaks": {
-            split: _without(scored[split], features.classes, leaked) for split in others if split in scored
+            split: _without(scored[split], features.classes, leaked)
+            for split in others
+            if split in scored and scored[split].task == "single"
         },
         "pairs": [_pair(features, leak) for leak in found[:SHOWN]],
     }

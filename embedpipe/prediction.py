@@ -23,19 +23,33 @@ PathLike = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image: its most probable classes, best first, and all probabilities float64 (C,) in order of `classes`."""
+    """One image: what the head says, and all probabilities float64 (C,) in order of `classes`; of numbers the value (1,).
+
+    label : str                    the most probable class; or all labels from 0.5 on, joined by "|"; or the number
+    probability : float or None    of the class; of the least probable of these labels, None for none of them; None for a number
+    """
 
     path: str
     classes: tuple[str, ...]
     values: np.ndarray
+    task: str = "single"
 
     @property
     def label(self) -> str:
-        return self.classes[int(self.values.argmax())]
+        from embedpipe.scoring import answer
+
+        return answer(self.values, self.classes, self.task)[0]
 
     @property
-    def probability(self) -> float:
-        return float(self.values.max())
+    def probability(self) -> float | None:
+        from embedpipe.scoring import answer
+
+        return answer(self.values, self.classes, self.task)[1]
+
+    @property
+    def value(self) -> float:
+        """The number that was asked for."""
+        return float(self.values[0])
 
     def top(self, count: int) -> list[tuple[str, float]]:
         """Return the `count` most probable classes with their probabilities."""
@@ -43,7 +57,13 @@ class Prediction:
         return sorted(pairs, key=lambda pair: -pair[1])[:count]
 
     def to_dict(self, *, top: int = 1, probabilities: bool = False) -> dict[str, Any]:
+        from embedpipe.manifest import names_of
+
+        if self.task == "regression":
+            return {"path": self.path, "value": self.value}
         record: dict[str, Any] = {"path": self.path, "label": self.label, "probability": self.probability}
+        if self.task == "multilabel":
+            record["labels"] = list(names_of(self.label, self.task))
         if top > 1:
             record["top"] = [{"label": name, "probability": p} for name, p in self.top(top)]
         if probabilities:
@@ -53,10 +73,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictions:
-    """predictions : list of Prediction, in the order of the images; failed : images without one."""
+    """predictions : list of Prediction, in the order of the images; failed : images without one; task : of the head."""
 
     predictions: list[Prediction]
     failed: tuple[Failure, ...]
+    task: str = "single"
 
 
 def predict(
@@ -72,6 +93,9 @@ def predict(
     progress: Progress | None = None,
 ) -> Predictions:
     """Classify image files and all images in folders.
+
+    A head of several labels an image gives those with a probability of 0.5 and more, joined by `|`, and the least of these
+    probabilities; a head of numbers gives the value.
 
     Parameters
     ----------
@@ -102,6 +126,7 @@ def predict(
     machine: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers, "progress": progress}
     result = classify(run, files, cache=Cache(Path(cache_dir)), strict=strict, **machine)
     predictions = [
-        Prediction(path, run.classes, values) for path, values in zip(result.paths, result.values, strict=True)
+        Prediction(path, run.classes, values, run.task)
+        for path, values in zip(result.paths, result.values, strict=True)
     ]
-    return Predictions(predictions, result.failed)
+    return Predictions(predictions, result.failed, run.task)

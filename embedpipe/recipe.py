@@ -27,6 +27,7 @@ from embedpipe.heads import (
     fit_blocks_once,
     fit_knn,
 )
+from embedpipe.manifest import names_of
 
 if TYPE_CHECKING:
     from embedpipe.features import FeatureSet
@@ -48,6 +49,7 @@ class Fitted:
 class Recipe:
     """The options of fit-head that shape a head; the deed explains them.
 
+    task : str               what the head is to learn, as in a manifest
     widths : tuple of int    features of each space, side by side; one space where there are none
     max_bytes : float        features of more are read in chunks
     """
@@ -59,18 +61,24 @@ class Recipe:
     class_weight: str = "none"
     widths: tuple[int, ...] = ()
     max_bytes: float = math.inf
+    task: str = "single"
 
     @property
     def chooses(self) -> bool:
-        """Whether validation samples are needed, to choose l2 on."""
+        """Whether there is an l2 to choose."""
         return self.solver != "knn" and self.l2 == "auto"
+
+    @property
+    def needs_val(self) -> bool:
+        """Whether validation samples are needed, to choose l2 on; ridge asks what it misses of each sample left out."""
+        return self.chooses and self.solver != "ridge" and self.task != "regression"
 
     @property
     def _memory(self) -> int:
         return int(min(MEMORY_BYTES, max(1.0, self.max_bytes / 4)))
 
     def data(self, features: FeatureSet, *splits: str) -> tuple[Array | Chunked, Array]:
-        """Return X (N, D) and y (N,) of the labelled images of splits."""
+        """Return X (N, D) and y (N,), or (N, C), of the labelled images of splits."""
         return features.labelled(*splits, max_bytes=math.inf if self.solver == "knn" else self.max_bytes)
 
     def rows(self, features: FeatureSet, samples: tuple[Sample, ...]) -> Any:
@@ -81,14 +89,14 @@ class Recipe:
     def choose(self, X: Array | Chunked, y: Array, X_val: Array | Chunked, y_val: Array) -> Fitted:
         """Fit on X, y with the l2 that is best on X_val, y_val, or with the one that was named.
 
-        X : float32 (N, D); y : int64 (N,)
+        X : float32 (N, D); y : as `FeatureSet.arrays` gives it
 
         Raises
         ------
         UsageError    fewer than two classes, or nothing to choose l2 on
         """
         if self.solver == "knn":
-            return Fitted(fit_knn(X[:], y, classes=self.classes), None)
+            return Fitted(self._neighbours(X, y), None)
         path = self.path(X, y, X_val, y_val)
         return Fitted(path.head, path.l2, path.points)
 
@@ -99,12 +107,17 @@ class Recipe:
     def fit(self, X: Array | Chunked, y: Array, *, l2: float | None) -> LinearHead | KnnHead:
         """Fit on X, y with this l2."""
         if self.solver == "knn" or l2 is None:
-            return fit_knn(X[:], y, classes=self.classes)
+            return self._neighbours(X, y)
         return fit_blocks_once(X, y, l2=l2, **self._options(X, y))
+
+    def _neighbours(self, X: Array | Chunked, y: Array) -> KnnHead:
+        if self.task != "single":
+            raise UsageError(f"the solver knn knows no {self.task} targets", hint="leave out --solver knn")
+        return fit_knn(X[:], y, classes=self.classes)
 
     def _options(self, X: Array | Chunked, y: Array) -> dict[str, Any]:
         weight = class_weights(y, len(self.classes))[y] if self.class_weight == "balanced" else None
-        common = {"classes": self.classes, "solver": self.solver, "standardize": self.standardize}
+        common = {"classes": self.classes, "task": self.task, "solver": self.solver, "standardize": self.standardize}
         return {**common, "widths": self.widths or (X.shape[1],), "sample_weight": weight, "memory_bytes": self._memory}
 
 
@@ -113,7 +126,7 @@ def check_labelled(features: FeatureSet) -> None:
     name = features.manifest.name
     if not features.manifest.labelled:
         raise UsageError(
-            f"{name} has no labels, expected class folders or a manifest with a label column",
+            f"{name} has no labels, expected class folders or a manifest with a column label, labels or target",
             hint="sort the images into one folder a class",
         )
     if features.missing:
@@ -124,11 +137,28 @@ def check_labelled(features: FeatureSet) -> None:
         )
 
 
+def check_task(features: FeatureSet, *options: str) -> None:
+    """Refuse options, as they are typed, that make sense only where every image has one class."""
+    if options and features.manifest.task != "single":
+        raise UsageError(
+            f"{features.manifest.name} has {features.manifest.task} targets, {options[0]} needs one class an image",
+            hint=f"do without {options[0]}",
+        )
+
+
 def check_classes(features: FeatureSet) -> None:
-    """Refuse a train split of fewer than two classes; warn of classes that it lacks."""
-    name = features.manifest.name
-    found = sorted({sample.label or "" for sample in features.samples("train", labelled=True)})
-    if len(found) < 2:
+    """Refuse a train split without two classes, labels or numbers; warn of classes that it lacks."""
+    name, task = features.manifest.name, features.manifest.task
+    labels = {sample.label or "" for sample in features.samples("train", labelled=True)}
+    if task != "single" and len(labels) < 2:
+        raise UsageError(
+            f"the train split of {name} has the same target everywhere, expected at least 2",
+            hint="add images with another one",
+        )
+    if task == "regression":
+        return
+    found = sorted({one for label in labels for one in names_of(label, task)})
+    if task == "single" and len(found) < 2:
         raise UsageError(
             f"the train split of {name} has {len(found)} class ({', '.join(found) or 'none'}), expected at least 2",
             hint="add a folder of images for every other class",

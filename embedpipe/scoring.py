@@ -18,9 +18,11 @@ import numpy as np
 
 from embedpipe.errors import EmbedpipeWarning, ModelMismatch, UsageError
 from embedpipe.heads import KnnHead, LinearHead
-from embedpipe.manifest import Manifest, Sample
+from embedpipe.manifest import SEPARATOR, Manifest, Sample, targets
 from embedpipe.metrics import (
     TEMPERATURES,
+    THRESHOLD,
+    ClassScore,
     confusion_matrix,
     expected_calibration_error,
     fit_temperature,
@@ -28,6 +30,8 @@ from embedpipe.metrics import (
     per_class,
     reliability,
     score_fully,
+    score_multilabel,
+    score_regression,
     soften,
 )
 from embedpipe.runs import RunFolder
@@ -42,15 +46,24 @@ WORST = 3  # classes that a report names
 
 @dataclass(frozen=True)
 class Scored:
-    """samples : n Sample with a label, probabilities : float64 (n, C)."""
+    """samples : n Sample with a label, probabilities : float64 (n, C), or numbers (n, 1), as the task has it."""
 
     samples: tuple[Sample, ...]
     probabilities: np.ndarray
+    task: str = "single"
 
     def labels(self, classes: Sequence[str]) -> np.ndarray:
-        """Return class indices int64 (n,)."""
-        index = {name: number for number, name in enumerate(classes)}
-        return np.array([index[s.label or ""] for s in self.samples], dtype=np.int64)
+        """Return class indices int64 (n,), labels float32 (n, C) or numbers float64 (n,)."""
+        return targets(self.samples, classes, self.task)
+
+    def metrics(self, classes: Sequence[str]) -> dict[str, Any]:
+        """Return the scores: as `score_fully`, `score_multilabel` or `score_regression` gives them."""
+        y = self.labels(classes)
+        if self.task == "regression":
+            return {**score_regression(self.probabilities[:, 0], y)}
+        return {
+            **(score_fully(self.probabilities, y) if self.task == "single" else score_multilabel(self.probabilities, y))
+        }
 
 
 @dataclass(frozen=True)
@@ -82,25 +95,31 @@ def report_scores(
     Returns
     -------
     dict
-        `metrics`: by split, as `score_fully` gives them, always of the head as it is saved; `worst_classes`:
+        `metrics`: by split, as `Scored.metrics` gives them, always of the head as it is saved; `worst_classes`:
         {split, classes} with up to three rows of per_class.csv, of test, or val where there is none; null for two
-        classes. `calibration`: {temperature, fitted_on, at_bound, applied, splits: {split: {before, after:
-        {log_loss, ece}}}, reliability: {split: {before, after: [{low, high, n, confidence, accuracy}]}}};
-        before and after the temperature; null without a val that can be fitted on.
+        classes and for numbers. `calibration`: {temperature, fitted_on, at_bound, applied, splits: {split: {before, after:
+        {log_loss, ece}}}, reliability: {split: {before, after: [{low, high, n, confidence, accuracy}]}}}; before and after
+        the temperature; null without a val that can be fitted on, and but for single labels.
     """
-    truths = {split: one.labels(classes) for split, one in scored.items()}
+    single = all(one.task == "single" for one in scored.values())
     last = next((split for split in ("test", "val") if split in scored and len(classes) > 2), None)
     return {
-        "metrics": {split: score_fully(one.probabilities, truths[split]) for split, one in scored.items()},
+        "metrics": {split: one.metrics(classes) for split, one in scored.items()},
         "worst_classes": last and {"split": last, "classes": worst_classes(scored[last], classes)},
-        "calibration": _calibration(scored, truths, applied) if unseen_val and "val" in scored else None,
+        "calibration": _calibration(scored, classes, applied) if single and unseen_val and "val" in scored else None,
     }
 
 
 def class_table(scored: Scored, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Return one row a class: class, n, precision, recall, recall_ci95, f1; None where a value does not exist."""
-    rows = per_class(_confusion(scored, classes))
+    rows = per_class(confusion_of(scored, classes)) if scored.task == "single" else _per_label(scored, classes)
     return [{"class": name, **row} for name, row in zip(classes, rows, strict=True)]
+
+
+def _per_label(scored: Scored, classes: Sequence[str]) -> list[ClassScore]:
+    """Return a row of `per_class` for each label, which is predicted from 0.5 on."""
+    predicted, y = (scored.probabilities >= THRESHOLD).astype(np.int64), scored.labels(classes).astype(np.int64)
+    return [per_class(confusion_matrix(y[:, c], predicted[:, c], 2))[1] for c in range(len(classes))]
 
 
 def worst_classes(scored: Scored, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -110,17 +129,21 @@ def worst_classes(scored: Scored, classes: Sequence[str]) -> list[dict[str, Any]
 
 
 def write_scored(run: RunFolder, scored: Mapping[str, Scored], classes: Sequence[str], manifest: Manifest) -> None:
-    """Write predictions.csv, per_class.csv and a confusion-<split>.csv for each split."""
+    """Write predictions.csv; per_class.csv, but for numbers; and of single labels a confusion-<split>.csv for each split."""
     run.write_text(PREDICTIONS, _csv(COLUMNS, _prediction_rows(scored, classes, manifest)))
     head = ("split", "class", "n", "precision", "recall", "recall_low", "recall_high", "f1")
     rows = [
         (split, row["class"], row["n"], row["precision"], row["recall"], *(row["recall_ci95"] or ("", "")), row["f1"])
         for split, one in scored.items()
+        if one.task != "regression"
         for row in class_table(one, classes)
     ]
-    run.write_text("per_class.csv", _csv(head, rows))
+    if rows:
+        run.write_text("per_class.csv", _csv(head, rows))
     for split, one in scored.items():
-        run.write_text(f"confusion-{split}.csv", confusion_csv(classes, _confusion(one, classes)))
+        if one.task != "single":
+            continue
+        run.write_text(f"confusion-{split}.csv", confusion_csv(classes, confusion_of(one, classes)))
 
 
 def confusion_csv(classes: Sequence[str], confusion: np.ndarray) -> str:
@@ -173,10 +196,9 @@ def calibrated(head: LinearHead | KnnHead, features: FeatureSet, *, unseen_val: 
     return replace(head, weight=head.weight / scale, bias=head.bias / scale, provenance=provenance)
 
 
-def _calibration(
-    scored: Mapping[str, Scored], truths: Mapping[str, np.ndarray], applied: float | None
-) -> dict[str, Any]:
+def _calibration(scored: Mapping[str, Scored], classes: Sequence[str], applied: float | None) -> dict[str, Any]:
     """Return the calibration block; where a temperature is folded in already, before is without it."""
+    truths = {split: one.labels(classes) for split, one in scored.items()}
     raw = {
         split: soften(one.probabilities, 1 / applied) if applied else one.probabilities for split, one in scored.items()
     }
@@ -199,7 +221,8 @@ def _gap(probabilities: np.ndarray, y: np.ndarray) -> dict[str, float]:
     return {"log_loss": log_loss(probabilities, y), "ece": ece}
 
 
-def _confusion(scored: Scored, classes: Sequence[str]) -> np.ndarray:
+def confusion_of(scored: Scored, classes: Sequence[str]) -> np.ndarray:
+    """Return how often each class int64 (C, C) was predicted, a row a true class."""
     return confusion_matrix(scored.labels(classes), scored.probabilities.argmax(axis=1), len(classes))
 
 
@@ -208,9 +231,40 @@ def _prediction_rows(
 ) -> Iterable[Sequence[Any]]:
     for split, one in scored.items():
         for sample, row, y in zip(one.samples, one.probabilities, one.labels(classes), strict=True):
-            best = int(row.argmax())
+            said, probability = answer(row, classes, one.task)
+            true = _probability_of(row, y, one.task)
+            shown = "" if probability is None else f"{probability:.6f}"
+            label = (sample.label or "").removeprefix(SEPARATOR) if one.task == "multilabel" else sample.label
             name, key = manifest.name_of(sample), sample.key.hex()
-            yield name, split, sample.label, classes[best], f"{row[best]:.6f}", key, f"{row[y]:.9g}"
+            yield name, split, label, said, shown, key, "" if true is None else f"{true:.9g}"
+
+
+def answer(row: np.ndarray, classes: Sequence[str], task: str) -> tuple[str, float | None]:
+    """Return in words what a head says of an image, and its probability.
+
+    Parameters
+    ----------
+    row : float64 (C,)    of `LinearHead.predict_proba`
+
+    Returns
+    -------
+    single        the most probable class
+    multilabel    the labels with a probability of 0.5 and more, joined by "|", and the least of these; "" and None for none
+    regression    the number, and None
+    """
+    if task == "regression":
+        return f"{row[0]:.9g}", None
+    if task == "single":
+        return classes[int(row.argmax())], float(row.max())
+    likely = np.flatnonzero(row >= THRESHOLD)
+    return SEPARATOR.join(classes[c] for c in likely.tolist()), float(row[likely].min()) if len(likely) else None
+
+
+def _probability_of(row: np.ndarray, y: Any, task: str) -> float | None:
+    """Return the probability of the truth: of the class, or of exactly these labels, each for itself."""
+    if task == "regression":
+        return None
+    return float(row[y] if task == "single" else np.where(y > 0, row, 1 - row).prod())
 
 
 def _predicted(row: Mapping[str, Any]) -> Predicted:

@@ -108,13 +108,14 @@ def audit(
     from embedpipe.features import FeatureSet, open_features
     from embedpipe.folds import out_of_fold
     from embedpipe.manifest import SPLITS
-    from embedpipe.recipe import Recipe, check_labelled
+    from embedpipe.recipe import Recipe, check_labelled, check_task
     from embedpipe.runs import new_run
 
     features = dataset
     if not isinstance(features, FeatureSet):
         features = open_features(Cache(Path(cache_dir)), features, space=space, backbone=backbone, layer=layer)
     check_labelled(features)
+    check_task(features, "audit")
     done = out_of_fold(features, Recipe(features.classes, l2=l2), folds=folds, splits=SPLITS, seed=seed)
     issues = (*_label_issues(features, done), *_neighbour_issues(features, done))
     with new_run(Path(runs_dir), "audit") as run:

@@ -41,7 +41,7 @@ def dataset_name(manifest: Manifest) -> str:
 
 
 def write_table(path: Path, manifest: Manifest) -> None:
-    """Write the sample table of a manifest; an absent label or group is stored as the empty text.
+    """Write the sample table of a manifest; an absent label or group is stored as the empty text, a task but "single" as `task`.
 
     Files that could not be read are left out: they have no key, and the next run tries them again.
     """
@@ -63,6 +63,8 @@ def write_table(path: Path, manifest: Manifest) -> None:
         "ignored": manifest.ignored,
         "format_version": FORMAT_VERSION,
     }
+    if manifest.task != "single":
+        attrs["task"] = manifest.task
     publish(path, lambda stream: write_sealed(stream, arrays, attrs))
 
 
@@ -81,9 +83,12 @@ def read_table(path: Path) -> Manifest:
 
 
 def _manifest_of(table: Sealed) -> Manifest:
-    from embedpipe.manifest import Manifest, Sample, Source, root_of
+    from embedpipe.manifest import TASKS, Manifest, Sample, Source, root_of
 
     columns = {name: texts_of(table.arrays[name]) for name in TEXTS}
+    task = table.attrs.get("task", "single")
+    if task not in TASKS.values():
+        raise ValueError("an unknown task")
     keys = [key.tobytes() for key in table.arrays["key"].reshape(-1, KEY_BYTES)]
     parts = _column(table, "part") if "part" in table.arrays else [""] * len(keys)
     rows = zip(*columns.values(), keys, table.arrays["source"].tolist(), parts, strict=True)
@@ -103,6 +108,7 @@ def _manifest_of(table: Sealed) -> Manifest:
         ignored=table.attrs["ignored"],
         unreadable=(),
         warnings=tuple(_column(table, "warnings")),
+        task=task,
     )
 
 

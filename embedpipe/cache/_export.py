@@ -33,14 +33,14 @@ class Exported:
 
     def __init__(self, manifest: Manifest, samples: tuple[Sample, ...], view: SpaceView) -> None:
         self.view, self.keys = view, [sample.key for sample in samples]
-        index = {name: number for number, name in enumerate(manifest.classes)}
-        self.labels = np.array([index.get(sample.label or "", -1) for sample in samples], "<i8")
+        self.task, self.labels = manifest.task, manifest.targets(samples)
         self.texts = {
             "paths": [manifest.name_of(sample) for sample in samples],
             "splits": [sample.split for sample in samples],
             "groups": [sample.group or "" for sample in samples],
         }
         self.classes = list(manifest.classes)
+        self.label_names = [sample.label for sample in samples]
 
     @property
     def columns(self) -> dict[str, Array]:
@@ -95,17 +95,19 @@ def _write_parquet(stream: IO[bytes], exported: Exported, about: dict[str, str])
     classes = [_escaped(name) for name in exported.classes]
     width = exported.view.feature_dim
     types = {"features": pa.list_(pa.float32(), width), **dict.fromkeys(exported.texts, pa.string())}
-    types |= {"labels": pa.int64(), "label_names": pa.string(), "keys": pa.binary(32)}
+    label = {"single": pa.int64(), "multilabel": pa.list_(pa.float32()), "regression": pa.float64()}[exported.task]
+    types |= {"labels": label, "label_names": pa.string(), "keys": pa.binary(32)}
     schema = pa.schema(list(types.items()), metadata={**about, "classes": json.dumps(classes)})
     start = 0
     with parquet.ParquetWriter(stream, schema) as writer:
         for chunk in exported.chunks():
             part = slice(start, start := start + len(chunk))
             numbers = exported.labels[part].tolist()
+            names = exported.label_names[part]
             columns: dict[str, Any] = {name: list(map(_escaped, t[part])) for name, t in exported.texts.items()}
             flat = pa.array(chunk.astype(np.float32).reshape(-1))
             columns |= {"features": pa.FixedSizeListArray.from_arrays(flat, width), "labels": numbers}
-            columns |= {"label_names": [None if n < 0 else classes[n] for n in numbers], "keys": exported.keys[part]}
+            columns |= {"label_names": [None if n is None else _escaped(n) for n in names], "keys": exported.keys[part]}
             writer.write_table(pa.table(columns, schema=schema))
 
 

@@ -271,16 +271,28 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     ctx.default_map = tree
 
 
+SHOWN = {  # the score that has an interval in the table, what it is called, and two more
+    "accuracy": ("accuracy", "macro F1", "log loss"),
+    "mean_average_precision": ("mean AP", "macro F1", "log loss"),
+    "r2": ("R2", "MAE", "RMSE"),
+}
+
+
+def _number(value: float | None) -> str:
+    return f"{'-':>9}" if value is None else f"{value:>9.4f}"
+
+
 def scores(metrics: Mapping[str, Mapping[str, Any]], chosen_on: str | None = None) -> str:
     """Return a table of scores, a row a split; the one that helped to choose the head is marked."""
-    lines = [f"{'split':<6} {'n':>6} {'accuracy':>9}  {'95 % interval':<16} {'macro F1':>8} {'log loss':>9}"]
+    main = next((name for one in metrics.values() for name in SHOWN if name in one), "accuracy")
+    title, *others = SHOWN[main]
+    words = "".join(f" {word:>9}" for word in others)
+    lines = [f"{'split':<6} {'n':>6} {title:>9}  {'95 % interval':<16}{words}"]
     for split, one in metrics.items():
-        low, high = one["accuracy_ci95"]
+        interval = one[f"{main}_ci95"] and "{:.4f} - {:.4f}".format(*one[f"{main}_ci95"])
         name = f"{split}*" if split == chosen_on else split
-        lines.append(
-            f"{name:<6} {one['n']:>6} {one['accuracy']:>9.4f}  {f'{low:.4f} - {high:.4f}':<16} "
-            f"{one['macro_f1']:>8.4f} {one['log_loss']:>9.4f}"
-        )
+        values = "".join(f" {_number(one[word.lower().replace(' ', '_')])}" for word in others)
+        lines.append(f"{name:<6} {one['n']:>6} {_number(one[main])}  {interval or '-':<16}{values}")
     if chosen_on in metrics:
         lines.append(f"* {chosen_on} was used to make this head: only other images say what it does on new ones")
     return "\n".join(lines)

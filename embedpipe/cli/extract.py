@@ -31,10 +31,17 @@ def extract(session: Session, data: tuple[str, ...], backbone: tuple[str, ...], 
     session.finish(found, tell(found), failed=len(found["failed"]))
 
 
+def learnt(found: Mapping[str, Any]) -> str:
+    """Return what there is to learn of each image."""
+    if found["task"] == "regression":
+        return "a number each"
+    return f"{len(found['classes'])} {'labels' if found['task'] == 'multilabel' else 'classes'}"
+
+
 def tell(found: Mapping[str, Any]) -> str:
     """Return what was done, a line a space, and which stage set the pace."""
     lines = [
-        f"{found['dataset']}: {found['images']} images, {len(found['classes'])} classes, {counts(found['splits'])}",
+        f"{found['dataset']}: {found['images']} images, {learnt(found)}, {counts(found['splits'])}",
         *(
             f"{space['space']}: {space['feature_dim']} features, {space['computed']} computed, {space['reused']} reused"
             for space in found["spaces"]

@@ -10,6 +10,7 @@ import rich_click as click
 
 from embedpipe import prediction
 from embedpipe.cli._build import Session, command
+from embedpipe.errors import UsageError
 
 
 @command(prediction.predict, example="embedpipe predict RUN photos/ > labels.csv")
@@ -19,6 +20,8 @@ from embedpipe.cli._build import Session, command
 @click.option("--probabilities", is_flag=True, help="Probabilities of all classes.")
 def predict(session: Session, run: str, images: tuple[str, ...], top: int, probabilities: bool, **options: Any) -> None:
     done = prediction.predict(run, images, progress=session.progress, **options)
+    if done.task == "regression" and (top > 1 or probabilities):
+        raise UsageError(f"{run} predicts a number, without probabilities", hint="leave out --top and --probabilities")
     for failure in done.failed:
         session.note(f"failed: {failure.path} ({failure.stage}): {failure.reason}")
     records = [p.to_dict(top=top, probabilities=probabilities) for p in done.predictions]
@@ -28,13 +31,16 @@ def predict(session: Session, run: str, images: tuple[str, ...], top: int, proba
 
 
 def to_csv(predictions: list[prediction.Prediction], top: int, probabilities: bool) -> str:
-    """Return `path,label,probability`, a row an image and class; with `probabilities` a column a class."""
+    """Return `path,label,probability`, a row an image and class, and for `probabilities` a column a class; or `path,value`."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
+    if predictions and predictions[0].task == "regression":
+        writer.writerows([("path", "value"), *((one.path, one.label) for one in predictions)])
+        return out.getvalue().rstrip("\n")
     classes = predictions[0].classes if probabilities and predictions else ()
     writer.writerow(["path", "label", "probability", *classes])
     for one in predictions:
         values = [f"{p:.6f}" for p in one.values] if probabilities else []
-        for label, probability in one.top(top):
-            writer.writerow([one.path, label, f"{probability:.6f}", *values])
+        for label, probability in one.top(top) if top > 1 else [(one.label, one.probability)]:
+            writer.writerow([one.path, label, "" if probability is None else f"{probability:.6f}", *values])
     return out.getvalue().rstrip("\n")

@@ -75,6 +75,7 @@ def _of_manifest(manifest: Manifest) -> dict[str, Any]:
     return {
         "images": len(manifest.samples) + len(manifest.unreadable),
         "ignored": manifest.ignored,
+        "task": manifest.task,
         "classes": list(manifest.classes),
         "splits": manifest.splits,
     }

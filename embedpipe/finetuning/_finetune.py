@@ -150,6 +150,11 @@ def _starting_point(run: Classifier | PathLike | None, runs_dir: Path) -> tuple[
             f"{classifier.name} has a kNN head, expected a linear one to start from",
             hint="run `embedpipe fit-head` without --solver knn",
         )
+    if classifier.task != "single":
+        raise UsageError(
+            f"{classifier.name} has {classifier.task} targets, expected one class an image to fine-tune on",
+            hint="fit a head on class folders, or on a manifest with a column label",
+        )
     layers = [part.spec["layer"] for part in classifier.reference.parts]
     if layers != [PENULTIMATE]:
         raise UsageError(

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from embedpipe.recipe import Fitted, Recipe
 
 PathLike = str | os.PathLike[str]
+POINT = {  # of l2_path, by task
+    "single": ("l2", "val_accuracy", "objective"),
+    "multilabel": ("l2", "val_log_loss", "objective"),
+    "regression": ("l2", "val_rmse", "loo_rmse", "objective"),
+}
 
 
 def fit_head(
@@ -45,7 +50,9 @@ def fit_head(
 ) -> Classifier:
     """Fit a head on the train split, choose l2 on val, and score test once.
 
-    The objective is mean cross-entropy + l2/2 * ||W||^2 on standardised features, bias free.
+    The objective is mean cross-entropy + l2/2 * ||W||^2 on standardised features, bias free. Where a manifest has `labels`, the
+    cross-entropies of all labels of an image are summed, and the lowest log loss on val chooses l2. Where it has a `target`,
+    the objective is half the mean squared error of standardised targets + l2/2 * ||w||^2, and the lowest error chooses.
 
     Parameters
     ----------
@@ -53,7 +60,7 @@ def fit_head(
         Default: the data set extracted last.
     solver : str
         newton (auto), lbfgs and sklearn solve the same objective; ridge fits least squares, in the least time; knn asks the
-        nearest training images.
+        nearest training images. Several labels: newton or ridge; numbers: ridge.
     l2 : float or auto
         Strength of the penalty; auto takes the best of 45 values on val.
     refit : bool
@@ -96,7 +103,7 @@ def fit_head(
     from embedpipe.disk import BYTES, parse_amount
     from embedpipe.fitting._curve import parse_shots
     from embedpipe.leaks import find_leaks
-    from embedpipe.recipe import Recipe, check_classes, check_labelled
+    from embedpipe.recipe import Recipe, check_classes, check_labelled, check_task
     from embedpipe.runs import new_run
     from embedpipe.scoring import calibrated
 
@@ -107,7 +114,10 @@ def fit_head(
     features = _open(features, Path(cache_dir), asked)
     check_labelled(features)
     check_classes(features)
-    recipe = Recipe(features.classes, solver, l2, standardize, class_weight, features.widths, most)
+    task = features.manifest.task
+    recipe = Recipe(features.classes, solver, l2, standardize, class_weight, features.widths, most, task)
+    others = {"--shots": asked_shots, "--folds": folds, "--calibrate": calibrate, "--compare-layers": compare_layers}
+    check_task(features, *_single_only(features, recipe, others))
     features, choice = _choose(features, recipe, compare=compare_layers)
     recipe = replace(recipe, widths=features.widths)
     fitted, report = _fit(features, recipe, refit=refit)
@@ -117,11 +127,8 @@ def fit_head(
         fitted = replace(fitted, head=calibrated(fitted.head, features, unseen_val=not refit))
     classifier = Classifier(fitted.head, Reference.of(features.spaces), _backbone=features.backbone)
     scored = _predict(features, fitted, recipe)
-    report |= {
-        "dataset": features.dataset,
-        "classes": list(features.classes),
-        "leaks": find_leaks(features, scored, max_bytes=most),
-    }
+    report |= {"dataset": features.dataset, "task": task, "classes": list(features.classes)}
+    report["leaks"] = find_leaks(features, scored, max_bytes=most)
     if asked_shots:
         report["curve"] = _curve(features, recipe, asked_shots, repeats=repeats, seed=seed)
     if folds is not None:
@@ -138,6 +145,12 @@ def _open(features: FeatureSet | str | None, cache_dir: Path, asked: dict[str, A
     if isinstance(features, FeatureSet):
         return features.reopened(**asked) if any(asked.values()) else features
     return open_features(Cache(cache_dir), features, **asked)
+
+
+def _single_only(features: FeatureSet, recipe: Recipe, others: dict[str, Any]) -> list[str]:
+    """Return what is asked for, as it is typed, and makes sense for single labels only."""
+    given = {"--class-weight": recipe.class_weight == "balanced", **others, "a head on several layers": features.beside}
+    return [option for option, value in given.items() if value]
 
 
 def _choose(features: FeatureSet, recipe: Recipe, *, compare: bool) -> tuple[FeatureSet, dict[str, Any]]:
@@ -178,7 +191,7 @@ def _val(features: FeatureSet, recipe: Recipe) -> tuple[np.ndarray | Chunked, np
 
     if "val" in features.splits:
         return recipe.data(features, "val")
-    if recipe.chooses:
+    if recipe.needs_val:
         raise UsageError(
             f"{features.manifest.name} has no validation samples to choose l2 on",
             hint="name one with --l2, or add val/ images",
@@ -197,9 +210,9 @@ def _fit(features: FeatureSet, recipe: Recipe, *, refit: bool) -> tuple[Fitted, 
     if refit:
         X, y = recipe.data(features, "train", "val")
         fitted = Fitted(recipe.fit(X, y, l2=fitted.l2), fitted.l2, fitted.points)
-    points = [{"l2": p.l2, "val_accuracy": p.val_accuracy, "objective": p.objective} for p in fitted.points]
+    points = [{name: getattr(point, name) for name in POINT[recipe.task]} for point in fitted.points]
     solver = fitted.head.provenance["solver"]
-    chosen_on = "val" if len(points) > 1 or (refit and recipe.solver != "knn") else None
+    chosen_on = "val" if len(y_val) and (len(points) > 1 or (refit and recipe.solver != "knn")) else None
     found = {"solver": solver, "l2": fitted.l2, "l2_path": points, "n_train": len(y), "chosen_on": chosen_on}
     return fitted, found if recipe.solver == "knn" else {**found, "refit": refit}
 
@@ -210,7 +223,7 @@ def _predict(features: FeatureSet, fitted: Fitted, recipe: Recipe) -> dict[str, 
 
     split_samples = {split: features.samples(split, labelled=True) for split in features.splits}
     return {
-        split: Scored(samples, fitted.head.predict_proba(recipe.rows(features, samples)))
+        split: Scored(samples, fitted.head.predict_proba(recipe.rows(features, samples)), recipe.task)
         for split, samples in split_samples.items()
     }
 

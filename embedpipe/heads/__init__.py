@@ -2,6 +2,7 @@
 
 All linear heads minimise one `objective`, mean cross-entropy + l2/2 * ||W||^2 on standardised
 features with a free bias, whatever the solver. torch and scikit-learn load when a solver runs.
+Labels of which an image may have several, and numbers, are tasks of their own (`fit_linear`).
 
 >>> path = fit_path(X, y, X_val, y_val, classes=("cat", "dog"))
 >>> path.head.save("runs/mine")

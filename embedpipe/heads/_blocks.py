@@ -51,7 +51,7 @@ class Scale:
         weight = (head.weight * self.factor).astype(np.float32)
         bias = head.bias - weight.astype(np.float64) @ self.mean  # of the rounded weights: rounding acts on x - mean
         provenance = {**head.provenance, "blocks": list(widths), "scales": block_scales(widths).tolist()}
-        return replace(head, weight=weight, bias=bias.astype(np.float32), provenance=provenance)
+        return replace(head, weight=weight, bias=bias.astype(head.bias.dtype), provenance=provenance)
 
 
 def block_scales(widths: Sequence[int]) -> Float64:
@@ -73,7 +73,7 @@ def fit_blocks(
     classes = options["classes"]
     if len(widths) < 2:
         return fit_path(X, y, X_val, y_val, standardize=standardize, **options)
-    features, labels = check_labelled(_in_memory(X), y, len(classes))
+    features, labels = check_labelled(_in_memory(X), y, len(classes), options.get("task", "single"))
     scale = Scale.of(features, widths, standardize=standardize)
     held_out = None if X_val is None else scale(_in_memory(X_val))
     path = fit_path(scale(features), labels, held_out, y_val, standardize=False, **options)
@@ -86,7 +86,7 @@ def fit_blocks_once(
     """Fit as `fit_linear` does, on blocks of these widths."""
     if len(widths) < 2:
         return fit_linear(X, y, standardize=standardize, **options)
-    features, labels = check_labelled(_in_memory(X), y, len(options["classes"]))
+    features, labels = check_labelled(_in_memory(X), y, len(options["classes"]), options.get("task", "single"))
     scale = Scale.of(features, widths, standardize=standardize)
     return _said(scale.fold(fit_linear(scale(features), labels, standardize=False, **options), widths), standardize)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ from embedpipe.errors import UsageError
 from embedpipe.heads._frame import Frame, check_labelled, make_frame
 from embedpipe.heads._problem import MEMORY_BYTES, Chunked, Problem, Solution
 from embedpipe.heads.linear import LinearHead
-from embedpipe.metrics import score
+from embedpipe.metrics import binary_log_loss, score
 from embedpipe.provenance import nearest
 
 L2_GRID: tuple[float, ...] = tuple(float(l2) for l2 in np.logspace(-6, 2, 45))
 SOLVERS = ("newton", "lbfgs", "sklearn", "ridge")
+SOLVERS_OF = {"single": SOLVERS, "multilabel": ("newton", "ridge"), "regression": ("ridge",)}  # the first is auto
 Solver = Callable[[Problem, Sequence[float], Solution | None], list[Solution]]
 
 
@@ -31,6 +32,7 @@ class PathPoint:
     """One l2: the objective on train, and what validation says (None where there is none).
 
     loo_accuracy: of train, each sample left out in turn (solver `ridge`)
+    val_rmse, loo_rmse: of numbers, in their unit, instead; several labels have no val_accuracy
     """
 
     l2: float
@@ -38,6 +40,8 @@ class PathPoint:
     val_accuracy: float | None
     val_log_loss: float | None
     loo_accuracy: float | None = None
+    val_rmse: float | None = None
+    loo_rmse: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +59,7 @@ def fit_linear(
     *,
     classes: Sequence[str],
     l2: float,
+    task: str = "single",
     solver: str = "auto",
     standardize: bool = True,
     sample_weight: ArrayLike | None = None,
@@ -63,11 +68,16 @@ def fit_linear(
 ) -> LinearHead:
     """Minimise mean cross-entropy + l2/2 * ||W||^2 (bias free) on standardised features.
 
+    Of several labels an image, the mean over images of the sum over labels of binary cross-entropy; of numbers, half the mean
+    squared error of targets of mean 0 and std 1.
+
     Parameters
     ----------
     X : float (N, D)                        features, one row an image, any scale
-    y : int (N,)                            class index in [0, C); a class may lack samples
-    classes : C names
+    y : int (N,)                            class index in [0, C); a class may lack samples. Several labels: 0 and 1 (N, C);
+                                            numbers: float (N,)
+    classes : C names                       of numbers one
+    task : str                              single, multilabel or regression
     l2 : float > 0                          on the mean loss; scikit-learn's C = 1 / (N * l2)
     sample_weight : float (N,), optional    not negative, divided by its sum
     warm_start : LinearHead, optional       of the same classes and width
@@ -75,13 +85,18 @@ def fit_linear(
 
     Raises
     ------
-    UsageError           fewer than two classes with samples, l2 <= 0, unknown solver
+    UsageError           fewer than two classes with samples, l2 <= 0, unknown solver, or one that does not do the task
     NonFiniteFeatures    X has NaN or inf; the first bad row is named
 
     Source: Bishop, PRML 4.3.4.
     """
-    name, solve_path = _solver(solver, chunked=isinstance(X, Chunked))
-    shape: dict[str, Any] = {"classes": classes, "standardize": standardize, "sample_weight": sample_weight}
+    name, solve_path = _solver(solver, task, chunked=isinstance(X, Chunked))
+    shape: dict[str, Any] = {
+        "classes": classes,
+        "standardize": standardize,
+        "sample_weight": sample_weight,
+        "task": task,
+    }
     frame = make_frame(X, y, **shape, memory_bytes=memory_bytes)
     start = frame.solution_of(warm_start) if warm_start else None
     [solution] = solve_path(frame.problem, _falling([l2]), start)
@@ -96,6 +111,7 @@ def fit_path(
     *,
     classes: Sequence[str],
     l2: float | str = "auto",
+    task: str = "single",
     solver: str = "auto",
     standardize: bool = True,
     sample_weight: ArrayLike | None = None,
@@ -104,18 +120,25 @@ def fit_path(
 ) -> Path:
     """Fit a head for every l2 of a grid (or the one given) on train, and choose on validation.
 
-    The highest validation accuracy wins; ties go to the lowest log loss, then to the largest l2.
+    The highest validation accuracy wins; ties go to the lowest log loss, then to the largest l2. Of several labels the lowest
+    log loss wins: ranks alone, such as mean average precision, do not say whether 0.5 is the place to cut. Of numbers the
+    lowest error (RMSE), which is the highest R2.
     X_val and y_val may be None or empty where l2 is a number, and with the solver ridge, which then asks its leave-one-out
-    accuracy. All else as in `fit_linear`.
+    accuracy or error. All else as in `fit_linear`.
     """
     values = _falling(grid if l2 == "auto" else [float(l2)])
-    validation = _validation(X_val, y_val, len(classes))
-    if validation is None and len(values) > 1 and solver != "ridge":
+    validation = _validation(X_val, y_val, len(classes), task)
+    name, solve_path = _solver(solver, task, chunked=isinstance(X, Chunked))
+    if validation is None and len(values) > 1 and name != "ridge":
         raise UsageError(
             "no validation samples, expected some to choose l2 on", hint="give one l2 as a number, or keep a val split"
         )
-    name, solve_path = _solver(solver, chunked=isinstance(X, Chunked))
-    shape: dict[str, Any] = {"classes": classes, "standardize": standardize, "sample_weight": sample_weight}
+    shape: dict[str, Any] = {
+        "classes": classes,
+        "standardize": standardize,
+        "sample_weight": sample_weight,
+        "task": task,
+    }
     frame = make_frame(X, y, **shape, memory_bytes=memory_bytes)
     points, heads = [], []
     for value, solution in zip(values, solve_path(frame.problem, values, None), strict=True):
@@ -126,16 +149,21 @@ def fit_path(
     return Path(heads[best], values[best], tuple(points[::-1]))
 
 
-def _solver(name: str, *, chunked: bool = False) -> tuple[str, Solver]:
+def _solver(name: str, task: str = "single", *, chunked: bool = False) -> tuple[str, Solver]:
     """Return a solver and its name; torch and scikit-learn are only imported here.
 
     Raises
     ------
-    UsageError    no such solver, or it takes no features that are read in chunks
+    UsageError    no such solver, or it does not do the task, or takes no features that are read in chunks
     """
+    able = SOLVERS_OF[task]
+    if name == "auto":
+        name = able[0]
+    if name in SOLVERS and name not in able:
+        raise UsageError(f"the solver {name} knows no {task} targets", hint=f"take {' or '.join(able)}")
     if chunked and name in ("lbfgs", "sklearn"):
         raise UsageError(f"the solver {name} holds all features in memory", hint="take newton or ridge, or more memory")
-    if name in ("auto", "newton"):
+    if name == "newton":
         from embedpipe.heads import _newton
 
         return "newton", _newton.solve_path
@@ -176,28 +204,40 @@ def _head(frame: Frame, solution: Solution, l2: float, *, solver: str, standardi
     }
     if solution.loo_accuracy is not None:
         provenance["loo_accuracy"] = solution.loo_accuracy
+    if solution.loo_rmse is not None:
+        provenance["loo_rmse"] = solution.loo_rmse * frame.asked.scale
     return frame.head_of(solution, provenance)
 
 
 def _validation(
-    X: ArrayLike | Chunked | None, y: ArrayLike | None, n_classes: int
+    X: ArrayLike | Chunked | None, y: ArrayLike | None, n_classes: int, task: str
 ) -> tuple[ArrayLike, ArrayLike] | None:
     if X is None or y is None or not len(np.asarray(y)):
         return None
-    return check_labelled(X, y, n_classes)
+    return check_labelled(X, y, n_classes, task)
 
 
 def _point(head: LinearHead, validation: tuple[ArrayLike, ArrayLike] | None) -> PathPoint:
-    l2, objective = head.provenance["l2"], head.provenance["objective"]
-    left_out = head.provenance.get("loo_accuracy")
+    made = head.provenance
+    blank = PathPoint(
+        made["l2"], made["objective"], None, None, made.get("loo_accuracy"), loo_rmse=made.get("loo_rmse")
+    )
     if validation is None:
-        return PathPoint(l2, objective, None, None, left_out)
+        return blank
     X, y = validation
-    scores = score(head.predict_proba(X), y)
-    return PathPoint(l2, objective, scores["accuracy"], scores["log_loss"], left_out)
+    found = head.predict_proba(X)
+    if head.task == "regression":
+        return replace(blank, val_rmse=float(np.sqrt(np.mean((found[:, 0] - np.asarray(y)) ** 2))))
+    if head.task == "multilabel":
+        return replace(blank, val_log_loss=binary_log_loss(found, y))
+    scores = score(found, y)
+    return replace(blank, val_accuracy=scores["accuracy"], val_log_loss=scores["log_loss"])
 
 
 def _merit(point: PathPoint) -> tuple[float, float, float]:
-    if point.val_accuracy is None or point.val_log_loss is None:
+    rmse = point.loo_rmse if point.val_rmse is None else point.val_rmse
+    if rmse is not None:
+        return -rmse, 0.0, point.l2
+    if point.val_log_loss is None:
         return point.loo_accuracy or 0.0, 0.0, point.l2
-    return point.val_accuracy, -point.val_log_loss, point.l2
+    return point.val_accuracy or 0.0, -point.val_log_loss, point.l2

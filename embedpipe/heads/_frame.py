@@ -23,6 +23,25 @@ ABSENT_MARGIN = 20.0  # logits below the winner; e^-20 = 2e-9
 
 
 @dataclass(frozen=True, eq=False)
+class Asked:
+    """What a solver is asked for, and how its answer is put back.
+
+    Parameters
+    ----------
+    y : as in `Problem`
+    present : int64 (P,)       classes with training samples, at least 2; labels that some of these have and others lack
+    certain : float64 (C,)     bias of the labels that all or none of these have
+    offset, scale : float      mean and std of numbers
+    """
+
+    y: Int64 | Float64
+    present: Int64
+    certain: Float64
+    offset: float = 0.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
 class Frame:
     """A problem, and the way back to raw features and to all classes.
 
@@ -30,35 +49,47 @@ class Frame:
     ----------
     mean, std : float64 (D,)     of the standardiser
     classes : tuple of str       all of them, C
-    present : int64 (P,)         those with training samples, P >= 2; what `problem` knows
+    asked : Asked                what `problem` knows of them
+    task : str                   as in `LinearHead`
     """
 
     problem: Problem
     mean: Float64
     std: Float64
     classes: tuple[str, ...]
-    present: Int64
+    asked: Asked
+    task: str = "single"
+
+    @property
+    def present(self) -> Int64:
+        return self.asked.present
 
     def head_of(self, solution: Solution, provenance: dict[str, Any]) -> LinearHead:
         """Fold the standardiser in.
 
         A class without training samples gets zero weights and a bias 20 below the least winning
-        training logit.
+        training logit; a label that no training sample has, or that all have, a bias of -20 or 20.
         """
-        rows = solution
-        if len(self.present) == 2:
+        scale = self.asked.scale
+        rows = Solution(scale * solution.weight, scale * solution.bias + self.asked.offset)
+        if self.is_one_logit:
             half = np.array([[-0.5], [0.5]])
             rows = Solution(half * solution.weight, half[:, 0] * solution.bias)
         weight = np.zeros((len(self.classes), len(self.mean)), dtype=np.float32)
         weight[self.present] = rows.weight / self.std
-        bias = np.zeros(len(self.classes))
+        bias = self.asked.certain.copy()
         # with the rounded weights, so that rounding acts on x - mean and not on x
         bias[self.present] = rows.bias - weight[self.present].astype(np.float64) @ self.mean
         absent = np.setdiff1d(np.arange(len(self.classes)), self.present)
-        if len(absent):
+        if len(absent) and self.task == "single":
             winning = affine(self.problem.X, rows.weight, rows.bias).max(axis=1)
             bias[absent] = winning.min() - ABSENT_MARGIN
-        return LinearHead(weight, bias.astype(np.float32), self.classes, provenance)
+        dtype = np.float64 if self.task == "regression" else np.float32
+        return LinearHead(weight, bias.astype(dtype), self.classes, provenance, self.task)
+
+    @property
+    def is_one_logit(self) -> bool:
+        return self.task == "single" and len(self.present) == 2
 
     def solution_of(self, head: LinearHead) -> Solution:
         """Return a head as a start for a solver, the inverse of `head_of`.
@@ -67,14 +98,14 @@ class Frame:
         ------
         UsageError    a head of other classes or another width
         """
-        if head.classes != self.classes or head.feature_dim != len(self.mean):
+        if (head.task, head.classes) != (self.task, self.classes) or head.feature_dim != len(self.mean):
             raise UsageError(
                 f"a start with {len(head.classes)} classes and {head.feature_dim} features, "
                 f"expected the same {len(self.classes)} classes and {len(self.mean)} features"
             )
         raw = head.weight[self.present].astype(np.float64)
         weight, bias = raw * self.std, head.bias[self.present] + raw @ self.mean
-        if len(self.present) == 2:
+        if self.is_one_logit:
             return Solution(weight[1:] - weight[:1], bias[1:] - bias[:1])
         return Solution(weight, bias)
 
@@ -86,6 +117,7 @@ def make_frame(
     classes: Sequence[str],
     standardize: bool,
     sample_weight: ArrayLike | None,
+    task: str = "single",
     memory_bytes: int = MEMORY_BYTES,
 ) -> Frame:
     """Check and standardise training data; samples without weight only count for the standardiser.
@@ -94,17 +126,13 @@ def make_frame(
 
     Raises
     ------
-    UsageError           fewer than two classes have samples; labels or weights that do not fit
+    UsageError           fewer than two classes have samples, no label or number varies; labels or weights that do not fit
     NonFiniteFeatures    X has NaN or inf; the first bad row is named
     """
-    features, labels = check_labelled(X, y, len(classes))
+    features, labels = check_labelled(X, y, len(classes), task)
     weights = _check_weights(sample_weight, len(labels))
     kept = weights > NO_WEIGHT * weights.max(initial=0)
-    present, place = np.unique(labels[kept], return_inverse=True)
-    if len(present) < 2:
-        raise UsageError(
-            f"classes with training samples: {len(present)}, expected at least 2", hint="add images of another class"
-        )
+    asked = _ask(labels[kept], weights[kept], len(classes), task)
     mean, std = np.zeros(features.shape[1]), np.ones(features.shape[1])
     if standardize:
         mean, std = measure(features)
@@ -117,8 +145,35 @@ def make_frame(
             whole[rows] = (features[rows] - mean) / std
         scaled = whole if kept.all() else whole[kept]
     weights = weights[kept] / weights[kept].sum()
-    problem = Problem(scaled, place, weights, len(present), memory_bytes)
-    return Frame(problem, mean, std, tuple(classes), present)
+    problem = Problem(scaled, asked.y, weights, len(asked.present), memory_bytes)
+    return Frame(problem, mean, std, tuple(classes), asked, task)
+
+
+def _ask(y: Any, weights: Float64, n_classes: int, task: str) -> Asked:
+    """Return what the targets of samples with a weight leave open."""
+    certain = np.zeros(n_classes)
+    if task == "regression":
+        if not len(y) or np.ptp(y) == 0:
+            raise UsageError("training targets: one value, expected several", hint="add images with another target")
+        offset = np.average(y, weights=weights)
+        scale = np.sqrt(np.average((y - offset) ** 2, weights=weights))
+        return Asked((y - offset) / scale, np.zeros(1, np.int64), certain, float(offset), float(scale))
+    if task == "multilabel":
+        counts = y.sum(axis=0)
+        present = np.flatnonzero((counts > 0) & (counts < len(y)))
+        if not len(present):
+            raise UsageError(
+                "labels that some training images have and others lack: 0, expected at least 1",
+                hint="add images with and without each label",
+            )
+        certain[:] = np.where(counts > 0, ABSENT_MARGIN, -ABSENT_MARGIN)
+        return Asked(np.ascontiguousarray(y[:, present]), present, certain)
+    present, place = np.unique(y, return_inverse=True)
+    if len(present) < 2:
+        raise UsageError(
+            f"classes with training samples: {len(present)}, expected at least 2", hint="add images of another class"
+        )
+    return Asked(place, present, certain)
 
 
 def measure(X: Float32 | Chunked) -> tuple[Float64, Float64]:
@@ -126,9 +181,10 @@ def measure(X: Float32 | Chunked) -> tuple[Float64, Float64]:
 
     Where the median is zero, the median of the features that vary takes its place.
     """
-    mean = sum((X[rows].sum(axis=0, dtype=np.float64) for rows in blocks(len(X))), np.zeros(X.shape[1])) / len(X)
+    n = max(1, len(X))
+    mean = sum((X[rows].sum(axis=0, dtype=np.float64) for rows in blocks(len(X))), np.zeros(X.shape[1])) / n
     squares = sum(np.square(X[rows] - mean).sum(axis=0) for rows in blocks(len(X)))
-    std = np.sqrt(squares / len(X))
+    std = np.sqrt(squares / n)
     alive = std[std > 0] if std.any() else np.ones(1)
     return mean, np.maximum(std, STD_FLOOR * (np.median(std) or np.median(alive)))
 
@@ -143,22 +199,29 @@ def class_weights(y: ArrayLike, n_classes: int) -> Float64:
     return np.asarray(np.divide(total, counts, out=np.zeros(n_classes), where=counts > 0))
 
 
-def check_labelled(X: ArrayLike | Chunked, y: ArrayLike, n_classes: int) -> tuple[Any, Int64]:
-    """Return features float32 (N, D), `Chunked` as they came, and labels int64 (N,).
+def check_labelled(X: ArrayLike | Chunked, y: ArrayLike, n_classes: int, task: str = "single") -> tuple[Any, Any]:
+    """Return features float32 (N, D), `Chunked` as they came, and targets as `LinearHead` is asked for them.
+
+    Returns
+    -------
+    X, y    int64 (N,); of several labels int64 (N, C), 0 and 1; of numbers float64 (N,)
 
     Raises
     ------
-    UsageError           shapes that do not belong together, a label outside [0, n_classes)
+    UsageError           shapes that do not belong together, a label outside [0, n_classes), a number that is not finite
     NonFiniteFeatures    NaN or inf; the first bad row is named
     """
     with np.errstate(over="ignore"):
         features = X if isinstance(X, Chunked) else np.asarray(X, dtype=np.float32)
-    labels = np.asarray(y, dtype=np.int64)
-    if features.ndim != 2 or features.shape[1] == 0 or labels.shape != features.shape[:1]:
-        raise UsageError(f"X {features.shape} and y {labels.shape}, expected (N, D) and (N,)")
-    bad = np.flatnonzero((labels < 0) | (labels >= n_classes))
-    if len(bad):
-        raise UsageError(f"label {labels[bad[0]]} in row {bad[0]}, expected 0 to {n_classes - 1}", row=int(bad[0]))
+    labels = np.asarray(y, dtype=np.float64 if task == "regression" else np.int64)
+    columns = (n_classes,) if task == "multilabel" else ()
+    if features.ndim != 2 or features.shape[1] == 0 or labels.shape != (len(features), *columns):
+        raise UsageError(f"X {features.shape} and y {labels.shape}, expected (N, D) and {('N', *columns)}")
+    last = 1 if task == "multilabel" else n_classes - 1
+    wrong = ~np.isfinite(labels) if task == "regression" else (labels < 0) | (labels > last)
+    if wrong.any():
+        row, expected = int(wrong.nonzero()[0][0]), "a finite number" if task == "regression" else f"0 to {last}"
+        raise UsageError(f"label {labels[row]} in row {row}, expected {expected}", row=row)
     for rows in blocks(len(features)):
         bad = np.flatnonzero(~np.isfinite(features[rows]).all(axis=1))
         if len(bad):

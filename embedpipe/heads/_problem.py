@@ -33,12 +33,14 @@ class Solution:
 
     objective : float        of a solver that minimises another one than that of the problem
     loo_accuracy : float     of the training samples, each left out in turn, where that comes for free
+    loo_rmse : float         the same of numbers
     """
 
     weight: Float64
     bias: Float64
     objective: float | None = None
     loo_accuracy: float | None = None
+    loo_rmse: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,16 +83,21 @@ class Problem:
     ----------
     X : float32 (N, D)              standardised features
     y : int64 (N,)                  class in [0, n_classes), every class present; or (N, K) of 0 and 1: labels, any number of
-                                    which an image may have
+                                    which an image may have; or float64 (N,): numbers of mean 0 and std 1, n_classes is 1
     sample_weight : float64 (N,)    positive, sums to 1
     memory_bytes : int              that a solver may take beside X
     """
 
     X: Float32 | Chunked
-    y: Int64
+    y: Int64 | Float64
     sample_weight: Float64
     n_classes: int
     memory_bytes: int = MEMORY_BYTES
+
+    @property
+    def numeric(self) -> bool:
+        """Whether numbers are asked for."""
+        return self.y.dtype.kind == "f"
 
     @property
     def apart(self) -> bool:

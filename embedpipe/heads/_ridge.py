@@ -1,13 +1,13 @@
 """Solver `ridge`: least squares on the classes, for every l2 from one eigendecomposition, leave-one-out for free.
 
 Minimises, over weights W (K, D) and a free bias, with targets t of one for an image's class and zero for the others (two classes,
-and labels of which an image may have several: one and minus one),
+and labels of which an image may have several: one and minus one; numbers as they are),
 
     weighted mean of ||W x + b - t||^2 / 2 + l2 / 2 * ||W||^2
 
 With the weighted covariance of the features Q diag(s) Q', W = T' Z diag(1 / (s + l2)) Q' for all l2. A sample that is left out
 misses its target by r / (1 - h), r what it misses now and h its weight times (1 + z' diag(1 / (s + l2)) z). Scores become logits
-by one factor, which minimises the log loss of the scores left out.
+by one factor, which minimises the log loss of the scores left out; numbers stay.
 
 Source: Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, 3.4.1 and 7.10.1 (equation 7.64).
 
@@ -38,17 +38,19 @@ def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = 
     solutions = []
     for number, l2 in enumerate(l2s):
         weight = (turn @ (across_turned * shrink[:, number, None])).T
-        factor = _factor(small, left_out[number])
+        factor = 1.0 if small.numeric else _factor(small, left_out[number])
         objective = (missed[number] + l2 * np.sum(weight**2)) / 2
         bias = factor * (middle - weight @ mean)
         weight = weight if basis is None else weight @ basis.T
-        solutions.append(Solution(factor * weight, bias, float(objective), _accuracy(small, left_out[number])))
+        solutions.append(Solution(factor * weight, bias, float(objective), **_left_out_score(small, left_out[number])))
     return solutions
 
 
 def _targets(problem: Problem, rows: slice = slice(None)) -> Float64:
     """Return what the scores should be, float64 (n, K)."""
     y = problem.y[rows]
+    if problem.numeric:
+        return np.asarray(y, dtype=np.float64)[:, None]
     targets = 2.0 * y.reshape(len(y), -1) - 1 if problem.apart else np.eye(problem.n_classes)[y]
     return np.asarray(targets)
 
@@ -104,8 +106,10 @@ def _factor(problem: Problem, scores: Float32) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(0, np.log(LARGEST_FACTOR)), method="bounded").x))
 
 
-def _accuracy(problem: Problem, scores: Float32) -> float:
-    """Return the weighted share of samples whose scores (N, K) name the truth, all labels of it where there are several."""
+def _left_out_score(problem: Problem, scores: Float32) -> dict[str, float]:
+    """Return the weighted share of samples whose scores (N, K) name the truth, all labels of it; of numbers their error."""
+    if problem.numeric:
+        return {"loo_rmse": float(np.sqrt(problem.sample_weight @ (scores[:, 0] - problem.y) ** 2))}
     truth = problem.y.reshape(len(problem.y), -1)
     right = ((scores > 0) == truth).all(axis=1) if problem.apart else scores.argmax(axis=1) == problem.y
-    return float(problem.sample_weight @ right)
+    return {"loo_accuracy": float(problem.sample_weight @ right)}

@@ -44,6 +44,7 @@ class KnnHead:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     kind = "knn"
+    task = "single"
 
     @property
     def feature_dim(self) -> int:

@@ -17,28 +17,32 @@ from numpy.typing import ArrayLike
 from embedpipe.errors import ModelMismatch
 from embedpipe.heads._files import read_head, save_head
 from embedpipe.heads._problem import Chunked, Float32, Float64, affine, log_normaliser
+from embedpipe.manifest import TASKS
 
 
 @dataclass(frozen=True, eq=False)
 class LinearHead:
-    """A linear classifier on raw features.
+    """A linear model on raw features.
 
     Parameters
     ----------
     weight : float32 (C, D)      two classes: the rows -w/2 and +w/2 of their one logit
-    bias : float32 (C,)
+    bias : float32 (C,)          of numbers float64: they may be large
     classes : tuple of str       row c scores classes[c]
     provenance : dict            JSON-able: how it was fitted, on what
+    task : str                   what the logits mean. "single": softmax over classes; "multilabel": a sigmoid for each label;
+                                 "regression": the number itself
 
     Raises
     ------
-    ModelMismatch    shapes that do not belong together
+    ModelMismatch    shapes that do not belong together, or another task
     """
 
     weight: Float32
     bias: Float32
     classes: tuple[str, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
+    task: str = "single"
 
     kind = "linear"
 
@@ -46,6 +50,8 @@ class LinearHead:
         rows = len(self.classes)
         if self.weight.ndim != 2 or len(self.weight) != rows or self.bias.shape != (rows,):
             raise ModelMismatch(f"weight {self.weight.shape} and bias {self.bias.shape} for {rows} classes")
+        if self.task not in TASKS.values():
+            raise ModelMismatch(f"a head for {self.task}, expected {', '.join(TASKS.values())}")
 
     @property
     def feature_dim(self) -> int:
@@ -61,14 +67,19 @@ class LinearHead:
         return affine(check_width(X, self.feature_dim), self.weight, self.bias)
 
     def predict_proba(self, X: ArrayLike | Chunked) -> Float64:
-        """Return class probabilities, float64 (N, C), rows sum to 1."""
+        """Return probabilities, float64 (N, C): of classes, rows sum to 1; of labels, each for itself. Or the numbers (N, 1)."""
         logits = self.logits(X)
+        if self.task == "regression":
+            return logits
+        if self.task == "multilabel":
+            return np.asarray(np.exp(-np.logaddexp(0, -logits)))
         return np.asarray(np.exp(logits - log_normaliser(logits)[:, None]))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `head.safetensors` and `head.json` into a folder."""
         record = {
             "kind": self.kind,
+            "task": self.task,
             "classes": list(self.classes),
             "feature_dim": self.feature_dim,
             "provenance": self.provenance,
@@ -86,7 +97,8 @@ class LinearHead:
         """
         record, arrays = read_head(Path(folder), cls.kind)
         classes = tuple(record["classes"])
-        return cls(arrays["weight"], arrays["bias"], classes, record["provenance"])
+        task = record.get("task", "single")  # older heads have none
+        return cls(arrays["weight"], arrays["bias"], classes, record["provenance"], task)
 
 
 def check_width(X: ArrayLike | Chunked, feature_dim: int) -> Any:

@@ -13,6 +13,17 @@ from embedpipe.manifest._read import read_manifest
 from embedpipe.manifest._sample import SPLITS, Failure, Manifest, Sample
 from embedpipe.manifest._source import Source, absolute_argument, is_source, root_of
 from embedpipe.manifest._split import components
+from embedpipe.manifest._targets import SEPARATOR, TASKS, join_names, names_of, targets
 
 __all__ = ["IMAGE_SUFFIXES", "SPLITS", "Failure", "Manifest", "Sample", "Source", "absolute_argument", "is_source"]
-__all__ += ["components", "list_images", "read_manifest", "root_of"]
+__all__ += [
+    "SEPARATOR",
+    "TASKS",
+    "components",
+    "join_names",
+    "list_images",
+    "names_of",
+    "read_manifest",
+    "root_of",
+    "targets",
+]

@@ -8,6 +8,8 @@ from embedpipe.errors import UsageError
 from embedpipe.manifest._folder import SPLIT_NAMES, keep_alike
 from embedpipe.manifest._sample import Listing, Row
 from embedpipe.manifest._source import Source
+from embedpipe.manifest._table import texts_of
+from embedpipe.manifest._targets import read_target
 from embedpipe.places import forget_splits, open_split, parse_hub
 
 
@@ -38,14 +40,24 @@ def _rows(source: Source, split: str, found: Any) -> list[Row]:
             hint="name a data set of images",
         )
     classes = [name for name, one in features.items() if isinstance(one, datasets.ClassLabel)]
-    label = next((name for name in ("label", "class", *classes[: len(classes) == 1]) if name in features), None)
-    values = found[label][:] if label else [None] * len(found)
-    names = features[label].names if label in classes else None
+    told = ("label", "class", *classes[: len(classes) == 1], "labels", "target")
+    column = next((name for name in told if name in features), None)
+    values = found[column][:] if column else [None] * len(found)
+    kind = column if column in ("labels", "target") and column not in classes else "label"
+    names = getattr(getattr(features.get(column), "feature", features.get(column)), "names", None)
     named = SPLIT_NAMES.get(split.partition("[")[0].lower(), "")
-    return [Row(split, _label(value, names), named, None, f"row {n} {image}") for n, value in enumerate(values)]
+    rows = []
+    for n, value in enumerate(values):
+        at = f"{source.argument}, row {n} of {split}"
+        label, task = read_target(texts_of([(kind, _named(value, names))], at), at)
+        rows.append(Row(split, label, named, None, f"row {n} {image}", task))
+    return rows
 
 
-def _label(value: Any, names: list[str] | None) -> str | None:
-    if value is None or (names and value < 0):
-        return None
-    return names[value] if names else str(value)
+def _named(value: Any, names: list[str] | None) -> Any:
+    """Return a value with class names for numbers; -1 is none."""
+    if not names or value is None:
+        return value
+    if isinstance(value, list):
+        return [names[one] for one in value if one >= 0]
+    return names[value] if value >= 0 else None

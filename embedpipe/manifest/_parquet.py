@@ -1,7 +1,7 @@
 """Parquet: tables of paths (the columns of a CSV table), or of images (bytes, or {bytes, path} as `datasets` writes them).
 
 The column of images is called `image`, `img`, `bytes`, or is the only one of {bytes, path}; the label is in `label` or `class`,
-its names in the file's own record of `datasets`, if it has one.
+`labels` or `target`, its names in the file's own record of `datasets`, if it has one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from embedpipe.errors import UsageError
 from embedpipe.manifest._folder import split_of_names
 from embedpipe.manifest._sample import Listing, Row
 from embedpipe.manifest._source import Source, folder_of, join
-from embedpipe.manifest._table import COLUMNS, check_columns, reading, rows_of, split_of, text_of
+from embedpipe.manifest._table import COLUMNS, check_columns, reading, rows_of, split_of, texts_of
+from embedpipe.manifest._targets import TASKS, check_columns_of_targets, join_names, names_of, read_target
 from embedpipe.places import open_file, open_parquet
 
 IMAGES = ("image", "img", "bytes")
@@ -67,64 +68,78 @@ def _rows_of_paths(table: Any, name: str, folder: str, allow_outside: bool) -> l
     columns = dict(zip(check_columns(written, name), written, strict=True))
     taken = {column: columns[column] for column in COLUMNS if column in columns}
     cells = table.read(columns=list(taken.values())).to_pydict()
-    names = _class_names(table.schema_arrow, taken.get("label"))
+    names = _class_names(table.schema_arrow, next((taken[column] for column in TASKS if column in taken), None))
     records = (
-        (
-            f"{name}, row {n}",
-            {column: text_of(cells[old][n], f"{name}, row {n}", column) for column, old in taken.items()},
-        )
+        (f"{name}, row {n}", texts_of(((column, cells[old][n]) for column, old in taken.items()), f"{name}, row {n}"))
         for n in range(table.metadata.num_rows)
     )
     rows = rows_of(records, folder if "://" in folder else Path(folder), allow_outside)
     above = os.path.dirname(name)
-    return [replace(row, path=os.path.join(above, row.path), label=_named(row.label, names)) for row in rows]
+    return [replace(row, path=os.path.join(above, row.path), label=_named(row, names)) for row in rows]
 
 
 def _rows_of_images(table: Any, name: str, image: str) -> Iterator[Row]:
     schema = table.schema_arrow
-    by_name = {one.lower(): one for one in schema.names}
-    label = next((by_name[one] for one in LABELS if one in by_name), None)
-    taken = [one for one in (label, by_name.get("split"), by_name.get("group")) if one]
+    columns = _columns_beside(schema.names, name)
     leaf = [f"{image}.path"] if schema.field(image).type.num_fields else []
-    read = table.read(columns=[*taken, *leaf]).to_pydict() if taken or leaf else {}
-    cells, classes = {one.lower(): read.get(one) for one in taken}, _class_names(schema, label)
+    read = table.read(columns=[*columns.values(), *leaf]).to_pydict() if columns or leaf else {}
+    classes = _class_names(schema, next((columns[one] for one in TASKS if one in columns), None))
     places = [
         (group, row) for group in range(table.num_row_groups) for row in range(table.metadata.row_group(group).num_rows)
     ]
     for n, (group, row) in enumerate(places):
         at = f"{name}, row {n}"
-        texts = {one: text_of(values[n], at, one) for one, values in cells.items() if values is not None}
+        texts = texts_of(((one, read[written][n]) for one, written in columns.items()), at)
+        label, task = read_target(texts, at)
         inner = os.path.basename((read[image][n] or {}).get("path") or "") if leaf else ""
-        yield Row(
+        found = Row(
             path=name,
-            label=_named(texts.get((label or "").lower(), "").strip() or None, classes),
+            label=label,
             split=split_of(texts.get("split", ""), at),
             group=texts.get("group", "").strip() or None,
             part=f"row {group}:{row} {image}" + (f"/{inner}" if inner else ""),
+            task=task,
         )
+        yield replace(found, label=_named(found, classes)) if classes else found
+
+
+def _columns_beside(written: Sequence[str], at: str) -> dict[str, str]:
+    """Return the columns beside that of images by what they are to us; `class` is another word for `label`."""
+    by_name = {one.lower(): one for one in written}
+    label = next((by_name[one] for one in LABELS if one in by_name), None)
+    columns = {"label": label} | {one: by_name.get(one) for one in ("labels", "target", "split", "group")}
+    found = {one: name for one, name in columns.items() if name is not None}
+    check_columns_of_targets(list(found), at)
+    return found
 
 
 def _class_names(schema: Any, label: str | None) -> list[str]:
-    """Return the names of a ClassLabel column, as `datasets` records them in a file; [] where it is none."""
+    """Return the names of a column of ClassLabels or lists of them, as `datasets` records them in a file; [] where it is none."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        names = features[label]["names"]
-    except (ValueError, KeyError, TypeError):
+        column = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]
+        column = column[0] if isinstance(column, list) else column.get("feature", column)
+        names = column["names"]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return []
     return [str(one) for one in names] if isinstance(names, list) else []
 
 
-def _named(label: str | None, names: Sequence[str]) -> str | None:
-    """Return the class of a label that may be a number of `names`; -1 is none.
+def _named(row: Row, names: Sequence[str]) -> str | None:
+    """Return the label of a row whose classes may be numbers of `names`."""
+    if row.label is None or not names or row.task == "regression":
+        return row.label
+    if row.task == "multilabel":
+        return join_names(_name(one, names) for one in names_of(row.label, row.task))
+    return None if row.label == "-1" else _name(row.label, names)
+
+
+def _name(label: str, names: Sequence[str]) -> str:
+    """Return the class of a number.
 
     Raises
     ------
     UsageError    a number that is none of them
     """
-    if label is None or not names:
-        return label
-    if label == "-1":
-        return None
     if not label.isdigit() or int(label) >= len(names):
         raise UsageError(f"found the label {label!r}, expected 0 to {len(names) - 1}", hint="write the data set again")
     return names[int(label)]

@@ -25,6 +25,7 @@ from embedpipe.manifest._source import (
 )
 from embedpipe.manifest._split import assign_splits
 from embedpipe.manifest._table import list_table
+from embedpipe.manifest._targets import classes_of
 from embedpipe.places import HUB, Place, is_url
 
 READERS, REMOTE_READERS = 8, 32  # threads that read images for their keys
@@ -62,12 +63,13 @@ def read_manifest(
     arguments = [data] if isinstance(data, str | os.PathLike) else data
     listings = [_list_source(os.fspath(argument), allow_outside) for argument in arguments]
     _check_listings(listings, split_by)
+    task = _task_of(listings)
     rows = [(index, row) for index, listing in enumerate(listings) for row in listing.rows]
     samples, unreadable = _read_keys(_limited(rows, limit), listings, key_of)
     if split_by == "hash":
         samples = [replace(sample, split="") for sample in samples]
-    samples, warnings = assign_splits(samples, val_fraction=val_fraction, test_fraction=test_fraction)
-    classes = tuple(sorted({sample.label for sample in samples if sample.label is not None}))
+    samples, warnings = assign_splits(samples, val_fraction=val_fraction, test_fraction=test_fraction, task=task)
+    classes = classes_of((sample.label for sample in samples if sample.label is not None), task)
     return Manifest(
         name=_name([listing.source for listing in listings]),
         sources=tuple(listing.source for listing in listings),
@@ -75,7 +77,8 @@ def read_manifest(
         classes=classes,
         ignored=sum(listing.ignored for listing in listings),
         unreadable=(*(f for listing in listings for f in listing.unreadable), *unreadable),
-        warnings=(*(text for listing in listings for text in listing.warnings), *warnings, *_one_class(classes)),
+        warnings=(*(text for listing in listings for text in listing.warnings), *warnings, *_one_class(classes, task)),
+        task=task,
     )
 
 
@@ -219,8 +222,19 @@ def _try(key_of: Callable[[Place], bytes], place: Place) -> bytes | OSError:
         return exc
 
 
-def _one_class(classes: tuple[str, ...]) -> list[str]:
-    if len(classes) != 1:
+def _task_of(listings: list[Listing]) -> str:
+    """Return the task of all labels, "single" where there are none."""
+    found = {row.task: listing.source.argument for listing in listings for row in listing.rows if row.label is not None}
+    if len(found) > 1:
+        (one, argument), (other, another) = list(found.items())[:2]
+        raise UsageError(
+            f"{argument!r} has {one} labels, {another!r} {other}, expected one kind", hint="extract them one by one"
+        )
+    return next(iter(found), "single")
+
+
+def _one_class(classes: tuple[str, ...], task: str) -> list[str]:
+    if len(classes) != 1 or task != "single":
         return []
     return [f"one class only, {classes[0]!r}: no head can be fitted; is it a folder of classes?"]
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from embedpipe.manifest._source import Source, join
+from embedpipe.manifest._targets import targets
 from embedpipe.places import Place
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SPLITS = ("train", "val", "test", "all")
 
@@ -30,13 +36,17 @@ class Failure:
 
 @dataclass(frozen=True)
 class Row:
-    """What a source says of one image before it is read; `split` is empty if none is named, `part` for a whole file."""
+    """What a source says of one image before it is read; `split` is empty if none is named, `part` for a whole file.
+
+    task : str    what its label is, see `_targets`
+    """
 
     path: str
     label: str | None = None
     split: str = ""
     group: str | None = None
     part: str = ""
+    task: str = "single"
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Sample:
     Parameters
     ----------
     path : str            relative to the root of its source, decoded as `os.fsdecode` does
-    label : str or None   class name
+    label : str or None   class name; names joined by "|", "|" for none of them; or a number, by the task
     split : str           "train", "val", "test", or "all" for unlabelled data without splits
     group : str or None   samples of one group stay in one split
     key : bytes           sha256 of the image's bytes, 32 bytes
@@ -83,10 +93,11 @@ class Manifest:
     name : str                      readable, safe in a file name
     sources : tuple of Source
     samples : tuple of Sample       by source; folders sorted by path, tables by row
-    classes : tuple of str          sorted plainly; empty for unlabelled data
+    classes : tuple of str          what a head answers, sorted plainly; empty for unlabelled data, `target` for numbers
     ignored : int                   files that are no candidates
     unreadable : tuple of Failure   files without a key; never persisted
     warnings : tuple of str         one line each
+    task : str                      "single", "multilabel" or "regression"
     """
 
     name: str
@@ -96,6 +107,7 @@ class Manifest:
     ignored: int
     unreadable: tuple[Failure, ...]
     warnings: tuple[str, ...]
+    task: str = "single"
 
     def place_of(self, sample: Sample) -> Place:
         """Return where the bytes of a sample are."""
@@ -104,6 +116,10 @@ class Manifest:
     def name_of(self, sample: Sample) -> str:
         """Return the DATA argument joined with the sample's relative path, and its name in that file."""
         return name_of(self.sources[sample.source], sample)
+
+    def targets(self, samples: Sequence[Sample]) -> np.ndarray[Any, Any]:
+        """Return the labels of samples as numbers, as `targets` does."""
+        return targets(samples, self.classes, self.task)
 
     @cached_property
     def splits(self) -> dict[str, int]:

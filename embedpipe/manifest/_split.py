@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from embedpipe.manifest._sample import Sample
+from embedpipe.manifest._targets import names_of
 
 
 def assign_splits(
-    samples: Sequence[Sample], *, val_fraction: float, test_fraction: float
+    samples: Sequence[Sample], *, val_fraction: float, test_fraction: float, task: str = "single"
 ) -> tuple[list[Sample], list[str]]:
     """Give a split to every sample and say what was out of the ordinary; named splits stand.
 
@@ -27,19 +28,19 @@ def assign_splits(
     if all(sample.label is None for sample in samples):
         return [replace(sample, split=sample.split or "all") for sample in samples], []
     if named == {""}:
-        return hash_split(samples, val_fraction=val_fraction, test_fraction=test_fraction)
+        return hash_split(samples, val_fraction=val_fraction, test_fraction=test_fraction, task=task)
     if "train" not in named or "val" in named:
         return list(samples), []
     train = [sample for sample in samples if sample.split == "train"]
-    carved, warnings = hash_split(train, val_fraction=val_fraction, test_fraction=0.0)
+    carved, warnings = hash_split(train, val_fraction=val_fraction, test_fraction=0.0, task=task)
     in_order = iter(carved)
     return [next(in_order) if s.split == "train" else s for s in samples], warnings
 
 
 def hash_split(
-    samples: Sequence[Sample], *, val_fraction: float, test_fraction: float
+    samples: Sequence[Sample], *, val_fraction: float, test_fraction: float, task: str = "single"
 ) -> tuple[list[Sample], list[str]]:
-    """Split by u; every class is given train and val, one with a lone component only train."""
+    """Split by u; every class is given train and val, one with a lone component only train. Numbers have no classes."""
     val_end = test_fraction + val_fraction
     bounds = {"test": (0.0, test_fraction), "val": (test_fraction, val_end), "train": (val_end, 1)}
     members = components(samples)
@@ -48,8 +49,8 @@ def hash_split(
     }
     parts: dict[str, set[str]] = defaultdict(set)
     for name, sample in zip(members, samples, strict=True):
-        if sample.label is not None:
-            parts[sample.label].add(name)
+        for label in names_of(sample.label, task) if sample.label is not None else ():
+            parts[label].add(name)
     warnings = _cover_classes(split_of, parts, bounds)
     moved = zip(members, samples, strict=True)
     return [replace(sample, split=split_of[name]) for name, sample in moved], warnings

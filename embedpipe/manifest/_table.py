@@ -1,4 +1,4 @@
-"""Tables: CSV, TSV and JSONL with the columns `path`, `label`, `split`, `group`.
+"""Tables: CSV, TSV and JSONL with the columns `path`, `label` (or `labels`, or `target`), `split`, `group`.
 
 Other columns are ignored. Text is UTF-8 (with or without a byte order mark), or UTF-16 with one;
 bytes that are neither pass through unchanged, as in file names. Paths are relative to the folder of
@@ -22,9 +22,10 @@ from embedpipe.errors import StorageError, UsageError
 from embedpipe.manifest._folder import SPLIT_NAMES
 from embedpipe.manifest._sample import Listing, Row
 from embedpipe.manifest._source import Source, join, suffix_of
+from embedpipe.manifest._targets import SEPARATOR, TASKS, check_columns_of_targets, read_target
 from embedpipe.places import Place, is_url
 
-COLUMNS = ("path", "label", "split", "group")
+COLUMNS = ("path", *TASKS, "split", "group")
 Record = tuple[str, dict[str, str]]  # where it stands ("list.csv, line 3") and its cells
 
 
@@ -61,6 +62,7 @@ def rows_of(records: Iterable[Record], root: Path | str, allow_outside: bool) ->
     rows = [(at, _row(cells, root, at, allow_outside)) for at, cells in records]
     for column in ("label", "split"):
         _check_complete(rows, column)
+    _check_one_task(rows)
     return tuple(row for _, row in rows)
 
 
@@ -104,21 +106,34 @@ def _json_lines(text: str, file: str) -> Iterator[Record]:
             raise UsageError(f"{at}: found {line[:40]!r}, expected a JSON object")
         columns = check_columns(list(record), at)
         values = zip(columns, record.values(), strict=True)
-        yield at, {name: text_of(value, at, name) for name, value in values if name in COLUMNS}
+        yield at, texts_of((one for one in values if one[0] in COLUMNS), at)
 
 
-def text_of(value: object, at: str, column: str) -> str:
-    """Return a cell as text, "" for none."""
-    if value is None or isinstance(value, str | int | float):
-        return "" if value is None else str(value)
-    raise UsageError(f"{at}: {column} is {value!r}, expected a text or a number")
+def texts_of(values: Iterable[tuple[str, object]], at: str) -> dict[str, str]:
+    """Return the cells of a record as texts; a column without a value is left out.
+
+    Raises
+    ------
+    UsageError    a value that is neither text nor number, nor a list of such in the column `labels`
+    """
+    return {name: _text_of(value, at, name) for name, value in values if value is not None}
+
+
+def _text_of(value: object, at: str, column: str) -> str:
+    if isinstance(value, str | int | float):
+        return str(value)
+    if column != "labels" or not isinstance(value, list):
+        raise UsageError(f"{at}: {column} is {value!r}, expected a text or a number")
+    if any(isinstance(one, bool) or not isinstance(one, str | int) or SEPARATOR in str(one) for one in value):
+        raise UsageError(f"{at}: labels are {value!r}, expected a list of names without {SEPARATOR!r}")
+    return SEPARATOR.join(map(str, value))
 
 
 def check_columns(written: list[str], at: str) -> list[str]:
     """Return the names in lower case; refuse a near miss of ours, one twice, and no `path`."""
     names = [name.strip().lower() for name in written]
-    absent = [name for name in COLUMNS if name not in names]
-    for name in names:
+    absent = [name for name in COLUMNS if name not in names and not (name in TASKS and TASKS.keys() & names)]
+    for name in (one for one in names if one not in COLUMNS):
         meant = difflib.get_close_matches(name, absent, n=1, cutoff=0.75)
         if meant:
             raise UsageError(f"{at}: unknown column {name!r}", hint=f"did you mean {meant[0]!r}?")
@@ -127,18 +142,21 @@ def check_columns(written: list[str], at: str) -> list[str]:
             f"{at}: found the columns {', '.join(names) or '(none)'}, expected path[,label][,split][,group], each once",
             hint="call the column of file names 'path'",
         )
+    check_columns_of_targets(names, at)
     return names
 
 
 def _row(cells: dict[str, str], root: Path | str, at: str, allow_outside: bool) -> Row:
-    path, label, split, group = (cells.get(name, "") for name in COLUMNS)
-    for text in (path, label, group):
+    path, split, group = (cells.get(name, "") for name in ("path", "split", "group"))
+    label, task = read_target(cells, at)
+    for text in (path, label or "", group):
         _check_text(text, at)
     return Row(
         path=_relative(path, root, at, allow_outside),
-        label=label.strip() or None,
+        label=label,
         split=split_of(split, at),
         group=group.strip() or None,
+        task=task,
     )
 
 
@@ -212,4 +230,16 @@ def _check_complete(rows: list[tuple[str, Row]], column: str) -> None:
         raise UsageError(
             f"{empty[0]}: no {column}, though {len(rows) - len(empty)} other rows have one",
             hint=f"give every row a {column}, or none",
+        )
+
+
+def _check_one_task(rows: list[tuple[str, Row]]) -> None:
+    """All labels come from one column."""
+    columns = {task: column for column, task in TASKS.items()}
+    labelled = [(at, row.task) for at, row in rows if row.label is not None]
+    strange = next(((at, task) for at, task in labelled if task != labelled[0][1]), None)
+    if strange:
+        raise UsageError(
+            f"{strange[0]}: found {columns[strange[1]]}, though other rows have {columns[labelled[0][1]]}",
+            hint="give every row the same column",
         )

@@ -18,7 +18,7 @@ from embedpipe.metrics._calibration import (
     soften,
 )
 from embedpipe.metrics._intervals import mcnemar, mean_interval, paired_interval, wilson_interval
-from embedpipe.metrics._multilabel import MultilabelScore, score_multilabel
+from embedpipe.metrics._multilabel import THRESHOLD, MultilabelScore, binary_log_loss, score_multilabel
 from embedpipe.metrics._regression import RegressionScore, score_regression
 from embedpipe.metrics._scores import (
     LEAST_PROBABILITY,
@@ -42,6 +42,7 @@ __all__ = [
     "ECE_BINS",
     "LEAST_PROBABILITY",
     "TEMPERATURES",
+    "THRESHOLD",
     "Bin",
     "ClassScore",
     "FullScore",
@@ -49,6 +50,7 @@ __all__ = [
     "RegressionScore",
     "Score",
     "balanced_accuracy",
+    "binary_log_loss",
     "balanced_accuracy_interval",
     "confusion_matrix",
     "expected_calibration_error",

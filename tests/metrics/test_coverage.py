@@ -14,6 +14,7 @@ from embedpipe.metrics import (
     paired_interval,
     wilson_interval,
 )
+from embedpipe.metrics._multilabel import mean_average_precision
 
 REPEATS = 5000
 Interval = Sequence[float] | None
@@ -95,3 +96,20 @@ def test_means(name: str, draw: Callable[[np.random.Generator, int], np.ndarray]
     truth = float(np.mean(draw(np.random.default_rng(1), 1000)))
     drawn = draw(np.random.default_rng(0), n)
     check_coverage(f"{name}, n {n}", truth, [mean_interval(one) for one in drawn])
+
+
+@pytest.mark.parametrize(
+    ("n", "classes", "apart", "truth"), [(100, 3, 1.0, 0.815), (300, 10, 1.0, 0.829), (100, 20, 0.5, 0.562)]
+)
+def test_mean_average_precision(n: int, classes: int, apart: float, truth: float) -> None:
+    """Of few positives and nearly perfect ranks it covers more, 97 to 100 of 100."""
+    random, shares = np.random.default_rng(0), np.linspace(0.1, 0.5, classes)
+    intervals = []
+    for _ in range(400):
+        Y = random.random((n, classes)) < shares
+        logits = random.normal(size=(n, classes)) + apart * (2 * Y - 1)
+        intervals.append(mean_average_precision(logits, Y)[1])
+    low, high = np.array(intervals, dtype=np.float64).T
+    covered = float(np.mean((low <= truth) & (truth <= high)))
+    print(f"mean average precision, n {n}, C {classes:<34} {100 * covered:.1f} %")
+    assert 0.915 <= covered <= 0.98

@@ -8,6 +8,7 @@ from sklearn import metrics as reference
 
 from embedpipe.errors import UsageError
 from embedpipe.metrics import score_multilabel, wilson_interval
+from embedpipe.metrics._multilabel import average_precision
 
 
 @given(n=st.integers(2, 40), n_classes=st.integers(2, 6), seed=st.integers(0, 999), ties=st.booleans())
@@ -24,7 +25,23 @@ def test_scores_are_those_of_scikit_learn(n: int, n_classes: int, seed: int, tie
     assert found["macro_f1"] == pytest.approx(reference.f1_score(Y, predicted, average="macro", zero_division=0))
     assert found["exact_match"] == pytest.approx(reference.accuracy_score(Y, predicted))
     assert found["exact_match_ci95"] == list(wilson_interval(round(found["exact_match"] * n), n))
+    assert found["log_loss"] == pytest.approx(
+        np.mean([reference.log_loss(y, p) for y, p in zip(Y.T, table.T, strict=True)])
+    )
     assert found["n"] == n
+
+
+@given(n=st.integers(3, 30), seed=st.integers(0, 999), ties=st.booleans())
+def test_average_precision_without_each_sample(n: int, seed: int, ties: bool) -> None:
+    random = np.random.default_rng(seed)
+    y = random.random(n) < 0.4
+    y[:3] = True, True, False
+    scores = random.random(n).round(1 if ties else 9)
+    value, left_out = average_precision(scores, y)
+    assert value == pytest.approx(reference.average_precision_score(y, scores))
+    rest = [np.arange(n) != one for one in range(n)]
+    wanted = [reference.average_precision_score(y[kept], scores[kept]) for kept in rest]
+    np.testing.assert_allclose(left_out, wanted)
 
 
 @given(n=st.integers(1, 6), n_classes=st.integers(1, 4), seed=st.integers(0, 999))

@@ -61,3 +61,18 @@ def test_what_the_hub_has_not_is_told_in_a_line(saved: Path) -> None:
     with pytest.raises(UsageError, match=r"hf:nobody/nothing: .*; expected hf:NAME") as caught:
         read_manifest(["hf:nobody/nothing"], key_of=lambda place: place.read())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("column", ["labels", "target"])
+def test_several_labels_and_numbers(saved: Path, tmp_path: Path, column: str) -> None:
+    datasets: Any = pytest.importorskip("datasets")
+    cells = [{"bytes": b"%d" % n, "path": None} for n in range(4)]
+    kind, values = datasets.Value("float32"), [0.5, 1.5, -2.0, 3.0]
+    if column == "labels":
+        kind, values = datasets.Sequence(datasets.ClassLabel(names=["cat", "dog"])), [[1, 0], [], [1], [0]]
+    kinds = datasets.Features({"image": datasets.Image(), column: kind})
+    datasets.Dataset.from_dict({"image": cells, column: values}, features=kinds).save_to_disk(tmp_path / "other")
+    manifest = read_manifest([f"hf:{tmp_path / 'other'}"], key_of=lambda place: place.read() * 32)
+    labels = [sample.label for sample in manifest.samples]
+    assert manifest.task == {"labels": "multilabel", "target": "regression"}[column]
+    assert labels == (["cat|dog", "|", "dog", "cat"] if column == "labels" else ["0.5", "1.5", "-2.0", "3.0"])
