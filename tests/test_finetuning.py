@@ -88,7 +88,7 @@ def test_a_backbone_of_other_weights_is_refused(head: ep.Classifier) -> None:
 
 
 def test_training_never_ends_below_its_start(head: ep.Classifier) -> None:
-    wild = ep.finetune(head, unfreeze="all", epochs=1, batch_size=8, lr=10.0, head_lr=10.0)
+    wild = ep.finetune(head, unfreeze="all", epochs=1, batch_size=8, lr=1.0, head_lr=1.0)
     assert wild.report["metrics"]["val"]["accuracy"] >= wild.report["epochs"][0]["val_accuracy"]
 
 

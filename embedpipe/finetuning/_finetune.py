@@ -145,7 +145,14 @@ def finetune(
     options["run"] = str(start.folder.absolute()) if start and start.folder else None
     with unfinished_run(Path(runs_dir), resume=resume, options=options, defaults=_defaults()) as unfinished:
         forward = {"device": device, "workers": workers}
-        return _carry_out(unfinished, start, Path(cache_dir), Path(runs_dir), forward, progress)
+        tuned = _carry_out(unfinished, start, Path(cache_dir), Path(runs_dir), forward, progress)
+    if tuned.report["stopped"] not in (None, "patience"):
+        raise EmbedpipeError(
+            f"{tuned.report['stopped']}; {tuned.name} holds epoch {tuned.report['best_epoch']}, the best before",
+            hint="try a smaller --lr, or --precision fp32",
+            run=tuned.name,
+        )
+    return tuned
 
 
 def _defaults() -> dict[str, Any]:
@@ -202,14 +209,7 @@ def _carry_out(
         "wise_ft": wise,
         **_describe(network, photos, unfrozen, trained, plan),
     }
-    tuned = _save(network, backbone, photos, scored, report, runs_dir, unfinished.name, begun)
-    if trained.diverged:
-        raise EmbedpipeError(
-            f"{trained.diverged}; {tuned.name} holds epoch {trained.best_epoch}, the best before",
-            hint="try a smaller --lr, or --precision fp32",
-            run=tuned.name,
-        )
-    return tuned
+    return _save(network, backbone, photos, scored, report, runs_dir, unfinished.name, begun)
 
 
 def _starting_point(run: Classifier | PathLike | None, runs_dir: Path) -> Classifier:

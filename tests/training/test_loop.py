@@ -80,7 +80,14 @@ def test_the_loss_is_weighted_by_class() -> None:
     for weight in (None, torch.tensor([1.0, 0.0])):
         net = network()
         [_, epoch] = train(
-            net, groups(net, lr=0), batches, Judge(net, [0, 0]), plan=Plan(epochs=1), steps=4, keep_eval=[], class_weight=weight
+            net,
+            groups(net, lr=0),
+            batches,
+            Judge(net, [0, 0]),
+            plan=Plan(epochs=1),
+            steps=4,
+            keep_eval=[],
+            class_weight=weight,
         ).history
         losses.append(epoch.train_loss)
         wanted = [nn.functional.cross_entropy(net(x), y, weight=weight).item() for x, y in batches(1)]
@@ -112,5 +119,14 @@ def test_gradients_are_clipped() -> None:
         norms.append(float(torch.stack(gradients).norm()))
 
     huge = [(X * 1e4, 1 - Y)]
-    train(net, groups(net, lr=0), lambda _: huge, Judge(net, [0, 0]), plan=Plan(epochs=1), steps=1, keep_eval=[], on_step=note)
+    train(
+        net,
+        groups(net, lr=0),
+        lambda _: huge,
+        Judge(net, [0, 0]),
+        plan=Plan(epochs=1),
+        steps=1,
+        keep_eval=[],
+        on_step=note,
+    )
     assert norms == [pytest.approx(1.0, rel=1e-4)]
