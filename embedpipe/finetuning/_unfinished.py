@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -39,7 +39,7 @@ class Unfinished:
     def write(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint."""
         whole = {"format": FORMAT, "options": dict(self.options), "state": dict(state)}
-        publish(self.folder / CHECKPOINT, partial(torch.save, whole))
+        publish(self.folder / CHECKPOINT, partial(_save, whole))
 
 
 @contextmanager
@@ -68,6 +68,13 @@ def unfinished_run(
             kind = Stopped if isinstance(exc, Stopped) else Interrupted
             hint = f"`embedpipe finetune --resume {name.rsplit('-', 1)[-1]}` goes on"
             raise kind("stopped between two steps; a checkpoint is written", hint=hint, run=name) from exc
+
+
+def _save(whole: Mapping[str, Any], stream: IO[bytes]) -> None:
+    try:
+        torch.save(whole, stream)
+    except RuntimeError as exc:  # torch's writer ends its archive even after a refusal, and then hides it
+        raise (exc.__context__ if isinstance(exc.__context__, OSError) else exc) from None
 
 
 def _read(path: Path) -> dict[str, Any]:

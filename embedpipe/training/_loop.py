@@ -12,6 +12,7 @@ from embedpipe.errors import Stopped
 from embedpipe.training._epochs import Score, Trained
 from embedpipe.training._mixing import Batch
 from embedpipe.training._plan import Plan
+from embedpipe.training._signals import signals_held
 from embedpipe.training._trainer import Trainer
 
 CHECKPOINT_S = 120.0  # between checkpoints, where epochs are longer
@@ -64,19 +65,24 @@ def train(
     trainer = Trainer(network, groups, plan, steps=each, **shape)
     if resume:
         trainer.load(resume)
+
+    def save() -> None:
+        with signals_held():
+            checkpoint(trainer.state())
+
     try:
         while not trainer.ended:
             saved = time.monotonic()
             for done in trainer.steps_of(batches):
                 on_step(done)
                 if time.monotonic() - saved > CHECKPOINT_S:
-                    checkpoint(trainer.state())
+                    save()
                     saved = time.monotonic()
             if not trainer.diverged:
                 trainer.judge(validate)
-                checkpoint(trainer.state())
+                save()
     except (Stopped, KeyboardInterrupt):
-        checkpoint(trainer.state())
+        save()
         raise
     finally:
         trainer.leave_best()
