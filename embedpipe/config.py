@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from embedpipe.errors import UsageError
 from embedpipe.provenance import nearest
@@ -34,6 +34,11 @@ class Option:
     annotation: Any
     default: Any
     help: str
+
+    @property
+    def needs_no_value(self) -> bool:
+        """Whether it may stand alone, as in `--resume`, or before a value, as in `--resume RUN`."""
+        return bool in get_args(self.annotation)
 
 
 def options_of(deed: Callable[..., Any]) -> tuple[Option, ...]:

@@ -35,8 +35,8 @@ STAIRS = [["errors", "disk"], ["errors", "places"], ["errors", "training"], ["er
 STAIRS += [["executors", "forwarding"], ["forwarding", "drift"], ["forwarding", "pipeline"], ["drift", "pipeline"]]
 DOORS = {
     "h5py": {"cache"},
-    "timm": {"backbones/_timm.py"},
-    "torchvision": {"backbones/_torchvision.py"},
+    "timm": {"backbones/_timm.py", "training/_layers.py"},
+    "torchvision": {"backbones/_torchvision.py", "training/_mixing.py"},
     "sklearn": {"heads/_sklearn.py", "metrics", "demo.py"},
     "yaml": {"config.py"},
     "pydantic": {"config.py"},

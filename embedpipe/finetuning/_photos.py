@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from embedpipe.backbones import Backbone
 from embedpipe.classifier import Scored
-from embedpipe.errors import EmbedpipeWarning
+from embedpipe.errors import EmbedpipeWarning, UsageError
 from embedpipe.features import FeatureSet
 from embedpipe.forwarding import Forward
 from embedpipe.images import Transform, image_batches
 from embedpipe.manifest import Sample
 from embedpipe.network import Network
+
+Images = Callable[[Any], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,20 @@ class Photos:
     def samples(self, split: str) -> tuple[Sample, ...]:
         return self.features.samples(split, labelled=True)
 
-    def batches(self, samples: Sequence[Sample]) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[Sample]]]:
-        """Yield images float32 (n, 3, H, W), y int64 (n,) on the device, and their samples; unreadable ones are warned of."""
+    def batches(
+        self, samples: Sequence[Sample], transform: Images | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[Sample]]]:
+        """Yield images float32 (n, 3, H, W), y int64 (n,) on the device, and their samples; unreadable ones are warned of.
+
+        Parameters
+        ----------
+        transform : callable    of an image, instead of the backbone's
+        """
         waiting: dict[bytes, deque[Sample]] = defaultdict(deque)
         for sample in samples:
             waiting[sample.key].append(sample)
         items = [(sample.key, self.features.manifest.place_of(sample)) for sample in samples]
-        transform, size = self.backbone.transform, self.forward.batch_size
+        transform, size = transform or self.backbone.transform, self.forward.batch_size
         for batch in image_batches(items, [transform], batch_size=size, workers=self.forward.workers):
             for failed in batch.failures:
                 path = self.features.manifest.name_of(waiting[failed.key].popleft())
@@ -53,16 +63,31 @@ class Photos:
                 images = images.contiguous(memory_format=torch.channels_last)
                 yield images, y.to(self.forward.device), these
 
-    def shuffled(self, *, seed: int, flip: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def shuffled(self, epoch: int, *, seed: int, augment: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the train split in a random order, whole batches only; what is left over comes in another epoch."""
         samples, size = self.samples("train"), self.forward.batch_size
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
         order = torch.randperm(len(samples), generator=generator).tolist()
-        for images, y, _ in self.batches([samples[k] for k in order[: self.steps * size]]):
-            if flip:
-                mirrored = torch.rand(len(images), generator=generator) < 0.5
-                images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(3), images)
+        chosen = [samples[k] for k in order[: self.steps * size]]
+        for images, y, _ in self.batches(chosen, self.view(epoch, seed=seed, augment=augment)):
             yield images, y
+
+    def view(self, epoch: int, *, seed: int, augment: str) -> Images:
+        """Return the transform of one epoch: a view of its own, as `extract --views` makes them.
+
+        Raises
+        ------
+        UsageError    images to change before a transform of the user's own
+        """
+        transform = self.backbone.transform
+        if augment == "none":
+            return transform
+        if not isinstance(transform, Transform):
+            raise UsageError(
+                f"--augment {augment} of a backbone with a transform of your own",
+                hint="use an embedpipe.images.Transform, or --augment none",
+            )
+        return replace(transform, augment=augment, seed=seed, view=epoch)
 
     @property
     def steps(self) -> int:
