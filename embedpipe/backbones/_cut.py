@@ -16,7 +16,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from threading import get_ident
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from embedpipe.backbones._headless import Headless
+from embedpipe.backbones._headless import Headless, Pooling, Tap
 from embedpipe.backbones._trace import Trace, is_below
 from embedpipe.errors import UsageError
 from embedpipe.provenance import nearest
@@ -162,6 +162,16 @@ class Tail(_Part):
                 stack.enter_context(_giving(self.model.get_submodule(name), outputs, embody))
             features: Tensor = self._whole[0](embody(self.images))
         return features
+
+
+def trunk_of(backbone: Backbone, made: Cut) -> Backbone:
+    """Return the trunk as a backbone whose feature is the activation, flattened; its spec tells the cut."""
+    return replace(
+        backbone,
+        module=Headless(backbone.module.model, [Tap(made.layer, Pooling("none", "map"), entered=True)]).eval(),
+        feature_dim=math.prod(made.shape),
+        spec={**backbone.spec, "layer": f"into {made.layer}", "pool": "none", "cut": made.layer},
+    )
 
 
 def cut(backbone: Backbone, layer: str) -> Cut:

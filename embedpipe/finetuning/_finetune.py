@@ -6,7 +6,7 @@ import copy
 import inspect
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier, Scored
     from embedpipe.features import FeatureSet
+    from embedpipe.finetuning._activations import Activations
+    from embedpipe.finetuning._keeping import Wish
     from embedpipe.finetuning._photos import Photos
     from embedpipe.finetuning._unfinished import Unfinished
     from embedpipe.heads import LinearHead
@@ -52,6 +54,9 @@ def finetune(
     bn: Literal["frozen", "affine", "train"] = "affine",
     init: Literal["head", "random"] = "head",
     augment: Literal["none", "flip", "standard", "strong"] = "none",
+    views: int = 0,
+    cache_activations: Literal["auto", "on", "off"] = "auto",
+    max_cache_size: str = "20GB",
     mixup: float = 0.0,
     cutmix: float = 0.0,
     label_smoothing: float = 0.0,
@@ -107,6 +112,12 @@ def finetune(
         Start from the fitted head, or from a random one.
     augment : str
         Change training images: flip; standard (random crops too); strong (colours, too), as in extract.
+    views : int
+        Keep so many changed views of each training image, and draw one in each epoch; 0: change images in every epoch.
+    cache_activations : str
+        Run the frozen layers once an image and view, and train from what they give; auto where that is faster.
+    max_cache_size : str
+        Most that the activations may take.
     mixup : float
         Mix pairs of images; alpha of the Beta distribution, such as 0.2.
     cutmix : float
@@ -173,6 +184,7 @@ def _carry_out(
 
     from embedpipe.cache import Cache
     from embedpipe.finetuning._handoff import prove_handoff
+    from embedpipe.finetuning._keeping import choose_source
     from embedpipe.finetuning._photos import Photos
     from embedpipe.forwarding import plan_forward
     from embedpipe.network import Network, parameter_groups, release
@@ -197,19 +209,32 @@ def _carry_out(
     unfrozen, keep_eval = release(network, backbone, options["unfreeze"], bn=options["bn"])
     if options["init"] == "random":
         network.head.reset_parameters()
+    source, kept = choose_source(network, photos, unfrozen, _wish(options), Cache(cache_dir), progress=progress)
     rates = {name: options[name] for name in ("lr", "head_lr", "layer_decay", "weight_decay", "l2_sp")}
     groups = parameter_groups(network, backbone, **rates)
     with network.checkpointing(backbone.name, wanted=options["grad_checkpointing"]):
-        trained, wise, scored = _train(network, photos, keep_eval, groups, plan, unfinished, progress)
+        trained, wise, scored = _train(network, source, keep_eval, groups, plan, unfinished, progress)
     report = {
         "from_run": classifier.report.get("run"),
         "handoff_max_abs_diff": handoff,
         "options": dict(options),
         "resumed": unfinished.state is not None,
         "wise_ft": wise,
+        **kept,
         **_describe(network, photos, unfrozen, trained, plan),
     }
     return _save(network, backbone, photos, scored, report, runs_dir, unfinished.name, begun)
+
+
+def _wish(options: Mapping[str, Any]) -> Wish:
+    from embedpipe.disk import BYTES, parse_amount
+    from embedpipe.finetuning._keeping import Wish
+
+    most = parse_amount(options["max_cache_size"], BYTES, "--max-cache-size", "20GB")
+    own = {name: options[name] for name in ("views", "augment", "seed", "epochs")}
+    return Wish(
+        options["cache_activations"], **own, max_bytes=most, images_only="--cutmix" if options["cutmix"] else ""
+    )
 
 
 def _starting_point(run: Classifier | PathLike | None, runs_dir: Path) -> Classifier:
@@ -288,7 +313,7 @@ def _features_of(classifier: Classifier, cache: Cache) -> FeatureSet:
 
 def _train(
     network: Network,
-    photos: Photos,
+    photos: Photos | Activations,
     keep_eval: Sequence[torch.nn.Module],
     groups: list[dict[str, Any]],
     plan: Plan,
@@ -337,7 +362,7 @@ def _score(scored: Scored, classes: Sequence[str]) -> Score:
     return Score(values["log_loss"], values["accuracy"])
 
 
-def _class_weight(photos: Photos) -> torch.Tensor:
+def _class_weight(photos: Photos | Activations) -> torch.Tensor:
     import numpy as np
     import torch
 
@@ -359,8 +384,6 @@ def _describe(
         "unfrozen": list(unfrozen),
         "trainable_parameters": trainable,
         "frozen_parameters": sum(sizes.values()) - trainable,
-        "cut": None,
-        "activations": {"cached": False, "rows": 0, "bytes": 0, "reused": 0},
         "epochs": [epoch.to_dict() for epoch in trained.history],
         "best_epoch": trained.best_epoch,
         "best_of": trained.best_of,

@@ -9,6 +9,7 @@ import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from embedpipe.manifest import Sample
 from embedpipe.network import Network
 
 Images = Callable[[Any], torch.Tensor]
+PROBED = 32
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,20 @@ class Photos:
                 warnings.warn(f"{path} is left out: {failed.reason}", EmbedpipeWarning, stacklevel=2)
             if batch.keys:
                 these = [waiting[key].popleft() for key in batch.keys]
-                y = torch.tensor([self.features.classes.index(s.label or "") for s in these])
                 there = torch.from_numpy(batch.images[0]).to(self.forward.device)
                 images = transform.normalise(there) if isinstance(transform, Transform) else there
                 images = images.contiguous(memory_format=torch.channels_last)
-                yield images, y.to(self.forward.device), these
+                yield images, self.labels(these), these
+
+    def labels(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """Return class indices int64 (n,) on the device."""
+        numbers = {name: number for number, name in enumerate(self.features.classes)}
+        return torch.tensor([numbers[sample.label or ""] for sample in samples], device=self.forward.device)
+
+    @cached_property
+    def probe(self) -> list[tuple[torch.Tensor, list[Sample]]]:
+        """The first images of the train split, PROBED at most, to prove things on before training."""
+        return [(images, these) for images, _, these in self.batches(self.samples("train")[:PROBED])]
 
     def shuffled(self, epoch: int, *, seed: int, augment: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the train split in a random order, whole batches only; what is left over comes in another epoch."""
