@@ -63,8 +63,8 @@ class Place:
         self, cache: Cache, photos: Photos, dtype: str, splits: tuple[str, ...], view: int, **look: Any
     ) -> Target:
         """Return the space of some splits in one view; `look` are the arguments of `Photos.view`."""
-        transform, trunk = photos.view(view, **look), self.trunk
-        if view and isinstance(transform, Transform):
+        trunk = self.trunk
+        if view and isinstance(transform := photos.view(view, **look), Transform):
             trunk = replace(trunk, transform=transform, spec={**trunk.spec, "transform": transform.to_dict()})
         spec = space_spec(trunk, "fp32", dtype, view=view)
         loader = photos.features.loader if self.layer == "head" and not view else {}
@@ -144,10 +144,14 @@ class Activations:
 def spaces_of(place: Place, cache: Cache, photos: Photos, dtype: str, views: int, **look: Any) -> list[Target]:
     """Return the spaces to fill: train in each view, or clean, in a stored dtype; last, val and test, exactly.
 
+    Where train is clean and exact too, one space holds all.
+
     Parameters
     ----------
     look : augment and seed, the arguments of `Photos.view`
     """
+    if not views and dtype == "float32":
+        return [place.target(cache, photos, dtype, (*TRAINED, *HELD), 0, **look)]
     trained = [place.target(cache, photos, dtype, TRAINED, view, **look) for view in range(1, views + 1) or (0,)]
     return [*trained, place.target(cache, photos, "float32", HELD, 0, **look)]
 
@@ -170,7 +174,7 @@ def fill(
         counts["bytes"] += rows * row_bytes(target)
         counts["reused"] += filled[number].reused
     *views, held = (FeatureSet(manifest, target.space) for target in targets)
-    return Activations(photos, place, tuple(views), held), counts
+    return Activations(photos, place, tuple(views) or (held,), held), counts
 
 
 def row_bytes(target: Target) -> int:

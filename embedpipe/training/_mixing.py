@@ -22,4 +22,10 @@ def mixer(plan: Plan, n_classes: int) -> Callable[[Tensor, Tensor], Batch]:
 
     kinds = ((plan.mixup, v2.MixUp), (plan.cutmix, v2.CutMix))
     mix: Callable[[Tensor, Tensor], Batch] = v2.RandomChoice([k(alpha=a, num_classes=n_classes) for a, k in kinds if a])
-    return mix
+
+    def any_shape(images: Tensor, y: Tensor) -> Batch:
+        """Mix activations that are no maps, tokens say, as if each were one."""
+        mixed, soft = mix(images if images.ndim == 4 else images.flatten(1)[:, :, None, None], y)
+        return mixed.view_as(images), soft
+
+    return any_shape
