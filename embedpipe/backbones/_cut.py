@@ -47,14 +47,14 @@ class Cut:
     Parameters
     ----------
     layer : str             the module whose input is the activation
-    trunk : nn.Module       images float32 (N, 3, H, W) -> activation (N, ...); several threads may run it
-    tail : nn.Module        activation (N, ...) -> features (N, D); one thread at a time, and none in the backbone
+    trunk : Trunk           images float32 (N, 3, H, W) -> activation (N, ...); several threads may run it
+    tail : Tail             activation (N, ...) -> features (N, D); one thread at a time, and none in the backbone
     shape : tuple of int    of one image's activation, without the batch axis
     """
 
     layer: str
-    trunk: nn.Module
-    tail: nn.Module
+    trunk: Trunk
+    tail: Tail
     shape: tuple[int, ...]
 
 
@@ -135,7 +135,7 @@ class Trunk(_Part):
             return arrived.activation
         finally:
             self._running.discard(get_ident())
-        raise RuntimeError(f"{self.layer} did not run")
+        raise RuntimeError(f"{self.layer} did not run for these images")
 
 
 class Tail(_Part):
@@ -189,7 +189,11 @@ def cut(backbone: Backbone, layer: str) -> Cut:
         raise UsageError(f"no layer {layer!r} runs in {backbone.name}", hint=hint, layer=layer)
     if layer not in backbone.trace.visits:  # a list of modules has no input of its own
         layer = min((n for n in backbone.trace.visits if is_below(n, layer)), key=backbone.trace.start_of)
-    return _cut(backbone, layer, _record(backbone))
+    try:
+        return _cut(backbone, layer, _record(backbone))
+    except _Uncut as exc:
+        hint = "cut before the block that holds it, or earlier"
+        raise UsageError(f"{backbone.name} cannot be cut before {layer}: {exc}", hint=hint, layer=layer) from exc
 
 
 def cut_before(backbone: Backbone, unfrozen: Sequence[str]) -> Cut | None:
@@ -207,43 +211,41 @@ def cut_before(backbone: Backbone, unfrozen: Sequence[str]) -> Cut | None:
     if not unfrozen:
         return None
     trace, passes, refused = backbone.trace, _record(backbone), []
-    owner = min((name.rpartition(".")[0] for name in unfrozen), key=trace.start_of)
+    owner = min(map(_parent, unfrozen), key=trace.start_of)
     moving = {backbone.module.model.get_parameter(name) for name in unfrozen}
     for layer in _candidates(trace, owner):
         try:
             return _cut(backbone, layer, passes, moving)
-        except UsageError as exc:
-            refused.append(exc.message)
+        except _Uncut as exc:
+            refused.append(f"; before {layer} {exc}")
     raise UsageError(
-        f"nothing of {backbone.name} runs wholly before {owner or 'its own parameters'}"
-        + (f" ({len(refused)} places tried): {refused[0]}" if refused else ""),
+        f"{backbone.name} cannot be cut so that {owner or 'its own parameters'} runs after it{''.join(refused[:1])}",
         hint="unfreeze later layers, or do without cached activations",
+        tried=len(refused),
     )
 
 
 def _candidates(trace: Trace, owner: str) -> list[str]:
-    """Return modules that start no later than `owner`, those that hold it or stand beside one that does, latest input
-    first; of several with one input the outermost comes first.
+    """Return modules that start no later than `owner`: those that hold it, their neighbours and the parts of these,
+    latest input first; of several with one input the outermost comes first.
     """
     last = trace.start_of(owner)
-    near = [n for n, v in trace.visits.items() if n and v.first <= last and is_below(owner, n.rpartition(".")[0])]
+    near = [n for n, v in trace.visits.items() if n and v.first <= last and is_below(owner, _parent(_parent(n)))]
     inputs = {n: id(trace.visits[n].entered) if trace.visits[n].entered is not None else n for n in near}
     latest = {inputs[n]: trace.start_of(n) for n in near}  # visits are in order of start
     return sorted(near, key=lambda n: (-latest[inputs[n]], trace.start_of(n)))
 
 
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
 def _cut(backbone: Backbone, layer: str, passes: Sequence[_Pass], moving: Set[nn.Parameter] = frozenset()) -> Cut:
-    try:
-        made = _split(backbone.module, layer, passes, moving)
-        with _at_rest(backbone.module):
-            for one in passes:
-                _prove(made, one)
-    except _Uncut as exc:
-        raise UsageError(
-            f"{backbone.name} cannot be cut before {layer}: {exc}",
-            hint="cut before the block that holds it, or earlier",
-            layer=layer,
-        ) from exc
+    """Cut and prove, or raise `_Uncut`; parameters in `moving` may not be the trunk's."""
+    made = _split(backbone.module, layer, passes, moving)
+    with _at_rest(backbone.module):
+        for one in passes:
+            _prove(made, one)
     return made
 
 
@@ -310,6 +312,7 @@ def _apart(features: Tensor, expected: Tensor) -> float:
     return float((features - expected).abs().max())
 
 
+@torch.enable_grad()
 def _why(tail: Tail, activation: Tensor, expected: Tensor) -> str:
     """Name what else reaches the features, found by their gradient, and how far they are off without it."""
     sources: dict[str, Tensor] = {}
@@ -318,11 +321,10 @@ def _why(tail: Tail, activation: Tensor, expected: Tensor) -> str:
         sources[ghost.origin] = activation.new_zeros(ghost.shape(len(activation))).requires_grad_()
         return sources[ghost.origin] * 1  # may be written into
 
-    with torch.enable_grad():
-        features = tail.run(activation, embody)
+    features = tail.run(activation, embody)
     gradients = torch.autograd.grad(features.sum(), list(sources.values()), allow_unused=True)
     crossing = [name for name, gradient in zip(sources, gradients, strict=True) if gradient is not None]
-    return f"{', '.join(crossing)} crosses too; without it the features are {_apart(features, expected):.2g} off"
+    return f"{', '.join(crossing) or 'something'} crosses too; without it the features are {_apart(features, expected):.2g} off"
 
 
 def _record(backbone: Backbone) -> tuple[_Pass, ...]:
@@ -375,8 +377,8 @@ def _replace_first(args: Any, kwargs: Any, tensor: Tensor) -> tuple[Any, Any]:
 
 
 def _arrive(running: Set[int], module: nn.Module, args: Any, kwargs: Any) -> None:
-    if get_ident() in running:
-        raise _Arrived(_first(args, kwargs))
+    if get_ident() in running and (activation := _first(args, kwargs)) is not None:
+        raise _Arrived(activation)
 
 
 @contextmanager
@@ -403,7 +405,8 @@ def _at_rest(whole: Headless) -> Iterator[None]:
     modes = {module: module.training for module in whole.modules()}
     try:
         with torch.no_grad():
-            yield whole.eval()
+            whole.eval()
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
