@@ -309,7 +309,7 @@ def _prove(made: Cut, one: _Pass) -> None:
 
 
 def _apart(features: Tensor, expected: Tensor) -> float:
-    return float((features - expected).abs().max())
+    return float((features.detach() - expected).abs().max())
 
 
 @torch.enable_grad()
@@ -324,7 +324,8 @@ def _why(tail: Tail, activation: Tensor, expected: Tensor) -> str:
     features = tail.run(activation, embody)
     gradients = torch.autograd.grad(features.sum(), list(sources.values()), allow_unused=True)
     crossing = [name for name, gradient in zip(sources, gradients, strict=True) if gradient is not None]
-    return f"{', '.join(crossing) or 'something'} crosses too; without it the features are {_apart(features, expected):.2g} off"
+    what, off = ", ".join(crossing) or "something", _apart(features, expected)
+    return f"{what} crosses too; without it the features are {off:.2g} off"
 
 
 def _record(backbone: Backbone) -> tuple[_Pass, ...]:
