@@ -106,7 +106,7 @@ def finetune(
     init : str
         Start from the fitted head, or from a random one.
     augment : str
-        Change training images: flip; standard (random crops too); strong (colours, too), as in extract.
+        Change training images, as extract does: flip; standard: crops too; strong: RandAugment and erasing too.
     mixup : float
         Mix pairs of images; alpha of the Beta distribution, such as 0.2.
     cutmix : float
