@@ -6,12 +6,13 @@ import copy
 import inspect
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from embedpipe.errors import EmbedpipeError, UsageError
+from embedpipe.finetuning._phases import phases_of
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from embedpipe.heads import LinearHead
     from embedpipe.network import Network
     from embedpipe.pipeline import Progress
-    from embedpipe.training import Plan, Score, Trained
+    from embedpipe.training import Score, Trained
 
 PathLike = str | os.PathLike[str]
 MACHINE = ("resume", "device", "workers", "cache_dir", "runs_dir", "progress")  # what shapes no result
@@ -57,6 +58,7 @@ def finetune(
     label_smoothing: float = 0.0,
     class_weight: Literal["none", "balanced"] = "none",
     wise_ft: bool | Literal["auto"] = False,
+    schedule: Sequence[Mapping[str, Any]] | None = None,
     resume: bool | str = False,
     device: str = "auto",
     workers: int | Literal["auto"] = "auto",
@@ -117,6 +119,8 @@ def finetune(
         balanced gives every class the same weight in the loss.
     wise_ft : bool or auto
         Score mixtures of the weights before and after on val; auto keeps the best.
+    schedule : list of dict
+        Phases, one after the other: options (unfreeze, epochs, lr, ...) that differ from those of the run.
     resume : bool or str
         Go on with the latest unfinished run, or the one named.
     device : str
@@ -141,6 +145,7 @@ def finetune(
 
     options = {name: value for name, value in given.items() if name not in MACHINE}
     options["unfreeze"] = [unfreeze] if isinstance(unfreeze, str) else list(unfreeze)
+    options["schedule"] = list(schedule) if isinstance(schedule, tuple) else schedule
     start = _starting_point(run, Path(runs_dir)) if run is not None or resume is False else None
     options["run"] = str(start.folder.absolute()) if start and start.folder else None
     with unfinished_run(Path(runs_dir), resume=resume, options=options, defaults=_defaults()) as unfinished:
@@ -175,17 +180,15 @@ def _carry_out(
     from embedpipe.finetuning._handoff import prove_handoff
     from embedpipe.finetuning._photos import Photos
     from embedpipe.forwarding import plan_forward
-    from embedpipe.network import Network, parameter_groups, release
+    from embedpipe.network import Network
     from embedpipe.training import Plan
 
     begun, options = time.monotonic(), unfinished.options
-    if not options["unfreeze"]:
-        raise UsageError("found no layer to unfreeze", hint="try --unfreeze layer4, 1, all or none")
-    plan = Plan.of(options)
+    plans = [Plan.of(phase) for phase in phases_of(options)]
     classifier = start or _stored_start(unfinished, runs_dir)
     features = _features_of(classifier, Cache(cache_dir))
     forward = plan_forward(batch_size=options["batch_size"], **machine)
-    if plan.precision == "fp16" and not forward.device.startswith("cuda"):
+    if plans[0].precision == "fp16" and not forward.device.startswith("cuda"):
         raise UsageError(f"--precision fp16 on {forward.device}, expected cuda", hint="use bf16 or fp32")
     torch.manual_seed(options["seed"])
     backbone = replace(classifier.backbone, module=copy.deepcopy(classifier.backbone.module))
@@ -194,21 +197,19 @@ def _carry_out(
     photos = Photos(features, backbone, forward)
     photos.view(1, seed=options["seed"], augment=options["augment"])
     handoff = prove_handoff(network, _head_of(classifier), photos)
-    unfrozen, keep_eval = release(network, backbone, options["unfreeze"], bn=options["bn"])
     if options["init"] == "random":
         network.head.reset_parameters()
-    rates = {name: options[name] for name in ("lr", "head_lr", "layer_decay", "weight_decay", "l2_sp")}
-    groups = parameter_groups(network, backbone, **rates)
     with network.checkpointing(backbone.name, wanted=options["grad_checkpointing"]):
-        trained, wise, scored = _train(network, photos, keep_eval, groups, plan, unfinished, progress)
+        trained, unfrozen, wise = _train(network, backbone, photos, unfinished, progress)
     report = {
         "from_run": classifier.report.get("run"),
         "handoff_max_abs_diff": handoff,
         "options": dict(options),
         "resumed": unfinished.state is not None,
         "wise_ft": wise,
-        **_describe(network, photos, unfrozen, trained, plan),
+        **_describe(network, photos, unfrozen, trained, sum(plan.epochs for plan in plans)),
     }
+    scored = {split: photos.scores(network, split) for split in ("val", "test") if photos.samples(split)}
     return _save(network, backbone, photos, scored, report, runs_dir, unfinished.name, begun)
 
 
@@ -287,46 +288,23 @@ def _features_of(classifier: Classifier, cache: Cache) -> FeatureSet:
 
 
 def _train(
-    network: Network,
-    photos: Photos,
-    keep_eval: Sequence[torch.nn.Module],
-    groups: list[dict[str, Any]],
-    plan: Plan,
-    unfinished: Unfinished,
-    progress: Progress | None,
-) -> tuple[Trained, dict[str, Any] | None, dict[str, Scored]]:
-    """Train, and return what came out, the sweep of WiSE-FT, and the probabilities on val and, looked at this once, test."""
-    from embedpipe.finetuning._frozen import frozen_proved
+    network: Network, backbone: Backbone, photos: Photos, unfinished: Unfinished, progress: Progress | None
+) -> tuple[Trained, tuple[str, ...], dict[str, Any] | None]:
+    """Train, and return what came out, what was unfrozen, and the sweep of WiSE-FT."""
+    from embedpipe.finetuning._phases import Course
     from embedpipe.finetuning._wise import sweep
-    from embedpipe.training import moving_state, train
 
     options, classes = unfinished.options, photos.features.classes
 
     def validate() -> Score:
         return _score(photos.scores(network, "val"), classes)
 
-    def on_step(done: int) -> None:
-        if progress:
-            progress("finetune", done, photos.steps // plan.accumulate * plan.epochs)
-
-    before = moving_state(network, keep_eval) if options["wise_ft"] else {}
-    with frozen_proved(network, keep_eval):
-        trained = train(
-            network,
-            groups,
-            lambda epoch: photos.shuffled(epoch, seed=options["seed"], augment=options["augment"]),
-            validate,
-            plan=plan,
-            steps=photos.steps,
-            keep_eval=keep_eval,
-            n_classes=len(classes),
-            class_weight=_class_weight(photos) if options["class_weight"] == "balanced" else None,
-            resume=unfinished.state,
-            checkpoint=unfinished.write,
-            on_step=on_step,
-        )
-        wise = sweep(network, before, validate, keep_best=options["wise_ft"] == "auto") if before else None
-    return trained, wise, {split: photos.scores(network, split) for split in ("val", "test") if photos.samples(split)}
+    wanted = options["wise_ft"]
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()} if wanted else {}
+    weight = _class_weight(photos) if options["class_weight"] == "balanced" else None
+    trained, unfrozen = Course(network, backbone, photos, unfinished, validate, weight, progress).run()
+    wise = sweep(network, before, validate, keep_best=wanted == "auto") if wanted else None
+    return trained, unfrozen, wise
 
 
 def _score(scored: Scored, classes: Sequence[str]) -> Score:
@@ -350,7 +328,7 @@ def _class_weight(photos: Photos) -> torch.Tensor:
 
 
 def _describe(
-    network: Network, photos: Photos, unfrozen: Sequence[str], trained: Trained, plan: Plan
+    network: Network, photos: Photos, unfrozen: Sequence[str], trained: Trained, epochs: int
 ) -> dict[str, Any]:
     sizes = {name: p.numel() for name, p in network.named_parameters()}
     trainable = sum(sizes[name] for name in unfrozen)
@@ -364,7 +342,7 @@ def _describe(
         "epochs": [epoch.to_dict() for epoch in trained.history],
         "best_epoch": trained.best_epoch,
         "best_of": trained.best_of,
-        "stopped": trained.diverged or ("patience" if len(trained.history) <= plan.epochs else None),
+        "stopped": trained.diverged or ("patience" if len(trained.history) <= epochs else None),
         "chosen_on": "val",
         "classes": list(photos.features.classes),
     }

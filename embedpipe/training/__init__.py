@@ -11,7 +11,7 @@ from embedpipe.training._epochs import Epoch, Score, Trained
 from embedpipe.training._layers import keeps_size, layer_numbers
 from embedpipe.training._loop import train
 from embedpipe.training._plan import Plan
-from embedpipe.training._state import moving_names, moving_state, set_modes
+from embedpipe.training._state import moving_names, moving_state, put
 
 __all__ = [
     "Epoch",
@@ -22,6 +22,6 @@ __all__ = [
     "layer_numbers",
     "moving_names",
     "moving_state",
-    "set_modes",
+    "put",
     "train",
 ]

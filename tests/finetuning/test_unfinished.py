@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import embedpipe as ep
 from embedpipe.errors import CacheBusy, Interrupted, ModelMismatch, Stopped, UsageError
 from embedpipe.runs import find_unfinished, latest_run, list_runs
-from tests.conftest import write_photos
+from tests.finetuning.conftest import same, stop_at
 
 RUNS = Path("runs")
 OPTIONS: dict[str, Any] = {"unfreeze": "layer4", "epochs": 2, "batch_size": 8, "lr": 1e-2, "augment": "strong"}
-
-
-@pytest.fixture
-def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ep.Classifier:
-    monkeypatch.chdir(tmp_path)
-    write_photos(tmp_path / "photos")
-    return ep.fit_head(ep.extract("photos", "timm:test_resnet", weights="none"), l2=0.1)
-
-
-def stop_at(step: int, error: BaseException) -> Callable[[str, int, int], None]:
-    def progress(label: str, done: int, total: int) -> None:
-        if done == step:
-            raise error
-
-    return progress
 
 
 def stop(head: ep.Classifier | None, step: int = 4, **options: Any) -> str:
@@ -44,18 +27,13 @@ def stop(head: ep.Classifier | None, step: int = 4, **options: Any) -> str:
     return str(stopped.value.run)  # type: ignore[attr-defined]
 
 
-def weights(tuned: ep.Classifier) -> dict[str, torch.Tensor]:
-    assert tuned.folder is not None
-    return load_file(tuned.folder / "model" / "model.safetensors")
-
-
 def test_a_run_goes_on_to_the_same_bits(head: ep.Classifier) -> None:
     whole = ep.finetune(head, **OPTIONS)
     name = stop(head)
     assert latest_run(RUNS, "finetune") == RUNS / whole.report["run"]
     assert find_unfinished(RUNS, "finetune") == find_unfinished(RUNS, "finetune", name.rsplit("-", 1)[-1]) == name
     resumed = ep.finetune(resume=True)
-    assert all(torch.equal(tensor, weights(whole)[key]) for key, tensor in weights(resumed).items())
+    assert same(resumed, whole)
     assert (resumed.report["run"], resumed.report["resumed"], whole.report["resumed"]) == (name, True, False)
     for report in (whole.report, resumed.report):
         report["epochs"] = [{**epoch, "seconds": 0} for epoch in report["epochs"]]  # type: ignore[index]
@@ -73,7 +51,7 @@ def test_a_run_is_stopped_again_and_again(head: ep.Classifier) -> None:
         with pytest.raises(Interrupted):
             ep.finetune(resume=True, progress=stop_at(step, KeyboardInterrupt()))
     resumed = ep.finetune(resume=True)
-    assert all(torch.equal(tensor, weights(whole)[key]) for key, tensor in weights(resumed).items())
+    assert same(resumed, whole)
 
 
 def test_the_options_of_a_run_stay(head: ep.Classifier) -> None:
