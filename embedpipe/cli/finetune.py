@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from embedpipe.config import read_schedule
 def finetune(session: Session, run: str | None, schedule: str | None, **options: Any) -> None:
     options["schedule"] = read_schedule(Path(schedule), finetuning.finetune) if schedule else None
     report = finetuning.finetune(run, progress=session.progress, **options).report
+    if int(os.environ.get("RANK", 0)) and "TORCHELASTIC_RUN_ID" in os.environ:
+        return  # the first process of torchrun tells
     title = (
         f"run {report['run']}: {report['trainable_parameters']:,} parameters trained, "
         f"{report['frozen_parameters']:,} frozen, best epoch {report['best_epoch']} "

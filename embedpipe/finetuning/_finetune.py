@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from embedpipe.heads import LinearHead
     from embedpipe.network import Network
     from embedpipe.pipeline import Progress
-    from embedpipe.training import Score, Trained
+    from embedpipe.training import Ranks, Score, Trained
 
 PathLike = str | os.PathLike[str]
 MACHINE = ("resume", "device", "workers", "cache_dir", "runs_dir", "progress")  # what shapes no result
@@ -142,13 +142,15 @@ def finetune(
     """
     given = locals()
     from embedpipe.finetuning._unfinished import unfinished_run
+    from embedpipe.training import joined
 
     options = {name: value for name, value in given.items() if name not in MACHINE}
     options["unfreeze"] = [unfreeze] if isinstance(unfreeze, str) else list(unfreeze)
     options["schedule"] = list(schedule) if isinstance(schedule, tuple) else schedule
     start = _starting_point(run, Path(runs_dir)) if run is not None or resume is False else None
     options["run"] = str(start.folder.absolute()) if start and start.folder else None
-    with unfinished_run(Path(runs_dir), resume=resume, options=options, defaults=_defaults()) as unfinished:
+    again: dict[str, Any] = {"resume": resume, "options": options, "defaults": _defaults()}
+    with joined() as ranks, unfinished_run(Path(runs_dir), **again, ranks=ranks) as unfinished:
         forward = {"device": device, "workers": workers}
         tuned = _carry_out(unfinished, start, Path(cache_dir), Path(runs_dir), forward, progress)
     if tuned.report["stopped"] not in (None, "patience"):
@@ -177,6 +179,7 @@ def _carry_out(
     import torch
 
     from embedpipe.cache import Cache
+    from embedpipe.classifier import Classifier
     from embedpipe.finetuning._handoff import prove_handoff
     from embedpipe.finetuning._photos import Photos
     from embedpipe.forwarding import plan_forward
@@ -184,17 +187,18 @@ def _carry_out(
     from embedpipe.training import Plan
 
     begun, options = time.monotonic(), unfinished.options
-    plans = [Plan.of(phase) for phase in phases_of(options)]
+    plans, ranks = [Plan.of(phase) for phase in phases_of(options)], unfinished.ranks
+    check_ranks(options, ranks)
     classifier = start or _stored_start(unfinished, runs_dir)
     features = _features_of(classifier, Cache(cache_dir))
-    forward = plan_forward(batch_size=options["batch_size"], **machine)
+    forward = plan_forward(batch_size=options["batch_size"] // ranks.count, **machine)
     if plans[0].precision == "fp16" and not forward.device.startswith("cuda"):
         raise UsageError(f"--precision fp16 on {forward.device}, expected cuda", hint="use bf16 or fp32")
     torch.manual_seed(options["seed"])
     backbone = replace(classifier.backbone, module=copy.deepcopy(classifier.backbone.module))
     network = Network(backbone.module, _head_of(classifier))
     network.to(forward.device).to(memory_format=torch.channels_last)
-    photos = Photos(features, backbone, forward)
+    photos = Photos(features, backbone, forward, ranks)
     photos.view(1, seed=options["seed"], augment=options["augment"])
     handoff = prove_handoff(network, _head_of(classifier), photos)
     if options["init"] == "random":
@@ -209,8 +213,20 @@ def _carry_out(
         "wise_ft": wise,
         **_describe(network, photos, unfrozen, trained, sum(plan.epochs for plan in plans)),
     }
-    scored = {split: photos.scores(network, split) for split in ("val", "test") if photos.samples(split)}
-    return _save(network, backbone, photos, scored, report, runs_dir, unfinished.name, begun)
+    tuned = _save(network, backbone, photos, report, runs_dir, unfinished.name, begun) if ranks.first else None
+    ranks.tell(lambda: "saved")
+    return tuned or Classifier.load(runs_dir / unfinished.name)
+
+
+def check_ranks(options: Mapping[str, Any], ranks: Ranks) -> None:
+    """Refuse what many processes cannot do as one would."""
+    if options["batch_size"] % ranks.count:
+        found = f"--batch-size {options['batch_size']} for {ranks.count} processes"
+        raise UsageError(f"{found}, expected a multiple", hint="it counts the images of all processes together")
+    if ranks.count > 1 and any(phase["bn"] == "train" for phase in phases_of(options)):
+        raise UsageError(
+            "--bn train under torchrun: each process would have its own statistics", hint="use affine or frozen"
+        )
 
 
 def _starting_point(run: Classifier | PathLike | None, runs_dir: Path) -> Classifier:
@@ -297,7 +313,7 @@ def _train(
     options, classes = unfinished.options, photos.features.classes
 
     def validate() -> Score:
-        return _score(photos.scores(network, "val"), classes)
+        return photos.ranks.tell(lambda: _score(photos.scores(network, "val"), classes))
 
     wanted = options["wise_ft"]
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()} if wanted else {}
@@ -352,7 +368,6 @@ def _save(
     network: Network,
     backbone: Backbone,
     photos: Photos,
-    scored: dict[str, Scored],
     report: dict[str, Any],
     runs_dir: Path,
     name: str,
@@ -364,6 +379,7 @@ def _save(
     from embedpipe.pipeline import space_spec
     from embedpipe.runs import new_run
 
+    scored = {split: photos.scores(network, split) for split in ("val", "test") if photos.samples(split)}
     network.requires_grad_(False).to("cpu")
     backbone = refresh(backbone, origin=f"fine-tuned from {backbone.origin}")
     head = network.to_head(photos.features.classes)

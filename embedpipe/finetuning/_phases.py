@@ -125,7 +125,7 @@ class Course:
         steps = [self.photos.steps // one["accumulate"] * one["epochs"] for one in phases]
 
         def on_step(done: int) -> None:
-            if self.progress:
+            if self.progress and self.photos.ranks.first:
                 self.progress("finetune", sum(steps[: past.phase]) + done, sum(steps))
 
         unfrozen, keep_eval = release(self.network, self.backbone, phase["unfreeze"], bn=phase["bn"])
@@ -140,6 +140,7 @@ class Course:
                 keep_eval=keep_eval,
                 n_classes=len(self.photos.features.classes),
                 class_weight=self.class_weight,
+                ranks=self.photos.ranks,
                 resume=resume,
                 checkpoint=lambda state: self.unfinished.write({"past": past.to_dict(), "training": state}),
                 on_step=on_step,
