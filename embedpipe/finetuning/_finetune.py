@@ -147,6 +147,8 @@ def finetune(
     options = {name: value for name, value in given.items() if name not in MACHINE}
     options["unfreeze"] = [unfreeze] if isinstance(unfreeze, str) else list(unfreeze)
     options["schedule"] = list(schedule) if isinstance(schedule, tuple) else schedule
+    if resume is False:
+        phases_of(options)
     start = _starting_point(run, Path(runs_dir)) if run is not None or resume is False else None
     options["run"] = str(start.folder.absolute()) if start and start.folder else None
     again: dict[str, Any] = {"resume": resume, "options": options, "defaults": _defaults()}

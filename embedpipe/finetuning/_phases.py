@@ -122,7 +122,7 @@ class Course:
         from embedpipe.training import Plan, moving_state, train
 
         phase = phases[past.phase]
-        steps = [self.photos.steps // one["accumulate"] * one["epochs"] for one in phases]
+        steps = [max(1, self.photos.steps // one["accumulate"]) * one["epochs"] for one in phases]
 
         def on_step(done: int) -> None:
             if self.progress and self.photos.ranks.first:
