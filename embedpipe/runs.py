@@ -91,7 +91,7 @@ def hold_unfinished(runs_dir: Path, name: str) -> Iterator[Path]:
     for left in runs_dir.glob(f"{UNFINISHED}*"):  # of a process that was killed when its run was there
         if (runs_dir / left.name.removeprefix(UNFINISHED)).exists():
             shutil.rmtree(left, ignore_errors=True)
-    folder = runs_dir / f"{UNFINISHED}{name}"
+    folder = unfinished_folder(runs_dir, name)
     make_folder(folder)
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -108,6 +108,10 @@ def hold_unfinished(runs_dir: Path, name: str) -> Iterator[Path]:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
         os.close(descriptor)
+
+
+def unfinished_folder(runs_dir: Path, name: str) -> Path:
+    return runs_dir / f"{UNFINISHED}{name}"
 
 
 def find_unfinished(runs_dir: Path, verb: str, text: str | None = None) -> str:

@@ -50,7 +50,11 @@ DOORS = {
     "datasets": {"places/_hub.py", "manifest/_hub.py"},
     "tarfile": {"manifest/_tar.py"},
     "openvino": {"executors/_openvino.py"},
-    "pickle": {"backbones/_state.py", "backbones/weights.py"},  # the error; an unpickler of arrays
+    "pickle": {
+        "backbones/_state.py",
+        "backbones/weights.py",
+        "finetuning/_unfinished.py",
+    },  # the error; an unpickler of arrays
     "joblib": set(),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

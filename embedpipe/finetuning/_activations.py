@@ -24,6 +24,7 @@ from embedpipe.images import Transform
 from embedpipe.manifest import Sample
 from embedpipe.network import Network
 from embedpipe.pipeline import Filled, Progress, Target, fill_spaces, space_name, space_spec
+from embedpipe.training import Ranks
 
 TRAINED, HELD = ("train",), ("val", "test")
 
@@ -97,9 +98,13 @@ class Activations:
         return self.photos.forward
 
     @property
+    def ranks(self) -> Ranks:
+        return self.photos.ranks
+
+    @property
     def steps(self) -> int:
         """Batches an epoch."""
-        return max(1, len(self.samples("train")) // self.forward.batch_size)
+        return max(1, len(self.samples("train")) // (self.forward.batch_size * self.ranks.count))
 
     def samples(self, split: str) -> tuple[Sample, ...]:
         """Return the samples that have a row in every view."""
@@ -111,9 +116,10 @@ class Activations:
 
         Each image is seen in one of its views, drawn anew for each epoch.
         """
-        samples, size = self.samples("train"), self.forward.batch_size
+        samples, size, ranks = self.samples("train"), self.forward.batch_size, self.ranks
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-        order = torch.randperm(len(samples), generator=generator).tolist()[: self.steps * size]
+        order = torch.randperm(len(samples), generator=generator).tolist()
+        order = order[: self.steps * size * ranks.count][ranks.rank :: ranks.count]
         drawn = torch.randint(len(self.views), (len(samples),), generator=generator).numpy()
         for first in range(0, len(order), size):
             these = [samples[k] for k in order[first : first + size]]
@@ -156,25 +162,28 @@ def spaces_of(place: Place, cache: Cache, photos: Photos, dtype: str, views: int
     return [*trained, place.target(cache, photos, "float32", HELD, 0, **look)]
 
 
-def fill(
-    place: Place, cache: Cache, photos: Photos, targets: Sequence[Target], progress: Progress | None
-) -> tuple[Activations, dict[str, int]]:
-    """Compute what the spaces lack; return the activations, and `rows`, `bytes` and `reused` of them."""
-    manifest, filled = photos.features.manifest, dict[int, Filled]()
+def fill(cache: Cache, photos: Photos, targets: Sequence[Target], progress: Progress | None) -> dict[str, int]:
+    """Compute what the spaces lack, and return `rows`, `bytes` and `reused` of them."""
+    filled = dict[int, Filled]()
     machine: dict[str, Any] = {"device": photos.forward.device, "workers": photos.forward.workers, "batch_size": "auto"}
     for dtype in dict.fromkeys(_dtype(target) for target in targets):
         some = [number for number, target in enumerate(targets) if _dtype(target) == dtype]
-        forward, folder = plan_forward(**machine, store_dtype=dtype), cache.graphs_folder
-        these = [targets[number] for number in some]
-        filled |= zip(some, fill_spaces(these, manifest, forward, progress=progress, graphs=folder), strict=True)
+        forward, these = plan_forward(**machine, store_dtype=dtype), [targets[number] for number in some]
+        done = fill_spaces(these, photos.features.manifest, forward, progress=progress, graphs=cache.graphs_folder)
+        filled |= zip(some, done, strict=True)
     counts = {"rows": 0, "bytes": 0, "reused": 0}
     for number, target in enumerate(targets):
         rows = filled[number].computed + filled[number].reused
         counts["rows"] += rows
         counts["bytes"] += rows * row_bytes(target)
         counts["reused"] += filled[number].reused
-    *views, held = (FeatureSet(manifest, target.space) for target in targets)
-    return Activations(photos, place, tuple(views) or (held,), held), counts
+    return counts
+
+
+def read(place: Place, photos: Photos, targets: Sequence[Target]) -> Activations:
+    """Return the activations that lie in the spaces."""
+    *views, held = (FeatureSet(photos.features.manifest, target.space) for target in targets)
+    return Activations(photos, place, tuple(views) or (held,), held)
 
 
 def row_bytes(target: Target) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from embedpipe.errors import EmbedpipeError, UsageError
+from embedpipe.finetuning._phases import phases_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from embedpipe.heads import LinearHead
     from embedpipe.network import Network
     from embedpipe.pipeline import Progress
-    from embedpipe.training import Plan, Score, Trained
+    from embedpipe.training import Ranks, Score, Trained
 
 PathLike = str | os.PathLike[str]
 MACHINE = ("resume", "device", "workers", "cache_dir", "runs_dir", "progress")  # what shapes no result
@@ -62,6 +63,7 @@ def finetune(
     label_smoothing: float = 0.0,
     class_weight: Literal["none", "balanced"] = "none",
     wise_ft: bool | Literal["auto"] = False,
+    schedule: Sequence[Mapping[str, Any]] | None = None,
     resume: bool | str = False,
     device: str = "auto",
     workers: int | Literal["auto"] = "auto",
@@ -111,7 +113,7 @@ def finetune(
     init : str
         Start from the fitted head, or from a random one.
     augment : str
-        Change training images: flip; standard (random crops too); strong (colours, too), as in extract.
+        Change training images, as extract does: flip; standard: crops too; strong: RandAugment and erasing too.
     views : int
         Keep so many changed views of each training image, and draw one in each epoch; 0: change images in every epoch.
     cache_activations : str
@@ -128,6 +130,8 @@ def finetune(
         balanced gives every class the same weight in the loss.
     wise_ft : bool or auto
         Score mixtures of the weights before and after on val; auto keeps the best.
+    schedule : list of dict
+        Phases, one after the other: options (unfreeze, epochs, lr, ...) that differ from those of the run.
     resume : bool or str
         Go on with the latest unfinished run, or the one named.
     device : str
@@ -149,12 +153,17 @@ def finetune(
     """
     given = locals()
     from embedpipe.finetuning._unfinished import unfinished_run
+    from embedpipe.training import joined
 
     options = {name: value for name, value in given.items() if name not in MACHINE}
     options["unfreeze"] = [unfreeze] if isinstance(unfreeze, str) else list(unfreeze)
+    options["schedule"] = list(schedule) if isinstance(schedule, tuple) else schedule
+    if resume is False:
+        phases_of(options)
     start = _starting_point(run, Path(runs_dir)) if run is not None or resume is False else None
     options["run"] = str(start.folder.absolute()) if start and start.folder else None
-    with unfinished_run(Path(runs_dir), resume=resume, options=options, defaults=_defaults()) as unfinished:
+    again: dict[str, Any] = {"resume": resume, "options": options, "defaults": _defaults()}
+    with joined() as ranks, unfinished_run(Path(runs_dir), **again, ranks=ranks) as unfinished:
         forward = {"device": device, "workers": workers}
         tuned = _carry_out(unfinished, start, Path(cache_dir), Path(runs_dir), forward, progress)
     if tuned.report["stopped"] not in (None, "patience"):
@@ -183,37 +192,34 @@ def _carry_out(
     import torch
 
     from embedpipe.cache import Cache
+    from embedpipe.classifier import Classifier
     from embedpipe.finetuning._handoff import prove_handoff
     from embedpipe.finetuning._keeping import choose_source
     from embedpipe.finetuning._photos import Photos
     from embedpipe.forwarding import plan_forward
-    from embedpipe.network import Network, parameter_groups, release
+    from embedpipe.network import Network
     from embedpipe.training import Plan
 
     begun, options = time.monotonic(), unfinished.options
-    if not options["unfreeze"]:
-        raise UsageError("found no layer to unfreeze", hint="try --unfreeze layer4, 1, all or none")
-    plan = Plan.of(options)
+    plans, ranks = [Plan.of(phase) for phase in phases_of(options)], unfinished.ranks
+    check_ranks(options, ranks)
     classifier = start or _stored_start(unfinished, runs_dir)
     features = _features_of(classifier, Cache(cache_dir))
-    forward = plan_forward(batch_size=options["batch_size"], **machine)
-    if plan.precision == "fp16" and not forward.device.startswith("cuda"):
+    forward = plan_forward(batch_size=options["batch_size"] // ranks.count, **machine)
+    if plans[0].precision == "fp16" and not forward.device.startswith("cuda"):
         raise UsageError(f"--precision fp16 on {forward.device}, expected cuda", hint="use bf16 or fp32")
     torch.manual_seed(options["seed"])
     backbone = replace(classifier.backbone, module=copy.deepcopy(classifier.backbone.module))
     network = Network(backbone.module, _head_of(classifier))
     network.to(forward.device).to(memory_format=torch.channels_last)
-    photos = Photos(features, backbone, forward)
+    photos = Photos(features, backbone, forward, ranks)
     photos.view(1, seed=options["seed"], augment=options["augment"])
     handoff = prove_handoff(network, _head_of(classifier), photos)
-    unfrozen, keep_eval = release(network, backbone, options["unfreeze"], bn=options["bn"])
     if options["init"] == "random":
         network.head.reset_parameters()
-    source, kept = choose_source(network, photos, unfrozen, _wish(options), Cache(cache_dir), progress=progress)
-    rates = {name: options[name] for name in ("lr", "head_lr", "layer_decay", "weight_decay", "l2_sp")}
-    groups = parameter_groups(network, backbone, **rates)
+    source, kept = choose_source(network, photos, _wish(options), Cache(cache_dir), progress=progress)
     with network.checkpointing(backbone.name, wanted=options["grad_checkpointing"]):
-        trained, wise, scored = _train(network, source, keep_eval, groups, plan, unfinished, progress)
+        trained, unfrozen, wise = _train(network, backbone, source, unfinished, progress)
     report = {
         "from_run": classifier.report.get("run"),
         "handoff_max_abs_diff": handoff,
@@ -221,19 +227,39 @@ def _carry_out(
         "resumed": unfinished.state is not None,
         "wise_ft": wise,
         **kept,
-        **_describe(network, photos, unfrozen, trained, plan),
+        **_describe(network, source, unfrozen, trained, sum(plan.epochs for plan in plans)),
     }
-    return _save(network, backbone, photos, scored, report, runs_dir, unfinished.name, begun)
+    tuned = _save(network, backbone, source, report, runs_dir, unfinished.name, begun) if ranks.first else None
+    ranks.tell(lambda: "saved")
+    return tuned or Classifier.load(runs_dir / unfinished.name)
+
+
+def check_ranks(options: Mapping[str, Any], ranks: Ranks) -> None:
+    """Refuse what many processes cannot do as one would."""
+    if options["batch_size"] % ranks.count:
+        found = f"--batch-size {options['batch_size']} for {ranks.count} processes"
+        raise UsageError(f"{found}, expected a multiple", hint="it counts the images of all processes together")
+    if ranks.count > 1 and any(phase["bn"] == "train" for phase in phases_of(options)):
+        raise UsageError(
+            "--bn train under torchrun: each process would have its own statistics", hint="use affine or frozen"
+        )
 
 
 def _wish(options: Mapping[str, Any]) -> Wish:
+    """Return what all phases together ask of the activations."""
     from embedpipe.disk import BYTES, parse_amount
     from embedpipe.finetuning._keeping import Wish
 
-    most = parse_amount(options["max_cache_size"], BYTES, "--max-cache-size", "20GB")
-    own = {name: options[name] for name in ("views", "augment", "seed", "epochs")}
+    phases = phases_of(options)
     return Wish(
-        options["cache_activations"], **own, max_bytes=most, images_only="--cutmix" if options["cutmix"] else ""
+        cached=options["cache_activations"],
+        unfreeze=tuple(pattern for phase in phases for pattern in phase["unfreeze"]),
+        epochs=sum(phase["epochs"] for phase in phases),
+        views=options["views"],
+        augment=options["augment"],
+        seed=options["seed"],
+        max_bytes=parse_amount(options["max_cache_size"], BYTES, "--max-cache-size", "20GB"),
+        images_only="--cutmix" if options["cutmix"] else "",
     )
 
 
@@ -313,45 +339,26 @@ def _features_of(classifier: Classifier, cache: Cache) -> FeatureSet:
 
 def _train(
     network: Network,
+    backbone: Backbone,
     photos: Photos | Activations,
-    keep_eval: Sequence[torch.nn.Module],
-    groups: list[dict[str, Any]],
-    plan: Plan,
     unfinished: Unfinished,
     progress: Progress | None,
-) -> tuple[Trained, dict[str, Any] | None, dict[str, Scored]]:
-    """Train, and return what came out, the sweep of WiSE-FT, and the probabilities on val and, looked at this once, test."""
-    from embedpipe.finetuning._frozen import frozen_proved
+) -> tuple[Trained, tuple[str, ...], dict[str, Any] | None]:
+    """Train, and return what came out, what was unfrozen, and the sweep of WiSE-FT."""
+    from embedpipe.finetuning._phases import Course
     from embedpipe.finetuning._wise import sweep
-    from embedpipe.training import moving_state, train
 
     options, classes = unfinished.options, photos.features.classes
 
     def validate() -> Score:
-        return _score(photos.scores(network, "val"), classes)
+        return photos.ranks.tell(lambda: _score(photos.scores(network, "val"), classes))
 
-    def on_step(done: int) -> None:
-        if progress:
-            progress("finetune", done, photos.steps // plan.accumulate * plan.epochs)
-
-    before = moving_state(network, keep_eval) if options["wise_ft"] else {}
-    with frozen_proved(network, keep_eval):
-        trained = train(
-            network,
-            groups,
-            lambda epoch: photos.shuffled(epoch, seed=options["seed"], augment=options["augment"]),
-            validate,
-            plan=plan,
-            steps=photos.steps,
-            keep_eval=keep_eval,
-            n_classes=len(classes),
-            class_weight=_class_weight(photos) if options["class_weight"] == "balanced" else None,
-            resume=unfinished.state,
-            checkpoint=unfinished.write,
-            on_step=on_step,
-        )
-        wise = sweep(network, before, validate, keep_best=options["wise_ft"] == "auto") if before else None
-    return trained, wise, {split: photos.scores(network, split) for split in ("val", "test") if photos.samples(split)}
+    wanted = options["wise_ft"]
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()} if wanted else {}
+    weight = _class_weight(photos) if options["class_weight"] == "balanced" else None
+    trained, unfrozen = Course(network, backbone, photos, unfinished, validate, weight, progress).run()
+    wise = sweep(network, before, validate, keep_best=wanted == "auto") if wanted else None
+    return trained, unfrozen, wise
 
 
 def _score(scored: Scored, classes: Sequence[str]) -> Score:
@@ -375,7 +382,7 @@ def _class_weight(photos: Photos | Activations) -> torch.Tensor:
 
 
 def _describe(
-    network: Network, photos: Photos, unfrozen: Sequence[str], trained: Trained, plan: Plan
+    network: Network, photos: Photos | Activations, unfrozen: Sequence[str], trained: Trained, epochs: int
 ) -> dict[str, Any]:
     sizes = {name: p.numel() for name, p in network.named_parameters()}
     trainable = sum(sizes[name] for name in unfrozen)
@@ -387,7 +394,7 @@ def _describe(
         "epochs": [epoch.to_dict() for epoch in trained.history],
         "best_epoch": trained.best_epoch,
         "best_of": trained.best_of,
-        "stopped": trained.diverged or ("patience" if len(trained.history) <= plan.epochs else None),
+        "stopped": trained.diverged or ("patience" if len(trained.history) <= epochs else None),
         "chosen_on": "val",
         "classes": list(photos.features.classes),
     }
@@ -396,8 +403,7 @@ def _describe(
 def _save(
     network: Network,
     backbone: Backbone,
-    photos: Photos,
-    scored: dict[str, Scored],
+    photos: Photos | Activations,
     report: dict[str, Any],
     runs_dir: Path,
     name: str,
@@ -409,6 +415,7 @@ def _save(
     from embedpipe.pipeline import space_spec
     from embedpipe.runs import new_run
 
+    scored = {split: photos.scores(network, split) for split in ("val", "test") if photos.samples(split)}
     network.requires_grad_(False).to("cpu")
     backbone = refresh(backbone, origin=f"fine-tuned from {backbone.origin}")
     head = network.to_head(photos.features.classes)

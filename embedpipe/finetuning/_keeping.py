@@ -1,6 +1,6 @@
 """Is it worth keeping activations? Decided by where the model can be cut, the options, the disk, and what was measured.
 
->>> source, report = choose_source(network, photos, unfrozen, wish, cache, progress=None)
+>>> source, report = choose_source(network, photos, wish, cache, progress=None)
 >>> report["cut"], report["activations"]["reason"]
 """
 
@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from embedpipe.backbones import cut_before
+from embedpipe.backbones import cut_before, unfreeze_parameters
 from embedpipe.cache import Cache
 from embedpipe.disk import TEMPORARY, make_folder, show_size, storage_errors
 from embedpipe.errors import UsageError
-from embedpipe.finetuning._activations import Activations, Place, fill, row_bytes, spaces_of
+from embedpipe.finetuning._activations import Activations, Place, fill, read, row_bytes, spaces_of
 from embedpipe.finetuning._photos import Photos
-from embedpipe.network import PREFIX, Network
+from embedpipe.network import Network
 from embedpipe.pipeline import Progress, Target, look_up
 
 HALF_DRIFT = 0.05  # of the largest logit: what float16 may change
@@ -35,6 +35,8 @@ class Wish:
     """What the user asked for.
 
     cached : "auto", "on" or "off"
+    unfreeze : tuple of str
+    epochs : int         of all phases
     views : int          augmented views to keep of each training image; 0: the clean one
     augment : str        how a view differs
     max_bytes : float    that the activations may take
@@ -42,10 +44,11 @@ class Wish:
     """
 
     cached: str
+    unfreeze: tuple[str, ...]
+    epochs: int
     views: int
     augment: str
     seed: int
-    epochs: int
     max_bytes: float
     images_only: str = ""
 
@@ -55,9 +58,11 @@ class Wish:
 
 
 def choose_source(
-    network: Network, photos: Photos, unfrozen: Sequence[str], wish: Wish, cache: Cache, *, progress: Progress | None
+    network: Network, photos: Photos, wish: Wish, cache: Cache, *, progress: Progress | None
 ) -> tuple[Photos | Activations, dict[str, Any]]:
     """Return what to train on, and of the report `cut` and `activations`; on activations the network is left its tail.
+
+    Of several ranks the first decides and computes.
 
     Raises
     ------
@@ -66,17 +71,17 @@ def choose_source(
     if wish.views and wish.augment == "none":
         raise UsageError(f"--views {wish.views} without --augment", hint="try --augment flip, standard or strong")
     try:
-        place = _place(photos, unfrozen, wish)
-        targets, half = _targets(network, place, photos, wish, cache)
-        reason = _worth(place, photos, targets, wish, cache)
+        place = _place(photos, wish)
+        found = photos.ranks.tell(lambda: _kept(network, place, photos, wish, cache, progress))
+        if not found["cached"]:
+            raise _Images(found["reason"])
     except _Images as exc:
         if wish.cached == "on":
             raise UsageError(f"no activations can be kept: {exc}", hint="leave out --cache-activations on") from exc
         return photos, {"cut": None, "activations": {**_NONE, "reason": str(exc)}}
-    kept, counts = fill(place, cache, photos, targets, progress)
     network.backbone = place.tail
-    found = {"cached": True, **counts, "views": wish.views, **half, "reason": reason}
-    return kept, {"cut": place.layer, "activations": found}
+    targets = spaces_of(place, cache, photos, found["stored_dtype"], wish.views, **wish.look)
+    return read(place, photos, targets), {"cut": place.layer, "activations": found}
 
 
 _NONE = {"cached": False, "rows": 0, "bytes": 0, "reused": 0}
@@ -86,31 +91,35 @@ class _Images(Exception):
     """Why images are decoded in every epoch."""
 
 
-def _place(photos: Photos, unfrozen: Sequence[str], wish: Wish) -> Place:
+def _place(photos: Photos, wish: Wish) -> Place:
     if wish.cached == "off":
         raise _Images("--cache-activations off")
     if wish.images_only:
         raise _Images(f"{wish.images_only} changes images in every epoch")
     if wish.augment != "none" and not wish.views:
         raise _Images(f"--augment {wish.augment} changes images in every epoch; --views 4 would keep four of each")
-    names = [name.removeprefix(PREFIX) for name in unfrozen if name.startswith(PREFIX)]
+    unfrozen = unfreeze_parameters(photos.backbone, wish.unfreeze)
     try:
-        return Place.of(photos.backbone, cut_before(photos.backbone, names))
+        return Place.of(photos.backbone, cut_before(photos.backbone, unfrozen))
     except UsageError as exc:
         raise _Images(exc.message) from exc
 
 
-def _targets(
-    network: Network, place: Place, photos: Photos, wish: Wish, cache: Cache
-) -> tuple[list[Target], dict[str, Any]]:
-    """Return the spaces to fill, train in float16 where that changes next to nothing, and what it changes."""
+def _kept(
+    network: Network, place: Place, photos: Photos, wish: Wish, cache: Cache, progress: Progress | None
+) -> dict[str, Any]:
+    """Fill the spaces where that is worth it, train in float16 where that changes next to nothing; tell what was done."""
     drift, changes, largest = _float16_error(network, place, photos)
     small = not changes and drift <= HALF_DRIFT * largest and place.layer != "head"
     dtype = "float16" if small else "float32"
-    return spaces_of(place, cache, photos, dtype, wish.views, **wish.look), {
-        "stored_dtype": dtype,
-        "float16_max_abs_diff": drift,
-    }
+    targets = spaces_of(place, cache, photos, dtype, wish.views, **wish.look)
+    try:
+        reason = _worth(place, photos, targets, wish, cache)
+    except _Images as exc:
+        return {**_NONE, "reason": str(exc)}
+    counts = fill(cache, photos, targets, progress)
+    half = {"stored_dtype": dtype, "float16_max_abs_diff": drift}
+    return {"cached": True, **counts, "views": wish.views, **half, "reason": reason}
 
 
 def _float16_error(network: Network, place: Place, photos: Photos) -> tuple[float, bool, float]:

@@ -23,18 +23,24 @@ from embedpipe.forwarding import Forward
 from embedpipe.images import Transform, image_batches
 from embedpipe.manifest import Sample
 from embedpipe.network import Network
+from embedpipe.training import Ranks
 
 Images = Callable[[Any], torch.Tensor]
 PROBED = 32
+ALONE = Ranks()
 
 
 @dataclass(frozen=True)
 class Photos:
-    """The images of a data set as batches for a network, with their class indices."""
+    """The images of a data set as batches for a network, with their class indices; each rank trains on its part of a batch.
+
+    forward : Forward    its `batch_size` is that of one rank
+    """
 
     features: FeatureSet
     backbone: Backbone
     forward: Forward
+    ranks: Ranks = ALONE
 
     def samples(self, split: str) -> tuple[Sample, ...]:
         return self.features.samples(split, labelled=True)
@@ -76,10 +82,10 @@ class Photos:
 
     def shuffled(self, epoch: int, *, seed: int, augment: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the train split in a random order, whole batches only; what is left over comes in another epoch."""
-        samples, size = self.samples("train"), self.forward.batch_size
+        samples, size = self.samples("train"), self.forward.batch_size * self.ranks.count
         generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
         order = torch.randperm(len(samples), generator=generator).tolist()
-        chosen = [samples[k] for k in order[: self.steps * size]]
+        chosen = [samples[k] for k in order[: self.steps * size][self.ranks.rank :: self.ranks.count]]
         for images, y, _ in self.batches(chosen, self.view(epoch, seed=seed, augment=augment)):
             yield images, y
 
@@ -103,7 +109,7 @@ class Photos:
     @property
     def steps(self) -> int:
         """Batches an epoch."""
-        return max(1, len(self.samples("train")) // self.forward.batch_size)
+        return max(1, len(self.samples("train")) // (self.forward.batch_size * self.ranks.count))
 
     def scores(self, network: Network, split: str) -> Scored:
         """Return the samples of a split and the probabilities float64 (N, C) that the network gives them."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,11 @@ import torch
 
 from embedpipe.disk import publish
 from embedpipe.errors import Interrupted, ModelMismatch, Stopped, UsageError
-from embedpipe.runs import find_unfinished, hold_unfinished, new_name
+from embedpipe.runs import find_unfinished, hold_unfinished, new_name, unfinished_folder
+from embedpipe.training import Ranks
 
 VERB, CHECKPOINT, FORMAT = "finetune", "checkpoint.pt", 1
+ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -35,16 +37,19 @@ class Unfinished:
     name: str
     options: Mapping[str, Any]
     state: Mapping[str, Any] | None = field(default=None, repr=False)
+    ranks: Ranks = ALONE
 
     def write(self, state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint."""
+        """Replace the checkpoint; the first rank does."""
+        if not self.ranks.first:
+            return
         whole = {"format": FORMAT, "options": dict(self.options), "state": dict(state)}
         publish(self.folder / CHECKPOINT, partial(_save, whole))
 
 
 @contextmanager
 def unfinished_run(
-    runs_dir: Path, *, resume: bool | str, options: Mapping[str, Any], defaults: Mapping[str, Any]
+    runs_dir: Path, *, resume: bool | str, options: Mapping[str, Any], defaults: Mapping[str, Any], ranks: Ranks = ALONE
 ) -> Iterator[Unfinished]:
     """Begin a run, or take up the latest unfinished one or the one that `resume` names, until it is saved.
 
@@ -55,13 +60,14 @@ def unfinished_run(
     Stopped, Interrupted    by a signal; the hint says how to go on
     """
     again = resume is not False
-    name = find_unfinished(runs_dir, VERB, resume if isinstance(resume, str) else None) if again else new_name(VERB)
-    with hold_unfinished(runs_dir, name) as folder:
+    text = resume if isinstance(resume, str) else None
+    name = ranks.tell(lambda: find_unfinished(runs_dir, VERB, text) if again else new_name(VERB))
+    with hold_unfinished(runs_dir, name) if ranks.first else nullcontext(unfinished_folder(runs_dir, name)) as folder:
         path = folder / CHECKPOINT
         stored: dict[str, Any] = _read(path) if again else {"options": options, "state": None}
         _refuse_changes(name, stored["options"], options, defaults)
         try:
-            yield Unfinished(folder, name, stored["options"], stored["state"])
+            yield Unfinished(folder, name, stored["options"], stored["state"], ranks)
         except (Stopped, KeyboardInterrupt) as exc:
             if not path.exists():
                 raise

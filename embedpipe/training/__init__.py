@@ -11,17 +11,20 @@ from embedpipe.training._epochs import Epoch, Score, Trained
 from embedpipe.training._layers import keeps_size, layer_numbers
 from embedpipe.training._loop import train
 from embedpipe.training._plan import Plan
-from embedpipe.training._state import moving_names, moving_state, set_modes
+from embedpipe.training._ranks import Ranks, joined
+from embedpipe.training._state import moving_names, moving_state, put
 
 __all__ = [
     "Epoch",
     "Plan",
+    "Ranks",
     "Score",
     "Trained",
+    "joined",
     "keeps_size",
     "layer_numbers",
     "moving_names",
     "moving_state",
-    "set_modes",
+    "put",
     "train",
 ]

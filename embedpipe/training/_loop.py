@@ -12,10 +12,12 @@ from embedpipe.errors import Stopped
 from embedpipe.training._epochs import Score, Trained
 from embedpipe.training._mixing import Batch
 from embedpipe.training._plan import Plan
+from embedpipe.training._ranks import Ranks
 from embedpipe.training._signals import signals_held
 from embedpipe.training._trainer import Trainer
 
 CHECKPOINT_S = 120.0  # between checkpoints, where epochs are longer
+ALONE = Ranks()
 
 
 def train(
@@ -29,6 +31,7 @@ def train(
     keep_eval: Sequence[nn.Module],
     n_classes: int = 0,
     class_weight: Tensor | None = None,
+    ranks: Ranks = ALONE,
     resume: Mapping[str, Any] | None = None,
     checkpoint: Callable[[dict[str, Any]], None] = lambda _: None,
     on_step: Callable[[int], None] = lambda _: None,
@@ -52,6 +55,8 @@ def train(
         Modules that stay in eval mode: frozen layers.
     n_classes : int
         For labels that are mixed.
+    ranks : Ranks
+        Processes that train together: `batches` gives each its part, `validate` the same score.
     resume : dict
         What `checkpoint` was last given: training goes on from there, on a CPU to the same bits as without a break.
     checkpoint : state -> None
@@ -61,7 +66,12 @@ def train(
     Source: Loshchilov and Hutter, ICLR 2019 (AdamW) and ICLR 2017 (cosine schedule).
     """
     each = max(1, steps // plan.accumulate)
-    shape: dict[str, Any] = {"keep_eval": keep_eval, "n_classes": n_classes, "class_weight": class_weight}
+    shape: dict[str, Any] = {
+        "keep_eval": keep_eval,
+        "n_classes": n_classes,
+        "class_weight": class_weight,
+        "ranks": ranks,
+    }
     trainer = Trainer(network, groups, plan, steps=each, **shape)
     if resume:
         trainer.load(resume)

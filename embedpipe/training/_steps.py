@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning
 from embedpipe.training._mixing import Batch, mixer
 from embedpipe.training._plan import Plan
+from embedpipe.training._ranks import Ranks
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,8 +44,10 @@ class Stepper:
         *,
         n_classes: int,
         class_weight: Tensor | None,
+        ranks: Ranks,
     ) -> None:
         self.network, self.optimizer, self.plan, self.class_weight = network, optimizer, plan, class_weight
+        self.ranks = ranks
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.device = self.parameters[0].device.type
         self.scaler = torch.amp.GradScaler(self.device, enabled=plan.precision == "fp16")
@@ -62,16 +65,17 @@ class Stepper:
         EmbedpipeError    one image alone does not fit into memory
         """
         batches = [self.mix(images, y) for images, y in batches]
-        loss = self._gradients(batches)
-        while loss is None:
+        total = torch.tensor([float(sum(self._weight_of(y) for _, y in batches))], device=self.parameters[0].device)
+        self.ranks.add([total])
+        while (own := self._gradients(batches, total)) is None:
             self._halve(batches)
-            loss = self._gradients(batches)
+        loss = self._share(own)
         if not math.isfinite(loss):
             raise NotFinite(f"the training loss became {loss}")
         self.scaler.unscale_(self.optimizer)
         for parameter, start in self.anchors:
-            assert parameter.grad is not None
-            parameter.grad.add_(parameter.detach() - start, alpha=self.plan.l2_sp)
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start, alpha=self.plan.l2_sp)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.plan.clip_norm or math.inf)
         if not (self.scaler.is_enabled() or torch.isfinite(norm)):  # a scaler leaves out such a step and scales less
             raise NotFinite(f"the gradient became {norm.item()}")
@@ -79,11 +83,13 @@ class Stepper:
         self.scaler.update()
         return loss
 
-    def _gradients(self, batches: Sequence[Batch]) -> float | None:
-        """Sum the gradients of all pieces, each weighed as in one large batch; None: they do not fit into memory."""
+    def _gradients(self, batches: Sequence[Batch], total: Tensor) -> Tensor | None:
+        """Sum the gradients of all pieces and return their loss, float32 (1,); None: they do not fit into memory.
+
+        Each is weighed as in one batch of the weight `total`.
+        """
         self.optimizer.zero_grad()
-        total = sum(self._weight_of(y) for _, y in batches)
-        losses = []
+        whole = torch.zeros_like(total)
         precision = torch.autocast(self.device, PRECISIONS[self.plan.precision], enabled=self.plan.precision != "fp32")
         try:
             for images, y in self._pieces(batches):
@@ -91,10 +97,18 @@ class Stepper:
                     logits = self.network(images).float()
                 loss = self._loss(logits, y) / total
                 torch.autograd.backward(self.scaler.scale(loss))
-                losses.append(loss.detach())
+                whole += loss.detach()
         except torch.OutOfMemoryError:
             return None
-        return float(torch.stack(losses).sum())
+        return whole
+
+    def _share(self, loss: Tensor) -> float:
+        """Add up gradients and loss over the ranks."""
+        if self.ranks.count > 1:
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            self.ranks.add([loss, *(p.grad for p in self.parameters if p.grad is not None)])
+        return loss.item()
 
     def _pieces(self, batches: Sequence[Batch]) -> Iterator[Batch]:
         for images, y in batches:

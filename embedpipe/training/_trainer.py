@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from embedpipe.training._epochs import Epoch, Score, Trained
 from embedpipe.training._mixing import Batch
 from embedpipe.training._plan import Plan
+from embedpipe.training._ranks import Ranks
 from embedpipe.training._signals import signals_held
 from embedpipe.training._state import Average, moving_state, put, random_state, set_modes, set_random_state
 from embedpipe.training._steps import NotFinite, Stepper, make_optimizer
@@ -39,11 +40,15 @@ class Trainer:
         keep_eval: Sequence[nn.Module],
         n_classes: int,
         class_weight: Tensor | None,
+        ranks: Ranks,
     ) -> None:
+        self.ranks = ranks
         self.network, self.plan, self.steps, self.keep_eval = network, plan, steps, keep_eval
         self.optimizer = make_optimizer(plan.optimizer, groups)
         self.schedule = LambdaLR(self.optimizer, _warm_up_cosine(plan.epochs * steps))
-        self.stepper = Stepper(network, self.optimizer, plan, n_classes=n_classes, class_weight=class_weight)
+        self.stepper = Stepper(
+            network, self.optimizer, plan, n_classes=n_classes, class_weight=class_weight, ranks=ranks
+        )
         self.average = Average(moving_state(network, keep_eval), plan.ema) if plan.ema else None
         self.history: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
@@ -63,12 +68,17 @@ class Trainer:
             return
         set_modes(self.network, self.keep_eval)
         grouped = _grouped(batches(self.epoch), self.plan.accumulate)
-        for group in islice(grouped, len(self.losses), self.steps):
+        for group in self._in_step(islice(grouped, len(self.losses), self.steps)):
             with signals_held():
                 self._step(group)
             if self.diverged:
                 return
             yield (self.epoch - 1) * self.steps + len(self.losses)
+
+    def _in_step(self, groups: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
+        """Yield groups as long as any rank has one: unreadable images make the part of one rank shorter."""
+        while self.ranks.any(bool(group := next(groups, []))):
+            yield group
 
     def _step(self, group: Sequence[Batch]) -> None:
         try:

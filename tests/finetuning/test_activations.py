@@ -42,7 +42,8 @@ def test_activations_give_what_images_give(head: ep.Classifier, unfreeze: str, m
     monkeypatch.setattr("embedpipe.finetuning._keeping.HALF_DRIFT", -1.0)  # in float32: nothing but the way differs
     images = ep.finetune(head, **PLAIN | {"unfreeze": unfreeze}, cache_activations="off")
     kept = ep.finetune(head, **PLAIN | {"unfreeze": unfreeze}, cache_activations="on")
-    assert images.report["cut"] is None and not images.report["activations"]["cached"]
+    assert images.report["cut"] is None
+    assert not images.report["activations"]["cached"]
     assert kept.report["cut"] == {"layer4.0.conv2": "layer4", "none": "head"}.get(unfreeze, unfreeze)
     assert kept.report["activations"]["stored_dtype"] == "float32"
     assert kept.report["epochs"][2]["train_loss"] == pytest.approx(images.report["epochs"][2]["train_loss"], abs=1e-5)
@@ -57,7 +58,8 @@ def test_float16_is_near_and_its_error_is_told(head: ep.Classifier) -> None:
     """Val and test are kept in float32: their scores are those of the model that is saved."""
     kept = ep.finetune(head, **PLAIN, cache_activations="on")
     told = kept.report["activations"]
-    assert told["stored_dtype"] == "float16" and 0 < told["float16_max_abs_diff"] < 0.05
+    assert told["stored_dtype"] == "float16"
+    assert 0 < told["float16_max_abs_diff"] < 0.05
     assert (told["rows"], told["reused"]) == (36, 0)
     assert 0 < largest_difference(ep.finetune(head, **PLAIN, cache_activations="off"), kept) < 1e-2
     manifest = Cache(Path("cache")).read_dataset(kept.dataset)
@@ -84,7 +86,8 @@ def test_a_second_run_computes_no_activation(head: ep.Classifier) -> None:
     first = ep.finetune(head, **PLAIN, cache_activations="on").report
     again = ep.finetune(head, **PLAIN | {"lr": 1e-3}, cache_activations="auto").report
     assert (first["activations"]["reused"], again["activations"]["reused"]) == (0, 36)
-    assert again["activations"]["cached"] and "ms an image" in again["activations"]["reason"]
+    assert again["activations"]["cached"]
+    assert "ms an image" in again["activations"]["reason"]
     other = ep.finetune(head, **PLAIN | {"unfreeze": "layer3"}, cache_activations="on").report
     assert other["activations"]["reused"] == 0  # another cut
 
@@ -108,13 +111,14 @@ def test_views_are_kept_and_drawn(head: ep.Classifier) -> None:
 def test_spaces_of_activations_are_no_features_to_fit_on(head: ep.Classifier) -> None:
     ep.finetune(head, **PLAIN, cache_activations="on")
     again = ep.fit_head(l2=0.1, layer=("all",))
-    assert again.reference.spec == head.reference.spec and not again.reference.beside
+    assert again.reference.spec == head.reference.spec
+    assert not again.reference.beside
 
 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"unfreeze": "all"}, "nothing of timm:test_resnet runs wholly before"),
+        ({"unfreeze": "all"}, "timm:test_resnet cannot be cut so that"),
         ({"augment": "flip"}, "--views 4 would keep four of each"),
         ({"cutmix": 1.0}, "--cutmix changes images in every epoch"),
         ({"max_cache_size": "10KB"}, "--max-cache-size is 10.0 kB"),
@@ -123,7 +127,8 @@ def test_spaces_of_activations_are_no_features_to_fit_on(head: ep.Classifier) ->
 )
 def test_what_cannot_be_kept_is_told(head: ep.Classifier, options: dict[str, Any], why: str) -> None:
     report = ep.finetune(head, **PLAIN | options).report
-    assert report["cut"] is None and not report["activations"]["cached"]
+    assert report["cut"] is None
+    assert not report["activations"]["cached"]
     assert why in report["activations"]["reason"]
     with pytest.raises(UsageError, match="no activations can be kept"):
         ep.finetune(head, **PLAIN | options, cache_activations="on")
@@ -145,4 +150,5 @@ def test_mixup_at_the_cut_of_a_transformer(tmp_path: Path, monkeypatch: pytest.M
     write_photos(tmp_path / "photos")
     head = ep.fit_head(ep.extract("photos", "timm:test_vit", weights="none"), l2=0.1)
     mixed = ep.finetune(head, **PLAIN | {"unfreeze": "blocks.1", "mixup": 0.5}, cache_activations="on")
-    assert mixed.report["cut"] == "blocks.1" and mixed.report["activations"]["cached"]
+    assert mixed.report["cut"] == "blocks.1"
+    assert mixed.report["activations"]["cached"]

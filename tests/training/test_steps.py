@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, UsageError
-from embedpipe.training import Plan, Score, keeps_size, layer_numbers, train
+from embedpipe.training import Plan, Ranks, Score, keeps_size, layer_numbers, train
 from embedpipe.training._mixing import mixer
 from embedpipe.training._plan import check_ranges
 from embedpipe.training._steps import NotFinite, Stepper, make_optimizer
@@ -39,7 +39,7 @@ class Small(nn.Module):
 def step(net: nn.Module, batches: list[tuple[Tensor, Tensor]], weight: Tensor | None = None, **options: Any) -> float:
     groups = [{"params": list(net.parameters()), "lr": 0.1, "weight_decay": 0.0, "anchored": True}]
     plan = Plan(optimizer="sgd", **options)
-    stepper = Stepper(net, make_optimizer("sgd", groups), plan, n_classes=3, class_weight=weight)
+    stepper = Stepper(net, make_optimizer("sgd", groups), plan, n_classes=3, class_weight=weight, ranks=Ranks())
     return stepper.step(batches)
 
 
@@ -89,7 +89,9 @@ def test_l2_sp_pulls_to_the_start() -> None:
     """Without a gradient from the loss, a parameter that was moved goes back by lr * l2_sp of the way."""
     net = Small()
     groups = [{"params": list(net.parameters()), "lr": 0.1, "weight_decay": 0.0, "anchored": True}]
-    stepper = Stepper(net, torch.optim.SGD(groups), Plan(l2_sp=2.0, clip_norm=0.0), n_classes=3, class_weight=None)
+    stepper = Stepper(
+        net, torch.optim.SGD(groups), Plan(l2_sp=2.0, clip_norm=0.0), n_classes=3, class_weight=None, ranks=Ranks()
+    )
     start = weights(net)
     with torch.no_grad():
         for parameter in net.parameters():
