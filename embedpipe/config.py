@@ -15,13 +15,13 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from embedpipe.errors import UsageError
 from embedpipe.provenance import nearest
 
 SHARED = ("cache_dir", "runs_dir", "seed")
-NOT_OPTIONS = ("progress",)
+NOT_OPTIONS = ("progress", "schedule")
 MAX_BYTES = 1 << 20  # of a YAML file
 MAX_SHOWN = 120  # characters of a value in a message
 
@@ -34,6 +34,11 @@ class Option:
     annotation: Any
     default: Any
     help: str
+
+    @property
+    def needs_no_value(self) -> bool:
+        """Whether it may stand alone, as in `--resume`, or before a value, as in `--resume RUN`."""
+        return bool in get_args(self.annotation)
 
 
 def options_of(deed: Callable[..., Any]) -> tuple[Option, ...]:
@@ -109,7 +114,28 @@ def read_config(path: Path, commands: Mapping[str, tuple[str, ...]]) -> dict[str
     return {**flat, **sections}
 
 
-def _read_yaml(path: Path) -> Any:
+def read_schedule(path: Path, deed: Callable[..., Any]) -> list[dict[str, Any]]:
+    """Return the phases in a YAML file: a list of keys and values, those that are options of the deed as its types.
+
+    Raises
+    ------
+    UsageError    no such file, no plain YAML, no list of keys and values, or a value of another type
+    """
+    phases, options = _read_yaml(path, "--schedule"), {option.name: option for option in options_of(deed)}
+    if not (isinstance(phases, list) and phases and all(isinstance(phase, dict) for phase in phases)):
+        raise UsageError(
+            f"--schedule {path}: expected a list of phases", hint="such as `- {unfreeze: layer4, epochs: 5}`"
+        )
+
+    def typed(key: str, value: Any) -> Any:
+        text = [str(one) for one in value] if isinstance(value, list) else str(value)
+        return check_value(options[key], text) if key in options else value
+
+    named = [{str(key).replace("-", "_"): value for key, value in phase.items()} for phase in phases]
+    return [{key: typed(key, value) for key, value in phase.items() if value is not None} for phase in named]
+
+
+def _read_yaml(path: Path, flag: str = "--config") -> Any:
     """Read plain values: no tags of Python, and no aliases, which make a small file a huge value."""
     import yaml
 
@@ -128,9 +154,7 @@ def _read_yaml(path: Path) -> Any:
         return yaml.load(raw.decode("utf-8"), Loader) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as exc:
         reason = _shortened(" ".join(str(exc).split()), 400)
-        raise UsageError(
-            f"--config {path}: {reason}", hint="name a YAML file, for example configs/digits.yaml"
-        ) from exc
+        raise UsageError(f"{flag} {path}: {reason}", hint="name a YAML file, for example configs/digits.yaml") from exc
 
 
 def _shown(value: Any) -> str:

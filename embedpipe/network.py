@@ -8,14 +8,17 @@ The finetuning deed enters here. Names in `unfrozen` are those of the network's 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from embedpipe.backbones import Backbone, frozen_modules, unfreeze_parameters
+from embedpipe.errors import UsageError
 from embedpipe.heads import LinearHead
+from embedpipe.training import keeps_size, layer_numbers
 
 PREFIX = "backbone.model."
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -36,6 +39,25 @@ class Network(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.backbone(images))
         return logits
+
+    @contextmanager
+    def checkpointing(self, name: str, *, wanted: bool) -> Iterator[None]:
+        """Compute activations a second time within the block, where that is wanted.
+
+        Raises
+        ------
+        UsageError    the model, called `name`, cannot do so
+        """
+        switch = getattr(self.backbone.model, "set_grad_checkpointing", None) if wanted else lambda enable: None
+        try:
+            if switch is None:
+                raise NotImplementedError
+            switch(enable=wanted)
+        except (NotImplementedError, AssertionError) as exc:
+            hint = "leave it out, or choose a model of timm that has set_grad_checkpointing"
+            raise UsageError(f"--grad-checkpointing: {name} cannot do so", hint=hint) from exc
+        yield
+        switch(enable=False)
 
     def to_head(self, classes: tuple[str, ...]) -> LinearHead:
         """Return the head as plain arrays."""
@@ -76,12 +98,32 @@ def release(
     return [name for name, p in network.named_parameters() if p.requires_grad], keep_eval
 
 
-def parameter_groups(network: Network, *, lr: float, head_lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Return optimiser groups: two rates, and decay on matrices and kernels only."""
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+def parameter_groups(
+    network: Network,
+    backbone: Backbone,
+    *,
+    lr: float,
+    head_lr: float,
+    layer_decay: float,
+    weight_decay: float,
+    l2_sp: float,
+) -> list[dict[str, Any]]:
+    """Return optimiser groups: rates that fall by `layer_decay` a layer towards the input, decay on matrices and kernels only.
+
+    With `l2_sp`, unfrozen matrices and kernels of the backbone are held by their starting weights instead of decayed.
+    """
+    model = backbone.module.model
+    numbers = layer_numbers(model, [layer.name for layer in backbone.layers])
+    last = max(numbers.values())
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            rate = lr if name.startswith(PREFIX) else head_lr
-            decay = weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": parameters, "lr": rate, "weight_decay": decay} for (rate, decay), parameters in groups.items()]
+            inside, own = name.startswith(PREFIX), name.removeprefix(PREFIX)
+            rate = lr * layer_decay ** (last - numbers.get(own, last)) if inside else head_lr
+            small = keeps_size(model, own, parameter.ndim)
+            anchored = inside and not small and l2_sp > 0
+            groups.setdefault((rate, 0.0 if small or anchored else weight_decay, anchored), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": decay, "anchored": anchored}
+        for (rate, decay, anchored), parameters in groups.items()
+    ]

@@ -1,6 +1,7 @@
 """Run folders: `<time>-<verb>-<id>/`, written whole and found again by id, unique prefix or path.
 
-Any room may enter. A folder that is there is complete: it is filled under a hidden name and renamed at the end.
+Any room may enter. A folder that is there is complete: it is filled under a hidden name and renamed at the end. What a
+run that takes long needs to go on lies in `.unfinished-<its name>/` until then.
 
 >>> with new_run(Path("runs"), "fit-head") as run:
 ...     run.write_json("run.json", {"verb": "fit-head"})
@@ -8,6 +9,7 @@ Any room may enter. A folder that is there is complete: it is filled under a hid
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
@@ -19,9 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedpipe.disk import make_folder, storage_errors, sync_folder
-from embedpipe.errors import ModelMismatch, UsageError
+from embedpipe.disk import make_folder, storage_errors, sweep, sync_folder
+from embedpipe.errors import CacheBusy, ModelMismatch, UsageError
 from embedpipe.provenance import nearest
+
+UNFINISHED = ".unfinished-"
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,27 @@ class RunFolder:
         path.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
+def new_name(verb: str) -> str:
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{verb}-{secrets.token_hex(3)}"
+
+
 @contextmanager
-def new_run(runs_dir: Path, verb: str) -> Iterator[RunFolder]:
+def new_run(runs_dir: Path, verb: str, *, name: str | None = None) -> Iterator[RunFolder]:
     """Make a run folder; it appears under its name when the block ends well, and not at all otherwise.
+
+    Parameters
+    ----------
+    name : str    of an unfinished run that is held; default: a new one
 
     Raises
     ------
     StorageError    the folder cannot be written
     """
-    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{verb}-{secrets.token_hex(3)}"
+    name = name or new_name(verb)
     run = RunFolder(runs_dir / f".tmp-{name}", runs_dir / name)
     with storage_errors(run.final, "write the run folder"):
         make_folder(runs_dir)
+        shutil.rmtree(run.folder, ignore_errors=True)  # of a process that was killed here
         run.folder.mkdir()
         try:
             yield run
@@ -64,6 +77,64 @@ def new_run(runs_dir: Path, verb: str) -> Iterator[RunFolder]:
         except BaseException:
             shutil.rmtree(run.folder, ignore_errors=True)
             raise
+
+
+@contextmanager
+def hold_unfinished(runs_dir: Path, name: str) -> Iterator[Path]:
+    """Hold the folder of an unfinished run, made where it is missing; it goes when the block ends well, or without a file.
+
+    Raises
+    ------
+    CacheBusy       another process works on this run
+    StorageError    the folder cannot be made
+    """
+    for left in runs_dir.glob(f"{UNFINISHED}*"):  # of a process that was killed when its run was there
+        if (runs_dir / left.name.removeprefix(UNFINISHED)).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    folder = unfinished_folder(runs_dir, name)
+    make_folder(folder)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise CacheBusy(
+                f"another process works on the run {name}", hint="wait for it, or name another run"
+            ) from exc
+        sweep(folder)
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        os.close(descriptor)
+
+
+def unfinished_folder(runs_dir: Path, name: str) -> Path:
+    return runs_dir / f"{UNFINISHED}{name}"
+
+
+def find_unfinished(runs_dir: Path, verb: str, text: str | None = None) -> str:
+    """Return the name of the latest unfinished run of a verb, or of the one that `text` names as in `find_run`.
+
+    Raises
+    ------
+    UsageError    none or several fit
+    """
+    folders = [p for p in runs_dir.glob(f"{UNFINISHED}*-{verb}-*") if any(p.glob("[!.]*"))]
+    names = sorted(name for p in folders if not (runs_dir / (name := p.name.removeprefix(UNFINISHED))).exists())
+    hits = [name for name in names if text is None or _is_named(name, text)]
+    if not hits or (text and len(hits) > 1):
+        shown = ", ".join(names[-3:])
+        wanted = f"{len(hits) or 'no'} unfinished runs of {verb} in {runs_dir}" + (
+            f" begin with {text!r}" if text else ""
+        )
+        raise UsageError(wanted, hint=f"found {shown}" if shown else "leave out --resume to start one")
+    return hits[-1]
+
+
+def _is_named(name: str, text: str) -> bool:
+    return name.startswith(text) or name.rsplit("-", 1)[-1].startswith(text)
 
 
 def _sync_tree(folder: Path) -> None:
@@ -111,7 +182,7 @@ def find_run(runs_dir: Path, text: str | os.PathLike[str]) -> Path:
     if (Path(text) / "run.json").is_file():
         return Path(text)
     runs = list_runs(runs_dir)
-    hits = [p for p in runs if p.name.startswith(text) or p.name.rsplit("-", 1)[-1].startswith(text)]
+    hits = [p for p in runs if _is_named(p.name, text)]
     if len(hits) == 1:
         return hits[0]
     if hits:

@@ -12,6 +12,7 @@ torch.Size([1, 512])
 
 from embedpipe.backbones._assembling import at_layer
 from embedpipe.backbones._backbone import Backbone, Layer, refresh
+from embedpipe.backbones._cut import Cut, cut_before, trunk_of
 from embedpipe.backbones._headless import Headless
 from embedpipe.backbones._joint import Joint, join
 from embedpipe.backbones._libraries import list_models
@@ -21,10 +22,13 @@ from embedpipe.backbones._unfreezing import frozen_modules, unfreeze_parameters
 
 __all__ = [
     "Backbone",
+    "Cut",
     "Headless",
     "Joint",
     "Layer",
     "at_layer",
+    "cut_before",
+    "trunk_of",
     "describe_layers",
     "frozen_modules",
     "join",

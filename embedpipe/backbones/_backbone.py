@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from embedpipe.backbones._cut import Cut, cut
 from embedpipe.backbones._headless import Headless
 from embedpipe.backbones._trace import Trace
 from embedpipe.provenance import digest_arrays
@@ -73,6 +74,10 @@ class Backbone:
     def layers(self) -> tuple[Layer, ...]:
         """The stages in the order in which they run."""
         return find_stages(self.module.model, self.trace)
+
+    def cut(self, layer: str) -> Cut:
+        """Return the part before a layer and the part from it on; see `_cut.cut`."""
+        return cut(self, layer)
 
 
 def refresh(backbone: Backbone, origin: str) -> Backbone:

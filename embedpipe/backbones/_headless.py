@@ -59,11 +59,12 @@ class Pooling:
 
 @dataclass(frozen=True)
 class Tap:
-    """A module whose output is wanted; it runs `count` times a pass, the last output counts."""
+    """A module whose output is wanted, or its input; it runs `count` times a pass, the last time counts."""
 
     name: str
     pooling: Pooling
     count: int = 1
+    entered: bool = False
 
 
 class PassThrough(nn.Module):
@@ -96,7 +97,11 @@ class Headless(nn.Module):
         self._whole = not all(self.groups)
         self._caught: dict[int, dict[Tap, list[Tensor]]] = {}  # per thread, as one module serves several
         for tap in self._taps:
-            model.get_submodule(tap.name).register_forward_hook(partial(self._catch, tap))
+            module = model.get_submodule(tap.name)
+            if tap.entered:
+                module.register_forward_pre_hook(partial(self._catch_input, tap), with_kwargs=True)
+            else:
+                module.register_forward_hook(partial(self._catch, tap))
 
     @property
     def taps(self) -> tuple[Tap, ...]:
@@ -128,6 +133,10 @@ class Headless(nn.Module):
         super().train(mode)
         self.model.training = False
         return self
+
+    def _catch_input(self, tap: Tap, module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensor = first_tensor((*args, *kwargs.values()))
+        self._catch(tap, module, None, None if tensor is None else tensor.clone())  # what follows may write into it
 
     def _catch(self, tap: Tap, module: nn.Module, inputs: Any, output: Any) -> None:
         caught = self._caught.get(get_ident())

@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     try:
         sys.exit(_group().main(args=arguments, prog_name="embedpipe", standalone_mode=False) or 0)
     except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001  # the border: every end has a code
-        if isinstance(exc, Stopped | KeyboardInterrupt | click.Abort):
+        if isinstance(exc, Stopped | Interrupted | KeyboardInterrupt | click.Abort):
             for number in (
                 signal.SIGTERM,
                 signal.SIGINT,

@@ -130,6 +130,8 @@ class Typed(click.ParamType[Any]):
         self.option = option
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        if self.option.needs_no_value and str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
         return check_value(self.option, value)
 
     def get_metavar(self, param: Any, ctx: Any) -> str:
@@ -139,7 +141,7 @@ class Typed(click.ParamType[Any]):
 def _metavar(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "|".join(map(str, get_args(annotation)))
-    parts = [a for a in get_args(annotation) if a is not type(None)] or [annotation]
+    parts = [a for a in get_args(annotation) if a not in (type(None), bool)] or [annotation]
     if parts == [annotation]:
         return {int: "INT", float: "FLOAT"}.get(annotation, "TEXT")
     return "|".join(sorted({_metavar(part) for part in parts}, key=str.isupper))
@@ -153,6 +155,10 @@ def click_option(option: Option) -> click.Option:
         return click.Option([declaration], is_flag=True, default=option.default, help=option.help, show_default=True)
     if is_multiple(option):
         return click.Option([flag], multiple=True, type=str, default=(), help=option.help)
+    if option.needs_no_value:
+        return click.Option(
+            [flag], is_flag=False, flag_value="true", default="false", type=Typed(option), help=option.help
+        )
     shown = option.default is not None
     return click.Option([flag], type=Typed(option), default=option.default, help=option.help, show_default=shown)
 

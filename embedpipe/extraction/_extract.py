@@ -113,7 +113,7 @@ def extract(
     views : int
         Augmented views of each training image beside the clean one, each in a space of its own.
     augment : str
-        What makes a view: flip; standard (a random crop too); strong (other colours as well).
+        What makes a view: flip; standard (a random crop too); strong (RandAugment and erasing too).
     dry_run : bool
         Say what would be computed, how large it is and how long it takes; write nothing.
 

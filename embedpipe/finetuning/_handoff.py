@@ -11,7 +11,6 @@ from embedpipe.heads import LinearHead
 from embedpipe.network import Network
 
 TOLERANCE = 1e-3
-ROWS = 32
 
 
 def prove_handoff(network: Network, head: LinearHead, photos: Photos) -> float:
@@ -24,10 +23,9 @@ def prove_handoff(network: Network, head: LinearHead, photos: Photos) -> float:
     network.eval()
     spec = photos.features.space.spec
     exact = spec["precision"] == "fp32" and spec["stored_dtype"] == "float32"
-    samples = photos.samples("train")[:ROWS]
     worst = largest = 0.0
     with torch.inference_mode():
-        for images, _, these in photos.batches(samples):
+        for images, these in photos.probe:
             features = photos.features.read(tuple(these)) if exact else network.backbone(images).cpu().numpy()
             logits = head.logits(features)
             worst = max(worst, float(np.abs(network(images).cpu().numpy() - logits).max()))

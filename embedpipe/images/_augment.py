@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from random import Random
 
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageOps
 
 AUGMENTS = ("flip", "standard", "strong")
 AREA = (0.35, 1.0)  # of the image, that a random crop keeps
 RATIO = (3 / 4, 4 / 3)  # width to height of a random crop, relative to the image's
-STRENGTH = 0.4  # of changes of brightness, contrast and colour: factors from 1 - 0.4 to 1 + 0.4
-GREY = 0.2  # probability of a picture without colours
+MAGNITUDE, OPERATIONS = 0.3, 2  # of RandAugment: 9 of 30
+ERASED, ERASED_AREA = 0.25, (0.02, 0.33)  # probability that a part is erased, and its share of the image
+GREY = (124, 116, 104)
+RECIPES = {"strong": {"strong": "crop, flip, RandAugment 2 x 9/30, erasing 0.25"}}  # told apart in a fingerprint
 
 
 def random_of(*, seed: int, view: int, key: str) -> Random:
@@ -34,25 +37,60 @@ def augment(image: Image.Image, name: str, random: Random) -> Image.Image:
 
     Parameters
     ----------
-    name : str    "flip": mirrored half of the time; "standard": a random crop too; "strong": other colours as well
+    name : str    "flip": mirrored half of the time; "standard": a random crop too; "strong": then RandAugment and erasing
+
+    Source: Cubuk et al., NeurIPS 2020 (RandAugment); Zhong et al., AAAI 2020 (random erasing).
     """
     if name != "flip":
         image = _crop(image, random)
     if random.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return _recolour(image, random) if name == "strong" else image
+    if name == "strong":
+        for change in random.choices(CHANGES, k=OPERATIONS):
+            image = change(image, random.choice((-MAGNITUDE, MAGNITUDE)))
+        image = _erase(image, random) if random.random() < ERASED else image
+    return image
 
 
 def _crop(image: Image.Image, random: Random) -> Image.Image:
-    area = random.uniform(*AREA) * image.width * image.height
-    ratio = math.exp(random.uniform(math.log(RATIO[0]), math.log(RATIO[1]))) * image.width / image.height
-    width = min(image.width, max(1, round(math.sqrt(area * ratio))))
-    height = min(image.height, max(1, round(math.sqrt(area / ratio))))
+    return image.crop(_part(image, random, AREA, RATIO))
+
+
+def _erase(image: Image.Image, random: Random) -> Image.Image:
+    image.paste(GREY, _part(image, random, ERASED_AREA, (0.3, 3.3)))
+    return image
+
+
+def _part(
+    image: Image.Image, random: Random, share: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Return a random box of so much of the image, and so wide to its height, relative to the image's."""
+    area = random.uniform(*share) * image.width * image.height
+    aspect = math.exp(random.uniform(math.log(ratio[0]), math.log(ratio[1]))) * image.width / image.height
+    width = min(image.width, max(1, round(math.sqrt(area * aspect))))
+    height = min(image.height, max(1, round(math.sqrt(area / aspect))))
     left, top = random.randint(0, image.width - width), random.randint(0, image.height - height)
-    return image.crop((left, top, left + width, top + height))
+    return left, top, left + width, top + height
 
 
-def _recolour(image: Image.Image, random: Random) -> Image.Image:
-    for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        image = change(image).enhance(random.uniform(1 - STRENGTH, 1 + STRENGTH))
-    return image.convert("L").convert("RGB") if random.random() < GREY else image
+def _move(image: Image.Image, *matrix: float) -> Image.Image:
+    bilinear = Image.Resampling.BILINEAR
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, bilinear, fillcolor=GREY)
+
+
+CHANGES: tuple[Callable[[Image.Image, float], Image.Image], ...] = (  # of an image by a magnitude from -1 to 1
+    lambda image, m: image,
+    lambda image, m: _move(image, 1, 0.3 * m, 0, 0, 1, 0),
+    lambda image, m: _move(image, 1, 0, 0, 0.3 * m, 1, 0),
+    lambda image, m: _move(image, 1, 0, 0.45 * m * image.width, 0, 1, 0),
+    lambda image, m: _move(image, 1, 0, 0, 0, 1, 0.45 * m * image.height),
+    lambda image, m: image.rotate(30 * m, Image.Resampling.BILINEAR, fillcolor=GREY),
+    lambda image, m: ImageEnhance.Brightness(image).enhance(1 + 0.9 * m),
+    lambda image, m: ImageEnhance.Color(image).enhance(1 + 0.9 * m),
+    lambda image, m: ImageEnhance.Contrast(image).enhance(1 + 0.9 * m),
+    lambda image, m: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * m),
+    lambda image, m: ImageOps.posterize(image, 8 - round(4 * abs(m))),
+    lambda image, m: ImageOps.solarize(image, round(255 * (1 - abs(m)))),
+    lambda image, m: ImageOps.autocontrast(image),
+    lambda image, m: ImageOps.equalize(image),
+)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from embedpipe.errors import DecodeError
-from embedpipe.images._augment import AUGMENTS, augment, random_of
+from embedpipe.images._augment import AUGMENTS, RECIPES, augment, random_of
 from embedpipe.images._decode import MAX_PIXELS
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class Transform:
         """Return all that shapes a pixel, JSON-able, the fixed policies included."""
         fields = {k: v for k, v in asdict(self).items() if self.view or k not in ("augment", "seed", "view")}
         lists = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
-        return {**lists, **POLICIES}
+        return {**lists, **POLICIES, **RECIPES.get(self.augment, {})}
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> Transform:
@@ -130,9 +130,10 @@ class Transform:
         ------
         ValueError    it was written under other policies
         """
-        if {name: written.get(name) for name in POLICIES} != POLICIES:
-            raise ValueError(f"found the transform {dict(written)}, expected the policies {POLICIES}")
-        own: dict[str, Any] = {k: v for k, v in written.items() if k not in POLICIES}
+        fixed = {**POLICIES, **RECIPES.get(written.get("augment", "none"), {})}
+        if {name: written.get(name) for name in fixed} != fixed:
+            raise ValueError(f"found the transform {dict(written)}, expected the policies {fixed}")
+        own: dict[str, Any] = {k: v for k, v in written.items() if k not in fixed}
         own |= {k: tuple(v) for k, v in own.items() if isinstance(v, list)}
         return cls(**own)
 

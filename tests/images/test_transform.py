@@ -15,6 +15,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from embedpipe.errors import DecodeError
 from embedpipe.images import Transform
+from embedpipe.images._augment import CHANGES
 
 SIZES = [(500, 375), (375, 500), (64, 64), (31, 97), (224, 224), (225, 300), (7, 5), (256, 256)]
 
@@ -112,3 +113,20 @@ def test_squash_needs_both_sides() -> None:
 def test_a_hair_thin_image_is_a_failure_not_a_bomb() -> None:
     with pytest.raises(DecodeError, match="when resized"):
         Transform((224, 224), 256)(Image.new("RGB", (60_000, 1)))
+
+
+def test_a_strong_view_of_another_recipe_is_refused() -> None:
+    """Its recipe is part of its identity, so that a row made by another one is never reused."""
+    written = Transform((8, 8), 8, augment="strong", view=1).to_dict()
+    assert Transform.from_dict(written).to_dict() == written
+    with pytest.raises(ValueError, match="expected the policies"):
+        Transform.from_dict(written | {"strong": "colours"})
+    assert "strong" not in Transform((8, 8), 8, augment="standard", view=1).to_dict()
+
+
+def test_every_change_keeps_size_and_mode() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))
+    for change in CHANGES:
+        for magnitude in (-1.0, 1.0):
+            changed = change(image, magnitude)
+            assert (changed.size, changed.mode) == (image.size, "RGB")

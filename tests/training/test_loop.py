@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from embedpipe.errors import EmbedpipeError
-from embedpipe.training import Score, train
+from embedpipe.training import Plan, Score, train
 
 X = torch.randn(24, 5, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long()
@@ -50,8 +49,9 @@ class Judge:
 def test_the_best_epoch_is_what_stays(accuracies: Sequence[float], losses: Sequence[float], best: int) -> None:
     net = network()
     judge = Judge(net, accuracies, losses)
-    history = train(net, groups(net), batches, judge, epochs=2, steps=4, keep_eval=[])
-    assert [epoch.val_accuracy for epoch in history] == list(accuracies)
+    trained = train(net, groups(net), batches, judge, plan=Plan(epochs=2), steps=4, keep_eval=[])
+    assert [epoch.val_accuracy for epoch in trained.history] == list(accuracies)
+    assert (trained.best_epoch, trained.best_of) == (best, "weights")
     assert len({weight.numpy().tobytes() for weight in judge.seen}) == 3
     assert torch.equal(net.weight, judge.seen[best])
     assert not net.training
@@ -66,10 +66,10 @@ def test_the_rate_warms_up_and_falls_as_a_cosine() -> None:
         parameters,
         batches,
         Judge(net, [0.0] * 9),
-        epochs=5,
+        plan=Plan(epochs=5),
         steps=4,
         keep_eval=[],
-        on_step=lambda: rates.append(float(parameters[0]["lr"])),  # type: ignore[arg-type]
+        on_step=lambda done: rates.append(float(parameters[0]["lr"])),  # type: ignore[arg-type]
     )
     expected = [1.0] + [0.5 * (1 + math.cos(math.pi * k / 18)) for k in range(19)]  # two steps of 20 are warm-up
     assert rates == pytest.approx([0.5 * factor for factor in expected])
@@ -80,8 +80,15 @@ def test_the_loss_is_weighted_by_class() -> None:
     for weight in (None, torch.tensor([1.0, 0.0])):
         net = network()
         [_, epoch] = train(
-            net, groups(net, lr=0), batches, Judge(net, [0, 0]), epochs=1, steps=4, keep_eval=[], class_weight=weight
-        )
+            net,
+            groups(net, lr=0),
+            batches,
+            Judge(net, [0, 0]),
+            plan=Plan(epochs=1),
+            steps=4,
+            keep_eval=[],
+            class_weight=weight,
+        ).history
         losses.append(epoch.train_loss)
         wanted = [nn.functional.cross_entropy(net(x), y, weight=weight).item() for x, y in batches(1)]
         assert epoch.train_loss == pytest.approx(sum(wanted) / 4)
@@ -97,8 +104,9 @@ def test_a_loss_that_is_not_finite_ends_in_the_best_state() -> None:
         if epoch == 2:
             yield torch.full((1, 5), float("inf")), Y[:1]
 
-    with pytest.raises(EmbedpipeError, match="training loss became nan in epoch 2"):
-        train(net, groups(net), broken, judge, epochs=3, steps=5, keep_eval=[])
+    trained = train(net, groups(net), broken, judge, plan=Plan(epochs=3), steps=5, keep_eval=[])
+    assert trained.diverged == "the training loss became nan in epoch 2"
+    assert len(trained.history) == 2
     assert torch.equal(net.weight, judge.seen[1])
 
 
@@ -106,10 +114,19 @@ def test_gradients_are_clipped() -> None:
     net = network()
     norms: list[float] = []
 
-    def note() -> None:
+    def note(done: int) -> None:
         gradients = [p.grad.norm() for p in net.parameters() if p.grad is not None]
         norms.append(float(torch.stack(gradients).norm()))
 
     huge = [(X * 1e4, 1 - Y)]
-    train(net, groups(net, lr=0), lambda _: huge, Judge(net, [0, 0]), epochs=1, steps=1, keep_eval=[], on_step=note)
+    train(
+        net,
+        groups(net, lr=0),
+        lambda _: huge,
+        Judge(net, [0, 0]),
+        plan=Plan(epochs=1),
+        steps=1,
+        keep_eval=[],
+        on_step=note,
+    )
     assert norms == [pytest.approx(1.0, rel=1e-4)]

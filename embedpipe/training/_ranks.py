@@ -1,0 +1,72 @@
+"""Ranks: the processes that torchrun started, as one. Gradients are summed after the backward pass, so that each rank
+may take as many pieces as its memory wants.
+
+>>> with joined() as ranks:
+...     train(..., ranks=ranks)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+T = TypeVar("T")
+PATIENCE = timedelta(hours=12)  # others wait while the first validates and saves
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process, the number `rank` of `count`."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one device by their sums over all ranks."""
+        if self.count > 1:
+            flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
+            dist.all_reduce(flat)
+            for tensor, total in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+                tensor.detach().copy_(total.view_as(tensor))
+
+    def any(self, flag: bool) -> bool:
+        found = torch.tensor([int(flag)])
+        if self.count > 1:
+            dist.all_reduce(found)
+        return bool(found)
+
+    def tell(self, make: Callable[[], T]) -> T:
+        """Return on every rank what the first one makes."""
+        told: list[Any] = [make() if self.first else None]
+        if self.count > 1:
+            dist.broadcast_object_list(told, device=torch.device("cpu"))
+        made: T = told[0]
+        return made
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Join the other processes, where torchrun started this one."""
+    if not dist.is_torchelastic_launched():
+        yield Ranks()
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,140 @@
+"""One optimiser step from a few batches: mixing, precision, as many images at a time as fit, clipping."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from embedpipe.errors import EmbedpipeError, EmbedpipeWarning
+from embedpipe.training._mixing import Batch, mixer
+from embedpipe.training._plan import Plan
+from embedpipe.training._ranks import Ranks
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NotFinite(ArithmeticError):
+    """The loss or a gradient is NaN or infinite; no weight has been touched by it."""
+
+
+def make_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return an optimiser over groups that bring their `lr` and `weight_decay`."""
+    if name == "sgd":
+        return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups)
+
+
+class Stepper:
+    """Takes optimiser steps of one network.
+
+    micro : int or None    images in memory at a time; None: whole batches. Halved where they do not fit
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        plan: Plan,
+        *,
+        n_classes: int,
+        class_weight: Tensor | None,
+        ranks: Ranks,
+    ) -> None:
+        self.network, self.optimizer, self.plan, self.class_weight = network, optimizer, plan, class_weight
+        self.ranks = ranks
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.device = self.parameters[0].device.type
+        self.scaler = torch.amp.GradScaler(self.device, enabled=plan.precision == "fp16")
+        self.mix = mixer(plan, n_classes)
+        self.micro: int | None = None
+        anchored = [p for g in optimizer.param_groups if g.get("anchored") for p in g["params"]] if plan.l2_sp else []
+        self.anchors = [(parameter, parameter.detach().clone()) for parameter in anchored]
+
+    def step(self, batches: Sequence[Batch]) -> float:
+        """Move the weights by the gradient of the mean loss over all batches, and return that loss.
+
+        Raises
+        ------
+        NotFinite         the loss or the gradient is
+        EmbedpipeError    one image alone does not fit into memory
+        """
+        batches = [self.mix(images, y) for images, y in batches]
+        total = torch.tensor([float(sum(self._weight_of(y) for _, y in batches))], device=self.parameters[0].device)
+        self.ranks.add([total])
+        while (own := self._gradients(batches, total)) is None:
+            self._halve(batches)
+        loss = self._share(own)
+        if not math.isfinite(loss):
+            raise NotFinite(f"the training loss became {loss}")
+        self.scaler.unscale_(self.optimizer)
+        for parameter, start in self.anchors:
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - start, alpha=self.plan.l2_sp)
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.plan.clip_norm or math.inf)
+        if not (self.scaler.is_enabled() or torch.isfinite(norm)):  # a scaler leaves out such a step and scales less
+            raise NotFinite(f"the gradient became {norm.item()}")
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss
+
+    def _gradients(self, batches: Sequence[Batch], total: Tensor) -> Tensor | None:
+        """Sum the gradients of all pieces and return their loss, float32 (1,); None: they do not fit into memory.
+
+        Each is weighed as in one batch of the weight `total`.
+        """
+        self.optimizer.zero_grad()
+        whole = torch.zeros_like(total)
+        precision = torch.autocast(self.device, PRECISIONS[self.plan.precision], enabled=self.plan.precision != "fp32")
+        try:
+            for images, y in self._pieces(batches):
+                with precision:
+                    logits = self.network(images).float()
+                loss = self._loss(logits, y) / total
+                torch.autograd.backward(self.scaler.scale(loss))
+                whole += loss.detach()
+        except torch.OutOfMemoryError:
+            return None
+        return whole
+
+    def _share(self, loss: Tensor) -> float:
+        """Add up gradients and loss over the ranks."""
+        if self.ranks.count > 1:
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            self.ranks.add([loss, *(p.grad for p in self.parameters if p.grad is not None)])
+        return loss.item()
+
+    def _pieces(self, batches: Sequence[Batch]) -> Iterator[Batch]:
+        for images, y in batches:
+            size = self.micro or len(y)
+            yield from zip(torch.split(images, size), torch.split(y, size), strict=True)
+
+    def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        smoothing = self.plan.label_smoothing
+        return F.cross_entropy(logits, y, weight=self.class_weight, label_smoothing=smoothing, reduction="sum")
+
+    def _weight_of(self, y: Tensor) -> Tensor | int:
+        """Return what the mean divides by: images, or where classes are weighed and not mixed, their weights."""
+        return len(y) if self.class_weight is None or y.ndim > 1 else self.class_weight[y].sum()
+
+    def _halve(self, batches: Sequence[Batch]) -> None:
+        before = min(self.micro or math.inf, max(len(y) for _, y in batches))
+        if before == 1:
+            raise EmbedpipeError(
+                "not even one image at a time fits into memory", hint="unfreeze less, or try --grad-checkpointing"
+            )
+        self.optimizer.zero_grad()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        self.micro = int(before) // 2
+        warnings.warn(
+            f"{before} images do not fit into memory: {self.micro} at a time, in steps of the same size",
+            EmbedpipeWarning,
+            stacklevel=4,
+        )
