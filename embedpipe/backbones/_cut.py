@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 BATCHES = (2, 3)
 TOLERANCE = 1e-6  # of the largest feature, or of 1
-TRIES = 16  # places before what is unfrozen; where streams run side by side there may be none for hundreds of modules
+TRIES = 32  # places before what is unfrozen; where streams run side by side there may be none for hundreds of modules
 CONSTANTS = (int, float, str, type(None))
 REFUSALS = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)
 
