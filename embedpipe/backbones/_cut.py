@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 BATCHES = (2, 3)
 TOLERANCE = 1e-6  # of the largest feature, or of 1
+TRIES = 32  # places before what is unfrozen; where streams run side by side there may be none for hundreds of modules
 CONSTANTS = (int, float, str, type(None))
 REFUSALS = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)
 
@@ -198,7 +199,7 @@ def cut(backbone: Backbone, layer: str) -> Cut:
 
 def cut_before(backbone: Backbone, unfrozen: Sequence[str]) -> Cut | None:
     """Return the latest cut that leaves the named parameters in the tail; None where none is named, as everything may
-    then start from the features.
+    then start from the features. The `TRIES` latest places are tried.
 
     Parameters
     ----------
@@ -213,7 +214,7 @@ def cut_before(backbone: Backbone, unfrozen: Sequence[str]) -> Cut | None:
     trace, passes, refused = backbone.trace, _record(backbone), []
     owner = min(map(_parent, unfrozen), key=trace.start_of)
     moving = {backbone.module.model.get_parameter(name) for name in unfrozen}
-    for layer in _candidates(trace, owner):
+    for layer in _candidates(trace, owner)[:TRIES]:
         try:
             return _cut(backbone, layer, passes, moving)
         except _Uncut as exc:
