@@ -16,7 +16,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,26 +88,41 @@ def hold_unfinished(runs_dir: Path, name: str) -> Iterator[Path]:
     CacheBusy       another process works on this run
     StorageError    the folder cannot be made
     """
-    for left in runs_dir.glob(f"{UNFINISHED}*"):  # of a process that was killed when its run was there
-        if (runs_dir / left.name.removeprefix(UNFINISHED)).exists():
-            shutil.rmtree(left, ignore_errors=True)
+    _sweep_unfinished(runs_dir)
     folder = unfinished_folder(runs_dir, name)
     make_folder(folder)
+    with _locked(folder):
+        sweep(folder)
+        try:
+            yield folder
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            raise CacheBusy(
-                f"another process works on the run {name}", hint="wait for it, or name another run"
-            ) from exc
-        sweep(folder)
-        yield folder
-        shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as exc:
         os.close(descriptor)
+        name = folder.name.removeprefix(UNFINISHED)
+        raise CacheBusy(f"another process works on the run {name}", hint="wait for it, or name another run") from exc
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sweep_unfinished(runs_dir: Path) -> None:
+    """Remove what killed processes left and nobody can go on with: their run is there, or no checkpoint of it."""
+    for left in runs_dir.glob(f"{UNFINISHED}*"):
+        done = (runs_dir / left.name.removeprefix(UNFINISHED)).exists()
+        if done or not any(left.glob("[!.]*")):
+            with suppress(OSError), _locked(left):
+                shutil.rmtree(left)
 
 
 def unfinished_folder(runs_dir: Path, name: str) -> Path:

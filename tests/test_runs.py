@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from embedpipe.errors import ModelMismatch, UsageError
-from embedpipe.runs import find_run, latest_run, list_runs, new_run, read_run
+from embedpipe.errors import CacheBusy, ModelMismatch, UsageError
+from embedpipe.runs import find_run, find_unfinished, hold_unfinished, latest_run, list_runs, new_run, read_run
 
 
 def make(runs: Path, verb: str = "fit-head") -> Path:
@@ -54,3 +54,20 @@ def test_a_broken_record_is_named(tmp_path: Path) -> None:
     (run / "run.json").write_text("{")
     with pytest.raises(ModelMismatch, match=r"run\.json"):
         read_run(run)
+
+
+def test_what_nobody_can_go_on_with_is_removed(tmp_path: Path) -> None:
+    """What is held, and what has a checkpoint, stays."""
+    left, kept = tmp_path / ".unfinished-a-finetune-1", tmp_path / ".unfinished-b-finetune-2"
+    for folder, file in ((left, ".tmp-x"), (kept, "checkpoint.pt")):
+        folder.mkdir()
+        (folder / file).write_bytes(b"x")
+    with hold_unfinished(tmp_path, "c-finetune-3") as held:
+        assert sorted(tmp_path.iterdir()) == [kept, held]
+        with hold_unfinished(tmp_path, "d-finetune-4"):
+            assert held.exists()
+        with pytest.raises(CacheBusy), hold_unfinished(tmp_path, "c-finetune-3"):
+            raise AssertionError("two hold it")
+    assert list(tmp_path.iterdir()) == [kept]
+    assert find_unfinished(tmp_path, "finetune") == "b-finetune-2"
+    assert list_runs(tmp_path) == []

@@ -160,6 +160,8 @@ def test_the_average_is_judged_and_kept_where_it_is_better() -> None:
     torch.testing.assert_close(first_average, first.lerp(start, 0.1))
     torch.testing.assert_close(average, second.lerp(first_average, 2 / 11))
     assert torch.equal(weights(net), average)
+    plain = scored(Plan(epochs=2), [0.1, 0.2, 0.4])[2]
+    assert all(torch.equal(one, other) for one, other in zip(plain, (start, first, second), strict=True))
     assert scored(Plan(epochs=1, ema=0.9), [0.1, 0.4, 0.4])[1].best_of == "weights"
 
 
