@@ -217,7 +217,9 @@ def _carry_out(
     handoff = prove_handoff(network, _head_of(classifier), photos)
     if options["init"] == "random":
         network.head.reset_parameters()
-    source, kept = choose_source(network, photos, _wish(options), Cache(cache_dir), progress=progress)
+    wish, before = _wish(options), unfinished.source
+    source, kept = choose_source(network, photos, wish, Cache(cache_dir), before, progress=progress)
+    unfinished = replace(unfinished, source=kept)
     with network.checkpointing(backbone.name, wanted=options["grad_checkpointing"]):
         trained, unfrozen, wise = _train(network, backbone, source, unfinished, progress)
     report = {

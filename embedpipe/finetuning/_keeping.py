@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Wish:
     augment : str        how a view differs
     max_bytes : float    that the activations may take
     images_only : str    an option that needs images in every epoch; "" where there is none
+    dtype : str          that the train split has to be stored in
     """
 
     cached: str
@@ -51,6 +52,7 @@ class Wish:
     seed: int
     max_bytes: float
     images_only: str = ""
+    dtype: str | None = None
 
     @property
     def look(self) -> dict[str, Any]:
@@ -58,11 +60,21 @@ class Wish:
 
 
 def choose_source(
-    network: Network, photos: Photos, wish: Wish, cache: Cache, *, progress: Progress | None
+    network: Network,
+    photos: Photos,
+    wish: Wish,
+    cache: Cache,
+    before: Mapping[str, Any] | None,
+    *,
+    progress: Progress | None,
 ) -> tuple[Photos | Activations, dict[str, Any]]:
     """Return what to train on, and of the report `cut` and `activations`; on activations the network is left its tail.
 
     Of several ranks the first decides and computes.
+
+    Parameters
+    ----------
+    before : dict    what the run trained on until it was stopped, and has to go on with
 
     Raises
     ------
@@ -70,6 +82,9 @@ def choose_source(
     """
     if wish.views and wish.augment == "none":
         raise UsageError(f"--views {wish.views} without --augment", hint="try --augment flip, standard or strong")
+    if before:
+        old = before["activations"]
+        wish = replace(wish, cached="on" if old["cached"] else "off", dtype=old.get("stored_dtype"))
     try:
         place = _place(photos, wish)
         found = photos.ranks.tell(lambda: _kept(network, place, photos, wish, cache, progress))
@@ -78,7 +93,7 @@ def choose_source(
     except _Images as exc:
         if wish.cached == "on":
             raise UsageError(f"no activations can be kept: {exc}", hint="leave out --cache-activations on") from exc
-        return photos, {"cut": None, "activations": {**_NONE, "reason": str(exc)}}
+        return photos, dict(before or {"cut": None, "activations": {**_NONE, "reason": str(exc)}})
     network.backbone = place.tail
     targets = spaces_of(place, cache, photos, found["stored_dtype"], wish.views, **wish.look)
     return read(place, photos, targets), {"cut": place.layer, "activations": found}
@@ -111,7 +126,7 @@ def _kept(
     """Fill the spaces where that is worth it, train in float16 where that changes next to nothing; tell what was done."""
     drift, changes, largest = _float16_error(network, place, photos)
     small = not changes and drift <= HALF_DRIFT * largest and place.layer != "head"
-    dtype = "float16" if small else "float32"
+    dtype = wish.dtype or ("float16" if small else "float32")
     targets = spaces_of(place, cache, photos, dtype, wish.views, **wish.look)
     try:
         reason = _worth(place, photos, targets, wish, cache)

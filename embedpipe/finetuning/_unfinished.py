@@ -31,6 +31,7 @@ class Unfinished:
 
     options : dict          what shapes the result, by option
     state : dict or None    of training, as it was last written
+    source : dict or None   what it trains on, as `choose_source` told
     """
 
     folder: Path
@@ -38,12 +39,13 @@ class Unfinished:
     options: Mapping[str, Any]
     state: Mapping[str, Any] | None = field(default=None, repr=False)
     ranks: Ranks = ALONE
+    source: Mapping[str, Any] | None = None
 
     def write(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint; the first rank does."""
         if not self.ranks.first:
             return
-        whole = {"format": FORMAT, "options": dict(self.options), "state": dict(state)}
+        whole = {"format": FORMAT, "options": dict(self.options), "state": dict(state), "source": self.source}
         publish(self.folder / CHECKPOINT, partial(_save, whole))
 
 
@@ -64,10 +66,10 @@ def unfinished_run(
     name = ranks.tell(lambda: find_unfinished(runs_dir, VERB, text) if again else new_name(VERB))
     with hold_unfinished(runs_dir, name) if ranks.first else nullcontext(unfinished_folder(runs_dir, name)) as folder:
         path = folder / CHECKPOINT
-        stored: dict[str, Any] = _read(path) if again else {"options": options, "state": None}
+        stored: dict[str, Any] = _read(path) if again else {"options": options, "state": None, "source": None}
         _refuse_changes(name, stored["options"], options, defaults)
         try:
-            yield Unfinished(folder, name, stored["options"], stored["state"], ranks)
+            yield Unfinished(folder, name, stored["options"], stored["state"], ranks, stored["source"])
         except (Stopped, KeyboardInterrupt) as exc:
             if not path.exists():
                 raise

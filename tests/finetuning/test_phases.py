@@ -31,7 +31,8 @@ def test_phases_follow_each_other(head: ep.Classifier) -> None:
     assert first.report["unfrozen"] == ["head.weight", "head.bias"]
     whole = ep.finetune(head, batch_size=8, schedule=SCHEDULE)
     assert [epoch["epoch"] for epoch in whole.report["epochs"]] == [0, 1, 2, 3, 4]
-    assert whole.report["epochs"][1]["train_loss"] == first.report["epochs"][1]["train_loss"]
+    alone = first.report["epochs"][1]["train_loss"]  # behind another cut: as near as rounding is
+    assert whole.report["epochs"][1]["train_loss"] == pytest.approx(alone, rel=1e-5)
     assert any("layer3" in name for name in whole.report["unfrozen"])
     assert not any("layer2" in name for name in whole.report["unfrozen"])
     assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in before.items() if "layer2" in name)
