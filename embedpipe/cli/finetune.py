@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,21 @@ def finetune(session: Session, run: str | None, schedule: str | None, **options:
     report = finetuning.finetune(run, progress=session.progress, **options).report
     if int(os.environ.get("RANK", 0)) and "TORCHELASTIC_RUN_ID" in os.environ:
         return  # the first process of torchrun tells
+    stopped = ", ended by --patience" if report["stopped"] else ""
+    averaged = ", the average of the weights" if report["best_of"] == "ema" else ""
     title = (
         f"run {report['run']}: {report['trainable_parameters']:,} parameters trained, "
         f"{report['frozen_parameters']:,} frozen, best epoch {report['best_epoch']} "
-        f"of {len(report['epochs']) - 1}, {report['seconds']:.1f} s"
+        f"of {len(report['epochs']) - 1}{averaged}{stopped}, {report['seconds']:.1f} s"
     )
-    session.finish(report, f"{title}\n{scores(report['metrics'], report['chosen_on'])}")
+    swept = f"{tell_sweep(report['wise_ft'])}\n" if report["wise_ft"] else ""
+    session.finish(report, f"{title}\n{swept}{scores(report['metrics'], report['chosen_on'])}")
+
+
+def tell_sweep(wise: Mapping[str, Any]) -> str:
+    """Return a table of mixtures: alpha 0 is the network before training, 1 after it."""
+    lines = [f"{'alpha':<6} {'val accuracy':>12} {'log loss':>9}"]
+    for one in wise["sweep"]:
+        kept = "  kept" if one["alpha"] == wise["chosen"] else ""
+        lines.append(f"{one['alpha']:<6.1f} {one['val_accuracy']:>12.4f} {one['val_loss']:>9.4f}{kept}")
+    return "\n".join([*lines, ""])

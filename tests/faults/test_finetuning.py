@@ -111,7 +111,7 @@ def tuning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuning]:
 def test_sigkill(tuning: Tuning, full: bool, tally: Tally) -> None:
     """Random SIGKILLs of fine-tunings and of their resumes."""
     chance, number = random.Random(0), 0
-    while tally.trials < (200 if full else 5):
+    while tally.trials < (60 if full else 5):
         folder, number = tuning.copy(f"killed-{number}"), number + 1
         for _ in range(chance.randint(1, 3)):
             trial = tuning.start(folder, *(["--resume"] if tuning.checkpoints(folder) else ()))
@@ -132,7 +132,7 @@ def test_sigkill(tuning: Tuning, full: bool, tally: Tally) -> None:
 def test_stopped(tuning: Tuning, full: bool, tally: Tally, number: signal.Signals) -> None:
     """SIGTERM or SIGINT in the middle of a fine-tuning."""
     chance = random.Random(1)
-    for k in range(10 if full else 1):
+    for k in range(5 if full else 1):
         folder = tuning.copy(f"{number.name}-{k}")
         trial = tuning.start(folder)
         tuning.await_checkpoint(trial)
@@ -153,7 +153,7 @@ def test_publishing(tuning: Tuning, full: bool, tally: Tally) -> None:
     assert trial.attach(folder / "log", "-y", f"--trace={CALLS}").end() == 0, trial.err
     calls = calls_below(folder / "log", folder / "runs")
     plan = [(call, fault) for call in calls for fault in ("KILL", "ENOSPC") if call.name not in ("close", "openat")]
-    for k, (call, fault) in enumerate(random.Random(0).sample(plan, len(plan) if full else 4)):
+    for k, (call, fault) in enumerate(random.Random(0).sample(plan, 60 if full else 4)):
         folder = tuning.copy(f"hurt-{k}")
         trial = tuning.start(folder, go=False)
         code = trial.attach(folder / "log", *call.inject(fault)).end()

@@ -16,6 +16,7 @@ from tests.conftest import Run, write_photos
 from tests.finetuning.conftest import same
 
 FAST: dict[str, Any] = {"unfreeze": "layer3", "epochs": 1, "batch_size": 8, "lr": 1e-2}
+STILL = ("--epochs", 9, "--patience", 1, "--lr", 0, "--head-lr", 0)
 CHANGES: list[dict[str, Any]] = [
     *({"optimizer": "sgd"}, {"layer_decay": 0.5}, {"l2_sp": 1.0}, {"clip_norm": 1e-3}, {"label_smoothing": 0.3}),
     *({"mixup": 0.5}, {"cutmix": 1.0}, {"precision": "bf16"}, {"accumulate": 2}, {"init": "random"}),
@@ -110,7 +111,9 @@ def test_on_the_command_line(head: ep.Classifier, run: Run, tmp_path: Path) -> N
     where = ("--runs-dir", tmp_path / "runs", "--cache-dir", tmp_path / "cache", "--json")
     tuned = run("finetune", "--unfreeze", "layer4", "--epochs", 1, "--wise-ft", *where).data
     assert len(tuned["wise_ft"]["sweep"]) == 11
-    assert run("finetune", "--unfreeze", "layer4", "--epochs", 1, "--wise-ft", "auto", *where).data["wise_ft"]
+    text = run("finetune", "--unfreeze", "layer4", "--wise-ft", "auto", *STILL, *where[:-1])
+    assert text.out.count("kept") == 1
+    assert "ended by --patience" in text.out
     for wrong in (
         ("--wise-ft", "best"),
         ("--optimizer", "adam"),

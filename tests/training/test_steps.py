@@ -85,6 +85,23 @@ def test_bf16_computes_in_bf16_and_keeps_weights_in_fp32() -> None:
     assert {p.dtype for p in net.parameters()} == {torch.float32}
 
 
+def test_fp16_leaves_out_a_step_whose_scaled_gradient_overflows() -> None:
+    """The scale, 65536 at first, is halved, and the next step is taken."""
+    net = Small()
+    groups = [{"params": list(net.parameters()), "lr": 0.1, "weight_decay": 0.0}]
+    stepper = Stepper(
+        net, torch.optim.SGD(groups), Plan(precision="fp16"), n_classes=3, class_weight=None, ranks=Ranks()
+    )
+    broken = net.net[0].weight.register_hook(lambda gradient: gradient * float("inf"))
+    before, loss = weights(net), stepper.step([(X, Y)])
+    assert loss == pytest.approx(nn.functional.cross_entropy(net(X), Y).item(), rel=1e-2)
+    assert torch.equal(weights(net), before)
+    assert stepper.scaler.get_scale() == 32768
+    broken.remove()
+    stepper.step([(X, Y)])
+    assert not torch.equal(weights(net), before)
+
+
 def test_l2_sp_pulls_to_the_start() -> None:
     """Without a gradient from the loss, a parameter that was moved goes back by lr * l2_sp of the way."""
     net = Small()
