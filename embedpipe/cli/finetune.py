@@ -12,6 +12,7 @@ import rich_click as click
 from embedpipe import finetuning
 from embedpipe.cli._build import Session, command, scores
 from embedpipe.config import read_schedule
+from embedpipe.disk import show_size
 
 
 @command(finetuning.finetune, example="embedpipe finetune --unfreeze layer4")
@@ -30,7 +31,20 @@ def finetune(session: Session, run: str | None, schedule: str | None, **options:
         f"of {len(report['epochs']) - 1}{averaged}{stopped}, {report['seconds']:.1f} s"
     )
     swept = f"{tell_sweep(report['wise_ft'])}\n" if report["wise_ft"] else ""
-    session.finish(report, f"{title}\n{swept}{scores(report['metrics'], report['chosen_on'])}")
+    lines = [
+        title,
+        tell_source(report["cut"], report["activations"]),
+        swept + scores(report["metrics"], report["chosen_on"]),
+    ]
+    session.finish(report, "\n".join(lines))
+
+
+def tell_source(cut: str | None, activations: Mapping[str, Any]) -> str:
+    """Say what the training read, and why."""
+    if not activations["cached"]:
+        return f"images in every epoch: {activations['reason']}"
+    kept = f"{activations['rows']:,} rows, {show_size(activations['bytes'])}, {activations['reused']:,} reused"
+    return f"activations at {cut}: {kept} ({activations['reason']})"
 
 
 def tell_sweep(wise: Mapping[str, Any]) -> str:
