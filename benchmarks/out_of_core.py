@@ -1,0 +1,109 @@
+"""How much memory does a head take on features that are four times as large as --max-memory, and is it the same head?
+
+Random features in a real cache, read in chunks and at once; each way in a process of its own. Memory: what the process itself
+holds (pages of the mapped file can be dropped at any time), more than it held when the data set was open.
+
+python benchmarks/out_of_core.py --rows 250000 --width 2048
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from measuring import answered, print_table, run_way
+
+CLASSES, L2, SOLVERS = 5, 1e-3, ("newton", "ridge")
+SPEC = {"source": "random", "architecture": "normal", "layer": "penultimate", "view": 0}
+
+
+def write_cache(folder: Path, rows: int, width: int) -> None:
+    """Write features of `rows` images that do not exist, in one space, and their sample table."""
+    from embedpipe.cache import Cache
+    from embedpipe.manifest import Manifest, Sample
+    from embedpipe.manifest._source import Source
+
+    random, cache = np.random.default_rng(0), Cache(folder)
+    keys = [hashlib.sha256(str(row).encode()).digest() for row in range(rows)]
+    y = random.integers(CLASSES, size=rows)
+    middles = 0.1 * random.normal(size=(CLASSES, width))
+    space = cache.open_space(SPEC, name="random")
+    with space.writer(feature_dim=width, dtype="float32", environment={}, pins={}) as writer:
+        for first in range(0, rows, 1024):
+            some = slice(first, min(first + 1024, rows))
+            features = middles[y[some]] + random.normal(size=(some.stop - first, width))
+            writer.append(keys[some], features.astype(np.float32))
+        writer.finish()
+    samples = [Sample(f"{k}", str(label), "train", None, keys[k]) for k, label in enumerate(y.tolist())]
+    classes = tuple(str(c) for c in range(CLASSES))
+    manifest = Manifest("random", (Source("random", folder),), tuple(samples), classes, 0, (), ())
+    cache.set_latest(cache.write_dataset(manifest), [space.folder.name])
+
+
+def fit(cache: str, solver: str, max_bytes: float, save: str) -> dict[str, Any]:
+    from embedpipe.cache import Cache
+    from embedpipe.features import open_features
+    from embedpipe.recipe import Recipe
+
+    features = open_features(Cache(Path(cache)))
+    recipe = Recipe(features.classes, solver=solver, l2=L2, widths=features.widths, max_bytes=max_bytes)
+    features.samples("train")
+    before, start = _held(), time.monotonic()
+    peak, ended = [before], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            peak[0] = max(peak[0], _held())
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    head = recipe.fit(*recipe.data(features, "train"), l2=L2)
+    ended.set()
+    thread.join()
+    np.save(save, head.weight)
+    return {"peak_bytes": peak[0] - before, "before_bytes": before, "seconds": time.monotonic() - start}
+
+
+def _held() -> int:
+    """Return the bytes of anonymous memory of this process."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous:"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=250_000)
+    parser.add_argument("--width", type=int, default=2048)
+    options = parser.parse_args()
+    whole = options.rows * options.width * 4
+    limit, table = whole / 4, []
+    with tempfile.TemporaryDirectory() as name:
+        write_cache(Path(name) / "cache", options.rows, options.width)
+        for solver in SOLVERS:
+            weights = {}
+            for way, most in (("in chunks", limit), ("at once", 10 * whole)):
+                save = f"{name}/{way}.npy"
+                common = {"cache": f"{name}/cache", "solver": solver, "max_bytes": most, "save": save}
+                found = run_way(__file__, "fit", **common)
+                weights[way] = np.load(save)
+                away = np.abs(weights[way] - weights["in chunks"]).max() / np.abs(weights[way]).max()
+                share = f"{found['peak_bytes'] / limit:.2f}"
+                peak = f"{found['peak_bytes'] / 1e6:,.0f}"
+                table.append([solver, way, peak, share, f"{found['seconds']:.1f}", f"{away:.0e}"])
+    print_table(
+        f"A head on {options.rows:,} x {options.width} float32 ({whole / 1e6:,.0f} MB), --max-memory {limit / 1e6:,.0f}MB",
+        ["solver", "features", "peak MB", "of --max-memory", "s", "largest difference of a weight, of the largest"],
+        table,
+    )
+
+
+WAYS = {"fit": fit}
+
+if __name__ == "__main__" and not answered(WAYS):
+    main()
