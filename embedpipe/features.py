@@ -148,12 +148,11 @@ class FeatureSet:
     def labelled(self, *splits: str, max_bytes: float) -> tuple[np.ndarray | Chunked, np.ndarray]:
         """Return features (N, D) and targets, as `arrays` does, of the labelled images of splits.
 
-        Features of more bytes are read in chunks, in the order in which they are stored.
+        They come in the order in which they are stored; features of more bytes are read in chunks.
         """
-        samples = tuple(sample for split in splits for sample in self.samples(split, labelled=True))
+        found = [sample for split in splits for sample in self.samples(split, labelled=True)]
+        samples = tuple(sorted(found, key=lambda sample: sample.key))
         small = len(samples) * self.feature_dim * 4 <= max_bytes
-        if not small:
-            samples = tuple(sorted(samples, key=lambda sample: sample.key))
         return self.read(samples) if small else self.chunked(samples), self.manifest.targets(samples)
 
     def chunked(self, samples: Sequence[Sample]) -> Chunked:
