@@ -2,10 +2,11 @@
 
 In this order:
 
-1. `fix-leaks` where more than 1 % of val and test are copies of earlier splits: what is measured then is not what new images get.
+1. `fix-leaks` where at least 1 % of val and test (lower end of the interval: a near copy or two may be chance) are copies of
+   earlier splits: what is measured then is not what new images get.
 2. `fix-labels` where at least 3 % of the labels are wrong (lower end of the interval; 3.3 % is the average of ten popular test
-   sets: Northcutt, Athalye, Mueller, NeurIPS 2021). That is believed only where heads agree on two images of three, and where twice
-   the images remove less than a fifth of the errors: heads that know little err together, but they learn; noise stays.
+   sets: Northcutt, Athalye, Mueller, NeurIPS 2021). That is believed only where heads agree on two images of three, and where
+   twice the images remove less than a fifth of the errors: heads that know little err together, but they learn; noise stays.
 3. The cheapest of `linear-head`, `earlier-layer`, `several-layers` and fine-tuning to which no dearer one is expected to add a
    point. One with a lower end of its interval below a point does not count. Fine-tuning is `finetune-all` where even the best
    heads err on a quarter of the images, else `finetune` from the first layer whose head is nearly as good as the best.
@@ -74,7 +75,7 @@ def first_unfrozen(evidence: Evidence) -> str:
 def _fixes(evidence: Evidence) -> list[Choice]:
     leaked, wrong = evidence.leaked, evidence.wrong_labels
     fixes = []
-    if leaked.share > LEAKED:
+    if leaked.ci95[0] >= LEAKED:
         reason = (
             f"{len(leaked.paths)} of {leaked.n} images of val and test ({leaked.share:.1%}) are in an earlier split too"
         )
