@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from measuring import print_table, say
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageFilter
 from sklearn.datasets import load_digits, load_sample_images
 
 import embedpipe as ep
@@ -39,11 +39,11 @@ class Case:
 def cases(stamps: Path) -> list[Case]:
     tuning = ("finetune", "finetune-all")
 
-    def scenes(n: Splits, species: int, size: tuple[float, float]) -> Callable[[Path], object]:
-        return lambda folder: write_scenes(folder, stamps, n, species=species, size=size)
+    def scenes(n: Splits, species: int, size: tuple[float, float], blur: float = 0) -> Callable[[Path], object]:
+        return lambda folder: write_scenes(folder, stamps, n, species=species, size=size, blur=blur)
 
     return [
-        Case("small, similar", ("linear-head",), scenes({"train": 12, "val": 8, "test": 40}, 5, (0.9, 1.0))),
+        Case("small, similar", ("linear-head",), scenes({"train": 6, "val": 4, "test": 25}, 12, (0.9, 1.0), blur=20)),
         Case("large, similar", tuning, scenes({"train": 32, "val": 10, "test": 20}, 16, (0.55, 0.9))),
         Case(
             "small, different",
@@ -64,10 +64,12 @@ def cases(stamps: Path) -> list[Case]:
     ]
 
 
-def write_scenes(folder: Path, stamps: Path, per_class: Splits, *, species: int, size: tuple[float, float]) -> Path:
+def write_scenes(
+    folder: Path, stamps: Path, per_class: Splits, *, species: int, size: tuple[float, float], blur: float = 0
+) -> Path:
     """Write `<split>/<animal>/<k>.jpg`: one animal, any place and light, on a part of a photograph; its size as a share of it."""
     rng = np.random.default_rng(0)
-    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+    photos = [Image.fromarray(photo).filter(ImageFilter.GaussianBlur(blur)) for photo in load_sample_images().images]
     kinds = [p for kind in ("mammals", "birds") for p in sorted((stamps / "animals" / kind).rglob("*.png"))]
     kinds = [path for path in kinds if not {"cartoon", "toys"} & set(path.parts)]
     chosen = [kinds[k] for k in np.linspace(0, len(kinds) - 1, species).astype(int)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,10 +131,11 @@ def advise(
     if epochs < 1:
         raise UsageError(f"--epochs {epochs}, expected 1 or more")
     cache, asked = Cache(Path(cache_dir)), {"space": space, "backbone": backbone}
+    given = dataset.backbone if isinstance(dataset, FeatureSet) else None
     if isinstance(dataset, FeatureSet):
         cache, asked = Cache(dataset.space.folder.parent.parent), {**asked, "space": space or dataset.space.folder.name}
         dataset = dataset.dataset
-    features = open_layers(cache, dataset, **asked, progress=progress)
+    features = replace(open_layers(cache, dataset, **asked, progress=progress), backbone=given)
     evidence = measure(features, seed=seed)
     choices = decide(evidence)
     chosen, *others = (_option(one, features, evidence, cache, epochs) for one in choices)

@@ -13,8 +13,8 @@ In this order:
 4. `more-data` where that leaves the linear head, it errs on more than 5 %, and twice the images are worth a point (lower end).
 
 Gains of layers are measured. The gain of fine-tuning cannot be known without doing it: REMOVED says which share of the
-last layer's errors it took away on the data sets that the rules were written with (`benchmarks/README.md`, "Advice"): digits and
-animals on photographs, EfficientNet-Lite0. That is a thin base: the interval is wide, and `--verify` tries it.
+last layer's errors (low, middle, high) it took away on the data sets that the rules were written with (`benchmarks/README.md`,
+"Advice"): digits and animals on photographs, EfficientNet-Lite0. A thin base: the interval is wide, and `--verify` tries it.
 
 >>> [choice.action for choice in decide(evidence)]
 ['several-layers', 'finetune', 'finetune-all', 'more-data', 'linear-head']
@@ -32,7 +32,7 @@ WRONG, AGREED, FLAT = 0.03, 2 / 3, 1 / 5
 WORTH = 0.01  # one point
 ERRORS = 0.05
 LARGE = 300  # training images
-REMOVED = {True: (0.5, 0.65, 0.85), False: (0.0, 0.35, 0.7)}  # of large and small data sets: low, middle, high
+REMOVED = {"large": (0.5, 0.7, 0.9), "small, similar": (0.1, 0.45, 0.9), "small, different": (0.0, 0.2, 0.55)}
 HARD = 0.25  # errors of the best heads
 
 
@@ -69,7 +69,16 @@ def decide(evidence: Evidence) -> list[Choice]:
 
 def first_unfrozen(evidence: Evidence) -> str:
     """Return the earliest layer whose head is nearly as good as the best: what is before it may stay as it is."""
-    return next(one.layers[0] for one in evidence.layers if one.accuracy >= NEAR_BEST * evidence.best.accuracy)
+    *earlier, _ = evidence.layers
+    near = [one.layers[0] for one in earlier if one.accuracy >= NEAR_BEST * evidence.best.accuracy]
+    return near[0] if near else earlier[-1].layers[0]
+
+
+def kind_of(evidence: Evidence) -> str:
+    """Return how much data there is, and, of few, whether they are like what the backbone knows: no earlier layer does better."""
+    if evidence.n_train >= LARGE:
+        return "large"
+    return "small, different" if evidence.best.difference.ci95[0] > 0 else "small, similar"
 
 
 def _fixes(evidence: Evidence) -> list[Choice]:
@@ -105,21 +114,22 @@ def _head_choice(action: str, head: HeadEvidence, evidence: Evidence) -> Choice:
 
 def _finetuning(evidence: Evidence) -> list[Choice]:
     """Return the two ways, the one that fits first."""
-    n, errors, large = evidence.n_judged, 1 - evidence.last.accuracy, evidence.n_train >= LARGE
+    n, errors = evidence.n_judged, 1 - evidence.last.accuracy
     least = 1 - max(evidence.best.accuracy, evidence.several.accuracy)
-    low, middle, high = REMOVED[large]
+    kind = kind_of(evidence)
+    low, middle, high = REMOVED[kind]
     fewest, most = wilson_interval(errors * n, n)
     gain, interval = middle * errors, (low * fewest, high * most)
-    layer, size = first_unfrozen(evidence), "enough to train layers on" if large else "few to train layers on"
     reason = (
-        f"the head on {evidence.last.layers[0]} errs on {errors:.1%} of the images, the best heads on {least:.1%}, and "
-        f"{evidence.n_train} training images are {size}"
+        f"the head on {evidence.last.layers[0]} errs on {errors:.1%} of the images, the best heads on {least:.1%}; of "
+        f"such data ({kind}: {evidence.n_train} training images) fine-tuning took away {low:.0%} to {high:.0%} of the errors"
     )
-    ways = [
-        Choice("finetune", (layer,), f"{reason}; heads are nearly at their best from {layer} on", gain, interval),
-        Choice("finetune-all", (), reason, gain, interval),
-    ]
-    return ways[::-1] if least >= HARD else ways
+    everything = Choice("finetune-all", (), reason, gain, interval)
+    if len(evidence.layers) == 1:  # a model whose layers have no names
+        return [everything]
+    layer = first_unfrozen(evidence)
+    later = Choice("finetune", (layer,), f"{reason}; heads are nearly at their best from {layer} on", gain, interval)
+    return [everything, later] if least >= HARD else [later, everything]
 
 
 def _more_data(evidence: Evidence) -> Choice:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -22,9 +24,10 @@ ACTIONS = {"linear-head", "earlier-layer", "several-layers", "finetune", "finetu
 
 def write_digits(folder: Path, counts: dict[str, int], *, wrong: float = 0.0) -> Path:
     """Write digits into <split>/<digit>/; a share of the labels of train and val is wrong."""
-    rng, digits, number = np.random.default_rng(0), load_digits(), 0
+    rng, digits = np.random.default_rng(0), load_digits()
+    numbers = iter(rng.permutation(len(digits.target)).tolist())
     for split, count in counts.items():
-        for number in range(number, number + count):
+        for number in islice(numbers, count):
             label = int(digits.target[number])
             if split != "test" and rng.random() < wrong:
                 label = (label + int(rng.integers(1, 10))) % 10
@@ -32,8 +35,17 @@ def write_digits(folder: Path, counts: dict[str, int], *, wrong: float = 0.0) ->
             path.parent.mkdir(parents=True, exist_ok=True)
             pixels = np.pad((digits.images[number] * (255 / 16)).round().astype(np.uint8), 1)
             Image.fromarray(pixels).save(path)
-        number += 1
     return folder
+
+
+class Pixels:
+    """RGB image -> float32 (3, H, W)."""
+
+    def to_dict(self) -> dict[str, str]:
+        return {"scale": "1/255"}
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
 
 
 def advice_on(data: Path) -> ep.Advice:
@@ -84,17 +96,18 @@ def test_the_command_extracts_what_is_lacking_and_keeps_the_splits(run: Run, pho
     assert data["evidence"]["n_val"] == before == run("fit-head", "--json").data["metrics"]["val"]["n"]
     assert data["verify"] is None
     folder = Path("runs") / data["run"]
-    assert json.loads((folder / "advice.json").read_text()) == {**data}
+    assert json.loads((folder / "advice.json").read_text()) == data
     assert json.loads((folder / "run.json").read_text())["verb"] == "advise"
     again = run("advise", "--epochs", 1)
     assert "extracting" not in again.err
     assert "advice: " in again.out
-    assert data["evidence"] | {"layers": 0, "several": 0} == ep.advise().evidence.to_dict() | {"layers": 0, "several": 0}
+    assert data["evidence"]["knn"] == ep.advise(epochs=1).evidence.knn
     for line in data["commands"] + [words for one in data["alternatives"] for words in one["commands"]]:
-        words = shlex.split(line)
-        assert words[0] == "embedpipe"
-        if words[1] in ("fit-head", "audit"):
-            assert run(*words[1:]).code == 0, line
+        program, *words = shlex.split(line)
+        assert program == "embedpipe"
+        ended = run(*words, "--json") if words[0] != "advise" else None
+        assert ended is None or ended.code == 0, line
+        assert words[0] != "extract" or ended is None or ended.data["computed"] == 0
 
 
 def test_verify_tries_all_and_compares_on_val_where_there_is_no_test(run: Run, tmp_path: Path) -> None:
@@ -131,13 +144,8 @@ def test_one_line_for_what_cannot_be_advised_on(run: Run, tmp_path: Path, kind: 
 
 
 def test_a_python_backbone_whose_layers_have_no_name_is_judged_by_what_is_cached(tmp_path: Path) -> None:
-    import torch
-
-    def transform(image: Image.Image) -> torch.Tensor:
-        return torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255
-
     module = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
-    backbone = ep.load_backbone(module, transform=transform)
+    backbone = ep.load_backbone(module, transform=Pixels())
     features = ep.extract(write_photos(tmp_path / "photos"), backbone, cache_dir=tmp_path / "cache")
     done = ep.advise(features, runs_dir=tmp_path / "runs")
     assert [one.layers for one in done.evidence.layers] == [("penultimate",)]

@@ -9,8 +9,8 @@ from embedpipe.advising._measuring import Counted, Difference, Evidence, HeadEvi
 
 
 def head(*layers: str, accuracy: float, half: float = 0.01) -> HeadEvidence:
-    """A head whose difference to a last layer of 0.8 has an interval of +-half."""
-    gain = accuracy - 0.8
+    """A head whose difference to a last layer of 0.9 has an interval of +-half."""
+    gain = accuracy - 0.9
     return HeadEvidence(layers, 64, 0.01, accuracy, Difference(gain, (gain - half, gain + half)), 1.0)
 
 
@@ -19,9 +19,9 @@ PLAIN = Evidence(
     n_val=100,
     n_classes=5,
     n_judged=300,
-    layers=(head("stem", accuracy=0.3), head("blocks.1", accuracy=0.7), head("penultimate", accuracy=0.8)),
-    several=head("blocks.1", "penultimate", accuracy=0.8),
-    curve={60: 0.6, 120: 0.79, 240: 0.8},
+    layers=(head("stem", accuracy=0.3), head("blocks.1", accuracy=0.8), head("penultimate", accuracy=0.9)),
+    several=head("blocks.1", "penultimate", accuracy=0.9),
+    curve={60: 0.7, 120: 0.89, 240: 0.9},
     slope=Difference(0.01, (-0.01, 0.03)),
     separable=1.0,
     knn=0.7,
@@ -42,16 +42,18 @@ def test_a_linear_head_where_nothing_adds_a_point() -> None:
 
 
 def test_layers_are_taken_for_a_gain_beyond_its_interval_only() -> None:
-    better = replace(PLAIN, several=head("blocks.1", "penultimate", accuracy=0.86))
+    better = replace(PLAIN, several=head("blocks.1", "penultimate", accuracy=0.96))
     assert actions(better)[0] == "several-layers"
-    assert actions(replace(better, several=head("blocks.1", "penultimate", accuracy=0.86, half=0.06)))[0] == "linear-head"
+    assert (
+        actions(replace(better, several=head("blocks.1", "penultimate", accuracy=0.96, half=0.06)))[0] == "linear-head"
+    )
 
 
 def test_the_cheaper_of_two_that_gain_the_same() -> None:
-    layers = (PLAIN.layers[0], head("blocks.1", accuracy=0.86), PLAIN.last)
-    both = replace(PLAIN, layers=layers, several=head("blocks.1", "penultimate", accuracy=0.865))
+    layers = (PLAIN.layers[0], head("blocks.1", accuracy=0.96), PLAIN.last)
+    both = replace(PLAIN, layers=layers, several=head("blocks.1", "penultimate", accuracy=0.965))
     assert decide(both)[0].layers == ("blocks.1",)
-    assert actions(replace(both, several=head("blocks.1", "penultimate", accuracy=0.9)))[0] == "several-layers"
+    assert actions(replace(both, several=head("blocks.1", "penultimate", accuracy=0.99)))[0] == "several-layers"
 
 
 def test_fine_tuning_asks_for_images_and_for_errors_to_remove() -> None:
@@ -59,13 +61,13 @@ def test_fine_tuning_asks_for_images_and_for_errors_to_remove() -> None:
     assert decide(large)[0].action == "finetune"
     assert decide(large)[0].layers == ("blocks.1",) == (first_unfrozen(large),)
     low, high = decide(large)[0].ci95 or (0, 0)
-    assert 0.05 < low < decide(large)[0].gain < high  # type: ignore[operator]
-    nearly = replace(large, several=head("blocks.1", "penultimate", accuracy=0.93))
+    assert 0.03 < low < decide(large)[0].gain < high  # type: ignore[operator]
+    nearly = replace(large, several=head("blocks.1", "penultimate", accuracy=0.98))
     assert actions(nearly)[0] == "several-layers"
 
 
 def test_all_is_fine_tuned_where_the_best_heads_err_much() -> None:
-    poor = [replace(one, accuracy=one.accuracy - 0.2) for one in (*PLAIN.layers, PLAIN.several)]
+    poor = [replace(one, accuracy=one.accuracy - 0.3) for one in (*PLAIN.layers, PLAIN.several)]
     hard = replace(PLAIN, n_train=1000, layers=tuple(poor[:-1]), several=poor[-1])
     assert actions(hard)[0] == "finetune-all"
 
