@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from embedpipe.features import FeatureSet
 from embedpipe.folds import OutOfFold, out_of_fold
-from embedpipe.heads import fit_knn
+from embedpipe.heads import KnnHead, LinearHead, fit_knn
 from embedpipe.leaks import STEPS, find_exact, find_groups, find_near
 from embedpipe.manifest import Sample
 from embedpipe.metrics import find_label_errors, paired_interval, wilson_interval
@@ -31,6 +31,7 @@ from embedpipe.recipe import Recipe
 
 Bools = NDArray[np.bool_]
 Int64 = NDArray[np.int64]
+Fit = Callable[[NDArray[Any], Int64], KnnHead | LinearHead]
 
 FOLDS = 5
 HALF, SHARES = 0.5, (0.25, 0.5)  # of the training part of each fold, beside all of it
@@ -171,12 +172,11 @@ def measure(features: FeatureSet, *, seed: int = 0) -> Evidence:
     best = max(reversed(alone), key=lambda one: one.accuracy)
     near = [one.features.space for one in alone if one is last or one.accuracy >= NEAR_BEST * best.accuracy]
     several = judge(some.only(near), seed)
-    neighbours = _refit(last, None, 1.0, seed)
-    shares = {share: _refit(last, float(last.recipe.l2) / share, share, seed) == last.out.labels for share in SHARES}
-    wrong, agreed = find_wrong(last.out.labels, [best.guess, last.guess, several.guess, neighbours], several)
-    samples, X, y = features.samples(labelled=True), last.X, last.out.labels
-    copies = find_copies(features)
-    count, name = Counter(sample.split for sample in samples), features.manifest.name_of
+    X, y = last.X, last.out.labels
+    shares = {share: _learn(last, share, seed) == y for share in SHARES}
+    neighbours = _refit(last, partial(fit_knn, classes=features.classes), seed=seed)
+    wrong, agreed = find_wrong(y, [best.guess, last.guess, several.guess, neighbours], several)
+    count, name = Counter(sample.split for sample in features.samples(labelled=True)), features.manifest.name_of
     fitted = round(len(y) * (FOLDS - 1) / FOLDS)
     return Evidence(
         n_train=count["train"],
@@ -190,7 +190,7 @@ def measure(features: FeatureSet, *, seed: int = 0) -> Evidence:
         separable=float(np.mean(last.recipe.fit(X, y, l2=FREE_L2).predict_proba(X).argmax(axis=1) == y)),
         knn=float(np.mean(neighbours == y)),
         wrong_labels=Counted.of([name(last.out.samples[row]) for row in wrong], agreed),
-        leaked=Counted.of([name(sample) for sample in copies], count["val"] + count["test"]),
+        leaked=Counted.of([name(sample) for sample in find_copies(features)], count["val"] + count["test"]),
     )
 
 
@@ -216,7 +216,7 @@ def find_wrong(y: Int64, guesses: Sequence[Int64], judged: Judged) -> tuple[list
 def find_copies(features: FeatureSet) -> list[Sample]:
     """Return the images of val and test that an earlier split has too: by content, by features of the last layer, by group."""
     near = find_near(features.only(features.spaces[-1:]))
-    groups = find_groups(features.samples())
+    groups = find_groups([sample for sample in features.samples() if sample.split in STEPS])
     first = {name: min(counts, key=STEPS.index) for name, counts in groups.items()}
     shared = {s for s in features.samples() if s.group in first and s.split != first[s.group or ""]}
     found = {leak.sample for leak in (*find_exact(features.samples()), *near.leaks)} | shared
@@ -230,20 +230,21 @@ def _some(features: FeatureSet) -> FeatureSet:
     return replace(features, manifest=replace(features.manifest, samples=tuple(samples)))
 
 
-def _refit(judged: Judged, l2: float | None, share: float, seed: int) -> Int64:
-    """Return what heads on a share of each class say of the folds that they have not seen, int64 (N,); l2 None is kNN.
+def _learn(judged: Judged, share: float, seed: int) -> Int64:
+    """Return what linear heads on a share of the images say.
 
     The strength of the penalty against all images together stays, so l2 grows as the share falls.
     """
+    return _refit(judged, partial(judged.recipe.fit, l2=float(judged.recipe.l2) / share), share=share, seed=seed)
+
+
+def _refit(judged: Judged, fit: Fit, *, share: float = 1.0, seed: int) -> Int64:
+    """Return what heads on a share of each class say of the folds that they have not seen, int64 (N,)."""
     rng, X, y, fold = np.random.default_rng(seed % 2**64), judged.X, judged.out.labels, judged.out.fold
     guess = np.empty(len(y), np.int64)
     for number in range(FOLDS):
         rows = rng.permutation(np.flatnonzero(fold != number))
         classes = [rows[y[rows] == c] for c in np.unique(y[rows])]
         drawn = np.concatenate([mine[: max(1, round(share * len(mine)))] for mine in classes])
-        recipe = judged.recipe
-        head = (
-            fit_knn(X[drawn], y[drawn], classes=recipe.classes) if l2 is None else recipe.fit(X[drawn], y[drawn], l2=l2)
-        )
-        guess[fold == number] = head.predict_proba(X[fold == number]).argmax(axis=1)
+        guess[fold == number] = fit(X[drawn], y[drawn]).predict_proba(X[fold == number]).argmax(axis=1)
     return guess

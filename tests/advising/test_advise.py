@@ -17,6 +17,7 @@ import embedpipe as ep
 from embedpipe.runs import list_runs
 from tests.conftest import TINY, Run, write_photos
 
+pytestmark = pytest.mark.filterwarnings("ignore:newton has not converged")  # at the smallest l2, which is not chosen
 LITE0 = {"weights": "packaged", "image_size": 64, "layer": ("penultimate", "all")}
 FIELDS = {"action", "layer", "reason", "evidence", "expected_gain", "expected_gain_ci95", "cost_minutes", "commands"}
 ACTIONS = {"linear-head", "earlier-layer", "several-layers", "finetune", "finetune-all", "more-data"}
@@ -66,9 +67,9 @@ def test_few_digits_want_earlier_layers(tmp_path: Path) -> None:
 
 
 def test_wrong_labels_are_named_first(tmp_path: Path) -> None:
-    done = advice_on(write_digits(tmp_path / "digits", {"train": 300, "val": 100}, wrong=0.25))
+    done = advice_on(write_digits(tmp_path / "digits", {"train": 300, "val": 100}, wrong=0.2))
     assert done.action == "fix-labels"
-    assert 0.15 < done.evidence.wrong_labels.share < 0.35
+    assert 0.12 < done.evidence.wrong_labels.share < 0.3
     digits = load_digits().target
     named = [Path(path) for path in done.evidence.wrong_labels.paths]
     assert np.mean([int(path.parent.name) != digits[int(path.stem)] for path in named]) > 0.9
@@ -82,6 +83,7 @@ def test_copies_are_named_first(tmp_path: Path) -> None:
     done = advice_on(data)
     assert done.action == "fix-leaks"
     assert len(done.evidence.leaked.paths) == 10
+    assert done.evidence.n_judged == 110  # test is not among them
     assert all("/test/" in path for path in done.evidence.leaked.paths)
 
 

@@ -87,5 +87,5 @@ def test_leaks_and_wrong_labels_come_first_and_the_rest_is_reported_too() -> Non
 def test_heads_that_agree_on_little_or_still_learn_say_nothing_of_labels() -> None:
     wrong = Counted(250, 0.2, (0.15, 0.25), ("a",) * 50)
     assert actions(replace(PLAIN, wrong_labels=wrong))[0] == "fix-labels"
-    assert "fix-labels" not in actions(replace(PLAIN, wrong_labels=replace(wrong, n=150)))
+    assert "fix-labels" not in actions(replace(PLAIN, wrong_labels=replace(wrong, n=140)))
     assert "fix-labels" not in actions(replace(PLAIN, wrong_labels=wrong, slope=Difference(0.1, (0.05, 0.15))))
