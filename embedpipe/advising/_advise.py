@@ -175,7 +175,7 @@ def _minutes(choice: Choice, features: FeatureSet, evidence: Evidence, epochs: i
 
 def _words(choice: Choice, features: FeatureSet, evidence: Evidence, cache: Any, epochs: int) -> list[list[str]]:
     """Return the arguments of each command that an action takes."""
-    from embedpipe.advising._verifying import batch_size
+    from embedpipe.advising._verifying import training_options
 
     data = [features.dataset, *_flags("cache", cache.root)]
     last = _which(features, evidence.last.layers, cache)
@@ -188,7 +188,9 @@ def _words(choice: Choice, features: FeatureSet, evidence: Evidence, cache: Any,
     if not choice.action.startswith("finetune"):
         return [["fit-head", *data, *_which(features, choice.layers, cache)]]
     options = ["--unfreeze", *(choice.layers or ("all",)), "--epochs", str(epochs)]
-    options += ["--batch-size", str(batch_size(evidence.n_train)), *_flags("cache", cache.root)]
+    trained = training_options(choice, evidence.n_train).items()
+    options += [word for k, v in trained for word in (f"--{k.replace('_', '-')}", str(v))]
+    options += _flags("cache", cache.root)
     return [["fit-head", *data, *last], ["finetune", *options]]
 
 
