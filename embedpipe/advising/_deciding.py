@@ -32,7 +32,7 @@ WRONG, AGREED, FLAT = 0.03, 1 / 2, 1 / 5
 WORTH = 0.01  # one point
 ERRORS = 0.05
 LARGE = 300  # training images
-REMOVED = {"large": (0.5, 0.7, 0.9), "small, similar": (0.1, 0.45, 0.9), "small, different": (0.0, 0.2, 0.55)}
+REMOVED = {"large": (0.25, 0.65, 0.9), "small, similar": (0.1, 0.45, 0.9), "small, different": (0.0, 0.2, 0.55)}
 HARD = 0.25  # errors of the best heads
 
 
