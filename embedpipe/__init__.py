@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from embedpipe.advising import Advice, advise
     from embedpipe.auditing import Audit, audit
     from embedpipe.backbones import Backbone, Layer, list_models, load_backbone
     from embedpipe.caretaking import collect_garbage, describe_space, export_features, list_cache, remove_from_cache
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from embedpipe.proving import explain_reuse, verify_cache
 
 _HOMES = {
+    "Advice": "advising",
     "Audit": "auditing",
     "Backbone": "backbones",
     "Classifier": "classifier",
@@ -43,6 +45,7 @@ _HOMES = {
     "LinearHead": "heads",
     "Prediction": "prediction",
     "Transform": "images",
+    "advise": "advising",
     "audit": "auditing",
     "collect_garbage": "caretaking",
     "compare": "comparing",
@@ -61,6 +64,7 @@ _HOMES = {
     "verify_cache": "proving",
 }
 __all__ = [
+    "Advice",
     "Audit",
     "Backbone",
     "Classifier",
@@ -72,6 +76,7 @@ __all__ = [
     "LinearHead",
     "Prediction",
     "Transform",
+    "advise",
     "audit",
     "collect_garbage",
     "compare",

@@ -26,7 +26,7 @@ FLOORS = [
         "caretaking",
         "proving",
     },
-    {"config", "demo"},
+    {"config", "demo", "advising"},
     {"cli"},
     {"__main__", "__init__"},
 ]

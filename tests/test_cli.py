@@ -146,7 +146,19 @@ def test_importing_the_package_loads_no_torch() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["extract", "fit-head", "finetune", "predict", "evaluate", "compare", "audit", "models", "layers", "demo"],
+    [
+        "extract",
+        "fit-head",
+        "finetune",
+        "predict",
+        "evaluate",
+        "compare",
+        "audit",
+        "advise",
+        "models",
+        "layers",
+        "demo",
+    ],
 )
 def test_every_help_carries_an_example(run: Run, command: str) -> None:
     text = run(command, "--help").out

@@ -126,7 +126,7 @@ def audit(
 
 
 def _label_issues(features: FeatureSet, done: OutOfFold) -> Iterator[Issue]:
-    from embedpipe.auditing._confident import find_label_errors
+    from embedpipe.metrics import find_label_errors
 
     found = find_label_errors(done.probabilities, done.labels)
     for row, guess, score in zip(found.rows.tolist(), found.suggested.tolist(), found.score.tolist(), strict=True):

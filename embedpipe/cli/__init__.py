@@ -27,6 +27,7 @@ COMMANDS = (
     "evaluate",
     "compare",
     "audit",
+    "advise",
     "cache",
     "models",
     "layers",

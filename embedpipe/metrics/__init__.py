@@ -17,6 +17,7 @@ from embedpipe.metrics._calibration import (
     reliability,
     soften,
 )
+from embedpipe.metrics._confident import LabelErrors, find_label_errors
 from embedpipe.metrics._intervals import mcnemar, mean_interval, paired_interval, wilson_interval
 from embedpipe.metrics._multilabel import THRESHOLD, MultilabelScore, binary_log_loss, score_multilabel
 from embedpipe.metrics._regression import RegressionScore, score_regression
@@ -46,6 +47,7 @@ __all__ = [
     "Bin",
     "ClassScore",
     "FullScore",
+    "LabelErrors",
     "MultilabelScore",
     "RegressionScore",
     "Score",
@@ -54,6 +56,7 @@ __all__ = [
     "balanced_accuracy_interval",
     "confusion_matrix",
     "expected_calibration_error",
+    "find_label_errors",
     "fit_temperature",
     "log_loss",
     "losses",

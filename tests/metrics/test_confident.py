@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedpipe.auditing._confident import find_label_errors, self_confidence
+from embedpipe.metrics._confident import find_label_errors, self_confidence
 
 
 def test_a_flipped_label_is_found_and_named() -> None:
