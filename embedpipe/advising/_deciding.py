@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from embedpipe.advising._measuring import NEAR_BEST, Evidence, HeadEvidence
+from embedpipe.advising._measuring import Evidence, HeadEvidence, is_near
 from embedpipe.metrics import wilson_interval
 
 LEAKED = 0.01
@@ -70,7 +70,7 @@ def decide(evidence: Evidence) -> list[Choice]:
 def first_unfrozen(evidence: Evidence) -> str:
     """Return the earliest layer whose head is nearly as good as the best: what is before it may stay as it is."""
     *earlier, _ = evidence.layers
-    near = [one.layers[0] for one in earlier if one.accuracy >= NEAR_BEST * evidence.best.accuracy]
+    near = [one.layers[0] for one in earlier if is_near(one.accuracy, evidence.best.accuracy, evidence.chance)]
     return near[0] if near else earlier[-1].layers[0]
 
 

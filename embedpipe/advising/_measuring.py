@@ -35,7 +35,7 @@ Fit = Callable[[NDArray[Any], Int64], KnnHead | LinearHead]
 
 FOLDS = 5
 HALF, SHARES = 0.5, (0.25, 0.5)  # of the training part of each fold, beside all of it
-NEAR_BEST = 0.75  # layers that are tried together: those of an accuracy of so much of the best
+NEAR_BEST = 0.75  # layers that are tried together: those whose accuracy is so much of the best, both above chance
 MOST_IMAGES = 20_000  # of train and val that are judged: the first by content, which is a random sample
 FREE_L2 = 1e-6  # so small that only the features limit how well a head fits its own images
 
@@ -85,6 +85,7 @@ class Evidence:
 
     n_train, n_val : int               labelled images
     n_judged : int                     of them, out of fold
+    chance : float                     accuracy of always naming the largest class
     layers : tuple of HeadEvidence     in the order of the model; what enters the classifier comes last
     several : HeadEvidence             the best layers and the last one together
     curve : {images: accuracy}         heads on the last layer, fitted on shares of the images
@@ -99,6 +100,7 @@ class Evidence:
     n_val: int
     n_classes: int
     n_judged: int
+    chance: float
     layers: tuple[HeadEvidence, ...]
     several: HeadEvidence
     curve: dict[int, float]
@@ -169,8 +171,9 @@ def measure(features: FeatureSet, *, seed: int = 0) -> Evidence:
     some = _some(features)
     alone = [judge(some.only([space]), seed) for space in some.spaces]
     last = alone[-1]
+    chance = float(np.bincount(last.out.labels).max() / len(last.out.labels))
     best = max(reversed(alone), key=lambda one: one.accuracy)
-    near = [one.features.space for one in alone if one is last or one.accuracy >= NEAR_BEST * best.accuracy]
+    near = [one.features.space for one in alone if one is last or is_near(one.accuracy, best.accuracy, chance)]
     several = judge(some.only(near), seed)
     X, y = last.X, last.out.labels
     shares = {share: _learn(last, share, seed) == y for share in SHARES}
@@ -183,6 +186,7 @@ def measure(features: FeatureSet, *, seed: int = 0) -> Evidence:
         n_val=count["val"],
         n_classes=len(features.classes),
         n_judged=len(y),
+        chance=chance,
         layers=tuple(one.against(last) for one in alone),
         several=several.against(last),
         curve={round(fitted * share): float(right.mean()) for share, right in {**shares, 1.0: last.right}.items()},
@@ -192,6 +196,11 @@ def measure(features: FeatureSet, *, seed: int = 0) -> Evidence:
         wrong_labels=Counted.of([name(last.out.samples[row]) for row in wrong], agreed),
         leaked=Counted.of([name(sample) for sample in find_copies(features)], count["val"] + count["test"]),
     )
+
+
+def is_near(accuracy: float, best: float, chance: float) -> bool:
+    """Whether a head is nearly as good as the best one."""
+    return accuracy - chance >= NEAR_BEST * (best - chance)
 
 
 def judge(features: FeatureSet, seed: int) -> Judged:

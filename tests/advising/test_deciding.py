@@ -19,6 +19,7 @@ PLAIN = Evidence(
     n_val=100,
     n_classes=5,
     n_judged=300,
+    chance=0.2,
     layers=(head("stem", accuracy=0.3), head("blocks.1", accuracy=0.8), head("penultimate", accuracy=0.9)),
     several=head("blocks.1", "penultimate", accuracy=0.9),
     curve={60: 0.7, 120: 0.89, 240: 0.9},
@@ -64,6 +65,12 @@ def test_fine_tuning_asks_for_images_and_for_errors_to_remove() -> None:
     assert 0.01 < low < decide(large)[0].gain < high  # type: ignore[operator]
     nearly = replace(large, several=head("blocks.1", "penultimate", accuracy=0.98))
     assert actions(nearly)[0] == "several-layers"
+
+
+def test_nearly_as_good_is_told_above_chance() -> None:
+    layers = (head("stem", accuracy=0.75), *PLAIN.layers[1:])
+    assert first_unfrozen(replace(PLAIN, layers=layers, chance=0.1)) == "stem"
+    assert first_unfrozen(replace(PLAIN, layers=layers, chance=0.6)) == "blocks.1"
 
 
 def test_all_is_fine_tuned_where_the_best_heads_err_much() -> None:
