@@ -224,7 +224,7 @@ def _several(given: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _only_complete(cache: Cache, manifest: Manifest, backbone: str | None, layer: str | None) -> Space:
-    fitting = [one for one in _spaces(cache) if _fits(one, backbone, layer)]
+    fitting = [one for one in feature_spaces(cache) if _fits(one, backbone, layer)]
     complete = [one for one in fitting if _holds(manifest, one)]
     if complete:
         return _pick(cache, manifest, complete)
@@ -248,7 +248,7 @@ def _pick(cache: Cache, manifest: Manifest, spaces: Sequence[Space]) -> Space:
 def _every(cache: Cache, manifest: Manifest, backbones: Sequence[str], layers: Sequence[str]) -> list[Space]:
     """Return all complete spaces that fit, those of a model together and in its order."""
     models: dict[str, list[Space]] = defaultdict(list)
-    for one in _spaces(cache):
+    for one in feature_spaces(cache):
         named = not backbones or any(_fits(one, name, None) for name in backbones)
         if named and (not layers or one.spec["layer"] in layers) and not one.spec["view"] and _holds(manifest, one):
             models[_model_of(one)].append(one)
@@ -267,7 +267,7 @@ def _of_model(cache: Cache, manifest: Manifest, backbone: str | None, layers: Se
     ------
     UsageError    there are several such models, or a layer lacks images
     """
-    some = [one for one in _spaces(cache) if _fits(one, backbone, None) and _holds(manifest, one, every=False)]
+    some = [one for one in feature_spaces(cache) if _fits(one, backbone, None) and _holds(manifest, one, every=False)]
     if not some:
         return [_only_complete(cache, manifest, backbone, None)]
     full = {one.folder for one in some if _holds(manifest, one)}
@@ -315,7 +315,7 @@ def _holds(manifest: Manifest, space: Space, *, every: bool = True) -> bool:
     return bool(features.splits) and not (every and features.missing)
 
 
-def _spaces(cache: Cache) -> list[Space]:
+def feature_spaces(cache: Cache) -> list[Space]:
     """Return the spaces of features; those of activations at a cut are for fine-tuning alone."""
     return [one for one in cache.spaces() if "cut" not in one.spec]
 

@@ -197,12 +197,13 @@ def _words(choice: Choice, features: FeatureSet, evidence: Evidence, cache: Any,
 def _which(features: FeatureSet, layers: tuple[str, ...], cache: Any) -> list[str]:
     """Return --backbone and --layer, or --space where these would not tell the spaces from others in the cache."""
     from embedpipe.advising._preparing import is_sibling
+    from embedpipe.features import feature_spaces
 
     def name(space: Any) -> str:
         return f"{space.spec['source']}:{space.spec['architecture']}"
 
     mine = features.space
-    if any(name(one) == name(mine) and not is_sibling(one, mine) for one in cache.spaces()):
+    if any(name(one) == name(mine) and not is_sibling(one, mine) for one in feature_spaces(cache)):
         chosen = [space.folder.name for space in features.spaces if space.spec["layer"] in layers]
         return [word for folder in chosen for word in ("--space", folder)]
     return ["--backbone", name(mine), *(word for layer in layers for word in ("--layer", layer))]

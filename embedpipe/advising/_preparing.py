@@ -15,7 +15,7 @@ from embedpipe.cache import Cache, Space
 from embedpipe.errors import EmbedpipeWarning, UsageError
 from embedpipe.features import PENULTIMATE, FeatureSet, open_features
 from embedpipe.pipeline import Progress
-from embedpipe.recipe import check_classes, check_labelled
+from embedpipe.recipe import check_classes, check_labelled, check_task
 
 
 def open_layers(
@@ -29,6 +29,7 @@ def open_layers(
     """
     features = open_features(cache, dataset, space=space, backbone=backbone)
     check_labelled(features)
+    check_task(features, "advise")
     check_classes(features)
     name = features.manifest.name
     if "val" not in features.splits:
