@@ -30,7 +30,7 @@ fix: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# One table after another, on a machine with nothing else to do: the better part of an hour on 2 cores.
+# One table after another, on a machine with nothing else to do: two hours on 2 cores.
 bench: $(BENCH)/.done
 	$(BENCH_RUN)/peers.py --images 384 --repeats 3 --backbones resnet18 tf_efficientnet_lite0
 	$(BENCH_RUN)/peers.py --images 128 --repeats 3 --backbones resnet50 vit_small_patch16_224
@@ -41,6 +41,11 @@ bench: $(BENCH)/.done
 	$(BENCH_RUN)/memory.py --sizes 1000 10000 --repeats 2
 	$(BENCH_RUN)/isolated_decoding.py --images 400 --repeats 5
 	$(BENCH_RUN)/heads.py --repeats 3
+	$(BENCH_RUN)/out_of_core.py
+	$(BENCH_RUN)/finetune.py --images 400 --repeats 3
+	$(BENCH_RUN)/accuracy.py layers
+	$(BENCH_RUN)/accuracy.py start
+	$(BENCH_RUN)/accuracy.py views
 
 bench-gpu: $(BENCH)/.done
 	$(BENCH_RUN)/gpu.py --images 4000 --repeats 3

@@ -78,12 +78,14 @@ class Activations:
 
     views : tuple of FeatureSet    of the train split; one of them is drawn for each image and epoch
     held : FeatureSet              of val and test, as they are
+    noise : float                  Gaussian, added in training; a share of a batch's standard deviation
     """
 
     photos: Photos
     place: Place
     views: tuple[FeatureSet, ...]
     held: FeatureSet
+    noise: float = 0.0
 
     @property
     def tail(self) -> nn.Module:
@@ -123,7 +125,11 @@ class Activations:
         drawn = torch.randint(len(self.views), (len(samples),), generator=generator).numpy()
         for first in range(0, len(order), size):
             these = [samples[k] for k in order[first : first + size]]
-            yield self._read(these, drawn[order[first : first + size]], self.views), self.photos.labels(these)
+            activations = self._read(these, drawn[order[first : first + size]], self.views)
+            if self.noise:
+                noise = torch.randn(activations.shape, generator=generator).to(activations.device)
+                activations = activations + self.noise * activations.std() * noise
+            yield activations, self.photos.labels(these)
 
     def scores(self, network: Network, split: str) -> Scored:
         """Return the samples of a split and the probabilities float64 (N, C) that the network gives them."""
@@ -180,10 +186,10 @@ def fill(cache: Cache, photos: Photos, targets: Sequence[Target], progress: Prog
     return counts
 
 
-def read(place: Place, photos: Photos, targets: Sequence[Target]) -> Activations:
+def read(place: Place, photos: Photos, targets: Sequence[Target], *, noise: float) -> Activations:
     """Return the activations that lie in the spaces."""
     *views, held = (FeatureSet(photos.features.manifest, target.space) for target in targets)
-    return Activations(photos, place, tuple(views) or (held,), held)
+    return Activations(photos, place, tuple(views) or (held,), held, noise)
 
 
 def row_bytes(target: Target) -> int:

@@ -58,6 +58,7 @@ def finetune(
     views: int = 0,
     cache_activations: Literal["auto", "on", "off"] = "auto",
     max_cache_size: str = "20GB",
+    noise: float = 0.0,
     mixup: float = 0.0,
     cutmix: float = 0.0,
     label_smoothing: float = 0.0,
@@ -120,6 +121,8 @@ def finetune(
         Run the frozen layers once an image and view, and train from what they give; auto where that is faster.
     max_cache_size : str
         Most that the activations may take.
+    noise : float
+        Add Gaussian noise to the activations: its share of their standard deviation, such as 0.1.
     mixup : float
         Mix pairs of images; alpha of the Beta distribution, such as 0.2.
     cutmix : float
@@ -261,6 +264,7 @@ def _wish(options: Mapping[str, Any]) -> Wish:
         augment=options["augment"],
         seed=options["seed"],
         max_bytes=parse_amount(options["max_cache_size"], BYTES, "--max-cache-size", "20GB"),
+        noise=options["noise"],
         images_only="--cutmix" if options["cutmix"] else "",
     )
 

@@ -40,6 +40,7 @@ class Wish:
     views : int          augmented views to keep of each training image; 0: the clean one
     augment : str        how a view differs
     max_bytes : float    that the activations may take
+    noise : float        on activations, as in `Activations`
     images_only : str    an option that needs images in every epoch; "" where there is none
     dtype : str          that the train split has to be stored in
     """
@@ -51,6 +52,7 @@ class Wish:
     augment: str
     seed: int
     max_bytes: float
+    noise: float = 0.0
     images_only: str = ""
     dtype: str | None = None
 
@@ -91,12 +93,13 @@ def choose_source(
         if not found["cached"]:
             raise _Images(found["reason"])
     except _Images as exc:
-        if wish.cached == "on":
-            raise UsageError(f"no activations can be kept: {exc}", hint="leave out --cache-activations on") from exc
+        if wish.cached == "on" or wish.noise:
+            asked = "--noise" if wish.noise else "--cache-activations on"
+            raise UsageError(f"no activations can be kept: {exc}", hint=f"leave out {asked}") from exc
         return photos, dict(before or {"cut": None, "activations": {**_NONE, "reason": str(exc)}})
     network.backbone = place.tail
     targets = spaces_of(place, cache, photos, found["stored_dtype"], wish.views, **wish.look)
-    return read(place, photos, targets), {"cut": place.layer, "activations": found}
+    return read(place, photos, targets, noise=wish.noise), {"cut": place.layer, "activations": found}
 
 
 _NONE = {"cached": False, "rows": 0, "bytes": 0, "reused": 0}
@@ -169,8 +172,8 @@ def _worth(place: Place, photos: Photos, targets: Sequence[Target], wish: Wish, 
     free = shutil.disk_usage(folder).free
     if needed > free - KEPT_FREE:
         raise _Images(f"they take {show_size(needed)}, {show_size(free)} are free in {folder}")
-    if wish.cached == "on":
-        return "--cache-activations on"
+    if wish.cached == "on" or wish.noise:
+        return "--noise" if wish.noise else "--cache-activations on"
     trunk_s = _trunk_s(place, photos)
     read_s = row_bytes(targets[0]) / _read_rate(folder)
     once, epochs = (

@@ -152,3 +152,13 @@ def test_mixup_at_the_cut_of_a_transformer(tmp_path: Path, monkeypatch: pytest.M
     mixed = ep.finetune(head, **PLAIN | {"unfreeze": "blocks.1", "mixup": 0.5}, cache_activations="on")
     assert mixed.report["cut"] == "blocks.1"
     assert mixed.report["activations"]["cached"]
+
+
+def test_noise_is_added_to_activations_alone(head: ep.Classifier) -> None:
+    noisy = ep.finetune(head, **PLAIN, noise=0.5)
+    assert noisy.report["activations"]["cached"]
+    assert noisy.report["epochs"][0] | {"seconds": 0} == ep.finetune(head, **PLAIN).report["epochs"][0] | {"seconds": 0}
+    assert largest_difference(noisy, ep.finetune(head, **PLAIN, noise=0.5)) == 0.0
+    assert largest_difference(noisy, ep.finetune(head, **PLAIN)) > 0.0
+    with pytest.raises(UsageError, match="no activations can be kept"):
+        ep.finetune(head, **PLAIN | {"unfreeze": "all"}, noise=0.5)
