@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from embedpipe.comparing import Comparison, compare
     from embedpipe.errors import EmbedpipeError
     from embedpipe.evaluation import Evaluation, evaluate
+    from embedpipe.exporting import Exported, export
     from embedpipe.extraction import extract
     from embedpipe.features import FeatureSet
     from embedpipe.finetuning import finetune
@@ -38,6 +39,7 @@ _HOMES = {
     "Comparison": "comparing",
     "EmbedpipeError": "errors",
     "Evaluation": "evaluation",
+    "Exported": "exporting",
     "FeatureSet": "features",
     "Layer": "backbones",
     "LinearHead": "heads",
@@ -49,6 +51,7 @@ _HOMES = {
     "describe_space": "caretaking",
     "evaluate": "evaluation",
     "explain_reuse": "proving",
+    "export": "exporting",
     "export_features": "caretaking",
     "extract": "extraction",
     "finetune": "finetuning",
@@ -67,6 +70,7 @@ __all__ = [
     "Comparison",
     "EmbedpipeError",
     "Evaluation",
+    "Exported",
     "FeatureSet",
     "Layer",
     "LinearHead",
@@ -78,6 +82,7 @@ __all__ = [
     "describe_space",
     "evaluate",
     "explain_reuse",
+    "export",
     "export_features",
     "extract",
     "finetune",

@@ -27,6 +27,7 @@ COMMANDS = (
     "evaluate",
     "compare",
     "audit",
+    "export",
     "cache",
     "models",
     "layers",
