@@ -91,7 +91,9 @@ def write_program(backbones: Sequence[Backbone], head: LinearHead, folder: Path)
     ------
     UsageError    torch cannot record this model for any number of images
     """
-    torch.export.save(record_program(backbones, head), folder / PROGRAM)
+    program = record_program(backbones, head)
+    with refusals(backbones[0].name):
+        torch.export.save(program, folder / PROGRAM)
 
 
 def record_program(backbones: Sequence[Backbone], head: LinearHead) -> torch.export.ExportedProgram:

@@ -15,7 +15,7 @@ from PIL import Image
 
 import embedpipe as ep
 from embedpipe.classifier import Classifier, Reference
-from embedpipe.errors import ModelMismatch, UsageError
+from embedpipe.errors import UsageError
 from embedpipe.heads import LinearHead
 from embedpipe.heads.knn import fit_knn
 from embedpipe.pipeline import space_spec
@@ -199,12 +199,3 @@ def test_wrong_words(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     ended = run("export", "nothing", "--format", "onnx")
     assert ended.code == 2
     assert "--format onnx needs onnxscript; pip install 'embedpipe[onnx]'" in ended.line
-
-
-def test_a_module_of_ones_own_leaves_as_a_graph() -> None:
-    own = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    transform = ep.Transform(crop_size=(8, 8), resize_size=8)
-    write_photos(Path("photos"))
-    classifier = ep.fit_head(ep.extract("photos", ep.load_backbone(own, transform=transform)), l2=0.1)
-    with pytest.raises(ModelMismatch, match="handed over from Python"):
-        ep.export(classifier, format="torch", output="out")
