@@ -106,14 +106,14 @@ def record_program(backbones: Sequence[Backbone], head: LinearHead) -> torch.exp
 
 @contextmanager
 def refusals(name: str) -> Iterator[None]:
-    """Turn what torch's exporters raise into one line, and leave out what they warn of."""
+    """Turn what the libraries raise of a model into one line, and leave out what they warn of."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         except (RuntimeError, ValueError, TypeError, AssertionError) as exc:
             reason = (str(exc).strip() or type(exc).__name__).partition("\n")[0]
-            raise UsageError(f"{name} cannot be written as a graph: {reason}", hint="use --format timm") from exc
+            raise UsageError(f"{name} cannot leave in this format: {reason}", hint="try another --format") from exc
 
 
 def open_program(folder: Path) -> Callable[[Tensor], np.ndarray]:

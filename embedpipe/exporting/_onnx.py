@@ -38,8 +38,15 @@ def write(program: torch.export.ExportedProgram, path: Path) -> None:
 
 
 def open_graph(path: Path) -> Callable[[Tensor], np.ndarray]:
-    """Return a function from images to logits."""
+    """Return a function from images to logits; it raises RuntimeError where ONNX Runtime refuses the graph."""
     import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as of
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: np.asarray(session.run(["logits"], {"images": images.numpy()})[0])
+    def logits(images: Tensor) -> np.ndarray:
+        try:
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            return np.asarray(session.run(["logits"], {"images": images.numpy()})[0])
+        except (of.Fail, of.InvalidGraph, of.InvalidProtobuf, of.NotImplemented, of.RuntimeException) as exc:
+            raise RuntimeError(exc) from exc
+
+    return logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from PIL import Image
 
 import embedpipe as ep
 from embedpipe.classifier import Classifier, Reference
-from embedpipe.errors import UsageError
+from embedpipe.errors import ModelMismatch, UsageError
+from embedpipe.exporting._export import _largest_difference
+from embedpipe.exporting._formats import FORMATS, refusals, write_model
 from embedpipe.heads import LinearHead
 from embedpipe.heads.knn import fit_knn
 from embedpipe.pipeline import space_spec
@@ -160,8 +163,11 @@ def test_other_layers_leave_as_a_graph_alone(layers: tuple[str | None, ...]) -> 
 
 
 def test_heads_that_cannot_leave() -> None:
-    with pytest.raises(UsageError, match="fitted on 2 backbones, expected one model"):
-        ep.export(random_classifier(None, None, other="timm:test_vit"), format="torch", output="out")
+    two = random_classifier(None, None, name="torchvision:squeezenet1_0", other="torchvision:squeezenet1_1")
+    assert two.backbones[0].transform == two.backbones[1].transform
+    for classifier in (two, random_classifier(None, None, other="timm:test_vit")):
+        with pytest.raises(UsageError, match="fitted on 2 backbones, expected one model"):
+            ep.export(classifier, format="torch", output="out")
     linear = random_classifier(None)
     X = np.eye(3, linear.head.weight.shape[1], dtype=np.float32)  # type: ignore[union-attr]
     knn = Classifier(fit_knn(X, [0, 1, 2], classes=("a", "b", "c"), k=1), linear.reference)
@@ -182,6 +188,25 @@ def test_what_gives_other_logits_is_removed(run: Run, photos: Path) -> None:
         assert ended.code == 4
         assert "gives logits inf away" in ended.line or "gives logits nan away" in ended.line
     assert set(Path().iterdir()) == before
+
+
+def test_the_tolerance_is_a_part_of_the_largest_logit(tmp_path: Path) -> None:
+    classifier = random_classifier(None)
+    head, images = classifier.head, torch.zeros(2, 3, 160, 160)
+    assert isinstance(head, LinearHead)
+    write_model(classifier.backbones, head, tmp_path)
+    largest = max(1.0, np.abs(head.logits(classifier.backbone.module(images).numpy())).max())
+    for part, fits in ((0.9e-4, True), (1.1e-4, False)):
+        other = LinearHead(head.weight, (head.bias + part * largest).astype(np.float32), head.classes)
+        with nullcontext() if fits else pytest.raises(ModelMismatch, match="expected at most"):
+            found = _largest_difference(FORMATS["timm"], tmp_path, classifier, other, images)
+            assert found == pytest.approx(part * largest, rel=0.01)
+
+
+def test_a_graph_that_does_not_run_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(UsageError, match="cannot leave in this format"), refusals("timm:test_resnet"):
+        FORMATS["onnx"].open(tmp_path)(torch.zeros(1, 3, 8, 8))
 
 
 def test_what_is_there_stays(tmp_path: Path) -> None:
