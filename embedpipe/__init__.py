@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from embedpipe.comparing import Comparison, compare
     from embedpipe.errors import EmbedpipeError
     from embedpipe.evaluation import Evaluation, evaluate
+    from embedpipe.exporting import Exported, export
     from embedpipe.extraction import extract
     from embedpipe.features import FeatureSet
     from embedpipe.finetuning import finetune
@@ -40,6 +41,7 @@ _HOMES = {
     "Comparison": "comparing",
     "EmbedpipeError": "errors",
     "Evaluation": "evaluation",
+    "Exported": "exporting",
     "FeatureSet": "features",
     "Layer": "backbones",
     "LinearHead": "heads",
@@ -52,6 +54,7 @@ _HOMES = {
     "describe_space": "caretaking",
     "evaluate": "evaluation",
     "explain_reuse": "proving",
+    "export": "exporting",
     "export_features": "caretaking",
     "extract": "extraction",
     "finetune": "finetuning",
@@ -71,6 +74,7 @@ __all__ = [
     "Comparison",
     "EmbedpipeError",
     "Evaluation",
+    "Exported",
     "FeatureSet",
     "Layer",
     "LinearHead",
@@ -83,6 +87,7 @@ __all__ = [
     "describe_space",
     "evaluate",
     "explain_reuse",
+    "export",
     "export_features",
     "extract",
     "finetune",

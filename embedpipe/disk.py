@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -95,6 +96,31 @@ def publish(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """Give a folder to fill; it appears as `final` when the block ends well, and not at all otherwise.
+
+    Raises
+    ------
+    StorageError    disk full, permission, input/output
+    """
+    folder = final.with_name(f"{TEMPORARY}{secrets.token_hex(3)}-{final.name}")
+    make_folder(final.parent)
+    with storage_errors(final, "write the folder"):
+        folder.mkdir()
+        try:
+            yield folder
+            for path in folder.iterdir():
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
+            sync_folder(folder)
+            folder.rename(final)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        sync_folder(final.parent)
 
 
 def sweep(folder: Path) -> None:

@@ -17,7 +17,7 @@ from embedpipe.backbones._headless import Headless
 from embedpipe.backbones._joint import Joint, join
 from embedpipe.backbones._libraries import list_models
 from embedpipe.backbones._loading import describe_layers, load_backbone
-from embedpipe.backbones._saving import load_model, save_model
+from embedpipe.backbones._saving import load_model, open_whole, save_model
 from embedpipe.backbones._unfreezing import frozen_modules, unfreeze_parameters
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "list_models",
     "load_backbone",
     "load_model",
+    "open_whole",
     "refresh",
     "save_model",
     "unfreeze_parameters",

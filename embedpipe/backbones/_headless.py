@@ -87,14 +87,15 @@ class Headless(nn.Module):
     model : nn.Module    the library's model; without its classifiers
     groups : each a sequence of Tap    modules whose pooled outputs are concatenated; empty = the
         model's output is the feature. Several groups: one pass gives a tuple of features.
+    stop : bool    end the pass with the last tap; False for what records the whole pass as a graph
     """
 
-    def __init__(self, model: nn.Module, *groups: Sequence[Tap]) -> None:
+    def __init__(self, model: nn.Module, *groups: Sequence[Tap], stop: bool = True) -> None:
         super().__init__()
         self.model = model
         self.groups = tuple(tuple(group) for group in groups) or ((),)
         self._taps = tuple(dict.fromkeys(tap for group in self.groups for tap in group))
-        self._whole = not all(self.groups)
+        self._whole = not (stop and all(self.groups))
         self._caught: dict[int, dict[Tap, list[Tensor]]] = {}  # per thread, as one module serves several
         for tap in self._taps:
             module = model.get_submodule(tap.name)

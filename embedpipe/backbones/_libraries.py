@@ -38,6 +38,7 @@ class Library(Protocol):
     def config_for(
         self, architecture: str, *, options: dict[str, Any], classes: list[str], feature_dim: int, transform: Any
     ) -> dict[str, Any]: ...
+    def open_folder(self, folder: Path) -> nn.Module: ...
 
 
 LIBRARIES: dict[str, Library] = {"timm": _timm, "torchvision": _torchvision}

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from embedpipe.backbones._assembling import Images, assemble
 from embedpipe.backbones._backbone import Backbone
@@ -129,6 +129,11 @@ def load_model(
         build=stored["build"],
         files=(root.absolute() / DESCRIPTION, root.absolute() / WEIGHTS),
     )
+
+
+def open_whole(folder: Path) -> nn.Module:
+    """Return the model with the new classifier, opened by its own library alone; only where `save_model` said yes."""
+    return LIBRARIES[_read_description(folder)["name"].partition(":")[0]].open_folder(folder)
 
 
 def _transform_of(stored: dict[str, Any], folder: Path) -> Transform:

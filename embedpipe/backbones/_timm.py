@@ -137,6 +137,11 @@ def config_for(
     }
 
 
+def open_folder(folder: Path) -> nn.Module:
+    """Return the whole model in a folder, its classifier included, as timm's users open it."""
+    return _create(f"local-dir:{folder}", {"pretrained": True}).eval()
+
+
 def _data_config(transform: Any) -> dict[str, Any]:
     if not isinstance(transform, Transform):
         return {}

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path, PurePath
 from typing import Any
 
+from safetensors.torch import load_file
 from torch import hub, nn
 from torchvision import models
 
@@ -108,6 +110,16 @@ def config_for(
         "label_names": classes,
         "model_args": options,
     }
+
+
+def open_folder(folder: Path) -> nn.Module:
+    """Return the whole model in a folder, its classifier included, as torchvision's users open it."""
+    config = json.loads((folder / "config.json").read_text())
+    model: nn.Module = models.get_model(
+        config["architecture"], num_classes=config["num_classes"], **config["model_args"]
+    )
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.eval()
 
 
 def _download(architecture: str) -> dict[str, Any]:

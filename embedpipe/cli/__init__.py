@@ -28,6 +28,7 @@ COMMANDS = (
     "compare",
     "audit",
     "advise",
+    "export",
     "cache",
     "models",
     "layers",

@@ -122,6 +122,23 @@ class Transform:
         lists = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
         return {**lists, **POLICIES, **RECIPES.get(self.augment, {})}
 
+    def describe(self) -> list[str]:
+        """Return in plain words, step by step, what becomes of an image file."""
+        height, width = self.crop_size
+        size = self.resize_size
+        to = {
+            "short": f"to {size} px on the short side" if isinstance(size, int) else f"until it covers {_sides(size)}",
+            "squash": f"to {_sides(size)}, whatever its ratio",
+            "border": f"until it fits into {_sides(size)}, the rest in the mean colour",
+        }[self.resize_mode]
+        return [
+            "decode the first frame, turned upright by its EXIF orientation, as RGB, transparent parts over white",
+            f"resize {to}, {self.interpolation} of Pillow (antialiased)",
+            f"cut out the centre, {_sides(self.crop_size)}; where the image is smaller, pad",
+            f"divide by 255, order as float32 (3, {height}, {width}), {'red' if self.channels == 'rgb' else 'blue'} first",
+            f"subtract the mean {list(self.mean)}, divide by the standard deviation {list(self.std)}, channel by channel",
+        ]
+
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> Transform:
         """Return the transform that `to_dict` wrote.
@@ -181,6 +198,11 @@ class Transform:
         if self.resize_mode != "border":
             return (0, 0, 0)
         return tuple(round(255 * value) for value in (self.mean if self.channels == "rgb" else self.mean[::-1]))
+
+
+def _sides(size: int | tuple[int, int]) -> str:
+    height, width = (size, size) if isinstance(size, int) else size
+    return f"{height} px high and {width} px wide"
 
 
 def _offset(size: int, crop: int) -> int:

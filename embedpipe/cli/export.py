@@ -1,0 +1,21 @@
+"""embedpipe export RUN"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import rich_click as click
+
+from embedpipe import exporting
+from embedpipe.cli._build import Session, command
+
+
+@command(exporting.export, example="embedpipe export RUN --format onnx --output classifier/")
+@click.argument("run")
+def export(session: Session, run: str, **options: Any) -> None:
+    done = exporting.export(run, **options)
+    kind = "images of the data set" if done.checked_on == "dataset" else "random images"
+    session.finish(
+        done.to_dict(),
+        f"{done.folder}: {', '.join(done.files)}\nlogits at most {done.max_abs_diff:.1e} away on {done.images} {kind}",
+    )
