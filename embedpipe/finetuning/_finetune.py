@@ -169,6 +169,11 @@ def finetune(
     with joined() as ranks, unfinished_run(Path(runs_dir), **again, ranks=ranks) as unfinished:
         forward = {"device": device, "workers": workers}
         tuned = _carry_out(unfinished, start, Path(cache_dir), Path(runs_dir), forward, progress)
+    return _converged(tuned)
+
+
+def _converged(tuned: Classifier) -> Classifier:
+    """Refuse a run that stopped at numbers that are not finite; it is saved all the same."""
     if tuned.report["stopped"] not in (None, "patience"):
         raise EmbedpipeError(
             f"{tuned.report['stopped']}; {tuned.name} holds epoch {tuned.report['best_epoch']}, the best before",
