@@ -47,9 +47,9 @@ def tuned(head: Any, **options: Any) -> dict[str, Any]:
     return {**report, "whole_s": time.monotonic() - start, "epoch_s": Spread.of(epochs).median}
 
 
-def layers(head: Any, seeds: int, epochs: int) -> None:
+def layers(head: Any, seeds: int, epochs: int, unfrozen: list[str]) -> None:
     rows = [["head", "", _test([head.report]), f"{head.report['seconds']:.1f}", "", ""]]
-    for unfreeze in ("blocks.6", "blocks.5", "all"):
+    for unfreeze in unfrozen:
         runs = [tuned(head, unfreeze=unfreeze, epochs=epochs, seed=seed) for seed in range(seeds)]
         cut = "activations" if runs[0]["activations"]["cached"] else "images"
         seconds = Spread.of([run["epoch_s"] for run in runs]).text(), Spread.of([run["whole_s"] for run in runs]).text()
@@ -104,14 +104,17 @@ def main() -> None:
     parser.add_argument("--data", default="digits", choices=("digits", "elpv"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--unfreeze", nargs="+", default=["blocks.6", "blocks.5", "all"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         head = prepared(options.data)
         asked = {"seeds": options.seeds, "epochs": options.epochs}
         if options.question == "views":
             views(head, **asked, name=options.data)
+        elif options.question == "layers":
+            layers(head, **asked, unfrozen=options.unfreeze)
         else:
-            {"layers": layers, "start": start}[options.question](head, **asked)
+            start(head, **asked)
 
 
 if __name__ == "__main__":
