@@ -12,7 +12,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 Sample = tuple[str, str, int]  # content key or path, label, and which one of several that are alike
 Answers = tuple["np.ndarray", "np.ndarray | None"]
+LEAST_ALIKE = 3  # images; of two, all features agree
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Pair:
     b, c                                             samples that only `run`, and only `other`, has right
     p_value                                          exact McNemar test: two-sided binomial of b in b + c
     log_loss_difference, log_loss_difference_ci95    `other` minus `run`: below 0, `other` is better
+    cka    how alike their features of these images are, from 0 to 1; None where the cache lacks those of one of them
     """
 
     run: str
@@ -65,6 +67,7 @@ class Pair:
     p_value: float
     log_loss_difference: float | None
     log_loss_difference_ci95: list[float] | None
+    cka: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it is compared: its name, classes, the split that chose it, and its predictions."""
+    """A run as it is compared: its name, classes, the split that chose it, its predictions, and the spec of its features."""
 
     name: str
     classes: tuple[str, ...]
     chosen_on: str | None
     predictions: tuple[Predicted, ...]
+    spec: Mapping[str, Any] | None = None
 
     def of(self, split: str, by: str) -> dict[Sample, Predicted]:
         """Return the predictions of a split by sample."""
@@ -110,9 +114,13 @@ def compare(
     runs: Sequence[Classifier | PathLike],
     *,
     split: Literal["auto", "train", "val", "test"] = "auto",
+    cache_dir: PathLike = "cache",
     runs_dir: PathLike = "runs",
 ) -> Comparison:
     """Compare runs on the samples that all of them were scored on: which one is better, and is that more than chance.
+
+    Where the cache holds the features of both, it also says how alike these are: after `extract --backbone RUN/model`, how far
+    fine-tuning has moved them.
 
     Parameters
     ----------
@@ -143,7 +151,11 @@ def compare(
         )
     answers = [_answers(table, common) for table in tables]
     compared = [_compared(run, len(table), *one) for run, table, one in zip(read, tables, answers, strict=True)]
-    pairs = [_pair((first.name, run.name), answers[0], one) for run, one in zip(read[1:], answers[1:], strict=True)]
+    keys = list(dict.fromkeys(name for name, _, _ in common)) if by == "content" else []
+    pairs = [
+        replace(_pair((first.name, run.name), answers[0], one), cka=_cka(first, run, keys, Path(cache_dir)))
+        for run, one in zip(read[1:], answers[1:], strict=True)
+    ]
     tuned = tuple(run.name for run in read if run.chosen_on == chosen)
     return Comparison(chosen, len(common), by, tuple(compared), tuple(pairs), tuned)
 
@@ -164,7 +176,26 @@ def _read(run: Classifier | PathLike, runs_dir: Path) -> Run:
             f"{folder.name} is a run of {report['task']} targets, expected single labels",
             hint="evaluate each run on the same data",
         )
-    return Run(folder.name, tuple(report["classes"]), report.get("chosen_on"), tuple(read_predictions(folder)))
+    reference = record.get("reference") or {}
+    spec = None if reference.get("beside") else reference.get("spec")
+    return Run(folder.name, tuple(report["classes"]), report.get("chosen_on"), tuple(read_predictions(folder)), spec)
+
+
+def _cka(first: Run, other: Run, keys: Sequence[str], cache_dir: Path) -> float | None:
+    """Return how alike the features of two runs are on the images (hexadecimal keys) of which the cache has both."""
+    from embedpipe.cache import Cache
+    from embedpipe.metrics import linear_cka
+    from embedpipe.pipeline import space_name
+
+    if first.spec is None or other.spec is None:
+        return None
+    cache = Cache(cache_dir)
+    views = [cache.open_space(spec, name=space_name(spec)).view() for spec in (first.spec, other.spec)]
+    both = [key for key in map(bytes.fromhex, keys) if all(key in view for view in views)]
+    if len(both) < LEAST_ALIKE:
+        return None
+    found = linear_cka(*(view.read(both) for view in views))
+    return found if found == found else None
 
 
 def _check_classes(first: Run, others: Sequence[Run]) -> None:

@@ -6,6 +6,7 @@ import csv
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from scipy.stats import binomtest
 
@@ -138,6 +139,21 @@ def test_what_cannot_be_compared(features: ep.FeatureSet) -> None:
     (first.folder / "predictions.csv").unlink()
     with pytest.raises(ModelMismatch, match="is not readable"):
         ep.compare([first, first])
+
+
+def test_how_far_fine_tuning_moved_the_features(features: ep.FeatureSet) -> None:
+    head = ep.fit_head(features, l2=0.1)
+    tuned = ep.finetune(head, unfreeze="layer4", epochs=1, batch_size=8, lr=1e-2)
+    assert ep.compare([head, tuned]).pairs[0].cka is None  # the tuned features are not cached yet
+    assert tuned.folder is not None
+    again = ep.extract("data", str(tuned.folder / "model"))
+    found = ep.compare([head, tuned]).pairs[0].cka
+    X, Y = (one.arrays("test")[0].astype(np.float64) for one in (features, again))
+    X, Y = X - X.mean(axis=0), Y - Y.mean(axis=0)
+    gram, other = X @ X.T, Y @ Y.T
+    assert found == pytest.approx((gram * other).sum() / np.linalg.norm(gram) / np.linalg.norm(other), rel=1e-6)
+    assert found < 0.9999
+    assert ep.compare([head, head]).pairs[0].cka == pytest.approx(1.0)
 
 
 def test_the_command(run: Run, photos: Path) -> None:

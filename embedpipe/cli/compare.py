@@ -33,6 +33,7 @@ def to_table(done: comparing.Comparison) -> str:
             versus = f"{pair.difference:>+10.4f}  {span:<18} {pair.b:>10} {pair.c:>9} {pair.p_value:>8.2g}"
         loss = "" if one.log_loss is None else f"{one.log_loss:.4f}"
         lines.append(f"{one.run:<{width}} {one.accuracy:>9.4f}  {f'{low:.4f} - {high:.4f}':<16} {versus:<60} {loss:>9}")
+    lines += [f"features of {one.other}: CKA {one.cka:.3f} with {one.run}" for one in done.pairs if one.cka is not None]
     if done.chosen_on:
         lines.append(f"{done.split} was used to make {', '.join(done.chosen_on)}: only test speaks for new images")
     return "\n".join(lines)

@@ -38,6 +38,7 @@ from embedpipe.metrics._scores import (
     score_fully,
     top_k_accuracy,
 )
+from embedpipe.metrics._similarity import linear_cka
 
 __all__ = [
     "ECE_BINS",
@@ -58,6 +59,7 @@ __all__ = [
     "expected_calibration_error",
     "find_label_errors",
     "fit_temperature",
+    "linear_cka",
     "log_loss",
     "losses",
     "macro_f1",
