@@ -72,7 +72,7 @@ def _matches(backbone: Backbone, pattern: str) -> list[str]:
     globbed = any(character in pattern for character in "*?[")
     found = [n for n in names if _is_globbed(n, pattern)] if globbed else _from(backbone, pattern)
     if not found:
-        modules = [name for name, _ in backbone.module.model.named_modules() if name]
+        modules = [name for name, one in backbone.module.model.named_modules() if name and [*one.parameters()]]
         close = nearest(pattern, modules)
         raise UsageError(
             f"nothing to unfreeze in {backbone.name} matches {pattern!r}",

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 import embedpipe as ep
 from embedpipe.cache import Cache
-from embedpipe.errors import UsageError
+from embedpipe.errors import Stopped, UsageError
 from tests.conftest import write_photos
+from tests.finetuning.conftest import stop_at
 
 PLAIN: dict[str, Any] = {"unfreeze": "layer4", "epochs": 2, "batch_size": 8, "lr": 1e-2, "optimizer": "sgd"}
 
@@ -108,11 +109,12 @@ def test_views_are_kept_and_drawn(head: ep.Classifier) -> None:
     assert largest_difference(tuned, ep.finetune(head, **PLAIN, cache_activations="on")) > 0.0
 
 
-def test_spaces_of_activations_are_no_features_to_fit_on(head: ep.Classifier) -> None:
+def test_spaces_of_activations_are_no_features_to_fit_on(head: ep.Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedpipe.finetuning._keeping.HALF_DRIFT", -1.0)  # one space holds every image
     ep.finetune(head, **PLAIN, cache_activations="on")
-    again = ep.fit_head(l2=0.1, layer=("all",))
-    assert again.reference.spec == head.reference.spec
-    assert not again.reference.beside
+    ranked = ep.fit_head(l2=0.1, compare_layers=True)
+    assert [one["layer"] for one in ranked.report["ranking"]] == ["penultimate"]
+    assert ep.fit_head(l2=0.1, layer=("all",)).reference.spec == head.reference.spec
 
 
 @pytest.mark.parametrize(
@@ -162,3 +164,20 @@ def test_noise_is_added_to_activations_alone(head: ep.Classifier) -> None:
     assert largest_difference(noisy, ep.finetune(head, **PLAIN)) > 0.0
     with pytest.raises(UsageError, match="no activations can be kept"):
         ep.finetune(head, **PLAIN | {"unfreeze": "all"}, noise=0.5)
+
+
+def test_a_resumed_run_trains_on_what_it_trained_on(head: ep.Classifier) -> None:
+    """Images, though the activations that were not worth a file are in the cache by now."""
+    once = PLAIN | {"epochs": 1, "max_cache_size": "10KB"}
+    whole = ep.finetune(head, **once)
+    with pytest.raises(Stopped):
+        ep.finetune(head, **once, progress=stop_at(1, Stopped("now")))
+    [unfinished] = Path("runs").glob(".unfinished-*/checkpoint.pt")
+    written = torch.load(unfinished, weights_only=True)
+    written["options"]["max_cache_size"] = "20GB"  # nothing but what was decided then is in the way
+    torch.save(written, unfinished)
+    ep.finetune(head, **PLAIN, cache_activations="on")
+    resumed = ep.finetune(resume=True)
+    assert resumed.report["resumed"]
+    assert resumed.report["activations"] == whole.report["activations"]
+    assert largest_difference(resumed, whole) == 0.0
