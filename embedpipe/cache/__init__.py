@@ -15,6 +15,7 @@ from embedpipe.cache._caring import last_used, measure, sweep_leftovers
 from embedpipe.cache._datasets import dataset_name
 from embedpipe.cache._export import Exported, writer_of
 from embedpipe.cache._index import KeyIndex
+from embedpipe.cache._packing import Packing, try_packing
 from embedpipe.cache._space import Space
 from embedpipe.cache._verify import DAMAGE, Finding, prove_files, prove_latest, prove_space
 from embedpipe.cache._view import SpaceView
@@ -26,6 +27,7 @@ __all__ = [
     "Exported",
     "Finding",
     "KeyIndex",
+    "Packing",
     "Space",
     "SpaceView",
     "SpaceWriter",
@@ -36,5 +38,6 @@ __all__ = [
     "prove_latest",
     "prove_space",
     "sweep_leftovers",
+    "try_packing",
     "writer_of",
 ]

@@ -16,7 +16,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from embedpipe.cache._features import Array, key_matrix, text_column
+from embedpipe.cache._features import key_matrix, text_column
+from embedpipe.cache._packing import Array
 from embedpipe.cache._sealed import build_head, seal
 from embedpipe.cache._structure import Large
 from embedpipe.cache._view import CHUNK_BYTES, SpaceView

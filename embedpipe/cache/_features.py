@@ -3,26 +3,31 @@
 Arrays: /features (n, D) float32|float16, /keys (n, 32) uint8, /blocks (m, 32) uint8 = sha256 of
 each MiB of features, then of keys; /failed/keys, /failed/stage, /failed/reason, /failed/decoder.
 Attributes: fingerprint, spec (JSON), rows, format_version.
+
+Where rows are packed, /features (bytes, 1) uint8 is one after the other, /ends (n,) int64 is where each
+ends, and the attributes feature_dim and dtype say what they are when unpacked.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from embedpipe.cache._sealed import FORMAT_VERSION, USER_BLOCK, build_head, map_again, open_sealed, seal
+from embedpipe.cache._packing import Array, unpack
+from embedpipe.cache._sealed import FORMAT_VERSION, USER_BLOCK, Sealed, build_head, map_again, open_sealed, seal
 from embedpipe.cache._structure import Bytes, Large, damaged
 from embedpipe.provenance import canonical_json, fingerprint
 
 BLOCK = 1 << 20
 KEY_BYTES = 32
 SCHEMA = {
-    "features": ("f4|f2", 2),
+    "features": ("f4|f2|u1", 2),
+    "ends": ("i8", 1),
     "keys": ("u1", 2),
     "blocks": ("u1", 2),
     "failed/keys": ("u1", 2),
@@ -31,7 +36,6 @@ SCHEMA = {
     "failed/decoder": ("S", 1),
 }
 
-Array = np.ndarray[Any, Any]
 FailureRecord = tuple[str, str, str]
 FORGOTTEN: FailureRecord = ("", "", "")
 
@@ -51,17 +55,18 @@ def write_features(
     shape: tuple[int, int],
     dtype: np.dtype[Any],
     failures: Mapping[bytes, FailureRecord],
+    packed: Array | None = None,
 ) -> None:
     """Stream a feature file; memory holds the keys and one chunk.
 
     Parameters
     ----------
     keys : uint8 (n, 32)
-    chunks : arrays of `dtype`, (n, D) when put together
+    chunks : arrays of `dtype`, (n, D) when put together; or packed rows, uint8, one after the other
+    packed : int64 (n,)    bytes of each packed row
     """
-    large = Large("features", shape, dtype)
-    row_bytes = shape[1] * dtype.itemsize
-    blocks = np.zeros((-(-shape[0] * row_bytes // BLOCK) + -(-keys.size // BLOCK), 32), np.uint8)
+    size = shape[0] * shape[1] * dtype.itemsize if packed is None else int(packed.sum())
+    blocks = np.zeros((-(-size // BLOCK) + -(-keys.size // BLOCK), 32), np.uint8)
     arrays = {"keys": keys, "blocks": blocks, **_failed_arrays(failures)}
     attrs: dict[str, int | str] = {
         "fingerprint": fingerprint(spec),
@@ -69,11 +74,16 @@ def write_features(
         "rows": shape[0],
         "format_version": FORMAT_VERSION,
     }
+    large = Large("features", shape, dtype)
+    if packed is not None:
+        large = Large("features", (size, 1), np.dtype(np.uint8))
+        arrays["ends"] = np.cumsum(packed, dtype=np.int64)
+        attrs |= {"feature_dim": shape[1], "dtype": dtype.name}
     stream.seek(len(build_head(arrays, attrs, large)))
     digests = [*_write_digested(stream, chunks), *_digests(keys.tobytes())]
     arrays["blocks"] = key_matrix(digests)
     stream.seek(0)
-    stream.write(seal(build_head(arrays, attrs, large), shape[0] * row_bytes))
+    stream.write(seal(build_head(arrays, attrs, large), size))
 
 
 def _write_digested(stream: IO[bytes], chunks: Iterable[Array]) -> Iterator[bytes]:
@@ -119,16 +129,17 @@ class FeatureFile:
     keys : uint8 (n, 32)
     failures : dict of key to (stage, reason, decoder)
     shape, dtype : of the features
+    packed : bool
     """
 
     def __init__(self, path: Path, space: str) -> None:
-        sealed = open_sealed(path, SCHEMA, large="features")
-        assert sealed.large is not None
+        sealed = open_sealed(path, SCHEMA, large="features", optional=("ends",))
         if sealed.attrs.get("fingerprint") != space:
             raise damaged(path, f"it belongs to the space {sealed.attrs.get('fingerprint')}")
         self.path, self._seal = path, sealed.mapped[:USER_BLOCK].tobytes()
         self.keys: Bytes = sealed.arrays["keys"]
-        self.shape, self.dtype = sealed.large.shape, sealed.large.dtype
+        self.packed, self._ends = "ends" in sealed.arrays, sealed.arrays.get("ends")
+        self.shape, self.dtype = _described(sealed)
         self._blocks, self._offset = sealed.arrays["blocks"], sealed.offset
         row_blocks = -(-(sealed.mapped.size - sealed.offset) // BLOCK)
         consistent = self.keys.shape == (self.shape[0], KEY_BYTES) and len(self._blocks) >= row_blocks
@@ -150,11 +161,35 @@ class FeatureFile:
         FileNotFoundError    the file has gone meanwhile
         CacheMismatch        the stored bytes have changed
         """
-        if self._mapped is None:
-            self._mapped = map_again(self.path, self._seal)
-        data = self._mapped[self._offset :]
-        self._prove(data, index)
-        return np.asarray(data.view(self.dtype).reshape(self.shape)[index])
+        if self.packed:
+            return self._unpacked(self.stored(index))
+        return np.asarray(self._proved_data(index).view(self.dtype).reshape(self.shape)[index])
+
+    def stored(self, index: Array) -> list[Bytes]:
+        """Return rows as they are stored, packed ones packed; it raises what `rows` does."""
+        data, spans = self._proved_data(index), zip(*self._spans(index), strict=True)
+        return [data[start:end] for start, end in spans]
+
+    def sizes(self, index: Array) -> Array:
+        """Return the bytes that rows take, int64 (len(index),)."""
+        starts, ends = self._spans(index)
+        return ends - starts
+
+    def _spans(self, index: Array) -> tuple[Array, Array]:
+        """Return where the bytes of rows begin and end."""
+        if self._ends is None:
+            size = self.shape[1] * self.dtype.itemsize
+            return index * size, (index + 1) * size
+        return np.where(index > 0, self._ends[index - 1], 0), self._ends[index]
+
+    def _unpacked(self, stored: Sequence[Bytes]) -> Array:
+        features = np.empty((len(stored), self.shape[1]), self.dtype)
+        try:
+            for row, packed in zip(features, stored, strict=True):
+                row[:] = unpack(packed, self.dtype, self.shape[1])
+        except ValueError as exc:
+            raise damaged(self.path, f"a packed row cannot be read: {exc}") from exc
+        return features
 
     def flaws(self) -> Iterator[str]:
         """Look at every byte and every value; yield what is wrong: changed MiB, changed keys, NaN and infinity."""
@@ -166,21 +201,41 @@ class FeatureFile:
             yield "its keys are not those that were written"
         if rotten:
             return
-        rows, step = data.view(self.dtype).reshape(self.shape), max(1, BLOCK // max(1, self.shape[1]))
-        for start in range(0, len(rows), step):
-            for row in np.flatnonzero(~np.isfinite(rows[start : start + step]).all(axis=1)).tolist():
+        step = max(1, BLOCK // max(1, self.shape[1]))
+        for start in range(0, self.shape[0], step):
+            rows = self.rows(np.arange(start, min(start + step, self.shape[0])))
+            for row in np.flatnonzero(~np.isfinite(rows).all(axis=1)).tolist():
                 yield f"row {start + row} has NaN or infinity"
 
-    def _prove(self, data: Bytes, index: Array) -> None:
-        row_bytes = self.shape[1] * self.dtype.itemsize
+    def _proved_data(self, index: Array) -> Bytes:
+        """Return the bytes of all rows, those of `index` proved."""
+        if self._mapped is None:
+            self._mapped = map_again(self.path, self._seal)
+        data, (starts, ends) = self._mapped[self._offset :], self._spans(index)
         touched = np.zeros(len(self._proved) + 1, np.int64)
-        np.add.at(touched, index * row_bytes // BLOCK, 1)
-        np.add.at(touched, ((index + 1) * row_bytes - 1) // BLOCK + 1, -1)
+        np.add.at(touched, starts // BLOCK, 1)
+        np.add.at(touched, (ends - 1) // BLOCK + 1, -1)
         for block in np.flatnonzero((np.cumsum(touched)[:-1] > 0) & ~self._proved).tolist():
             raw = data[block * BLOCK : (block + 1) * BLOCK].tobytes()
             if hashlib.sha256(raw).digest() != self._blocks[block].tobytes():
                 raise damaged(self.path, f"MiB {block} of its features has changed")
             self._proved[block] = True
+        return data
+
+
+def _described(sealed: Sealed) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return shape and dtype of the features, as they are when unpacked."""
+    large, path = sealed.large, sealed.path
+    assert large is not None
+    if "ends" not in sealed.arrays:
+        if large.dtype.kind != "f":
+            raise damaged(path, f"its features are {large.dtype} and not packed")
+        return large.shape, large.dtype
+    ends, dtype, dim = sealed.arrays["ends"], sealed.attrs.get("dtype"), sealed.attrs.get("feature_dim")
+    rising = bool((np.diff(ends, prepend=0) > 0).all()) and large.shape == (int(ends[-1]) if len(ends) else 0, 1)
+    if dtype not in ("float16", "float32") or not isinstance(dim, int) or large.dtype.kind != "u" or not rising:
+        raise damaged(path, "its packed rows do not fit together")
+    return (len(ends), dim), np.dtype(dtype)
 
 
 def _failures_of(arrays: Mapping[str, Array], path: Path) -> dict[bytes, FailureRecord]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from embedpipe.cache._features import FORGOTTEN, KEY_BYTES, Array, FailureRecord, FeatureFile, key_matrix
+from embedpipe.cache._features import FORGOTTEN, KEY_BYTES, FailureRecord, FeatureFile, key_matrix
+from embedpipe.cache._packing import Array
 from embedpipe.cache._space import Space
 from embedpipe.cache._structure import Bytes, damaged
 
@@ -83,24 +84,47 @@ class SpaceView:
         CacheMismatch    the stored bytes have changed
         """
         wanted = _sortable(key_matrix(keys))
+        features = np.empty((len(wanted), self.feature_dim), self.dtype)
+        self._visit(wanted, lambda file, mine, row: features.__setitem__(mine, file.rows(row)))
+        return features
+
+    def stored(self, keys: Iterable[bytes]) -> list[Bytes]:
+        """Return rows as they are stored, in the order of `keys`; it raises what `read` does."""
+        wanted = _sortable(key_matrix(keys))
+        found: list[Any] = [None] * len(wanted)
+
+        def take(file: FeatureFile, mine: Array, row: Array) -> None:
+            for place, stored in zip(mine.tolist(), file.stored(row), strict=True):
+                found[place] = stored
+
+        self._visit(wanted, take)
+        return found
+
+    @property
+    def sizes(self) -> Array:
+        """The bytes that each row takes, int64 (n,), in the order of `keys`."""
+        sizes = np.empty(len(self), np.int64)
+        self._visit(self._table.keys, lambda file, mine, row: sizes.__setitem__(mine, file.sizes(row)))
+        return sizes
+
+    def _visit(self, wanted: Array, take: Callable[[FeatureFile, Array, Array], None]) -> None:
+        """Call `take` with each file that has wanted rows, the places of these in `wanted`, and their numbers in the file."""
         while True:
             with suppress(FileNotFoundError):
-                return self._read(wanted)
+                return self._visit_once(wanted, take)
             self._table = _Table(_open_files(self._space))  # merged meanwhile
 
-    def _read(self, wanted: Array) -> Array:
+    def _visit_once(self, wanted: Array, take: Callable[[FeatureFile, Array, Array], None]) -> None:
         table = self._table
         position, found = table.find(wanted)
         if not found.all():
             raise KeyError(wanted[~found][:1].tobytes().hex())
-        features = np.empty((len(wanted), self.feature_dim), self.dtype)
         owner, row = table.owner[position], table.row[position]
         for number in np.unique(owner).tolist():
-            mine, file = owner == number, table.files[number]
-            features[mine] = file.rows(row[mine])
+            mine, file = np.flatnonzero(owner == number), table.files[number]
+            take(file, mine, row[mine])
             if number >= KEPT_OPEN:
                 file.release()
-        return features
 
     def _failures(self) -> dict[bytes, FailureRecord]:
         latest: dict[bytes, FailureRecord] = {}

@@ -1,5 +1,7 @@
 """The one writer of a space: shards published whole, and merged into one sorted file at the end.
 
+Rows of a space whose spec says `packed` are packed as they come.
+
 >>> with space.writer(feature_dim=512, dtype="float32", environment={}, pins={}) as writer:
 ...     writer.append(keys, features)
 ...     writer.finish()
@@ -18,9 +20,10 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from embedpipe.cache._features import FORGOTTEN, Array, FailureRecord, key_matrix, write_features
+from embedpipe.cache._features import FORGOTTEN, FailureRecord, key_matrix, write_features
 from embedpipe.cache._lock import WriterLock
 from embedpipe.cache._meta import Meta, write_meta
+from embedpipe.cache._packing import Array, pack
 from embedpipe.cache._space import Space
 from embedpipe.cache._structure import Bytes
 from embedpipe.cache._view import CHUNK_BYTES, SpaceView
@@ -47,7 +50,8 @@ class SpaceWriter:
     def __init__(self, space: Space, wanted: Meta, *, shard_rows: int, commit_seconds: float) -> None:
         self._space, self._meta = space, wanted
         self._shard_rows, self._commit_seconds = shard_rows, commit_seconds
-        self._rows: list[tuple[Sequence[bytes], Array]] = []
+        self._packed = "packed" in space.spec
+        self._rows: list[tuple[Sequence[bytes], Sequence[Array]]] = []
         self._failures: dict[bytes, FailureRecord] = {}
         self._since = time.monotonic()
         self._held = ExitStack()
@@ -94,7 +98,7 @@ class SpaceWriter:
             stored = np.array(features, dtype=f"<{np.dtype(self._meta.dtype).str[1:]}", order="C")
         _check_finite(keys, features, stored)
         self._touch()
-        self._rows.append((list(keys), stored))
+        self._rows.append((list(keys), [pack(row) for row in stored] if self._packed else [stored]))
         self._commit_when_due()
 
     def fail(self, key: bytes, stage: str, reason: str, decoder: str) -> None:
@@ -113,9 +117,10 @@ class SpaceWriter:
         if not self._rows and not self._failures:
             return
         keys = key_matrix(chain.from_iterable(keys for keys, _ in self._rows))
-        chunks = [features for _, features in self._rows]
+        chunks = list(chain.from_iterable(chunks for _, chunks in self._rows))
+        sizes = np.array([chunk.nbytes for chunk in chunks], np.int64) if self._packed else None
         name = f"{self._next_number():08d}-{uuid.uuid4().hex}.h5"
-        self._write(self._space.shards_folder / name, keys, chunks, self._failures)
+        self._write(self._space.shards_folder / name, keys, chunks, self._failures, sizes)
         self._rows, self._failures = [], {}
 
     def finish(self) -> None:
@@ -124,7 +129,8 @@ class SpaceWriter:
         view = self._space.view()
         shards = [path for path in view.paths if path != self._space.features_path]
         if self._lock.proved and shards and self._merge_is_due():
-            self._write(self._space.features_path, view.keys, _chunks(view), view.failures)
+            sizes = view.sizes if self._packed else None
+            self._write(self._space.features_path, view.keys, _chunks(view, sizes), view.failures, sizes)
             with storage_errors(self._space.shards_folder, "remove merged files from"):
                 for path in shards:
                     path.unlink(missing_ok=True)
@@ -179,20 +185,28 @@ class SpaceWriter:
         small = base_bytes + shard_bytes < ALWAYS_MERGED_BYTES
         return small or shard_bytes > MERGED_SHARE * base_bytes
 
-    def _write(self, path: Path, keys: Bytes, chunks: Iterable[Array], failed: Mapping[bytes, FailureRecord]) -> None:
+    def _write(
+        self,
+        path: Path,
+        keys: Bytes,
+        chunks: Iterable[Array],
+        failed: Mapping[bytes, FailureRecord],
+        packed: Array | None,
+    ) -> None:
         shape, dtype = (len(keys), self._meta.feature_dim), np.dtype(self._meta.dtype)
 
         def write(stream: IO[bytes]) -> None:
             spec = self._space.spec
-            write_features(stream, spec, keys, chunks, shape=shape, dtype=dtype, failures=failed)
+            write_features(stream, spec, keys, chunks, shape=shape, dtype=dtype, failures=failed, packed=packed)
 
         publish(path, write)
 
 
-def _chunks(view: SpaceView) -> Iterator[Array]:
-    rows = max(1, CHUNK_BYTES // (view.feature_dim * view.dtype.itemsize))
-    for start in range(0, len(view), rows):
-        yield view.read(key.tobytes() for key in view.keys[start : start + rows])
+def _chunks(view: SpaceView, packed: Array | None) -> Iterator[Array]:
+    step = max(1, CHUNK_BYTES // (view.feature_dim * view.dtype.itemsize))
+    for start in range(0, len(view), step):
+        keys = [key.tobytes() for key in view.keys[start : start + step]]
+        yield from (view.read(keys),) if packed is None else view.stored(keys)
 
 
 def _check_finite(keys: Sequence[bytes], features: Array, stored: Array) -> None:

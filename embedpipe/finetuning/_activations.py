@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from embedpipe.backbones import Backbone, Cut, trunk_of
-from embedpipe.cache import Cache
+from embedpipe.cache import Cache, Packing
 from embedpipe.classifier import Scored
 from embedpipe.features import FeatureSet
 from embedpipe.finetuning._photos import Photos
@@ -41,6 +41,18 @@ class Features(nn.Module):
 
 
 @dataclass(frozen=True)
+class Form:
+    """How activations of the train split are stored.
+
+    dtype : str
+    packing : Packing    what packing them comes to; None: they are not packed
+    """
+
+    dtype: str
+    packing: Packing | None = None
+
+
+@dataclass(frozen=True)
 class Place:
     """Where a network of a frozen trunk can be cut.
 
@@ -61,15 +73,16 @@ class Place:
         return cls(trunk_of(backbone, cut), cut.tail, cut.layer, cut.shape)
 
     def target(
-        self, cache: Cache, photos: Photos, dtype: str, splits: tuple[str, ...], view: int, **look: Any
+        self, cache: Cache, photos: Photos, form: Form, splits: tuple[str, ...], view: int, **look: Any
     ) -> Target:
         """Return the space of some splits in one view; `look` are the arguments of `Photos.view`."""
         trunk = self.trunk
         if view and isinstance(transform := photos.view(view, **look), Transform):
             trunk = replace(trunk, transform=transform, spec={**trunk.spec, "transform": transform.to_dict()})
-        spec = space_spec(trunk, "fp32", dtype, view=view)
+        spec = space_spec(trunk, "fp32", form.dtype, view=view) | ({"packed": "deflate"} if form.packing else {})
         loader = photos.features.loader if self.layer == "head" and not view else {}
-        return Target(cache.open_space(spec, name=space_name(spec)), trunk, loader, splits)
+        share = form.packing.share if form.packing else 1.0
+        return Target(cache.open_space(spec, name=space_name(spec)), trunk, loader, splits, share)
 
 
 @dataclass(frozen=True)
@@ -153,8 +166,8 @@ class Activations:
         return activations.contiguous(memory_format=torch.channels_last) if spatial else activations
 
 
-def spaces_of(place: Place, cache: Cache, photos: Photos, dtype: str, views: int, **look: Any) -> list[Target]:
-    """Return the spaces to fill: train in each view, or clean, in a stored dtype; last, val and test, exactly.
+def spaces_of(place: Place, cache: Cache, photos: Photos, form: Form, views: int, **look: Any) -> list[Target]:
+    """Return the spaces to fill: train in each view, or clean, in a form; last, val and test, exactly.
 
     Where train is clean and exact too, one space holds all.
 
@@ -162,10 +175,10 @@ def spaces_of(place: Place, cache: Cache, photos: Photos, dtype: str, views: int
     ----------
     look : augment and seed, the arguments of `Photos.view`
     """
-    if not views and dtype == "float32":
-        return [place.target(cache, photos, dtype, (*TRAINED, *HELD), 0, **look)]
-    trained = [place.target(cache, photos, dtype, TRAINED, view, **look) for view in range(1, views + 1) or (0,)]
-    return [*trained, place.target(cache, photos, "float32", HELD, 0, **look)]
+    if not views and form.dtype == "float32":
+        return [place.target(cache, photos, form, (*TRAINED, *HELD), 0, **look)]
+    trained = [place.target(cache, photos, form, TRAINED, view, **look) for view in range(1, views + 1) or (0,)]
+    return [*trained, place.target(cache, photos, replace(form, dtype="float32"), HELD, 0, **look)]
 
 
 def fill(cache: Cache, photos: Photos, targets: Sequence[Target], progress: Progress | None) -> dict[str, int]:
@@ -179,9 +192,9 @@ def fill(cache: Cache, photos: Photos, targets: Sequence[Target], progress: Prog
         filled |= zip(some, done, strict=True)
     counts = {"rows": 0, "bytes": 0, "reused": 0}
     for number, target in enumerate(targets):
-        rows = filled[number].computed + filled[number].reused
+        rows, sizes = filled[number].computed + filled[number].reused, target.space.view().sizes
         counts["rows"] += rows
-        counts["bytes"] += rows * row_bytes(target)
+        counts["bytes"] += round(rows * float(sizes.mean())) if rows else 0
         counts["reused"] += filled[number].reused
     return counts
 
@@ -190,11 +203,6 @@ def read(place: Place, photos: Photos, targets: Sequence[Target], *, noise: floa
     """Return the activations that lie in the spaces."""
     *views, held = (FeatureSet(photos.features.manifest, target.space) for target in targets)
     return Activations(photos, place, tuple(views) or (held,), held, noise)
-
-
-def row_bytes(target: Target) -> int:
-    """Return what a row of a space takes."""
-    return target.backbone.feature_dim * np.dtype(_dtype(target)).itemsize
 
 
 def _dtype(target: Target) -> str:

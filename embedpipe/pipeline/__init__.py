@@ -8,7 +8,7 @@ cache decodes nothing and forwards nothing.
 """
 
 from embedpipe.pipeline._filling import Progress, fill_spaces
-from embedpipe.pipeline._looking import Filled, Target, look_up, reuse_space, space_name, space_spec
+from embedpipe.pipeline._looking import Filled, Target, look_up, reuse_space, row_bytes, space_name, space_spec
 from embedpipe.pipeline._planning import Planned, PlannedSpace, plan_spaces
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "look_up",
     "plan_spaces",
     "reuse_space",
+    "row_bytes",
     "space_name",
     "space_spec",
 ]

@@ -278,7 +278,7 @@ def _check_plan(job: Job, forward: Forward) -> None:
     """Refuse a plan that the disk cannot hold: the new rows once in shards and once in the compacted file."""
     space, rows = job.target.space, len(job.found.missing)
     held = space.features_path.stat().st_size if space.features_path.exists() else 0
-    check_free_space(space.folder, 2 * rows * row_bytes(job.target, forward.store_dtype) + min(held, 1 << 30))
+    check_free_space(space.folder, 2 * rows * row_bytes(job.target) + min(held, 1 << 30))
 
 
 def _reporter(progress: Progress | None, label: str, total: int) -> Callable[[int], None]:

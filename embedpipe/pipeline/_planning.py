@@ -49,13 +49,7 @@ def plan_spaces(
     founds = [look_up(t.space, manifest, splits=t.splits, retry_failed=retry_failed) for t in targets]
     lacking = [target.backbone for target, found in zip(targets, founds, strict=True) if found.missing]
     spaces = tuple(
-        PlannedSpace(
-            t.space,
-            t.backbone.feature_dim,
-            len(f.missing),
-            len(f.wanted) - len(f.missing),
-            row_bytes(t, forward.store_dtype),
-        )
+        PlannedSpace(t.space, t.backbone.feature_dim, len(f.missing), len(f.wanted) - len(f.missing), row_bytes(t))
         for t, f in zip(targets, founds, strict=True)
     )
     ahead = ahead_of(manifest, founds)

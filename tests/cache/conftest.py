@@ -16,6 +16,7 @@ import pytest
 from embedpipe.cache import Cache, Space
 
 SPEC = {"schema": 1, "source": "timm", "architecture": "resnet18", "layer": "penultimate"}
+PACKED = SPEC | {"packed": "deflate"}
 DIM = 8
 
 
@@ -59,6 +60,6 @@ def cache(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "cache")
 
 
-@pytest.fixture
-def space(cache: Cache) -> Space:
-    return cache.open_space(SPEC, name="timm-resnet18")
+@pytest.fixture(params=[SPEC, PACKED], ids=["plain", "packed"])
+def space(cache: Cache, request: pytest.FixtureRequest) -> Space:
+    return cache.open_space(request.param, name="timm-resnet18")

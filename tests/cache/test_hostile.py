@@ -14,8 +14,9 @@ from embedpipe.cache import Space
 from embedpipe.cache._sealed import seal
 from embedpipe.errors import CacheMismatch
 
-from .conftest import rows, write
+from .conftest import SPEC, rows, write
 
+pytestmark = pytest.mark.parametrize("space", [SPEC], indirect=True, ids=["plain"])  # packed rows: test_packing
 KEYS, X = rows(4)
 Craft = Callable[[h5py.File, Path], None]
 

@@ -14,7 +14,7 @@ from embedpipe.cache._datasets import read_table
 from embedpipe.errors import CacheMismatch
 from embedpipe.manifest import Manifest, Sample, Source
 
-from .conftest import rows, write
+from .conftest import SPEC, rows, write
 
 KEYS, X = rows(300, 1024)
 
@@ -70,6 +70,7 @@ def test_every_damage_is_found(targets: list[tuple[Path, Callable[[], object]]])
         read()
 
 
+@pytest.mark.parametrize("space", [SPEC], indirect=True)
 def test_intact_rows_of_a_file_with_a_rotten_block_are_still_read(space: Space) -> None:
     write(space, KEYS, X)
     raw = bytearray(space.features_path.read_bytes())

@@ -69,6 +69,7 @@ def test_order_and_shards_do_not_change_the_file(tmp_path: Path) -> None:
     assert len({space.features_path.read_bytes() for space in spaces}) == 1
 
 
+@pytest.mark.parametrize("space", [SPEC], indirect=True)
 def test_plain_h5py_reads_the_documented_schema(space: Space) -> None:
     keys, X = rows(3000, 256)
     write(space, keys, X)

@@ -19,6 +19,12 @@ KEYS, X = rows(300, 1024)
 
 
 @pytest.fixture
+def space(cache: Cache) -> Space:
+    """Rows that are not packed; for those that are, see test_packing."""
+    return cache.open_space(SPEC, name="timm-resnet18")
+
+
+@pytest.fixture
 def filled(space: Space) -> Space:
     """A base of 290 rows and a shard of 10."""
     write(space, KEYS[:290], X[:290])

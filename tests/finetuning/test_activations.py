@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,24 @@ def test_activations_too_large_for_float16_stay_float32(tmp_path: Path, monkeypa
     head = ep.fit_head(ep.extract("photos", backbone), l2=0.1)
     told = ep.finetune(head, **PLAIN | {"unfreeze": "layer1"}, cache_activations="on").report["activations"]
     assert (told["stored_dtype"], told["float16_max_abs_diff"]) == ("float32", float("inf"))
+
+
+def test_what_fits_only_when_packed_is_packed(head: ep.Classifier) -> None:
+    """Not a bit of the result depends on it, and a resumed run goes on with it."""
+    plain = ep.finetune(head, **PLAIN, cache_activations="on")
+    told = plain.report["activations"]
+    assert not told["packed"]
+    tight = PLAIN | {"max_cache_size": f"{told['bytes'] - 1000}B"}
+    packed = ep.finetune(head, **tight, cache_activations="on")
+    assert packed.report["activations"]["packed"]
+    assert packed.report["activations"]["bytes"] < told["bytes"] - 1000
+    assert re.search(r"packed to \d\d % of", packed.report["activations"]["reason"])
+    assert largest_difference(plain, packed) == 0.0
+    with pytest.raises(Stopped):
+        ep.finetune(head, **tight, cache_activations="on", progress=stop_at(3, Stopped("now")))
+    resumed = ep.finetune(resume=True)
+    assert resumed.report["activations"]["packed"]
+    assert largest_difference(plain, resumed) == 0.0
 
 
 def test_a_second_run_computes_no_activation(head: ep.Classifier) -> None:
