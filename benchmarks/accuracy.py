@@ -47,15 +47,15 @@ def tuned(head: Any, **options: Any) -> dict[str, Any]:
     return {**report, "whole_s": time.monotonic() - start, "epoch_s": Spread.of(epochs).median}
 
 
-def layers(head: Any, seeds: int, epochs: int, unfrozen: list[str]) -> None:
+def layers(head: Any, seeds: int, epochs: int, unfrozen: list[str], lr: float) -> None:
     rows = [["head", "", _test([head.report]), f"{head.report['seconds']:.1f}", "", ""]]
     for unfreeze in unfrozen:
-        runs = [tuned(head, unfreeze=unfreeze, epochs=epochs, seed=seed) for seed in range(seeds)]
+        runs = [tuned(head, unfreeze=unfreeze, epochs=epochs, lr=lr, seed=seed) for seed in range(seeds)]
         cut = "activations" if runs[0]["activations"]["cached"] else "images"
         seconds = Spread.of([run["epoch_s"] for run in runs]).text(), Spread.of([run["whole_s"] for run in runs]).text()
         rows.append([unfreeze, cut, _test(runs), *reversed(seconds), _gain(runs, head)])
     header = ["unfrozen", "trained on", "test accuracy", "whole s", "epoch s", "gain over the head, points"]
-    print_table(f"Digits, lite0, {epochs} epochs, {seeds} seeds", header, rows, *NOTES)
+    print_table(f"Digits, lite0, {epochs} epochs at {lr:g}, {seeds} seeds", header, rows, *NOTES)
 
 
 def start(head: Any, seeds: int, epochs: int) -> None:
@@ -111,6 +111,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--unfreeze", nargs="+", default=["blocks.6", "blocks.5", "all"])
+    parser.add_argument("--lr", type=float, default=1e-3, help="of the unfrozen layers, for layers")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         head = prepared(options.data)
@@ -118,7 +119,7 @@ def main() -> None:
         if options.question == "views":
             views(head, **asked, name=options.data)
         elif options.question == "layers":
-            layers(head, **asked, unfrozen=options.unfreeze)
+            layers(head, **asked, unfrozen=options.unfreeze, lr=options.lr)
         else:
             start(head, **asked)
 
