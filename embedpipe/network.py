@@ -48,16 +48,17 @@ class Network(nn.Module):
         ------
         UsageError    the model, called `name`, cannot do so
         """
-        switch = getattr(self.backbone.model, "set_grad_checkpointing", None) if wanted else lambda enable: None
+        if not wanted:
+            yield
+            return
+        model: Any = self.backbone.model
         try:
-            if switch is None:
-                raise NotImplementedError
-            switch(enable=wanted)
-        except (NotImplementedError, AssertionError) as exc:
+            model.set_grad_checkpointing(enable=True)
+        except (AttributeError, NotImplementedError, AssertionError) as exc:
             hint = "leave it out, or choose a model of timm that has set_grad_checkpointing"
             raise UsageError(f"--grad-checkpointing: {name} cannot do so", hint=hint) from exc
         yield
-        switch(enable=False)
+        model.set_grad_checkpointing(enable=False)
 
     def to_head(self, classes: tuple[str, ...]) -> LinearHead:
         """Return the head as plain arrays."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from embedpipe.features import PENULTIMATE, FeatureSet
 from embedpipe.heads import Path, block_scales
-from embedpipe.metrics import LEAST_PROBABILITY
+from embedpipe.metrics import losses
 
 DRAWS, SEED = 10_000, 0  # of the bootstrap
 
@@ -55,8 +55,7 @@ class Ranked:
     @cached_property
     def losses(self) -> NDArray[np.float64]:
         """Negative log probability of the truth of each sample."""
-        true = self.probabilities[np.arange(len(self.y)), self.y]
-        return np.asarray(-np.log(np.clip(true, LEAST_PROBABILITY, 1.0)))
+        return losses(self.probabilities, self.y)
 
     @property
     def log_loss(self) -> float:

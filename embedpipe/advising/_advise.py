@@ -21,8 +21,8 @@ PathLike = str | os.PathLike[str]
 NOTE = "all decisions are taken on train and val; test is only searched for copies"
 NOTE_VERIFIED = "all decisions are taken on train and val; test, where there is one, was scored by --verify alone"
 NOTE_COST = (
-    "minutes: of heads, as measured here; of fine-tuning, from timed training steps on the CPU, decoding left out, "
-    "without cached activations"
+    "minutes: of heads, as measured here; of fine-tuning, from timed training steps on the CPU, decoding left out; "
+    "what stays frozen counts once where the model can be cut before what is unfrozen"
 )
 
 

@@ -154,7 +154,7 @@ class FeatureFile:
         self._mapped = None
 
     def rows(self, index: Array) -> Array:
-        """Return features (len(index), D) of the rows `index`.
+        """Return features (len(index), D) of the rows `index`; of neighbours in order no copy.
 
         Raises
         ------
@@ -163,7 +163,9 @@ class FeatureFile:
         """
         if self.packed:
             return self._unpacked(self.stored(index))
-        return np.asarray(self._proved_data(index).view(self.dtype).reshape(self.shape)[index])
+        every = self._proved_data(index).view(self.dtype).reshape(self.shape)
+        together = len(index) > 0 and bool((np.diff(index) == 1).all())
+        return np.asarray(every[index[0] : index[-1] + 1] if together else every[index])
 
     def stored(self, index: Array) -> list[Bytes]:
         """Return rows as they are stored, packed ones packed; it raises what `rows` does."""

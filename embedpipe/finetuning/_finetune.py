@@ -80,7 +80,7 @@ def finetune(
     run : Classifier, or id, prefix or folder of a run
         Default: the latest run of fit-head with a linear head on the penultimate layer.
     unfreeze : str or tuple of str
-        A layer (it and all executed after it), a glob, a number of last stages, all, or none; repeatable.
+        A layer (it and all executed after it), a glob, a number of last stages, a share such as 20%, all, or none; repeatable.
     epochs : int
         Passes over the train split.
     lr : float

@@ -18,6 +18,7 @@ from embedpipe.heads._problem import MEMORY_BYTES, Chunked, Float32, Float64, In
 from embedpipe.heads.linear import LinearHead
 
 STD_FLOOR = 0.01  # of the median std, so that dead features are not blown up
+FAR = 1e30  # float32 ends at 3.4e38
 NO_WEIGHT = 1e-12  # of the largest sample weight: less moves no digit of the loss
 ABSENT_MARGIN = 20.0  # logits below the winner; e^-20 = 2e-9
 
@@ -133,20 +134,44 @@ def make_frame(
     weights = _check_weights(sample_weight, len(labels))
     kept = weights > NO_WEIGHT * weights.max(initial=0)
     asked = _ask(labels[kept], weights[kept], len(classes), task)
-    mean, std = np.zeros(features.shape[1]), np.ones(features.shape[1])
-    if standardize:
-        mean, std = measure(features)
+    scaler = Scaler.of(features) if standardize else Scaler(np.zeros(features.shape[1]), np.ones(features.shape[1]))
     scaled: Float32 | Chunked
     if isinstance(features, Chunked):
-        scaled = features.scaled(mean, std, None if kept.all() else np.flatnonzero(kept))
+        scaled = features.changed(scaler, None if kept.all() else np.flatnonzero(kept))
     else:
         whole = np.empty_like(features)
         for rows in blocks(len(features)):
-            whole[rows] = (features[rows] - mean) / std
+            whole[rows] = scaler(features[rows])
         scaled = whole if kept.all() else whole[kept]
     weights = weights[kept] / weights[kept].sum()
     problem = Problem(scaled, asked.y, weights, len(asked.present), memory_bytes)
-    return Frame(problem, mean, std, tuple(classes), asked, task)
+    return Frame(
+        problem, scaler.mean.astype(np.float64), 1 / scaler.inverse.astype(np.float64), tuple(classes), asked, task
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Scaler:
+    """x (n, D) -> (x - mean) * inverse, float32.
+
+    mean, inverse : (D,)    float32, so that a block of rows is done at the speed of memory; float64 where float32 would
+                            overflow. What rounding moves in them, it moves in the head that is made with them, too
+    """
+
+    mean: Any
+    inverse: Any
+
+    @classmethod
+    def of(cls, X: Float32 | Chunked) -> Scaler:
+        mean, std = measure(X)
+        inverse = 1 / std
+        plain = np.abs([mean, inverse, mean * inverse]).max() < FAR and inverse.min() > 1 / FAR
+        return cls(mean.astype(np.float32), inverse.astype(np.float32)) if plain else cls(mean, inverse)
+
+    def __call__(self, x: Float32) -> Float32:
+        out = x - self.mean
+        out *= self.inverse
+        return np.asarray(out, dtype=np.float32)
 
 
 def _ask(y: Any, weights: Float64, n_classes: int, task: str) -> Asked:

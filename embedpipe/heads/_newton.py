@@ -16,7 +16,7 @@ Source: Nocedal and Wright, Numerical Optimization, 7.1 (line search Newton-CG) 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -28,6 +28,7 @@ from embedpipe.heads._sweeps import Metric, Sweeps
 
 TOLERANCE = 4e-7  # of the bound on what is left to gain, relative to the objective
 STEPS, PRODUCTS, HALVINGS = 100, 60, 40  # at most, in a minimisation, in a step, in a line search
+ABREAST = 2
 STRIDE, TOGETHER = 4, 9  # every fourth l2 leads; those between are solved nine at a time
 WORN = 20  # products for a step: the metric is measured again
 LEAST_SPREAD = 1e-12  # of a class that every sample is already sure about
@@ -82,9 +83,13 @@ class _Way:
     def lead(self) -> None:
         """Solve the leading ones one by one, each from a curve through the last three."""
         metric = self.sweeps.measure()
-        for place, number in enumerate(self.leading):
-            self._from(number, self.leading[max(0, place - 3) : place])
-            metric = self._solve([number], metric)
+        if len(self.l2) > 1:
+            self.sweeps.whiten(metric)
+        for place in range(0, len(self.leading), ABREAST):
+            some = self.leading[place : place + ABREAST]
+            for number in some:
+                self._from(number, self.leading[max(0, place - 3) : place])
+            metric = self._solve(some, metric)
 
     def fill(self) -> None:
         """Solve the others, as many at a time as fit, each from a curve through the nearest four."""
@@ -123,7 +128,7 @@ class Minimum:
 def minimise(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, metric: Metric | None) -> Minimum:
     """Minimise the objective for L values of l2 from W (L, K, D), b (L, K)."""
     W, b = sweeps.level(W, b)
-    points, left = _points(sweeps, l2, W.clone(), b.clone()), torch.arange(len(l2))
+    points, left = _points(sweeps, l2, _short(W), b.clone()), torch.arange(len(l2))
     metric, worn = metric or sweeps.measure(len(l2) // 2), 0
     for _ in range(STEPS):
         W[left], b[left] = points.W, points.b
@@ -133,7 +138,7 @@ def minimise(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, metric: Metric | 
         dW, db, products = _direction(sweeps, points, open_.nonzero()[:, 0], metric)
         points, left, dW, db = points[open_], left[open_], dW[open_], db[open_]
         worn += products > WORN
-        points, moved = _step(sweeps, points, dW, db)
+        points, moved = _step(sweeps, points, dW, db, _short if _may_be_short(points, metric) else torch.clone)
         if not moved:
             break
         if worn == 1:  # once: the weights of the rows hardly change any more
@@ -199,12 +204,30 @@ def _left(points: Points, W: Tensor, b: Tensor) -> Tensor:
     return W.square().sum((1, 2)) / points.l2 + (b.square() / points.spread).sum(1)
 
 
-def _step(sweeps: Sweeps, points: Points, dW: Tensor, db: Tensor) -> tuple[Points, bool]:
-    """Return the points after a step along (dW, db), halved for each problem until it gains; and whether any moved."""
+def _short(W: Tensor) -> Tensor:
+    """Return weights that float32 holds; `value` is quicker for them."""
+    return W.float().double()
+
+
+def _may_be_short(points: Points, metric: Metric) -> bool:
+    """Tell whether that would not be seen in the gap: rounding moves the gradient by the Hessian times what it takes off."""
+    off = torch.finfo(torch.float32).eps ** 2 / 12 * points.W.square().mean((1, 2))
+    moved = off * points.W.shape[1] * metric.spectrum.square().sum() * points.spread.amax(1).square()
+    return bool((moved / (2 * points.l2 * points.objective) < 0.01 * TOLERANCE).all())
+
+
+def _step(
+    sweeps: Sweeps, points: Points, dW: Tensor, db: Tensor, shape: Callable[[Tensor], Tensor]
+) -> tuple[Points, bool]:
+    """Return the points after a step along (dW, db), halved for each problem until it gains; and whether any moved.
+
+    shape : W -> W    what weights are made into before they are looked at
+    """
     slope = _dot(points.grad_W, points.grad_b, dW, db)
     length = torch.ones_like(slope)
     for _ in range(HALVINGS):
-        new = _points(sweeps, points.l2, points.W + length[:, None, None] * dW, points.b + length[:, None] * db)
+        W = shape(points.W + length[:, None, None] * dW)
+        new = _points(sweeps, points.l2, W, points.b + length[:, None] * db)
         good = new.objective <= points.objective + 1e-4 * length * slope + sweeps.noise * points.objective
         good |= new.gap <= TOLERANCE
         if good.all():

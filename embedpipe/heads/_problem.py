@@ -64,15 +64,10 @@ class Chunked:
     def __getitem__(self, rows: Any) -> Float32:
         return self.read(rows)
 
-    def scaled(self, mean: Float64, std: Float64, kept: Int64 | None = None) -> Chunked:
-        """Return these features less their mean, over their std; of some rows alone, where numbers are given."""
+    def changed(self, change: Callable[[Float32], Float32], kept: Int64 | None = None) -> Chunked:
+        """Return these features as `change` makes them; of some rows alone, where numbers are given."""
         n = len(self) if kept is None else len(kept)
-
-        def read(rows: Any) -> Float32:
-            wanted = rows if kept is None else kept[rows]
-            return np.asarray((self.read(wanted) - mean) / std, dtype=np.float32)
-
-        return Chunked((n, self.shape[1]), read)
+        return Chunked((n, self.shape[1]), lambda rows: change(self.read(rows if kept is None else kept[rows])))
 
 
 @dataclass(frozen=True, eq=False)

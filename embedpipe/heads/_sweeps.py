@@ -23,6 +23,7 @@ from embedpipe.heads._problem import Problem
 KEPT_BYTES = 2**29  # of probabilities; more are computed again for every product
 SMALL = 2**22  # features of a problem that is carried in float64
 BLOCK_NUMBERS = 2**18  # of logits in a block, so that it stays in the processor's cache
+FLAT = 1e-6  # of the mean eigenvalue: what varies less is not blown up
 METRIC_ROWS = 16  # times the width: rows that are enough to measure a metric
 
 
@@ -32,6 +33,23 @@ class Metric:
 
     spectrum: Tensor
     basis: Tensor
+    mean: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Whitened:
+    """The rows in a basis in which all they hold varies alike: x = rows @ back + mean.
+
+    A product with the Hessian needs few digits, and a processor that knows bfloat16 multiplies twice as many of these a second.
+    In the basis of the features rounding would drown what varies little.
+
+    rows : bfloat16 (N, D)
+    back : float32 (D, D)
+    mean : float64 (D,)
+    """
+
+    rows: Tensor
+    back: Tensor
     mean: Tensor
 
 
@@ -55,6 +73,7 @@ class Sweeps:
         self._bytes: int = self.n * self.rows * self._dtype.itemsize
         self._kept: Tensor | None = None  # probabilities (L, K, N) of the last `value`
         self._at: tuple[Tensor, Tensor] | None = None  # and its weights
+        self._whitened: Whitened | None = None
 
     @property
     def most(self) -> int:
@@ -83,11 +102,12 @@ class Sweeps:
 
     def curve(self, dW: Tensor, db: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         """Return the Hessian times a vector, at the weights of the last `value`; `which` of its problems are meant."""
-        many = len(dW)
-        hess_W, hess_b = dW.new_zeros(many * self.rows, self.width), dW.new_zeros(many * self.rows)
+        white = self._whitened if self._kept is not None else None
+        V, c = (dW, db) if white is None else ((dW.float() @ white.back.T).bfloat16(), db + dW @ white.mean)
+        hess_W, hess_b = dW.new_zeros(db.numel(), self.width), dW.new_zeros(db.numel())
         weights = self._weights.to(self._dtype)
-        for rows, x in self._blocks(many):
-            along = _logits(x, dW.to(self._dtype), db.to(self._dtype))
+        for rows, x in self._blocks(len(dW), None if white is None else white.rows):
+            along = _logits(x, V.to(x.dtype), c.to(x.dtype)).to(self._dtype)
             p = self._recall(x, rows, which)
             if self._apart:
                 along *= p - p * p
@@ -95,9 +115,24 @@ class Sweeps:
                 along -= (p * along).sum(1, keepdim=True)
                 along *= p
             along = along.mul_(weights[rows]).flatten(0, 1)
-            hess_W += along @ x
+            hess_W += along.to(x.dtype) @ x
             hess_b += along.sum(1)
+        if white is not None:
+            hess_W = (hess_W.float() @ white.back).double() + hess_b[:, None] * white.mean
         return hess_W.view_as(dW), hess_b.view_as(db)
+
+    def whiten(self, metric: Metric) -> None:
+        """Carry the products of `curve` in bfloat16 from now on, where that is quicker and memory holds one more copy."""
+        fits = self.n * self.width * torch.bfloat16.itemsize <= self._kept_bytes
+        quick = torch.cpu.get_capabilities().get("avx512_bf16", False)
+        if not (fits and quick and isinstance(self._X, np.ndarray) and self._dtype == torch.float32):
+            return
+        scale = metric.spectrum.clamp_min(FLAT * float(metric.spectrum.mean())).sqrt()
+        towards, mean = (metric.basis / scale).float(), metric.mean.float()
+        rows = torch.empty(self.n, self.width, dtype=torch.bfloat16)
+        for some, x in self._blocks(1):
+            rows[some] = (x - mean) @ towards
+        self._whitened = Whitened(rows, (metric.basis * scale).T.float().contiguous(), metric.mean)
 
     def measure(self, which: int | None = None) -> Metric:
         """Return the covariance of the features: each row counts with its p (1 - p), summed, in one problem of the last `value`.
@@ -132,11 +167,11 @@ class Sweeps:
         """How far rounding may move an objective, relative to it."""
         return torch.finfo(self._dtype).eps
 
-    def _blocks(self, many: int) -> Iterator[tuple[slice, Tensor]]:
-        size = min(max(BLOCK_NUMBERS // (many * self.rows) // 64 * 64, 256), 1024)
+    def _blocks(self, many: int, whitened: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+        size = min(max(BLOCK_NUMBERS // (many * self.rows) // 64 * 64, 256), 1024 if whitened is None else 4096)
         for start in range(0, self.n, size):
             rows = slice(start, min(start + size, self.n))
-            yield rows, torch.from_numpy(np.ascontiguousarray(self._X[rows]))
+            yield rows, torch.from_numpy(np.ascontiguousarray(self._X[rows])) if whitened is None else whitened[rows]
 
     def _answers(self, x: Tensor, W: Tensor, b: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Return probabilities (L, K, n), the loss of each row (L, n), and the probabilities less the truth.
@@ -168,12 +203,12 @@ class Sweeps:
 
 
 def _exact_logits(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """Return W x + b, (L, K, n), of float64 weights: what float32 cannot hold of them is multiplied apart."""
+    """Return W x + b, (L, K, n), of float64 weights: what float32 cannot hold of them, if anything, is multiplied apart."""
     high = W.to(x.dtype)
-    if x.dtype == W.dtype:
-        return _logits(x, W, b)
-    both = torch.stack([high, (W - high).to(x.dtype)])
-    parts = _logits(x, both, torch.stack([b, torch.zeros_like(b)]).to(x.dtype))
+    low = (W - high).to(x.dtype)
+    if not low.any():
+        return _logits(x, high, b.to(x.dtype))
+    parts = _logits(x, torch.stack([high, low]), torch.stack([b, torch.zeros_like(b)]).to(x.dtype))
     return parts[0].add_(parts[1])
 
 
