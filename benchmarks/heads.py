@@ -97,9 +97,10 @@ def _bounds(X: np.ndarray, counts: dict[tuple[str, int], int]) -> dict[str, floa
     """
     import torch
 
-    short = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    from embedpipe.heads._sweeps import has_bfloat16
+
     features = {"value": torch.from_numpy(X), "curve": torch.from_numpy(X)}
-    if short:
+    if has_bfloat16():
         features["curve"] = features["curve"].bfloat16()
     own, batched = 0.0, 0.0
     widest = max(rows for _, rows in counts)

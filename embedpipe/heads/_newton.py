@@ -2,7 +2,7 @@
 
 The step of each l2 is found by conjugate gradients on the Hessian, preconditioned in the eigenbasis of the features' covariance,
 where each row counts with its p (1 - p): for two classes that is the Hessian itself. The penalty stays on the weights. Some l2,
-falling, are solved one after the other, each from where the last ones point to; those between start from a curve through their
+falling, are solved two by two, each from where the last ones point to; those between start from a curve through their
 neighbours, and are solved together, which fills matrix products.
 
 The objective is l2-strongly convex in the weights, so its squared gradient / (2 l2) bounds what is left to gain. That bound,
@@ -28,8 +28,7 @@ from embedpipe.heads._sweeps import Metric, Sweeps
 
 TOLERANCE = 4e-7  # of the bound on what is left to gain, relative to the objective
 STEPS, PRODUCTS, HALVINGS = 100, 60, 40  # at most, in a minimisation, in a step, in a line search
-ABREAST = 2
-STRIDE, TOGETHER = 4, 9  # every fourth l2 leads; those between are solved nine at a time
+STRIDE, ABREAST, TOGETHER = 3, 2, 10  # every third l2 leads, two at a time; those between are solved ten at a time
 WORN = 20  # products for a step: the metric is measured again
 LEAST_SPREAD = 1e-12  # of a class that every sample is already sure about
 
@@ -81,7 +80,7 @@ class _Way:
         self.leading = sorted({*range(0, len(l2s), every), len(l2s) - 1})
 
     def lead(self) -> None:
-        """Solve the leading ones one by one, each from a curve through the last three."""
+        """Solve the leading ones, some abreast, each from a curve through the last three."""
         metric = self.sweeps.measure()
         if len(self.l2) > 1:
             self.sweeps.whiten(metric)

@@ -124,8 +124,7 @@ class Sweeps:
     def whiten(self, metric: Metric) -> None:
         """Carry the products of `curve` in bfloat16 from now on, where that is quicker and memory holds one more copy."""
         fits = self.n * self.width * torch.bfloat16.itemsize <= self._kept_bytes
-        quick = torch.cpu.get_capabilities().get("avx512_bf16", False)
-        if not (fits and quick and isinstance(self._X, np.ndarray) and self._dtype == torch.float32):
+        if not (fits and has_bfloat16() and isinstance(self._X, np.ndarray) and self._dtype == torch.float32):
             return
         scale = metric.spectrum.clamp_min(FLAT * float(metric.spectrum.mean())).sqrt()
         towards, mean = (metric.basis / scale).float(), metric.mean.float()
@@ -200,6 +199,12 @@ class Sweeps:
         assert self._at is not None
         W, b = self._at
         return self._answers(x, W[which], b[which], rows)[0]
+
+
+def has_bfloat16() -> bool:
+    """Tell whether this processor multiplies bfloat16 faster than float32; older torch does not say."""
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities.get("avx512_bf16", False)
 
 
 def _exact_logits(x: Tensor, W: Tensor, b: Tensor) -> Tensor:

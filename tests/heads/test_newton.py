@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from embedpipe.heads import L2_GRID, fit_linear
 from embedpipe.heads._newton import solve_path
 from embedpipe.heads._problem import Chunked, Problem, Solution
+from embedpipe.heads._sweeps import Metric, Sweeps
 
 
 def hard(n: int, width: int, n_classes: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -65,6 +66,27 @@ def test_nothing_is_left_to_gain_at_any_point_of_a_path(shape: tuple[int, int, i
     l2s = sorted(L2_GRID, reverse=True)
     gaps = [gap(problem, found, l2) for l2, found in zip(l2s, solve_path(problem, l2s), strict=True)]
     assert max(gaps) <= 1e-6
+
+
+def test_products_in_bfloat16_lead_to_the_same_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every processor, though only some gain by it; weights differ by less than what ends the minimisation."""
+    X, y = hard(30_000, 150, 3)
+    problem, l2s = even(standardised(X).astype(np.float32), y, 3), sorted(L2_GRID, reverse=True)[::4]
+    paths, whitened = [], []
+    made = Sweeps.whiten
+
+    def whiten(self: Sweeps, metric: Metric) -> None:
+        made(self, metric)
+        whitened.append(self._whitened is not None)
+
+    monkeypatch.setattr(Sweeps, "whiten", whiten)
+    for known in (True, False):
+        monkeypatch.setattr("embedpipe.heads._sweeps.has_bfloat16", lambda known=known: known)
+        paths.append(solve_path(problem, l2s))
+        assert max(gap(problem, one, l2) for one, l2 in zip(paths[-1], l2s, strict=True)) <= 1e-6
+    assert whitened == [True, False]
+    for one, other in zip(*paths, strict=True):
+        np.testing.assert_allclose(one.weight, other.weight, atol=1e-3 * np.abs(one.weight).max())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
