@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embedpipe.errors import UsageError
+from embedpipe.errors import EmbedpipeWarning, UsageError
+from embedpipe.fitting._plot import draw_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,6 +136,8 @@ def fit_head(
     if folds is not None:
         report["folds"] = _folds(features, recipe, folds, seed)
     with new_run(Path(runs_dir), "fit-head") as run:
+        if len(report["l2_path"]) > 1:
+            run.write_text("l2_path.svg", draw_path(report["l2_path"], chosen=report["l2"]))
         seconds = time.monotonic() - start
         return save_run(run, "fit-head", classifier, features, scored, report, seconds=seconds)
 
@@ -210,11 +214,25 @@ def _fit(features: FeatureSet, recipe: Recipe, *, refit: bool) -> tuple[Fitted, 
     if refit:
         X, y = recipe.data(features, "train", "val")
         fitted = Fitted(recipe.fit(X, y, l2=fitted.l2), fitted.l2, fitted.points)
+    _warn_of_an_edge(fitted)
     points = [{name: getattr(point, name) for name in POINT[recipe.task]} for point in fitted.points]
     solver = fitted.head.provenance["solver"]
     chosen_on = "val" if len(y_val) and (len(points) > 1 or (refit and recipe.solver != "knn")) else None
     found = {"solver": solver, "l2": fitted.l2, "l2_path": points, "n_train": len(y), "chosen_on": chosen_on}
     return fitted, found if recipe.solver == "knn" else {**found, "refit": refit}
+
+
+def _warn_of_an_edge(fitted: Fitted) -> None:
+    """Warn where the best l2 is the first or the last that was tried."""
+    tried = [point.l2 for point in fitted.points]
+    if len(tried) > 1 and fitted.l2 in (tried[0], tried[-1]):
+        beyond, other = ("smaller", fitted.l2 / 10) if fitted.l2 == tried[0] else ("larger", fitted.l2 * 10)
+        warnings.warn(
+            f"the best l2, {fitted.l2:g}, lies on the edge of those that were tried: a {beyond} one may be better, "
+            f"see --l2 {other:g}",
+            EmbedpipeWarning,
+            stacklevel=3,
+        )
 
 
 def _predict(features: FeatureSet, fitted: Fitted, recipe: Recipe) -> dict[str, Scored]:

@@ -183,9 +183,11 @@ class Sweeps:
             against = logits * signs
             return logits.sigmoid(), softplus(against, threshold=700).sum(1), against.sigmoid_().mul_(signs)
         truth = self._y[rows].expand(len(W), 1, -1)
-        normaliser = logits.logsumexp(1)
-        loss = normaliser - logits.gather(1, truth)[:, 0]
-        p = logits.sub_(normaliser[:, None]).exp_()
+        top, own = logits.amax(1, keepdim=True), logits.gather(1, truth)
+        p = logits.sub_(top).exp_()
+        total = p.sum(1, keepdim=True)
+        p /= total
+        loss = (total.log() + top - own)[:, 0]
         error = p.scatter(1, truth, 0)
         wrong = error.sum(1)
         error.scatter_(1, truth, -wrong[:, None])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import warnings
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 import embedpipe as ep
 from embedpipe.errors import UsageError
-from embedpipe.heads import fit_linear
+from embedpipe.fitting._fit_head import _warn_of_an_edge
+from embedpipe.heads import fit_linear, fit_path
+from embedpipe.recipe import Fitted
 from tests.conftest import TINY, Run, write_photos
 
 CLASSES = ("blue", "red")
@@ -37,6 +42,41 @@ def test_copies_of_training_images_are_counted(features: ep.FeatureSet) -> None:
     assert leaks["duplicates_of_train"] == {"val": 1, "test": 2}
     assert leaks["leaked"] == {"val": 1, "test": 2}
     assert leaks["accuracy_without_leaks"]["test"]["n"] == report["metrics"]["test"]["n"] - 2
+
+
+def test_the_path_is_drawn(features: ep.FeatureSet) -> None:
+    run = ep.fit_head(features)
+    assert run.folder is not None
+    drawn = ElementTree.fromstring((run.folder / "l2_path.svg").read_text())
+    texts = [element.text for element in drawn.iter() if element.text]
+    assert {"accuracy on val", "objective on train", f"l2, chosen: {run.report['l2']:.3g}", "1e-6", "1e2"} <= {*texts}
+    lines = [element.attrib["points"].split() for element in drawn.iter() if "points" in element.attrib]
+    assert [len(line) for line in lines] == [len(run.report["l2_path"])] * 2
+    heights = [float(place.partition(",")[2]) for place in lines[-1]]
+    assert heights == sorted(heights, reverse=True)  # the objective rises with l2, upwards
+    assert not (ep.fit_head(features, l2=0.1).folder / "l2_path.svg").exists()  # type: ignore[operator]
+
+
+@pytest.mark.filterwarnings("always:the best l2")
+@pytest.mark.parametrize(
+    ("grid", "warned"),
+    [
+        ((1e-6, 1e-2, 1e2), ""),
+        ((1e-6, 1e-5), "a larger one may be better, see --l2 0.0001"),
+        ((10, 100), "see --l2 1$"),
+    ],
+    ids=["inside", "left", "right"],
+)
+def test_a_best_l2_on_the_edge_is_warned_of(grid: tuple[float, ...], warned: str) -> None:
+    random = np.random.default_rng(0)
+    y = random.integers(3, size=300)
+    X = (random.normal(size=(3, 40)) * 0.5)[y] + random.normal(size=(300, 40))
+    path = fit_path(X[:60], y[:60], X[60:], y[60:], classes=("a", "b", "c"), grid=grid)
+    fitted = Fitted(path.head, path.l2, path.points)
+    with warnings.catch_warnings(record=True) as told:
+        _warn_of_an_edge(fitted)
+    assert len(told) == bool(warned)
+    assert all(re.search(warned, str(one.message)) for one in told)
 
 
 def test_curve_and_folds_leave_the_head_alone(features: ep.FeatureSet) -> None:
