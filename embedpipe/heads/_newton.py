@@ -1,9 +1,9 @@
 """Solver `newton`: Newton's method with conjugate gradients, many l2 at a time, to a proved optimum.
 
 The step of each l2 is found by conjugate gradients on the Hessian, preconditioned in the eigenbasis of the features' covariance,
-where each row counts with its p (1 - p): for two classes that is the Hessian itself. The penalty stays on the weights. Some l2,
-falling, are solved two by two, each from where the last ones point to; those between start from a curve through their
-neighbours, and are solved together, which fills matrix products.
+where each row counts with its p (1 - p): for two classes that is the Hessian itself. The penalty stays on the weights. Many l2
+are solved together, which fills matrix products: first a few that lie far apart, then those between, and so on, each from a
+curve through its neighbours.
 
 The objective is l2-strongly convex in the weights, so its squared gradient / (2 l2) bounds what is left to gain. That bound,
 relative to the objective, is at most TOLERANCE for every solution, or a warning says so.
@@ -28,7 +28,13 @@ from embedpipe.heads._sweeps import Metric, Sweeps
 
 TOLERANCE = 4e-7  # of the bound on what is left to gain, relative to the objective
 STEPS, PRODUCTS, HALVINGS = 100, 60, 40  # at most, in a minimisation, in a step, in a line search
-STRIDE, ABREAST, TOGETHER = 3, 2, 10  # every third l2 leads, two at a time; those between are solved ten at a time
+STRIDES = (
+    11,
+    5,
+    2,
+    1,
+)  # every eleventh l2 comes first, from nothing; then those between, from curves through their neighbours
+TOGETHER = 12  # so many at a time
 WORN = 20  # products for a step: the metric is measured again
 LEAST_SPREAD = 1e-12  # of a class that every sample is already sure about
 
@@ -63,8 +69,8 @@ def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = 
     if start is not None and basis is not None:
         blind = Solution(start.weight @ basis, start.bias)
     way = _Way(sweeps, blind, l2s)
-    way.lead()
-    way.fill()
+    for stride in STRIDES:
+        way.solve(stride)
     solutions = [Solution(W.numpy(), b.numpy()) for W, b in zip(way.W, way.b, strict=True)]
     return solutions if basis is None else [Solution(one.weight @ basis.T, one.bias) for one in solutions]
 
@@ -76,56 +82,36 @@ class _Way:
         self.sweeps, self.l2 = sweeps, torch.tensor(l2s, dtype=torch.float64)
         self.W = torch.from_numpy(start.weight).repeat(len(l2s), 1, 1)
         self.b = torch.from_numpy(start.bias).repeat(len(l2s), 1)
-        every = STRIDE if len(l2s) > 2 * STRIDE else 1
-        self.leading = sorted({*range(0, len(l2s), every), len(l2s) - 1})
+        self.known: list[int] = []
+        self.metric: Metric | None = sweeps.measure()
+        if len(l2s) > 1:
+            sweeps.whiten(self.metric)
 
-    def lead(self) -> None:
-        """Solve the leading ones, some abreast, each from a curve through the last three."""
-        metric = self.sweeps.measure()
-        if len(self.l2) > 1:
-            self.sweeps.whiten(metric)
-        for place in range(0, len(self.leading), ABREAST):
-            some = self.leading[place : place + ABREAST]
-            for number in some:
-                self._from(number, self.leading[max(0, place - 3) : place])
-            metric = self._solve(some, metric)
-
-    def fill(self) -> None:
-        """Solve the others, as many at a time as fit, each from a curve through the nearest four."""
-        rest = [number for number in range(len(self.l2)) if number not in self.leading]
+    def solve(self, stride: int) -> None:
+        """Solve every so many, the first and the last among them, as many at a time as fit."""
+        wanted = sorted({*range(0, len(self.l2), stride), len(self.l2) - 1} - {*self.known})
         most = min(TOGETHER, self.sweeps.most)
-        for first in range(0, len(rest), most):
-            some = rest[first : first + most]
+        for first in range(0, len(wanted), most):
+            some = wanted[first : first + most]
             for number in some:
-                near = sorted(self.leading, key=lambda one, number=number: abs(one - number))  # type: ignore[misc]
-                self._from(number, near[:4])
-            self._solve(some, None)
+                self._start(number)
+            found = minimise(self.sweeps, self.l2[some], self.W[some], self.b[some], self.metric)
+            (self.W[some], self.b[some]), self.metric = found, None
+            self.known = sorted({*self.known, *some})
 
-    def _from(self, number: int, known: Sequence[int]) -> None:
-        """Start from the polynomial in log l2 through what is known; from the start where nothing is."""
-        if known:
+    def _start(self, number: int) -> None:
+        """Start from the polynomial in log l2 through the nearest four that are known; beyond all of them, from the nearest."""
+        near = sorted(self.known, key=lambda one: abs(one - number))
+        if near:
+            near = near[:4] if self.known[0] < number < self.known[-1] else near[:1]
             log_l2 = self.l2.log()
-            shares = _lagrange(log_l2[list(known)], log_l2[number])
-            self.W[number] = torch.tensordot(shares, self.W[list(known)], 1)
-            self.b[number] = torch.tensordot(shares, self.b[list(known)], 1)
-
-    def _solve(self, some: list[int], metric: Metric | None) -> Metric:
-        found = minimise(self.sweeps, self.l2[some], self.W[some], self.b[some], metric)
-        self.W[some], self.b[some] = found.W, found.b
-        return found.metric
+            shares = _lagrange(log_l2[near], log_l2[number])
+            self.W[number] = torch.tensordot(shares, self.W[near], 1)
+            self.b[number] = torch.tensordot(shares, self.b[near], 1)
 
 
-@dataclass(frozen=True, eq=False)
-class Minimum:
-    """Weights (L, K, D), biases (L, K), and the metric that served last."""
-
-    W: Tensor
-    b: Tensor
-    metric: Metric
-
-
-def minimise(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, metric: Metric | None) -> Minimum:
-    """Minimise the objective for L values of l2 from W (L, K, D), b (L, K)."""
+def minimise(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, metric: Metric | None) -> tuple[Tensor, Tensor]:
+    """Minimise the objective for L values of l2 from W (L, K, D), b (L, K); return such weights and biases."""
     W, b = sweeps.level(W, b)
     points, left = _points(sweeps, l2, _short(W), b.clone()), torch.arange(len(l2))
     metric, worn = metric or sweeps.measure(len(l2) // 2), 0
@@ -133,7 +119,7 @@ def minimise(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, metric: Metric | 
         W[left], b[left] = points.W, points.b
         open_ = points.gap > TOLERANCE
         if not open_.any():
-            return Minimum(W, b, metric)
+            return W, b
         dW, db, products = _direction(sweeps, points, open_.nonzero()[:, 0], metric)
         points, left, dW, db = points[open_], left[open_], dW[open_], db[open_]
         worn += products > WORN
@@ -150,7 +136,7 @@ def minimise(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, metric: Metric | 
             RuntimeWarning,
             stacklevel=2,
         )
-    return Minimum(W, b, metric)
+    return W, b
 
 
 def _points(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor) -> Points:
@@ -173,7 +159,7 @@ def _direction(sweeps: Sweeps, points: Points, active: Tensor, metric: Metric) -
         weight = (((W - b[:, :, None] * metric.mean).float() @ basis * inverse) @ basis.T).double()
         return sweeps.level(weight, b / spread - weight @ metric.mean)
 
-    enough = 0.25 * TOLERANCE * 2 * points.objective
+    enough = 0.5 * TOLERANCE * 2 * points.objective
     first = _left(points, points.grad_W, points.grad_b)
     wanted = torch.maximum(enough, first * points.gap.clamp(max=0.01))
     dW, db = torch.zeros_like(points.W), torch.zeros_like(points.b)

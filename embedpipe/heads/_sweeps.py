@@ -233,5 +233,5 @@ def _metric(parts: Callable[[], Iterable[tuple[Tensor, Tensor]]], width: int) ->
     for x, counts in parts():
         centred = (x - mean.to(x.dtype)) * counts.sqrt().to(x.dtype)[:, None]
         gram += centred.T @ centred
-    spectrum, basis = torch.linalg.eigh(gram)
+    spectrum, basis = (part.double() for part in torch.linalg.eigh(gram.to(centred.dtype)))
     return Metric(spectrum.clamp_min(0), basis, mean)
