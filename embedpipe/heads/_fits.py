@@ -140,12 +140,18 @@ def fit_path(
         "task": task,
     }
     frame = make_frame(X, y, **shape, memory_bytes=memory_bytes)
-    points, heads = [], []
-    for value, solution in zip(values, solve_path(frame.problem, values, None), strict=True):
-        head = _head(frame, solution, value, solver=name, standardize=standardize)
-        points.append(_point(head, validation))
-        heads.append(head)
+    solutions = solve_path(frame.problem, values, None)
+    heads = [
+        _head(frame, one, l2, solver=name, standardize=standardize) for one, l2 in zip(solutions, values, strict=True)
+    ]
+    points = [_point(head, validation) for head in heads]
     best = max(range(len(points)), key=lambda i: _merit(points[i]))
+    if name == "newton" and len(values) > 1:
+        from embedpipe.heads._newton import polish
+
+        solution = polish(frame.problem, solutions[best], values[best])
+        heads[best] = _head(frame, solution, values[best], solver=name, standardize=standardize)
+        points[best] = _point(heads[best], validation)
     return Path(heads[best], values[best], tuple(points[::-1]))
 
 

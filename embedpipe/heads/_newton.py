@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embedpipe.heads._problem import Problem, Solution, narrow
+from embedpipe.heads._problem import Float64, Problem, Solution, narrow
 from embedpipe.heads._sweeps import Metric, Sweeps
 
 TOLERANCE = 4e-7  # of the bound on what is left to gain, relative to the objective
+POLISHED, POLISHING = 1e-12, 3  # what is left to gain after `polish`, which takes so many steps at most
 STEPS, PRODUCTS, HALVINGS = 100, 60, 40  # at most, in a minimisation, in a step, in a line search
 STRIDES = (
     11,
@@ -65,14 +66,29 @@ def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = 
     """Minimise the objective for every l2, falling."""
     small, basis = narrow(problem)
     sweeps = Sweeps(small, kept_bytes=problem.memory_bytes // 2)
-    blind = small.blind if start is None else start
-    if start is not None and basis is not None:
-        blind = Solution(start.weight @ basis, start.bias)
-    way = _Way(sweeps, blind, l2s)
+    way = _Way(sweeps, _into(start, basis) if start else small.blind, l2s)
     for stride in STRIDES:
         way.solve(stride)
-    solutions = [Solution(W.numpy(), b.numpy()) for W, b in zip(way.W, way.b, strict=True)]
-    return solutions if basis is None else [Solution(one.weight @ basis.T, one.bias) for one in solutions]
+    return [_out_of(Solution(W.numpy(), b.numpy()), basis) for W, b in zip(way.W, way.b, strict=True)]
+
+
+def polish(problem: Problem, solution: Solution, l2: float) -> Solution:
+    """Take the last steps to an optimum, so far that weights do not tell which way they came: through memory or in chunks,
+    with which other l2.
+    """
+    small, basis = narrow(problem)
+    sweeps, start = Sweeps(small, kept_bytes=problem.memory_bytes // 2), _into(solution, basis)
+    W, b = torch.from_numpy(start.weight)[None], torch.from_numpy(start.bias)[None]
+    W, b = minimise(sweeps, torch.tensor([l2], dtype=torch.float64), W, b, tolerance=POLISHED, steps=POLISHING)
+    return _out_of(Solution(W[0].numpy(), b[0].numpy()), basis)
+
+
+def _into(solution: Solution, basis: Float64 | None) -> Solution:
+    return solution if basis is None else Solution(solution.weight @ basis, solution.bias)
+
+
+def _out_of(solution: Solution, basis: Float64 | None) -> Solution:
+    return solution if basis is None else Solution(solution.weight @ basis.T, solution.bias)
 
 
 class _Way:
@@ -110,20 +126,30 @@ class _Way:
             self.b[number] = torch.tensordot(shares, self.b[near], 1)
 
 
-def minimise(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, metric: Metric | None) -> tuple[Tensor, Tensor]:
+def minimise(
+    sweeps: Sweeps,
+    l2: Tensor,
+    W: Tensor,
+    b: Tensor,
+    metric: Metric | None = None,
+    *,
+    tolerance: float = TOLERANCE,
+    steps: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """Minimise the objective for L values of l2 from W (L, K, D), b (L, K); return such weights and biases."""
     W, b = sweeps.level(W, b)
     points, left = _points(sweeps, l2, _short(W), b.clone()), torch.arange(len(l2))
     metric, worn = metric or sweeps.measure(len(l2) // 2), 0
-    for _ in range(STEPS):
+    for _ in range(steps or STEPS):
         W[left], b[left] = points.W, points.b
-        open_ = points.gap > TOLERANCE
+        open_ = points.gap > tolerance
         if not open_.any():
             return W, b
-        dW, db, products = _direction(sweeps, points, open_.nonzero()[:, 0], metric)
+        dW, db, products = _direction(sweeps, points, open_.nonzero()[:, 0], metric, tolerance)
         points, left, dW, db = points[open_], left[open_], dW[open_], db[open_]
         worn += products > WORN
-        points, moved = _step(sweeps, points, dW, db, _short if _may_be_short(points, metric) else torch.clone)
+        shape = _short if _may_be_short(points, metric, tolerance) else torch.clone
+        points, moved = _step(sweeps, points, dW, db, shape)
         if not moved:
             break
         if worn == 1:  # once: the weights of the rows hardly change any more
@@ -145,7 +171,9 @@ def _points(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor) -> Points:
     return Points(l2, W, b, objective, grad_W + l2[:, None, None] * W, grad_b, spread.clamp_min(LEAST_SPREAD))
 
 
-def _direction(sweeps: Sweeps, points: Points, active: Tensor, metric: Metric) -> tuple[Tensor, Tensor, int]:
+def _direction(
+    sweeps: Sweeps, points: Points, active: Tensor, metric: Metric, tolerance: float
+) -> tuple[Tensor, Tensor, int]:
     """Return Newton's step (L, K, D), (L, K) of the active problems, and how many products the slowest took.
 
     The residual of the linear system is the gradient that is left where the model holds: it need not be smaller than what ends
@@ -159,7 +187,7 @@ def _direction(sweeps: Sweeps, points: Points, active: Tensor, metric: Metric) -
         weight = (((W - b[:, :, None] * metric.mean).float() @ basis * inverse) @ basis.T).double()
         return sweeps.level(weight, b / spread - weight @ metric.mean)
 
-    enough = 0.5 * TOLERANCE * 2 * points.objective
+    enough = 0.5 * tolerance * 2 * points.objective
     first = _left(points, points.grad_W, points.grad_b)
     wanted = torch.maximum(enough, first * points.gap.clamp(max=0.01))
     dW, db = torch.zeros_like(points.W), torch.zeros_like(points.b)
@@ -194,11 +222,11 @@ def _short(W: Tensor) -> Tensor:
     return W.float().double()
 
 
-def _may_be_short(points: Points, metric: Metric) -> bool:
+def _may_be_short(points: Points, metric: Metric, tolerance: float) -> bool:
     """Tell whether that would not be seen in the gap: rounding moves the gradient by the Hessian times what it takes off."""
     off = torch.finfo(torch.float32).eps ** 2 / 12 * points.W.square().mean((1, 2))
     moved = off * points.W.shape[1] * metric.spectrum.square().sum() * points.spread.amax(1).square()
-    return bool((moved / (2 * points.l2 * points.objective) < 0.01 * TOLERANCE).all())
+    return bool((moved / (2 * points.l2 * points.objective) < 0.01 * tolerance).all())
 
 
 def _step(
