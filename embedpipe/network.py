@@ -52,11 +52,14 @@ class Network(nn.Module):
             yield
             return
         model: Any = self.backbone.model
+        hint = "leave it out, or choose a model of timm that has set_grad_checkpointing"
+        refusal = UsageError(f"--grad-checkpointing: {name} cannot do so", hint=hint)
+        if not hasattr(model, "set_grad_checkpointing"):
+            raise refusal
         try:
             model.set_grad_checkpointing(enable=True)
-        except (AttributeError, NotImplementedError, AssertionError) as exc:
-            hint = "leave it out, or choose a model of timm that has set_grad_checkpointing"
-            raise UsageError(f"--grad-checkpointing: {name} cannot do so", hint=hint) from exc
+        except (NotImplementedError, AssertionError) as exc:  # so timm says that a model cannot
+            raise refusal from exc
         yield
         model.set_grad_checkpointing(enable=False)
 

@@ -54,7 +54,9 @@ def test_the_path_is_drawn(features: ep.FeatureSet) -> None:
     assert [len(line) for line in lines] == [len(run.report["l2_path"])] * 2
     heights = [float(place.partition(",")[2]) for place in lines[-1]]
     assert heights == sorted(heights, reverse=True)  # the objective rises with l2, upwards
-    assert not (ep.fit_head(features, l2=0.1).folder / "l2_path.svg").exists()  # type: ignore[operator]
+    one = ep.fit_head(features, l2=0.1)
+    assert one.folder is not None
+    assert not (one.folder / "l2_path.svg").exists()
 
 
 @pytest.mark.filterwarnings("always:the best l2")
