@@ -51,6 +51,7 @@ DOORS = {
     "datasets": {"places/_hub.py", "manifest/_hub.py"},
     "tarfile": {"manifest/_tar.py"},
     "openvino": {"executors/_openvino.py"},
+    "numba": {"executors/_tiles.py"},
     "onnx": set(),  # torch's exporter uses it and onnxscript
     "onnxruntime": {"exporting/_onnx.py"},
     "pickle": {

@@ -42,7 +42,7 @@ def extract(
     store_dtype: Literal["float32", "float16"] = "float32",
     batch_size: int | Literal["auto"] = "auto",
     device: str = "auto",
-    executor: Literal["auto", "eager", "compile", "openvino"] = "auto",
+    executor: Literal["auto", "eager", "fused", "compile", "openvino"] = "auto",
     workers: int | Literal["auto"] = "auto",
     split_by: Literal["auto", "folder", "column", "hash"] = "auto",
     val_fraction: float = 0.15,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedpipe.executors import OpenVino, Session, Torch
+from embedpipe.executors import Fused, OpenVino, Session, Torch
 from embedpipe.forwarding._plan import Forward
 from embedpipe.images import ALL, Batch, Transform
 
@@ -104,14 +104,14 @@ class Runner:
             return self._in_parts(joint, images)
         return done[0] if len(done) == 1 else [np.concatenate(features) for features in zip(*done, strict=True)]
 
-    def examples(self) -> list[np.ndarray]:
-        """Return black images, a whole batch, for each window."""
+    def examples(self, size: int | None = None) -> list[np.ndarray]:
+        """Return black images, a whole batch or `size`, for each window."""
         of = [self._joint[self._window.index(window)] for window in range(len(self.windows))]
-        return [self.joints[joint].example(self.forward.batch_size).numpy() for joint in of]
+        return [self.joints[joint].example(size or self.forward.batch_size).numpy() for joint in of]
 
-    def pad(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return a batch for each window, filled up to its full size with black images."""
-        return [_pad(one, self.forward.batch_size) for one in images]
+    def pad(self, images: Sequence[np.ndarray], size: int | None = None) -> list[np.ndarray]:
+        """Return a batch for each window, filled up to its full size, or to `size`, with black images."""
+        return [_pad(one, size or self.forward.batch_size) for one in images]
 
     def rows_of(self, batch: Batch[bytes]) -> list[Rows]:
         """Return the rows of each backbone in the stored dtype; those that are not finite are failures."""
@@ -153,6 +153,8 @@ def open_session(joints: Sequence[Joint], forward: Forward, graphs: Path | None 
     """Return a session of the executor that `forward` names."""
     if forward.executor == "openvino":
         return OpenVino(joints, batch_size=forward.batch_size, streams=forward.streams, graphs=graphs)
+    if forward.executor == "fused":
+        return Fused(joints, batch_size=forward.batch_size)
     return open_torch(joints, forward, compiled=forward.executor == "compile")
 
 

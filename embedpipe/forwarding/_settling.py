@@ -16,7 +16,7 @@ import numpy as np
 
 from embedpipe.disk import publish
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, StorageError, UsageError
-from embedpipe.executors import graph_name, has_openvino
+from embedpipe.executors import graph_name, has_fused, has_openvino, tiled_share
 from embedpipe.forwarding._plan import FIRST_BATCH, Forward, torch_threads
 from embedpipe.forwarding._runner import Runner
 from embedpipe.images import image_batches
@@ -39,8 +39,10 @@ class Cost:
     gain: float
 
 
-# Before anything is measured. OpenVINO: 3 to 6 s, saves 15 to 60 %; torch.compile on a GPU: a minute, 10 to 20 %.
-EXPECTED = {"openvino": Cost(6.0, 0.3), "compile": Cost(60.0, 0.15)}
+# Before anything is measured. OpenVINO: 3 to 6 s, saves 15 to 60 %; fused: 1 to 3 s, saves 15 to 45 %; torch.compile on a GPU:
+# a minute, 10 to 20 %.
+EXPECTED = {"openvino": Cost(6.0, 0.3), "fused": Cost(3.0, 0.25), "compile": Cost(60.0, 0.15)}
+WORTH_TILES = 0.25  # of a model's multiplications in 3x3 convolutions: from here on fused is faster than OpenVINO
 
 
 def settle(
@@ -69,17 +71,17 @@ def settle(
     if forward.device != "cpu" and not forward.batch_size:
         forward = replace(forward, batch_size=_find_batch(backbones, forward))
     eager = Runner(backbones, forward.under("eager"))
-    name = _candidate(forward) if wanted == "auto" else wanted
-    if name == "eager":
-        return eager
-    if name == "openvino" and (forward.precision, forward.device) != ("fp32", "cpu"):
-        raise UsageError(
-            f"--executor openvino with --precision {forward.precision} on {forward.device}, expected fp32 on cpu",
-            hint="leave out one of them",
-        )
     if wanted == "auto" and work < LEAST_WORK:
         return eager
-    sample = _sample(eager, items)
+    name = _candidate(eager) if wanted == "auto" else wanted
+    if name == "eager":
+        return eager
+    if name in ("fused", "openvino") and (forward.precision, forward.device) != ("fp32", "cpu"):
+        raise UsageError(
+            f"--executor {name} with --precision {forward.precision} on {forward.device}, expected fp32 on cpu",
+            hint="leave out one of them",
+        )
+    sample = _sample(eager, items, max(eager.forward.batch_size, forward.under(name).batch_size))
     eager_s, reference = _timed(eager, sample)
     memo = graphs / f"{graph_name(eager.joints)}-{name}.json" if graphs else None
     known, ahead_s = _recall(memo) or EXPECTED[name], work * eager_s / forward.streams
@@ -88,7 +90,6 @@ def settle(
     start, eager_s = time.monotonic(), _timed(eager, sample)[0]  # now that it is warm
     try:
         other = Runner(backbones, forward.under(name), graphs=graphs)
-        sample = [images[: other.forward.batch_size] for images in sample]
         _, found = _timed(other, sample)
     except EmbedpipeError:
         raise
@@ -97,7 +98,7 @@ def settle(
         return eager
     other_s, _ = _timed(other, sample)
     other.difference = largest_difference(reference, found)
-    cost = Cost(time.monotonic() - start - other_s * len(sample[0]), 1 - other_s / eager_s)
+    cost = Cost(time.monotonic() - start - other_s * other.forward.batch_size, 1 - other_s / eager_s)
     if memo:
         with suppress(StorageError):  # kept only to save time
             publish(memo, json.dumps(vars(cost)).encode())
@@ -113,32 +114,37 @@ def _warn(reason: str) -> None:
     warnings.warn(f"{reason}; eager torch is used", EmbedpipeWarning, stacklevel=3)
 
 
-def _candidate(forward: Forward) -> str:
+def _candidate(eager: Runner) -> str:
     """Return the executor that may be faster than eager torch here."""
+    forward = eager.forward
     if forward.device.startswith("cuda"):
         return "compile"
-    return "openvino" if forward.device == "cpu" and forward.precision == "fp32" and has_openvino() else "eager"
+    if (forward.device, forward.precision) != ("cpu", "fp32"):
+        return "eager"
+    if has_fused() and (not has_openvino() or min(map(tiled_share, eager.joints)) >= WORTH_TILES):
+        return "fused"
+    return "openvino" if has_openvino() else "eager"
 
 
-def _sample(runner: Runner, items: Iterable[tuple[bytes, Place | Path]]) -> list[np.ndarray]:
-    """Return the first batch of images that can be read, for each window; black ones where there are none."""
-    size = runner.forward.batch_size
+def _sample(runner: Runner, items: Iterable[tuple[bytes, Place | Path]], size: int) -> list[np.ndarray]:
+    """Return the first `size` images, those that can be read, for each window; black ones to fill them up."""
     batches = image_batches(islice(items, size), runner.windows, batch_size=size, workers=runner.forward.workers)
     found = [batch for batch in batches if batch.keys]
-    return runner.pad(found[0].images) if found else runner.examples()
+    return runner.pad(found[0].images, size) if found else runner.examples(size)
 
 
 def _timed(runner: Runner, images: Sequence[np.ndarray]) -> tuple[float, list[np.ndarray]]:
-    """Return the seconds an image, and the features, of a batch."""
+    """Return the seconds an image, and the features, of the first batch."""
+    batch = [one[: runner.forward.batch_size] for one in images]
     with torch_threads(runner.forward.threads):
         start = time.monotonic()
-        features = runner(images)
-        return (time.monotonic() - start) / len(images[0]), features
+        features = runner(batch)
+        return (time.monotonic() - start) / len(batch[0]), features
 
 
 def largest_difference(reference: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
     """Return the largest difference of the features found, as a share of the largest feature of their backbone."""
-    pairs = [(old[: len(new)], new) for old, new in zip(reference, found, strict=True)]
+    pairs = [(old[: len(new)], new[: len(old)]) for old, new in zip(reference, found, strict=True)]
     tiny = np.finfo(np.float32).tiny
     return max(float(np.abs(new - old).max() / max(np.abs(old).max(), tiny)) for old, new in pairs)
 

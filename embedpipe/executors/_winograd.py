@@ -1,0 +1,80 @@
+"""Winograd's F(4x4, 3x3): a 3x3 convolution with a quarter of the multiplications.
+
+Each tile of 6x6 pixels becomes 36 numbers a channel, each of these is multiplied by a matrix of its own, and the 36 sums become
+4x4 pixels. The matrices are one convolution of oneDNN in 36 groups; what comes before and after is compiled in `_tiles`. In
+float32 a result differs from the direct sum by up to 1e-5 of the largest.
+
+Source: Lavin and Gray, Fast algorithms for convolutional neural networks, CVPR 2016, section 4.3.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from embedpipe.executors._onednn import Convolution, Places
+from embedpipe.executors._suiting import GROUPS, count_tiles
+from embedpipe.executors._tiles import tile, untile
+
+ROOM = 1 << 20  # numbers of tiles at a time: a few MB
+KERNEL = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24  # G
+
+
+class Winograd(nn.Module):
+    """A convolution of images of one size, with a rectifier after it or not.
+
+    Parameters
+    ----------
+    weight : (O, C, 3, 3); bias : (O,) or None
+    size : (N, C, H, W) of its input
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, size: tuple[int, ...], *, relu: bool) -> None:
+        super().__init__()
+        (outputs, channels), (count, _, height, width) = weight.shape[:2], size
+        self._grid, self._relu = (count_tiles(height), count_tiles(width)), relu
+        self._bias = np.zeros(outputs, np.float32) if bias is None else bias.numpy()
+        each = self._grid[0] * self._grid[1]
+        room = max(ROOM, GROUPS * channels * outputs)  # no less than the matrices, which pass by once for each part
+        parts = -(-count // max(1, room // (GROUPS * each * (channels + outputs))))
+        self._together = -(-count // parts)
+        self._shape = (self._together * each, GROUPS, channels)
+        rows = (1, GROUPS * channels, 1, self._together * each)
+        self._multiply = Convolution(_matrices(weight), None, rows, Places(groups=GROUPS))
+        self._own = threading.local()
+
+    def forward(self, images: Tensor, total: Tensor | None = None) -> Tensor:
+        """Return (N, O, H, W), channels last; added to `total`, in its memory, where that is given."""
+        pixels = _channels_last(images)
+        add, shape = total is not None, (*pixels.shape[:3], len(self._bias))
+        found = torch.empty(shape) if total is None else _channels_last(total)
+        for first in range(0, len(pixels), self._together):
+            some = slice(first, first + self._together)
+            tiles = self._memory(len(pixels[some]))
+            tile(pixels[some].numpy(), tiles.numpy(), *self._grid)
+            sums = self._multiply(tiles.view(1, 1, len(tiles), -1).permute(0, 3, 1, 2))
+            sums = _channels_last(sums).view(len(tiles), GROUPS, -1)
+            untile(sums.numpy(), self._bias, found[some].numpy(), *self._grid, add, self._relu)
+        return found.permute(0, 3, 1, 2)
+
+    def _memory(self, images: int) -> Tensor:
+        """Return this thread's room for the tiles of some images."""
+        if not hasattr(self._own, "tiles"):
+            self._own.tiles = torch.empty(self._shape)
+        tiles: Tensor = self._own.tiles[: images * self._grid[0] * self._grid[1]]
+        return tiles
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """Return (N, H, W, C) in one piece: the same memory where it is so already."""
+    return images.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+
+
+def _matrices(weight: Tensor) -> Tensor:
+    """Return G g G^T of a kernel, by columns, as a convolution in 36 groups: (36 O, C, 1, 1)."""
+    kernel = torch.from_numpy(KERNEL)
+    found = torch.einsum("ai,ocij,bj->baoc", kernel, weight.double(), kernel)
+    return found.float().reshape(-1, weight.shape[1], 1, 1)

@@ -1,0 +1,212 @@
+"""The fused graph: Winograd's convolutions against the direct sum, and what may share memory. Random weights: mechanics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from embedpipe.backbones import Backbone, join, load_backbone
+from embedpipe.executors import Fused, tiled_share
+from embedpipe.executors._fused import fuse
+from embedpipe.executors._onednn import Places
+from embedpipe.executors._suiting import suits
+from embedpipe.executors._winograd import Winograd
+from embedpipe.images import Transform
+
+SIZE = 3
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(1, 5),
+    channels=st.sampled_from([32, 48, 96]),
+    outputs=st.sampled_from([32, 80]),
+    height=st.integers(1, 23),
+    width=st.integers(1, 23),
+    shift=st.booleans(),
+    add=st.booleans(),
+    relu=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_winograd_is_the_convolution(
+    count: int, channels: int, outputs: int, height: int, width: int, shift: bool, add: bool, relu: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    images, weight = torch.randn(count, channels, height, width), torch.randn(outputs, channels, 3, 3)
+    bias = torch.randn(outputs) if shift else None
+    total = torch.randn(count, outputs, height, width).contiguous(memory_format=torch.channels_last)
+    expected = nn.functional.conv2d(
+        images.double(), weight.double(), None if bias is None else bias.double(), padding=1
+    )
+    largest = expected.abs().max()
+    expected = expected + total if add else expected
+    expected = expected.relu() if relu else expected
+    with torch.inference_mode():
+        found = Winograd(weight, bias, tuple(images.shape), relu=relu)(images, total if add else None)
+    assert (found - expected).abs().max() < 2e-5 * largest
+    assert not add or found.data_ptr() == total.data_ptr()
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_parts_of_a_batch_are_the_batch(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedpipe.executors._winograd.ROOM", 1)
+    torch.manual_seed(0)
+    images, weight = torch.randn(count, 32, 31, 31), torch.randn(32, 32, 3, 3)
+    with torch.inference_mode():
+        convolution = Winograd(weight, None, tuple(images.shape), relu=False)
+        found = convolution(images)
+    assert count == 1 or convolution._together < count
+    assert torch.allclose(found, nn.functional.conv2d(images, weight, padding=1), atol=1e-3)
+
+
+def test_which_convolutions_suit() -> None:
+    weight, size = torch.empty(64, 64, 3, 3), (1, 64, 14, 14)
+    assert suits(weight, Places(padding=(1, 1)), size)
+    assert not suits(weight, Places(), size)
+    assert not suits(weight, Places(stride=(2, 2), padding=(1, 1)), size)
+    assert not suits(weight, Places(padding=(2, 2), dilation=(2, 2)), size)
+    assert not suits(torch.empty(64, 1, 3, 3), Places(padding=(1, 1), groups=64), size)
+    assert not suits(torch.empty(64, 64, 1, 1), Places(), size)
+    assert not suits(torch.empty(64, 3, 3, 3), Places(padding=(1, 1)), (1, 3, 14, 14))
+    assert not suits(weight, Places(padding=(1, 1)), (1, 64, 2, 2))
+
+
+def test_the_share_that_tiles_can_take() -> None:
+    shares = [
+        tiled_share(join([load_backbone(f"timm:{name}", weights="none")])[0][0]) for name in ("resnet18", "test_vit")
+    ]
+    assert shares[0] == pytest.approx(0.83, abs=0.02)  # 13 of 20 convolutions, 1.50 of 1.81 G
+    assert shares[1] == 0
+
+
+def wide(groups: int = 1, size: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(32, 32, size, padding=size // 2, groups=groups)
+
+
+class Parts(nn.Module):
+    """Up to three convolutions after one that makes 32 channels."""
+
+    def __init__(self, size: int = 3) -> None:
+        super().__init__()
+        self.stem, self.a, self.b, self.c = nn.Conv2d(3, 32, 3, 2, 1), wide(1, size), wide(1, size), wide(1, size)
+
+
+class OnItself(Parts):
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        return (x + self.a(x)).relu().mean((2, 3))  # type: ignore[no-any-return]
+
+
+class UsedLater(Parts):
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        y = self.b(self.a(x)) + x
+        return (self.c(y) + x).mean((2, 3))
+
+
+class InPlace(Parts):
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images).relu_()
+        y = self.a(x)
+        y += x
+        kept = y.view(y.shape)
+        y.relu_()
+        return self.b(y).mean((2, 3)) + kept.mean((2, 3))
+
+
+class Shared(Parts):
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        y = self.a(x)
+        return (y.relu() + y).mean((2, 3)) + self.a(y).mean((2, 3))
+
+
+class Activations(Parts):
+    def forward(self, images: Tensor) -> Tensor:
+        f = nn.functional
+        x = f.hardswish(self.stem(images))
+        x = f.silu(self.a(x)) + f.relu6(self.b(x)) + f.leaky_relu(self.c(x), 0.1)
+        return torch.sigmoid(self.a(x)).mean((2, 3))
+
+
+class Broadcast(Parts):
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        return (self.a(x) + x.mean((2, 3), keepdim=True) + 1).mean((2, 3))
+
+
+class Odd(Parts):
+    def __init__(self, size: int = 3) -> None:
+        super().__init__(size)
+        self.up, self.line = nn.ConvTranspose2d(32, 32, 2, 2), nn.Conv1d(32, 32, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.up(self.stem(images))
+        weight = self.a.weight - self.a.weight.mean()  # computed, so not ours to pack
+        x = nn.functional.conv2d(x, weight, padding=1)
+        return self.line(x.mean(2)).mean(2)  # type: ignore[no-any-return]
+
+
+class Branches(Parts):
+    """The shortcut is a convolution that comes after the one that is added to it."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images)
+        y = self.a(x)
+        return (y + self.b(x)).relu().mean((2, 3))  # type: ignore[no-any-return]
+
+
+class Shortcut(Parts):
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images).relu()
+        return (self.b(self.a(x).relu()) + x).relu().mean((2, 3))  # type: ignore[no-any-return]
+
+
+def backbone_of(model: nn.Module, size: int = 30) -> Backbone:
+    return load_backbone(model.eval(), transform=Transform((size, size), size))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    "model", [OnItself, UsedLater, InPlace, Shared, Activations, Broadcast, Odd, Branches, Shortcut]
+)
+def test_the_graph_computes_what_the_module_does(model: Callable[[int], nn.Module], size: int) -> None:
+    torch.manual_seed(0)
+    joints, _ = join([backbone_of(model(size))])
+    pixels = np.random.default_rng(0).integers(0, 256, tuple(joints[0].example(SIZE).shape), dtype=np.uint8)
+    with torch.inference_mode():
+        (expected,) = joints[0](torch.from_numpy(pixels))
+    session = Fused(joints, batch_size=SIZE)
+    for _ in range(2):  # nothing of the first pass is left in the second
+        (found,) = session(0, pixels)
+        assert np.abs(found - expected.numpy()).max() < 1e-5 * expected.abs().max()
+
+
+def calls(model: nn.Module) -> tuple[list[str], int]:
+    """Return the kinds of calls that a model's graph comes to, and how many additions copy first."""
+    (joint,), _ = join([backbone_of(model)])
+    whole = fuse(joint, SIZE)
+    ours = [type(whole.get_submodule(str(n.target))).__name__ for n in whole.graph.nodes if n.op == "call_module"]
+    return ours, sum(node.target == "clone" for node in whole.graph.nodes)
+
+
+def test_memory_is_used_again_only_where_nobody_wants_it() -> None:
+    assert calls(Branches()) == (["Convolution", "Winograd", "Winograd"], 0)
+    assert calls(Shortcut()) == (["Convolution", "Winograd", "Winograd"], 0)
+    assert calls(OnItself()) == (["Convolution", "Winograd"], 1)
+    assert calls(UsedLater()) == (["Convolution", "Winograd", "Winograd", "Winograd"], 1)
+
+
+def test_nothing_is_left_of_what_was_fused() -> None:
+    (joint,), _ = join([load_backbone("timm:resnet18", weights="none")])
+    whole = fuse(joint, 2)
+    left = [str(node.target) for node in whole.graph.nodes if node.op == "call_function"]
+    assert not [name for name in left if any(word in name for word in ("convolution", "relu", "add", "batch_norm"))]
+    held = sum(one.numel() for one in [*whole.parameters(), *whole.buffers()])
+    assert held < 1000  # the weights are not kept a second time
