@@ -74,11 +74,13 @@ def _decode_share(share: tuple[list[tuple[bytes, Path]], list[Any]]) -> float:
 
 def forward(data: str, backbones: list[str], executor: str, cores: int = 1) -> dict[str, Any]:
     """Run images that are decoded already through the backbones, one thread a stream, as many streams as cores."""
+    from embedpipe.forwarding._plan import torch_threads
+
     runner = open_runner(data, backbones, executor, streams=cores)
     batches = _held(data, runner)
     images = len(list_images(Path(data)))
     calls = -(-images // runner.forward.batch_size)
-    with ThreadPoolExecutor(cores) as pool:
+    with torch_threads(1), ThreadPoolExecutor(cores) as pool:
         list(pool.map(runner, batches[:cores]))  # every thread is warm
         start = time.monotonic()
         list(pool.map(lambda call: runner(batches[call % len(batches)]), range(calls)))
