@@ -39,6 +39,10 @@ class Joint(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         if isinstance(self.first.transform, Transform):
             images = self.first.transform.normalise(images)
+        return self.features(images)
+
+    def features(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the features of images that are normalised already, float32 (N, 3, H, W)."""
         features = self.headless(images)
         return features if isinstance(features, tuple) else (features,)
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from embedpipe.errors import UsageError
 from embedpipe.executors._folding import fold
+from embedpipe.images import Transform
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.fx import Graph, GraphModule, Node
 
     from embedpipe.backbones import Joint
@@ -56,26 +59,57 @@ class Fused:
         if not has_fused():
             raise UsageError("the executor fused is not installed", hint="pip install 'embedpipe[fused]'")
         self._graphs: list[Any] = [fuse(joint, batch_size) for joint in joints]
+        self._colours = [_Colours.of(joint) for joint in joints]
 
     def __call__(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
         import torch
 
-        batch = torch.from_numpy(images)
-        if images.dtype != np.uint8:
-            batch = batch.contiguous(memory_format=torch.channels_last)
+        colours = self._colours[joint]
         with torch.inference_mode():
+            batch = (
+                colours(images) if colours else torch.from_numpy(images).contiguous(memory_format=torch.channels_last)
+            )
             return [features.numpy() for features in self._graphs[joint](batch)]
 
 
+@dataclass(frozen=True, eq=False)
+class _Colours:
+    """What normalisation makes of the 256 values of each channel (256, 3), and the order in which it takes channels (3,)."""
+
+    table: np.ndarray
+    channels: np.ndarray
+
+    @classmethod
+    def of(cls, joint: Joint) -> _Colours | None:
+        """Those of a joint that normalises; None where images come normalised."""
+        transform = joint.first.transform
+        if not isinstance(transform, Transform):
+            return None
+        greys = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2)
+        table = transform.normalise(greys)[:, 0].T.contiguous().numpy()
+        return cls(table, np.array([2, 1, 0] if transform.channels == "bgr" else [0, 1, 2]))
+
+    def __call__(self, pixels: np.ndarray) -> Tensor:
+        """Return float32 (N, 3, H, W), channels last, of uint8 (N, H, W, 3)."""
+        import torch
+
+        from embedpipe.executors._tiles import colour
+
+        images = torch.empty(pixels.shape)
+        colour(np.ascontiguousarray(pixels), self.table, self.channels, images.numpy())
+        return images.permute(0, 3, 1, 2)
+
+
 def fuse(joint: Joint, batch_size: int) -> GraphModule:
-    """Return the graph of a joint for batches of this size, its convolutions replaced."""
+    """Return the graph from normalised images to features, for batches of this size, its convolutions replaced."""
     import torch
     from torch.fx import GraphModule
     from torch.fx.experimental.proxy_tensor import make_fx
 
     module = fold(joint.cpu()).to(memory_format=torch.channels_last)
+    example = torch.zeros(batch_size, 3, *joint.first.image_size).to(memory_format=torch.channels_last)
     with torch.no_grad():
-        whole = make_fx(torch.func.functionalize(module, remove="mutations"))(joint.example(batch_size))
+        whole = make_fx(torch.func.functionalize(lambda images: module.features(images), remove="mutations"))(example)
         for node in list(whole.graph.nodes):
             if node.target is torch.ops.aten.convolution.default and node.args[1].op == "get_attr":
                 _replace(whole, node)

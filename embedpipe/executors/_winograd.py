@@ -19,7 +19,7 @@ from embedpipe.executors._onednn import Convolution, Places
 from embedpipe.executors._suiting import GROUPS, count_tiles
 from embedpipe.executors._tiles import tile, untile
 
-ROOM = 1 << 20  # numbers of tiles at a time: a few MB
+ROOM = 1 << 20  # numbers of tiles at a time, before and after: what stays in a core's cache
 KERNEL = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24  # G
 
 
@@ -37,12 +37,11 @@ class Winograd(nn.Module):
         (outputs, channels), (count, _, height, width) = weight.shape[:2], size
         self._grid, self._relu = (count_tiles(height), count_tiles(width)), relu
         self._bias = np.zeros(outputs, np.float32) if bias is None else bias.numpy()
-        each = self._grid[0] * self._grid[1]
+        self._all = count * self._grid[0] * self._grid[1]
         room = max(ROOM, GROUPS * channels * outputs)  # no less than the matrices, which pass by once for each part
-        parts = -(-count // max(1, room // (GROUPS * each * (channels + outputs))))
-        self._together = -(-count // parts)
-        self._shape = (self._together * each, GROUPS, channels)
-        rows = (1, GROUPS * channels, 1, self._together * each)
+        parts = -(-self._all // max(1, room // (GROUPS * (channels + outputs))))
+        self._shape = (-(-self._all // parts), GROUPS, channels)
+        rows = (1, GROUPS * channels, 1, self._shape[0])
         self._multiply = Convolution(_matrices(weight), None, rows, Places(groups=GROUPS))
         self._own = threading.local()
 
@@ -51,20 +50,19 @@ class Winograd(nn.Module):
         pixels = _channels_last(images)
         add, shape = total is not None, (*pixels.shape[:3], len(self._bias))
         found = torch.empty(shape) if total is None else _channels_last(total)
-        for first in range(0, len(pixels), self._together):
-            some = slice(first, first + self._together)
-            tiles = self._memory(len(pixels[some]))
-            tile(pixels[some].numpy(), tiles.numpy(), *self._grid)
+        for first in range(0, self._all, self._shape[0]):
+            tiles = self._memory()[: self._all - first]
+            tile(pixels.numpy(), tiles.numpy(), first, *self._grid)
             sums = self._multiply(tiles.view(1, 1, len(tiles), -1).permute(0, 3, 1, 2))
             sums = _channels_last(sums).view(len(tiles), GROUPS, -1)
-            untile(sums.numpy(), self._bias, found[some].numpy(), *self._grid, add, self._relu)
+            untile(sums.numpy(), self._bias, found.numpy(), first, *self._grid, add, self._relu)
         return found.permute(0, 3, 1, 2)
 
-    def _memory(self, images: int) -> Tensor:
-        """Return this thread's room for the tiles of some images."""
+    def _memory(self) -> Tensor:
+        """Return this thread's room for tiles."""
         if not hasattr(self._own, "tiles"):
             self._own.tiles = torch.empty(self._shape)
-        tiles: Tensor = self._own.tiles[: images * self._grid[0] * self._grid[1]]
+        tiles: Tensor = self._own.tiles
         return tiles
 
 

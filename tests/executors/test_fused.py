@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from embedpipe.backbones import Backbone, join, load_backbone
 from embedpipe.executors import Fused, tiled_share
-from embedpipe.executors._fused import fuse
+from embedpipe.executors._fused import _Colours, fuse
 from embedpipe.executors._onednn import Places
 from embedpipe.executors._suiting import suits
 from embedpipe.executors._winograd import Winograd
@@ -61,7 +61,7 @@ def test_parts_of_a_batch_are_the_batch(count: int, monkeypatch: pytest.MonkeyPa
     with torch.inference_mode():
         convolution = Winograd(weight, None, tuple(images.shape), relu=False)
         found = convolution(images)
-    assert count == 1 or convolution._together < count
+    assert convolution._shape[0] < count * 64
     assert torch.allclose(found, nn.functional.conv2d(images, weight, padding=1), atol=1e-3)
 
 
@@ -186,6 +186,37 @@ def test_the_graph_computes_what_the_module_does(model: Callable[[int], nn.Modul
     for _ in range(2):  # nothing of the first pass is left in the second
         (found,) = session(0, pixels)
         assert np.abs(found - expected.numpy()).max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("channels", ["rgb", "bgr"])
+def test_a_table_gives_the_colours_of_normalisation(channels: str) -> None:
+    transform = Transform((20, 30), 20, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), channels=channels)
+    (joint,), _ = join([load_backbone(Shortcut().eval(), transform=transform)])
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 20, 30, 3), dtype=np.uint8)
+    colours = _Colours.of(joint)
+    assert colours is not None
+    assert torch.equal(colours(pixels), transform.normalise(pixels))
+
+
+class Own:
+    """A transform of the user's, which gives images that are normalised."""
+
+    def to_dict(self) -> dict[str, int]:
+        return {"size": 24}
+
+    def __call__(self, image: object) -> Tensor:
+        return torch.full((3, 24, 24), 0.5)
+
+
+def test_images_may_come_normalised() -> None:
+    torch.manual_seed(0)
+    backbone = load_backbone(Shortcut().eval(), transform=Own())
+    joints, _ = join([backbone])
+    images = torch.randn(tuple(joints[0].example(SIZE).shape))
+    with torch.inference_mode():
+        (expected,) = joints[0](images)
+    (found,) = Fused(joints, batch_size=SIZE)(0, images.numpy())
+    assert np.abs(found - expected.numpy()).max() < 1e-5 * expected.abs().max()
 
 
 def calls(model: nn.Module) -> tuple[list[str], int]:
