@@ -119,8 +119,8 @@ def fuse(joint: Joint, batch_size: int) -> GraphModule:
 
 def _replace(whole: GraphModule, node: Node) -> None:
     """Replace a convolution, and what follows it alone, by one call."""
-    from embedpipe.executors._onednn import Convolution, Places
-    from embedpipe.executors._suiting import suits
+    from embedpipe.executors._onednn import Convolution
+    from embedpipe.executors._suiting import Places, suits
     from embedpipe.executors._winograd import Winograd
 
     given: tuple[Any, ...] = node.args

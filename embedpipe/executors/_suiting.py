@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from embedpipe.executors._folding import is_conv
-from embedpipe.executors._onednn import Places
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from embedpipe.backbones import Joint
+
+
+@dataclass(frozen=True)
+class Places:
+    """Which pixels a convolution takes, and in how many groups of channels."""
+
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
+    groups: int = 1
+
 
 GROUPS, SIDE = 36, 4  # a tile's numbers a channel, and the pixels that it gives, in a row
 OURS = Places(padding=(1, 1))

@@ -9,18 +9,20 @@ Source: Lavin and Gray, Fast algorithms for convolutional neural networks, CVPR 
 
 from __future__ import annotations
 
+import math
 import threading
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embedpipe.executors._onednn import Convolution, Places
-from embedpipe.executors._suiting import GROUPS, count_tiles
+from embedpipe.executors._onednn import Convolution
+from embedpipe.executors._suiting import GROUPS, Places, count_tiles
 from embedpipe.executors._tiles import tile, untile
 
 ROOM = 1 << 20  # numbers of tiles at a time, before and after: what stays in a core's cache
 KERNEL = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24  # G
+_room = threading.local()
 
 
 class Winograd(nn.Module):
@@ -43,7 +45,6 @@ class Winograd(nn.Module):
         self._shape = (-(-self._all // parts), GROUPS, channels)
         rows = (1, GROUPS * channels, 1, self._shape[0])
         self._multiply = Convolution(_matrices(weight), None, rows, Places(groups=GROUPS))
-        self._own = threading.local()
 
     def forward(self, images: Tensor, total: Tensor | None = None) -> Tensor:
         """Return (N, O, H, W), channels last; added to `total`, in its memory, where that is given."""
@@ -51,19 +52,20 @@ class Winograd(nn.Module):
         add, shape = total is not None, (*pixels.shape[:3], len(self._bias))
         found = torch.empty(shape) if total is None else _channels_last(total)
         for first in range(0, self._all, self._shape[0]):
-            tiles = self._memory()[: self._all - first]
+            tiles = _memory(self._shape)[: self._all - first]
             tile(pixels.numpy(), tiles.numpy(), first, *self._grid)
             sums = self._multiply(tiles.view(1, 1, len(tiles), -1).permute(0, 3, 1, 2))
             sums = _channels_last(sums).view(len(tiles), GROUPS, -1)
             untile(sums.numpy(), self._bias, found.numpy(), first, *self._grid, add, self._relu)
         return found.permute(0, 3, 1, 2)
 
-    def _memory(self) -> Tensor:
-        """Return this thread's room for tiles."""
-        if not hasattr(self._own, "tiles"):
-            self._own.tiles = torch.empty(self._shape)
-        tiles: Tensor = self._own.tiles
-        return tiles
+
+def _memory(shape: tuple[int, ...]) -> Tensor:
+    """Return this thread's room for tiles, the same for every layer: it stays in the cache."""
+    numbers: Tensor | None = getattr(_room, "numbers", None)
+    if numbers is None or numbers.numel() < math.prod(shape):
+        numbers = _room.numbers = torch.empty(math.prod(shape))
+    return numbers[: math.prod(shape)].view(shape)
 
 
 def _channels_last(images: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from embedpipe.backbones import Backbone, join, load_backbone
 from embedpipe.executors import Fused, tiled_share
 from embedpipe.executors._fused import _Colours, fuse
-from embedpipe.executors._onednn import Places
-from embedpipe.executors._suiting import suits
+from embedpipe.executors._suiting import Places, suits
 from embedpipe.executors._winograd import Winograd
 from embedpipe.images import Transform
 
