@@ -59,11 +59,14 @@ class Fused:
         if not has_fused():
             raise UsageError("the executor fused is not installed", hint="pip install 'embedpipe[fused]'")
         self._graphs: list[Any] = [fuse(joint, batch_size) for joint in joints]
+        self._shapes = [tuple(joint.example(batch_size).shape) for joint in joints]
         self._colours = [_Colours.of(joint) for joint in joints]
 
     def __call__(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
         import torch
 
+        if images.shape != self._shapes[joint]:  # compiled loops do not look where an array ends
+            raise ValueError(f"a batch of shape {images.shape}, expected {self._shapes[joint]}")
         colours = self._colours[joint]
         with torch.inference_mode():
             batch = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from embedpipe.backbones import Backbone, join, load_backbone
-from embedpipe.executors import Fused, tiled_share
+from embedpipe.errors import UsageError
+from embedpipe.executors import Fused, has_fused, tiled_share
 from embedpipe.executors._fused import _Colours, fuse
 from embedpipe.executors._suiting import Places, suits
 from embedpipe.executors._winograd import Winograd
@@ -216,6 +218,20 @@ def test_images_may_come_normalised() -> None:
         (expected,) = joints[0](images)
     (found,) = Fused(joints, batch_size=SIZE)(0, images.numpy())
     assert np.abs(found - expected.numpy()).max() < 1e-5 * expected.abs().max()
+
+
+def test_another_batch_size_is_refused() -> None:
+    joints, _ = join([backbone_of(Shortcut())])
+    with pytest.raises(ValueError, match="a batch of shape"):
+        Fused(joints, batch_size=SIZE)(0, np.zeros((SIZE - 1, 30, 30, 3), np.uint8))
+
+
+def test_without_numba_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)  # as import finds it where it is not installed
+    assert not has_fused()
+    with pytest.raises(UsageError, match="fused is not installed") as error:
+        Fused([], batch_size=SIZE)
+    assert "embedpipe[fused]" in str(error.value.hint)
 
 
 def calls(model: nn.Module) -> tuple[list[str], int]:
