@@ -136,8 +136,8 @@ def _replace(whole: GraphModule, node: Node) -> None:
     tiled = suits(kernel, places, size)
     last, total = _addition_after(node)
     last, activation = _activation_after(last, RECTIFIER if tiled else ACTIVATIONS)
-    tall = Winograd(kernel, shift, size, relu=bool(activation)) if tiled else None
-    ours = tall or Convolution(kernel, shift, size, places, activation)
+    tiling = Winograd(kernel, shift, size, relu=bool(activation)) if tiled else None
+    ours = tiling or Convolution(kernel, shift, size, places, activation)
     name = f"fused_{node.name}"
     whole.add_module(name, ours)
     with whole.graph.inserting_before(last):

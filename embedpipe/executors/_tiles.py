@@ -7,6 +7,9 @@ Source of the tiles: Lavin and Gray, Fast algorithms for convolutional neural ne
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import numba
 import numpy as np
 
@@ -15,7 +18,16 @@ PIXELS, IMAGES, TILES, SIX = "uint8[:,:,:,::1]", "float32[:,:,:,::1]", "float32[
 TWO, FOUR, FIVE, EIGHT, ZERO = (np.float32(number) for number in (2, 4, 5, 8, 0))
 
 
-@numba.njit(f"void({PIXELS}, {SIX}, int64[::1], {IMAGES})", **OPTIONS)  # type: ignore[untyped-decorator]
+Loop = TypeVar("Loop", bound=Callable[..., None])
+
+
+def compiled(signature: str) -> Callable[[Loop], Loop]:
+    """Compile a loop for arrays of these types, when this file is first imported on a machine."""
+    decorate: Callable[[Loop], Loop] = numba.njit(signature, **OPTIONS)
+    return decorate
+
+
+@compiled(f"void({PIXELS}, {SIX}, int64[::1], {IMAGES})")
 def colour(pixels: np.ndarray, table: np.ndarray, channels: np.ndarray, images: np.ndarray) -> None:
     """Fill images (N, H, W, 3) with what a table (256, 3) has for pixels (N, H, W, 3), whose channels come in this order."""
     count, height, width, _ = pixels.shape
@@ -26,7 +38,7 @@ def colour(pixels: np.ndarray, table: np.ndarray, channels: np.ndarray, images: 
                     images[n, y, x, k] = table[pixels[n, y, x, channels[k]], k]
 
 
-@numba.njit(f"void({SIX}, {TILES}, int64)", **OPTIONS)  # type: ignore[untyped-decorator]
+@compiled(f"void({SIX}, {TILES}, int64)")
 def spread(six: np.ndarray, out: np.ndarray, place: int) -> None:
     """Write B^T of six rows of channels to out[:, place]."""
     a, b, c, d, e, f = six[0], six[1], six[2], six[3], six[4], six[5]
@@ -45,7 +57,7 @@ def spread(six: np.ndarray, out: np.ndarray, place: int) -> None:
         out[5, place, k] = FOUR * b[k] - FIVE * d[k] + f[k]
 
 
-@numba.njit(f"void({SIX}, {TILES}, int64)", **OPTIONS)  # type: ignore[untyped-decorator]
+@compiled(f"void({SIX}, {TILES}, int64)")
 def gather(six: np.ndarray, out: np.ndarray, place: int) -> None:
     """Write A^T of six rows of channels, four rows, to out[:, place]."""
     a, b, c, d, e, f = six[0], six[1], six[2], six[3], six[4], six[5]
@@ -60,7 +72,7 @@ def gather(six: np.ndarray, out: np.ndarray, place: int) -> None:
         out[3, place, k] = (b[k] - c[k]) + EIGHT * (d[k] - e[k]) + f[k]
 
 
-@numba.njit(f"void({IMAGES}, {TILES}, int64, int64, int64)", **OPTIONS)  # type: ignore[untyped-decorator]
+@compiled(f"void({IMAGES}, {TILES}, int64, int64, int64)")
 def tile(images: np.ndarray, tiles: np.ndarray, first: int, rows: int, columns: int) -> None:
     """Fill tiles (T, 36, C), from number `first` on of the N x rows x columns that there are, from images (N, H, W, C).
 
@@ -86,9 +98,7 @@ def tile(images: np.ndarray, tiles: np.ndarray, first: int, rows: int, columns: 
             spread(half[row], found, row)
 
 
-@numba.njit(  # type: ignore[untyped-decorator]
-    f"void({TILES}, float32[::1], {IMAGES}, int64, int64, int64, boolean, boolean)", **OPTIONS
-)
+@compiled(f"void({TILES}, float32[::1], {IMAGES}, int64, int64, int64, boolean, boolean)")
 def untile(
     tiles: np.ndarray, bias: np.ndarray, images: np.ndarray, first: int, rows: int, columns: int, add: bool, relu: bool
 ) -> None:

@@ -90,6 +90,10 @@ def wide(groups: int = 1, size: int = 3) -> nn.Conv2d:
     return nn.Conv2d(32, 32, size, padding=size // 2, groups=groups)
 
 
+def pooled(images: Tensor) -> Tensor:
+    return images.mean((2, 3))
+
+
 class Parts(nn.Module):
     """Up to three convolutions after one that makes 32 channels."""
 
@@ -101,7 +105,7 @@ class Parts(nn.Module):
 class OnItself(Parts):
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem(images)
-        return (x + self.a(x)).relu().mean((2, 3))  # type: ignore[no-any-return]
+        return pooled((x + self.a(x)).relu())
 
 
 class UsedLater(Parts):
@@ -151,7 +155,8 @@ class Odd(Parts):
         x = self.up(self.stem(images))
         weight = self.a.weight - self.a.weight.mean()  # computed, so not ours to pack
         x = nn.functional.conv2d(x, weight, padding=1)
-        return self.line(x.mean(2)).mean(2)  # type: ignore[no-any-return]
+        found: Tensor = self.line(x.mean(2))
+        return found.mean(2)
 
 
 class Branches(Parts):
@@ -160,13 +165,13 @@ class Branches(Parts):
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem(images)
         y = self.a(x)
-        return (y + self.b(x)).relu().mean((2, 3))  # type: ignore[no-any-return]
+        return pooled((y + self.b(x)).relu())
 
 
 class Shortcut(Parts):
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem(images).relu()
-        return (self.b(self.a(x).relu()) + x).relu().mean((2, 3))  # type: ignore[no-any-return]
+        return pooled((self.b(self.a(x).relu()) + x).relu())
 
 
 def backbone_of(model: nn.Module, size: int = 30) -> Backbone:
