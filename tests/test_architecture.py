@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "embedpipe"
 
 FLOORS = [
-    {"errors", "disk", "places", "provenance", "metrics", "neighbours", "training"},
+    {"errors", "compiling", "disk", "places", "provenance", "metrics", "neighbours", "training"},
     {"manifest", "images", "runs"},
     {"backbones", "cache", "heads"},
     {"executors", "forwarding", "drift", "pipeline", "recall", "features", "network", "scoring", "recipe"},
@@ -51,7 +51,7 @@ DOORS = {
     "datasets": {"places/_hub.py", "manifest/_hub.py"},
     "tarfile": {"manifest/_tar.py"},
     "openvino": {"executors/_openvino.py"},
-    "numba": {"executors/_tiles.py"},
+    "numba": {"compiling.py"},
     "onnx": set(),  # torch's exporter uses it and onnxscript
     "onnxruntime": {"exporting/_onnx.py"},
     "pickle": {

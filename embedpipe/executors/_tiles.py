@@ -7,24 +7,12 @@ Source of the tiles: Lavin and Gray, Fast algorithms for convolutional neural ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
-
-import numba
 import numpy as np
 
-OPTIONS = {"nogil": True, "fastmath": True, "boundscheck": False, "cache": True}
+from embedpipe.compiling import compiled
+
 PIXELS, IMAGES, TILES, SIX = "uint8[:,:,:,::1]", "float32[:,:,:,::1]", "float32[:,:,::1]", "float32[:,::1]"
 TWO, FOUR, FIVE, EIGHT, ZERO = (np.float32(number) for number in (2, 4, 5, 8, 0))
-
-
-Loop = TypeVar("Loop", bound=Callable[..., None])
-
-
-def compiled(signature: str) -> Callable[[Loop], Loop]:
-    """Compile a loop for arrays of these types, when this file is first imported on a machine."""
-    decorate: Callable[[Loop], Loop] = numba.njit(signature, **OPTIONS)
-    return decorate
 
 
 @compiled(f"void({PIXELS}, {SIX}, int64[::1], {IMAGES})")

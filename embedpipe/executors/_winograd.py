@@ -20,7 +20,7 @@ from embedpipe.executors._onednn import Convolution
 from embedpipe.executors._suiting import GROUPS, Places, count_tiles
 from embedpipe.executors._tiles import tile, untile
 
-ROOM = 1 << 20  # numbers of tiles at a time, before and after: what stays in a core's cache
+ROOM = 1 << 19  # numbers of tiles at a time, before and after: what stays in a core's cache
 KERNEL = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24  # G
 _room = threading.local()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from embedpipe.cache import Cache, KeyIndex, Space
 from embedpipe.errors import UsageError
 from embedpipe.features import PENULTIMATE
-from embedpipe.forwarding import plan_forward
+from embedpipe.forwarding import begin_decoding, plan_forward
 from embedpipe.pipeline import (
     Filled,
     Planned,
@@ -153,6 +153,7 @@ class Workshop:
 
     def fill(self, wishes: Sequence[Wish], manifest: Manifest, **writing: Any) -> list[Extracted]:
         """Load what is wished for and compute what is missing, all together."""
+        begin_decoding(self.settings["workers"], len(manifest.samples))
         forward = plan_forward(**self.settings)
         targets = [self._target(wish, forward) for wish in wishes]
         filled = fill_spaces(targets, manifest, forward, graphs=self.cache.graphs_folder, **writing)

@@ -6,9 +6,9 @@ The pipeline, the classifier and the deeds enter here. torch is imported when th
 >>> for rows in stream_rows(items, runner): ...
 """
 
-from embedpipe.forwarding._plan import Forward, plan_forward
+from embedpipe.forwarding._plan import Forward, begin_decoding, plan_forward
 from embedpipe.forwarding._runner import Rows, Runner
 from embedpipe.forwarding._settling import settle
 from embedpipe.forwarding._stream import stream_rows
 
-__all__ = ["Forward", "Rows", "Runner", "plan_forward", "settle", "stream_rows"]
+__all__ = ["Forward", "Rows", "Runner", "begin_decoding", "plan_forward", "settle", "stream_rows"]

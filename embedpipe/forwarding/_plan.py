@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from embedpipe.errors import UsageError
+from embedpipe.images import start_decoders
 
 FIRST_BATCH = 64  # on a device, before the best size is found
 # small ones stay in the caches of a core: a fifth faster than 32; Winograd's matrices are read once a batch
@@ -98,6 +99,12 @@ def plan_forward(
         streams=streams,
         threads=cores // streams if on_cpu else 1,
     )
+
+
+def begin_decoding(workers: int | str, images: int) -> None:
+    """Start the decoders for so many images while other things are loaded."""
+    wanted = count_cores() if workers == "auto" else int(workers)
+    start_decoders(min(wanted, count_cores(), images), images)
 
 
 def count_cores() -> int:

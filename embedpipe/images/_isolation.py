@@ -43,21 +43,28 @@ SETTINGS = {  # one thread; and memory of the size of an image is kept for the n
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
 }
-SERVE = "import sys; sys.path[:] = {path!r}; from embedpipe.images._serving import serve; serve({memory})"
+PATIENCE = 400  # images of a decoder after which it loads the compiled resize; that takes as long as it saves on these
+SERVE = "import sys; sys.path[:] = {path!r}; from embedpipe.images._serving import serve; serve({memory}, {patience})"
 
 _idle: list[Decoder] = []
+_starting: list[Decoder] = []
 
 
 class Decoder:
     """A decoder process.
+
+    Parameters
+    ----------
+    patience : int    images after which it loads the compiled resize
+    ahead : bool      let it start while its parent goes on; `await_start` has to come before the first image
 
     Raises
     ------
     EmbedpipeError    it does not start
     """
 
-    def __init__(self) -> None:
-        code = SERVE.format(path=sys.path, memory=MEMORY_LIMIT_BYTES)
+    def __init__(self, patience: int = PATIENCE, *, ahead: bool = False) -> None:
+        code = SERVE.format(path=sys.path, memory=MEMORY_LIMIT_BYTES, patience=patience)
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
@@ -77,8 +84,13 @@ class Decoder:
         self._room.register(self._requests, select.POLLOUT)
         self._poll = select.poll()
         self._poll.register(self._answers, select.POLLIN)
+        if not ahead:
+            self.await_start()
+
+    def await_start(self) -> None:
+        """Take its first answer, which says that it is there."""
         try:
-            self._read(HEADER.size, time.monotonic() + START_LIMIT_S)  # its first answer is that it is there
+            self._read(HEADER.size, time.monotonic() + START_LIMIT_S)
         except (EOFError, TimeoutError) as exc:
             self.close()
             raise EmbedpipeError(
@@ -219,23 +231,34 @@ class Decoders:
                 decoder.interrupt()
 
 
+def start_decoders(count: int, images: int) -> None:
+    """Start processes for the decoding of so many images, and do not wait for them."""
+    patience = 0 if images >= count * PATIENCE else PATIENCE
+    _starting.extend(Decoder(patience, ahead=True) for _ in range(count - len(_starting) - len(_idle)))
+
+
 def _take() -> Decoder:
-    try:
+    with suppress(IndexError):
         return _idle.pop()
-    except IndexError:
-        return Decoder()
+    while _starting:
+        with suppress(IndexError, EmbedpipeError):  # one that was ended while it started is no loss
+            (decoder := _starting.pop()).await_start()
+            return decoder
+    return Decoder()
 
 
 @atexit.register
 def close_decoders() -> None:
     """End all idle decoder processes; the next image starts new ones."""
-    while _idle:
-        _idle.pop().close()
+    for decoders in (_idle, _starting):
+        while decoders:
+            decoders.pop().close()
 
 
 def _leave_decoders_to_the_parent() -> None:
-    while _idle:
-        _idle.pop().forget()
+    for decoders in (_idle, _starting):
+        while decoders:
+            decoders.pop().forget()
 
 
 os.register_at_fork(after_in_child=_leave_decoders_to_the_parent)

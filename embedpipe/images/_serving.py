@@ -3,6 +3,7 @@
 A request is a line of JSON: path and part of a `Place`, key (hex, or null), transforms (each a dict, or null for the image
 as it is), bytes: how many bytes of the image follow the line, or null where this process reads the place itself. The answer
 has, for each transform, `HEADER` (kind, height or length, width) and then uint8 (height, width, 3), or the reason of a failure.
+After some images the compiled resize is loaded, where numba is installed: it gives the same pixels.
 The process leaves as soon as its parent has gone, even in the middle of an image.
 """
 
@@ -17,7 +18,9 @@ import struct
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
+from itertools import count
 from queue import SimpleQueue
 from typing import Any
 
@@ -26,7 +29,7 @@ from PIL import Image
 
 from embedpipe.errors import DecodeError
 from embedpipe.images._decode import decode_image
-from embedpipe.images._transform import Transform
+from embedpipe.images._transform import Resample, Transform
 from embedpipe.places import Place
 
 HEADER = struct.Struct("<III")
@@ -36,8 +39,11 @@ Request = tuple[dict[str, Any], bytes | None]
 FAILURES = (DecodeError, MemoryError, OSError)  # of an image; any other error ends the process
 
 
-def serve(memory_bytes: int) -> None:
-    """Answer requests until the parent leaves; more memory than `memory_bytes` is a failure of the image at hand."""
+def serve(memory_bytes: int, patience: int) -> None:
+    """Answer requests until the parent leaves; more memory than `memory_bytes` is a failure of the image at hand.
+
+    patience : int    images after which the compiled resize is loaded
+    """
     answers = os.dup(1)
     os.dup2(2, 1)  # what a library prints must not end up among the answers
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides
@@ -46,8 +52,18 @@ def serve(memory_bytes: int) -> None:
     requests: SimpleQueue[Request] = SimpleQueue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     _write(answers, HEADER.pack(PIXELS, 0, 0))  # ready
-    while True:
-        _write(answers, *_answer(*requests.get(), memory_bytes))
+    loaded: list[Resample] = []
+    for answered in count():
+        if answered == patience:
+            threading.Thread(target=_load_resampler, args=(loaded,), daemon=True).start()
+        _write(answers, *_answer(requests.get(), memory_bytes, loaded[0] if loaded else None))
+
+
+def _load_resampler(loaded: list[Resample]) -> None:
+    with suppress(ImportError, RuntimeError):  # numba is not installed, or has nowhere to keep what it compiles
+        from embedpipe.images._resampling import Resampler
+
+        loaded.append(Resampler())
 
 
 def _listen(requests: SimpleQueue[Request]) -> None:
@@ -67,21 +83,26 @@ def _limit_memory(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def _answer(request: Mapping[str, Any], data: bytes | None, memory_bytes: int) -> list[bytes]:
-    transforms = request["transforms"]
+def _answer(asked: Request, memory_bytes: int, resample: Resample | None) -> list[bytes]:
+    request, data = asked
+    transforms, key = request["transforms"], request["key"]
     try:
-        image = load_image(Place(request["path"], request["part"]).read() if data is None else data, request["key"])
+        image = load_image(Place(request["path"], request["part"]).read() if data is None else data, key)
     except FAILURES as exc:
         return _failure(exc, memory_bytes) * len(transforms)
-    return [part for transform in transforms for part in _window(image, transform, request["key"] or "", memory_bytes)]
+
+    def answer(transform: Mapping[str, Any] | None) -> list[bytes]:
+        try:
+            pixels = _pixels(image, transform, key or "", resample)
+        except FAILURES as exc:
+            return _failure(exc, memory_bytes)
+        return [HEADER.pack(PIXELS, *pixels.shape[:2]), pixels.tobytes()]
+
+    return [part for transform in transforms for part in answer(transform)]
 
 
-def _window(image: Image.Image, transform: Mapping[str, Any] | None, key: str, memory_bytes: int) -> list[bytes]:
-    try:
-        pixels = np.asarray(image) if transform is None else _transform(json.dumps(transform)).window(image, key)
-    except FAILURES as exc:
-        return _failure(exc, memory_bytes)
-    return [HEADER.pack(PIXELS, *pixels.shape[:2]), pixels.tobytes()]
+def _pixels(image: Image.Image, transform: Mapping[str, Any] | None, key: str, resample: Resample | None) -> np.ndarray:
+    return np.asarray(image) if transform is None else _transform(json.dumps(transform)).window(image, key, resample)
 
 
 @lru_cache(64)

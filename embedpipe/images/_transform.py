@@ -6,7 +6,7 @@ evaluation transform; `pixels="fast"` is within a grey level of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from embedpipe.images._decode import MAX_PIXELS
 if TYPE_CHECKING:
     import torch
 
+Resample = Callable[..., np.ndarray | None]
+Box = tuple[int, int, int, int]
 POLICIES = {"orientation": "exif", "alpha": "white", "frame": 0, "scale": "1/255"}
 
 
@@ -78,12 +80,13 @@ class Transform:
         """Return float32 (3, height, width) of an RGB image; raises as `window` does."""
         return self.normalise(self.window(image))
 
-    def window(self, image: Image.Image, key: str = "") -> np.ndarray:
+    def window(self, image: Image.Image, key: str = "", resample: Resample | None = None) -> np.ndarray:
         """Return the part of an RGB image that the network sees, uint8 (height, width, 3), red first.
 
         Parameters
         ----------
-        key : str    sha256 of the image's bytes, hex; a view depends on it
+        key : str               sha256 of the image's bytes, hex; a view depends on it
+        resample : callable     such as a `Resampler`: the same pixels, sooner
 
         Raises
         ------
@@ -91,7 +94,15 @@ class Transform:
         """
         if self.view:
             image = augment(image, self.augment, random_of(seed=self.seed, view=self.view, key=key))
-        return np.asarray(self._crop_box(image) if self.pixels == "fast" else self._crop(self._resize(image)))
+        size = self._resized(image.width, image.height)
+        box = self._box(*size)
+        if box and self.pixels == "fast":
+            return np.asarray(self._resize_box(image, size, box))
+        if box and resample and size != image.size and size[0] * size[1] <= MAX_PIXELS:
+            found = resample(image, size=size, box=box, interpolation=self.interpolation)
+            if found is not None:
+                return found
+        return np.asarray(self._crop(self._resize(image)))
 
     def normalise(self, pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
         """Return float32 (..., 3, height, width) of what `window` gave, (..., height, width, 3), on the same device."""
@@ -154,17 +165,20 @@ class Transform:
         own |= {k: tuple(v) for k, v in own.items() if isinstance(v, list)}
         return cls(**own)
 
-    def _crop_box(self, image: Image.Image) -> Image.Image:
-        """Resize what the centre crop will keep, and nothing else, where the resized image covers the crop."""
-        width, height = self._resized(image.width, image.height)
+    def _box(self, width: int, height: int) -> Box | None:
+        """Return (left, top, width, height) of what the crop keeps of the resized image, None where it has to be padded."""
         crop_height, crop_width = self.crop_size
         if self.resize_mode == "border" or width < crop_width or height < crop_height:
-            return self._crop(self._resize(image))
-        left, top = _offset(width, crop_width), _offset(height, crop_height)
-        across, down = image.width / width, image.height / height
-        box = (left * across, top * down, (left + crop_width) * across, (top + crop_height) * down)
-        box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))
-        return image.resize((crop_width, crop_height), Image.Resampling[self.interpolation.upper()], box=box)
+            return None
+        return _offset(width, crop_width), _offset(height, crop_height), crop_width, crop_height
+
+    def _resize_box(self, image: Image.Image, size: tuple[int, int], box: Box) -> Image.Image:
+        """Resize what the centre crop will keep, and nothing else."""
+        left, top, width, height = box
+        across, down = image.width / size[0], image.height / size[1]
+        right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)
+        region = (left * across, top * down, right, bottom)
+        return image.resize((width, height), Image.Resampling[self.interpolation.upper()], box=region)
 
     def _resize(self, image: Image.Image) -> Image.Image:
         width, height = self._resized(image.width, image.height)

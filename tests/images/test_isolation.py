@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from embedpipe.errors import EmbedpipeError
-from embedpipe.images import Transform, decode_image, image_batches
+from embedpipe.images import Transform, decode_image, image_batches, start_decoders
 from embedpipe.images import _isolation as isolation
 from embedpipe.images._isolation import Decoder, Decoders, close_decoders
 from embedpipe.places import Place
@@ -209,3 +209,31 @@ def test_what_is_asked_for_after_the_end_is_given_up_at_once(slow: Path) -> None
     start = time.monotonic()
     assert decoders.load(Place.of(slow), key=None, transforms=[None]) == [("limit", "the decoder died of SIGKILL")]
     assert time.monotonic() - start < 0.8  # the image takes more than a second
+
+
+def test_decoders_that_load_the_compiled_resize_give_the_same_pixels(good: Path) -> None:
+    transform = Transform((16, 16), 24)
+    plain, swift = Decoder(patience=10**9), Decoder(patience=0)
+    try:
+        wait_until(lambda: has_llvm(swift), 60)
+        assert not has_llvm(plain)
+        asked = {"key": None, "transforms": [transform.to_dict()]}
+        [expected], [found] = (one.load(Place.of(good), **asked) for one in (plain, swift))
+        assert np.array_equal(expected, found)
+        assert np.array_equal(expected, transform.window(decode_image(good.read_bytes())))
+    finally:
+        plain.close()
+        swift.close()
+
+
+def has_llvm(decoder: Decoder) -> bool:
+    return "llvmlite" in Path(f"/proc/{decoder._process.pid}/maps").read_text()
+
+
+def test_decoders_are_started_ahead_and_then_used(good: Path) -> None:
+    start_decoders(2, images=10)
+    before = children()
+    assert len(before) == 2
+    start_decoders(2, images=10)
+    list(image_batches([(None, good)] * 4, [TRANSFORM], batch_size=2, workers=2))
+    assert children() == before
