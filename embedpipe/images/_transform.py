@@ -41,8 +41,8 @@ class Transform:
     mean, std : three floats               of channels in [0, 1], in the order of `channels`
     channels : str                         "rgb" or "bgr", order in the result
     pixels : str                           "exact": resize the whole image, then crop; "fast": resize
-                                           the part that the crop keeps, in about half the time; a
-                                           pixel may be off by one grey level
+                                           the part that the crop keeps; a pixel may be off by one
+                                           grey level
     augment, seed, view                    "none", or how `view` 1, 2, ... differs from the clean
                                            image, at random from `seed` and the image's content
     """
