@@ -237,3 +237,20 @@ def test_decoders_are_started_ahead_and_then_used(good: Path) -> None:
     start_decoders(2, images=10)
     list(image_batches([(None, good)] * 4, [TRANSFORM], batch_size=2, workers=2))
     assert children() == before
+
+
+@pytest.mark.parametrize("trouble", ["ImportError('none')", "RuntimeError('cannot cache function')"])
+def test_a_decoder_without_a_working_numba_resizes_by_pillow(
+    trouble: str, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "numba.py").write_text(f"open({str(tmp_path / 'tried')!r}, 'w').close()\nraise {trouble}\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "broken"))
+    decoder = Decoder(patience=0)
+    try:
+        wait_until(lambda: (tmp_path / "tried").exists(), 30)
+        [found] = decoder.load(Place.of(good), key=None, transforms=[TRANSFORM.to_dict()])
+        assert np.array_equal(found, TRANSFORM.window(decode_image(good.read_bytes())))
+        assert decoder.alive
+    finally:
+        decoder.close()
