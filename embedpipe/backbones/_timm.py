@@ -32,9 +32,7 @@ def names() -> list[str]:
 
 
 def knows(architecture: str) -> bool:
-    """Tell whether timm has this architecture, with or without a pretrained tag
-    (`resnet18.a1_in1k`).
-    """
+    """Tell whether timm has this architecture, with or without a pretrained tag (`resnet18.a1_in1k`)."""
     try:
         return bool(timm.is_model(architecture)) and bool(timm.get_pretrained_cfg(architecture))
     except RuntimeError:  # an unknown tag
@@ -47,9 +45,7 @@ def bare_name(architecture: str) -> str:
 
 
 def options_for(architecture: str, image_size: int | None) -> dict[str, Any]:
-    """Return the builder's arguments: models of one fixed input size are built for the size that is
-    wanted.
-    """
+    """Return the builder's arguments: models of one fixed input size are built for the size that is wanted."""
     fixed = timm.get_pretrained_cfg(architecture).fixed_input_size
     return {"img_size": image_size} if image_size and fixed else {}
 
@@ -167,9 +163,7 @@ def _create(architecture: str, arguments: dict[str, Any]) -> nn.Module:
 
 @contextmanager
 def _quick_when_offline() -> Iterator[None]:
-    """Spare the hub client's 50 s of retries where its host does not answer; what is stored is
-    still found.
-    """
+    """Spare the hub client's 50 s of retries where its host does not answer; what is stored is still found."""
     before = hub.HF_HUB_OFFLINE
     hub.HF_HUB_OFFLINE = before or not _answers(hub.ENDPOINT)
     try:

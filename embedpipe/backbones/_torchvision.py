@@ -20,10 +20,8 @@ from embedpipe.images import Transform
 
 AUXILIARY: tuple[str, ...] = ("aux1", "aux2", "AuxLogits")  # training-time classifiers, never built here
 
-OPTIONS = {
-    "googlenet": {"aux_logits": False, "transform_input": True, "init_weights": True},
-    "inception_v3": {"aux_logits": False, "transform_input": True, "init_weights": True},
-}
+INCEPTION = {"aux_logits": False, "transform_input": True, "init_weights": True}
+OPTIONS = {"googlenet": INCEPTION, "inception_v3": INCEPTION}
 
 
 def names() -> list[str]:
@@ -82,9 +80,7 @@ def classifiers_of(architecture: str, model: nn.Module) -> tuple[str, ...]:
 def transform_for(
     architecture: str, *, image_size: int | None, crop_pct: float | None, interpolation: str | None
 ) -> Transform:
-    """Return the transform of the default weights; `image_size` keeps their ratio of crop to
-    resize.
-    """
+    """Return the transform of the default weights; `image_size` keeps their ratio of crop to resize."""
     preset = models.get_model_weights(architecture).DEFAULT.transforms()
     default = preset.crop_size[0]
     crop = image_size or default
