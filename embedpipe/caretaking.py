@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -13,13 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embedpipe.disk import BYTES, parse_amount
+from embedpipe.disk import BYTES, PathLike, parse_amount
 from embedpipe.errors import CacheBusy, CacheMismatch, StorageError, UsageError
 
 if TYPE_CHECKING:
     from embedpipe.cache import Cache
 
-PathLike = str | os.PathLike[str]
 SECONDS = {"S": 1, "M": 60, "H": 3600, "D": 86400, "W": 604800}
 
 
