@@ -1,16 +1,20 @@
-"""The deed: predict every label out of fold, look at every neighbourhood, and list what deserves a look."""
+"""audit: images whose label, content or place in the data set deserve a look, from cached features alone.
+
+Every label is predicted out of fold, and every neighbourhood looked at.
+
+>>> audit("pets").counts
+{'label': 12, 'outlier': 3, 'duplicate': 5}
+"""
 
 from __future__ import annotations
 
-import csv
-import io
-import os
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from embedpipe.disk import PathLike
 from embedpipe.errors import EmbedpipeWarning
 
 if TYPE_CHECKING:
@@ -20,9 +24,8 @@ if TYPE_CHECKING:
     from embedpipe.folds import OutOfFold
     from embedpipe.neighbours import Neighbours
 
-PathLike = str | os.PathLike[str]
-
 KINDS = ("label", "outlier", "duplicate")
+HEADER = ("path", "split", "label", "suggested", "score", "kind", "twin")
 MOST_WORK = 5e12  # multiply-adds of a search for neighbours: a minute or two on one core
 FAR = 3.5  # robust standard deviations from the median; Iglewicz, Hoaglin, How to Detect and Handle Outliers (1993)
 PER_MAD = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
@@ -120,7 +123,7 @@ def audit(
     issues = (*_label_issues(features, done), *_neighbour_issues(features, done))
     with new_run(Path(runs_dir), "audit") as run:
         found = Audit(features.dataset, len(done.samples), folds, issues, run.final / "audit.csv")
-        run.write_text("audit.csv", _to_csv(issues))
+        run.write_csv("audit.csv", [HEADER, *map(_row, issues)])
         run.write_json("run.json", {"verb": "audit", "dataset": features.dataset, "report": found.to_dict()})
     return found
 
@@ -215,12 +218,5 @@ def _issue(
     return Issue(name, sample.split, label, suggested, score, kind, features.manifest.name_of(other))
 
 
-def _to_csv(issues: tuple[Issue, ...]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["path", "split", "label", "suggested", "score", "kind", "twin"])
-    for one in issues:
-        writer.writerow(
-            [one.path, one.split, one.label, one.suggested or "", f"{one.score:.4f}", one.kind, one.twin or ""]
-        )
-    return out.getvalue()
+def _row(one: Issue) -> tuple[str, ...]:
+    return one.path, one.split, one.label, one.suggested or "", f"{one.score:.4f}", one.kind, one.twin or ""
