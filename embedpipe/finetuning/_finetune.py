@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from embedpipe.disk import PathLike
 from embedpipe.errors import EmbedpipeError, UsageError
 from embedpipe.finetuning._phases import phases_of
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from embedpipe.pipeline import Progress
     from embedpipe.training import Ranks, Score, Trained
 
-PathLike = str | os.PathLike[str]
 MACHINE = ("resume", "device", "workers", "cache_dir", "runs_dir", "progress")  # what shapes no result
 
 
@@ -201,9 +200,9 @@ def _carry_out(
 
     from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier
-    from embedpipe.finetuning._handoff import prove_handoff
     from embedpipe.finetuning._keeping import choose_source
     from embedpipe.finetuning._photos import Photos
+    from embedpipe.finetuning._proofs import prove_handoff
     from embedpipe.forwarding import plan_forward
     from embedpipe.network import Network
     from embedpipe.training import Plan
@@ -278,23 +277,14 @@ def _starting_point(run: Classifier | PathLike | None, runs_dir: Path) -> Classi
     """Return the classifier to start from: a linear head on the penultimate layer."""
     from embedpipe.classifier import Classifier
     from embedpipe.features import PENULTIMATE
-    from embedpipe.runs import find_run, latest_run
+    from embedpipe.runs import latest_run
 
-    if isinstance(run, Classifier):
-        classifier = run
-    elif run is not None:
-        classifier = Classifier.load(find_run(runs_dir, run))
-    else:
-        folder = latest_run(
-            runs_dir,
-            "fit-head",
-            lambda record: (
-                record["report"]["solver"] != "knn"
-                and record["reference"]["spec"]["layer"] == PENULTIMATE
-                and "beside" not in record["reference"]
-            ),
-        )
-        classifier = Classifier.load(folder)
+    def is_wanted(record: Mapping[str, Any]) -> bool:
+        reference = record["reference"]
+        alone = reference["spec"]["layer"] == PENULTIMATE and "beside" not in reference
+        return alone and record["report"]["solver"] != "knn"
+
+    classifier = Classifier.of(latest_run(runs_dir, "fit-head", is_wanted) if run is None else run, runs_dir)
     _head_of(classifier)
     if classifier.task != "single":
         raise UsageError(
@@ -332,12 +322,7 @@ def _head_of(classifier: Classifier) -> LinearHead:
 
 
 def _features_of(classifier: Classifier, cache: Cache) -> FeatureSet:
-    """Return the data set and the space that the head was fitted on.
-
-    Raises
-    ------
-    UsageError    they are not in this cache
-    """
+    """Return the data set and the space that the head was fitted on."""
     from embedpipe.features import FeatureSet
     from embedpipe.pipeline import space_name
 
@@ -362,12 +347,13 @@ def _train(
 ) -> tuple[Trained, tuple[str, ...], dict[str, Any] | None]:
     """Train, and return what came out, what was unfrozen, and the sweep of WiSE-FT."""
     from embedpipe.finetuning._phases import Course
+    from embedpipe.finetuning._photos import score_batches
     from embedpipe.finetuning._wise import sweep
 
     options, classes = unfinished.options, photos.features.classes
 
     def validate() -> Score:
-        return photos.ranks.tell(lambda: _score(photos.scores(network, "val"), classes))
+        return photos.ranks.tell(lambda: _score(score_batches(network, photos.ordered("val")), classes))
 
     wanted = options["wise_ft"]
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()} if wanted else {}
@@ -428,10 +414,12 @@ def _save(
     """Write the run with all its weights, and return the classifier that lies there."""
     from embedpipe.backbones import refresh, save_model
     from embedpipe.classifier import Classifier, Reference, save_run
+    from embedpipe.finetuning._photos import score_batches
     from embedpipe.pipeline import space_spec
     from embedpipe.runs import new_run
 
-    scored = {split: photos.scores(network, split) for split in ("val", "test") if photos.samples(split)}
+    splits = [split for split in ("val", "test") if photos.samples(split)]
+    scored = {split: score_batches(network, photos.ordered(split)) for split in splits}
     network.requires_grad_(False).to("cpu")
     backbone = refresh(backbone, origin=f"fine-tuned from {backbone.origin}")
     head = network.to_head(photos.features.classes)

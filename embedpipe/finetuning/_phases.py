@@ -118,7 +118,7 @@ class Course:
         self, phases: Sequence[Mapping[str, Any]], past: Past, resume: Mapping[str, Any] | None
     ) -> tuple[Past, str]:
         """Train one phase; return what all so far came to, and what was not finite."""
-        from embedpipe.finetuning._frozen import frozen_proved
+        from embedpipe.finetuning._proofs import frozen_proved
         from embedpipe.network import parameter_groups, release
         from embedpipe.training import Plan, moving_state, train
 
