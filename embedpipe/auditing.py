@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -154,7 +154,7 @@ def _neighbour_issues(features: FeatureSet, done: OutOfFold) -> list[Issue]:
         outliers = sorted(((rows[i], score) for i, score in far.items()), key=lambda pair: -pair[1])
     return [
         *(_issue(features, done, row, kind="outlier", score=score) for row, score in outliers),
-        *(_issue(features, done, row, kind="duplicate", score=score, twin=twin) for row, twin, score in copies),
+        *(_copy(features, done, row, twin=twin, score=score) for row, twin, score in copies),
     ]
 
 
@@ -200,22 +200,16 @@ def _far(distances: Any) -> dict[int, float]:
 
 
 def _issue(
-    features: FeatureSet,
-    done: OutOfFold,
-    row: int,
-    *,
-    kind: str,
-    score: float,
-    suggested: str | None = None,
-    twin: int | None = None,
+    features: FeatureSet, done: OutOfFold, row: int, *, kind: str, score: float, suggested: str | None = None
 ) -> Issue:
     sample = done.samples[row]
-    name, label = features.manifest.name_of(sample), sample.label or ""
-    if twin is None:
-        return Issue(name, sample.split, label, suggested, score, kind)
-    other = done.samples[twin]
-    suggested = other.label if other.label != label else None
-    return Issue(name, sample.split, label, suggested, score, kind, features.manifest.name_of(other))
+    return Issue(features.manifest.name_of(sample), sample.split, sample.label or "", suggested, score, kind)
+
+
+def _copy(features: FeatureSet, done: OutOfFold, row: int, *, twin: int, score: float) -> Issue:
+    one, other = _issue(features, done, row, kind="duplicate", score=score), done.samples[twin]
+    suggested = other.label if other.label != one.label else None
+    return replace(one, suggested=suggested, twin=features.manifest.name_of(other))
 
 
 def _row(one: Issue) -> tuple[str, ...]:

@@ -300,19 +300,14 @@ def export_features(
     samples = features.samples()
     if not samples:
         raise UsageError(f"{features.manifest.name} has no rows in {features.space.folder.name}")
-    about = {
-        "dataset": features.dataset,
-        "space": features.space.folder.name,
-        "fingerprint": features.space.fingerprint,
-    }
-    about["spec"] = canonical_json(features.space.spec)
+    told = {"dataset": features.dataset, "space": features.space.folder.name}
+    about = {**told, "fingerprint": features.space.fingerprint, "spec": canonical_json(features.space.spec)}
     path = Path(out or f"{features.dataset}.{'npz' if format == 'npy' else format}")
     publish(path, writer_of(format, Exported(features.manifest, samples, features.space.view()), about))
     return {
         "path": str(path),
         "format": format,
-        "dataset": features.dataset,
-        "space": features.space.folder.name,
+        **told,
         "rows": len(samples),
         "feature_dim": features.feature_dim,
         "bytes": path.stat().st_size,

@@ -123,12 +123,8 @@ def write_graph(backbones: Sequence[Backbone], head: LinearHead, folder: Path) -
         _onnx.write(program, folder / GRAPH)
 
 
-def open_graph(folder: Path) -> Callable[[Tensor], np.ndarray]:
-    return _onnx.open_graph(folder / GRAPH)
-
-
 FORMATS = {
     "timm": Format(write_model, open_model),
     "torch": Format(write_program, open_program),
-    "onnx": Format(write_graph, open_graph, _onnx.check_installed),
+    "onnx": Format(write_graph, lambda folder: _onnx.open_graph(folder / GRAPH), _onnx.check_installed),
 }
