@@ -28,7 +28,7 @@ from embedpipe.backbones._state import fill, headless_state, read_weights
 from embedpipe.backbones._trace import Weightless
 from embedpipe.backbones.weights import package_for
 from embedpipe.disk import PathLike
-from embedpipe.errors import UsageError
+from embedpipe.errors import UsageError, WeightsUnavailable
 from embedpipe.images import Transform
 
 
@@ -81,11 +81,17 @@ def load_backbone(
     canonical = replace(_transform_for(library, architecture, image_size, crop_pct, interpolation), pixels=pixels)
     options = library.options_for(architecture, image_size)
     pretrained = weights == "pretrained"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = library.build(architecture, options=options, pretrained=pretrained)
-    heads = library.classifiers_of(architecture, model)
     full_name = f"{source}:{architecture}"
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = library.build(architecture, options=options, pretrained=pretrained)
+    except OSError as exc:
+        raise WeightsUnavailable(
+            f"no network and no stored weights for {full_name}",
+            hint="use --weights packaged, --weights FILE or --weights none",
+        ) from exc
+    heads = library.classifiers_of(architecture, model)
     origin = library.origin_of(architecture) if pretrained else f"none: seed {seed}"
     files = library.files_of(architecture) if pretrained else ()
     if weights == "packaged":

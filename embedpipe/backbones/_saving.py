@@ -65,13 +65,15 @@ def save_model(
     head = _classifier_state(backbone, torch.as_tensor(weight), torch.as_tensor(bias))
     files = {WEIGHTS: safetensors.torch.save(state | head, {"format": "pt"})}
     if source in LIBRARIES:
-        config = LIBRARIES[source].config_for(
-            architecture,
-            options=backbone.build,
-            classes=list(classes),
-            feature_dim=backbone.feature_dim,
-            transform=backbone.transform,
-        )
+        library, n_classes = LIBRARIES[source], len(classes)
+        config = {
+            "architecture": library.bare_name(architecture),
+            "num_classes": n_classes,
+            "num_features": backbone.feature_dim,
+            "label_names": list(classes),
+            "model_args": backbone.build,
+            **library.config_for(architecture, n_classes=n_classes, transform=backbone.transform),
+        }
         files[CONFIG] = _to_json(config)
     files[DESCRIPTION] = _to_json(_description(backbone, sorted(head), classes))
     try:

@@ -55,7 +55,8 @@ def build(architecture: str, *, options: dict[str, Any], pretrained: bool) -> nn
 
     Raises
     ------
-    WeightsUnavailable    pretrained, and the hub cannot be reached or has none
+    WeightsUnavailable    pretrained, and timm publishes none
+    OSError               pretrained, and the hub cannot be reached
     """
     if not pretrained:
         return _create(architecture, options)
@@ -63,14 +64,8 @@ def build(architecture: str, *, options: dict[str, Any], pretrained: bool) -> nn
         raise WeightsUnavailable(
             f"timm publishes no pretrained weights for {architecture}", hint="use --weights FILE or --weights none"
         )
-    try:
-        with _quick_when_offline():
-            return _create(architecture, {"pretrained": True, **options})
-    except OSError as exc:
-        raise WeightsUnavailable(
-            f"no network and no stored weights for timm:{architecture}",
-            hint="use --weights packaged, --weights FILE or --weights none",
-        ) from exc
+    with _quick_when_offline():
+        return _create(architecture, {"pretrained": True, **options})
 
 
 def origin_of(architecture: str) -> str:
@@ -117,20 +112,10 @@ def transform_for(
     )
 
 
-def config_for(
-    architecture: str, *, options: dict[str, Any], classes: list[str], feature_dim: int, transform: Any
-) -> dict[str, Any]:
-    """Return the `config.json` that `timm.create_model("local-dir:FOLDER")` reads."""
+def config_for(architecture: str, *, n_classes: int, transform: Any) -> dict[str, Any]:
+    """Return what `timm.create_model("local-dir:FOLDER")` reads in `config.json` beside what is said of any model."""
     cfg = timm.get_pretrained_cfg(architecture).to_dict(remove_source=True, remove_null=True)
-    cfg |= {"num_classes": len(classes), "tag": "embedpipe"} | _data_config(transform)
-    return {
-        "architecture": bare_name(architecture),
-        "num_classes": len(classes),
-        "num_features": feature_dim,
-        "label_names": classes,
-        "model_args": options,
-        "pretrained_cfg": cfg,
-    }
+    return {"pretrained_cfg": cfg | {"num_classes": n_classes, "tag": "embedpipe"} | _data_config(transform)}
 
 
 def open_folder(folder: Path) -> nn.Module:
