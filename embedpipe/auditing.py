@@ -22,13 +22,10 @@ if TYPE_CHECKING:
 
     from embedpipe.features import FeatureSet
     from embedpipe.folds import OutOfFold
-    from embedpipe.neighbours import Neighbours
 
 KINDS = ("label", "outlier", "duplicate")
 HEADER = ("path", "split", "label", "suggested", "score", "kind", "twin")
 MOST_WORK = 5e12  # multiply-adds of a search for neighbours: a minute or two on one core
-FAR = 3.5  # robust standard deviations from the median; Iglewicz, Hoaglin, How to Detect and Handle Outliers (1993)
-PER_MAD = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
 
 
 @dataclass(frozen=True)
@@ -144,59 +141,32 @@ def _neighbour_issues(features: FeatureSet, done: OutOfFold) -> list[Issue]:
         if first.setdefault(sample.key, row) != row:
             copies.append((row, first[sample.key], 1.0))
     rows = list(first.values())
-    searched = _search(features, tuple(done.samples[row] for row in rows))
-    outliers = []
-    if searched is not None:
-        found, distances = searched
-        near = sorted(_near_pairs(found), key=lambda pair: -pair[2])
-        copies += [(rows[row], rows[twin], score) for row, twin, score in near]
-        far = _far(distances)
-        outliers = sorted(((rows[i], score) for i, score in far.items()), key=lambda pair: -pair[1])
+    near, far = _search(features, tuple(done.samples[row] for row in rows))
+    copies += [(rows[row], rows[twin], score) for row, twin, score in sorted(near, key=lambda pair: -pair[2])]
+    outliers = sorted(((rows[i], score) for i, score in far.items()), key=lambda pair: -pair[1])
     return [
         *(_issue(features, done, row, kind="outlier", score=score) for row, score in outliers),
         *(_copy(features, done, row, twin=twin, score=score) for row, twin, score in copies),
     ]
 
 
-def _search(features: FeatureSet, samples: tuple[Any, ...]) -> tuple[Neighbours, Any] | None:
-    """Return neighbours by angle, and distances, of different images; None, and a warning, for too few or too many."""
+def _search(features: FeatureSet, samples: tuple[Any, ...]) -> tuple[list[tuple[int, int, float]], dict[int, float]]:
+    """Return near copies and outliers among different images; none, and a warning, for too few or too many."""
     import numpy as np
 
-    from embedpipe.neighbours import LEAST_ROWS, find_neighbours, kth_distance, unit_rows
+    from embedpipe.neighbours import LEAST_ROWS, copy_ratio, find_neighbours, kth_distance, outlying, unit_rows
 
     n, dim = len(samples), features.feature_dim
     if n < LEAST_ROWS or n * n * dim > MOST_WORK:
         bounds = f"expected {LEAST_ROWS} to {int((MOST_WORK / dim) ** 0.5)}"
         text = f"outliers and near copies are not looked for among {n} images of {dim} features, {bounds}"
         warnings.warn(text, EmbedpipeWarning, stacklevel=4)
-        return None
+        return [], {}
     X = features.read(samples)
     X = X - X.mean(axis=0, dtype=np.float64).astype(np.float32)
     unit = unit_rows(X)
-    return find_neighbours(unit, unit, own=np.arange(n)), kth_distance(X)
-
-
-def _near_pairs(found: Neighbours) -> Iterator[tuple[int, int, float]]:
-    """Yield the copies with the image that they are nearest to, a pair once."""
-    import numpy as np
-
-    from embedpipe.neighbours import copy_ratio
-
-    is_copy = found.copies(copy_ratio(found, len(found.nearest)))
-    for row in np.flatnonzero(is_copy).tolist():
-        twin = int(found.nearest[row])
-        if twin < row or not is_copy[twin]:
-            yield row, twin, float(found.similarity[row])
-
-
-def _far(distances: Any) -> dict[int, float]:
-    """Return the rows whose k-th neighbour is farther than is usual, with how many times the usual limit."""
-    import numpy as np
-
-    logs = np.log(np.maximum(distances, np.finfo(np.float64).tiny))
-    middle = np.median(logs)
-    limit = middle + FAR * PER_MAD * np.median(np.abs(logs - middle))
-    return {int(row): float(np.exp(logs[row] - limit)) for row in np.flatnonzero(logs > limit)}
+    found = find_neighbours(unit, unit, own=np.arange(n))
+    return list(found.pairs(copy_ratio(found, n))), outlying(kth_distance(X))
 
 
 def _issue(

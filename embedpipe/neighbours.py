@@ -19,6 +19,7 @@ Source: Levina, Bickel, NIPS 2004, for distances in a ball; Facco et al., Scient
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,8 @@ LEAST_ROWS = 2 * K  # below which there is no scale
 FALSE_ALARMS = 0.05  # expected in one search
 MOST_RATIO = 0.5  # however many dimensions: a copy is at least twice as near as the k-th
 SAME = 2e-3  # chord between rows that differ by rounding
+FAR = 3.5  # robust standard deviations from the median
+PER_MAD = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
 BLOCK_BYTES = 64 << 20  # of similarities held at a time
 
 
@@ -56,6 +59,14 @@ class Neighbours:
     def copies(self, ratio: float) -> NDArray[np.bool_]:
         """Return which queries are copies of their nearest row, bool (n,)."""
         return np.asarray((self.first <= SAME) | (self.first < ratio * self.kth))
+
+    def pairs(self, ratio: float) -> Iterator[tuple[int, int, float]]:
+        """Yield, where the queries are the base itself, each copy and the row that it is nearest to, once, with the cosine."""
+        is_copy, similarity = self.copies(ratio), self.similarity
+        for row in np.flatnonzero(is_copy).tolist():
+            twin = int(self.nearest[row])
+            if twin < row or not is_copy[twin]:
+                yield row, twin, float(similarity[row])
 
 
 def find_neighbours(queries: Float32, base: Float32, *, own: Int64 | None = None) -> Neighbours:
@@ -93,6 +104,17 @@ def kth_distance(X: Float32) -> Float64:
         square[np.arange(len(square)), np.arange(start, start + len(square))] = np.inf
         far[rows] = np.partition(square, K - 1, axis=1)[:, K - 1]
     return np.asarray(np.sqrt(np.maximum(0, far)))
+
+
+def outlying(distances: Float64) -> dict[int, float]:
+    """Return the rows whose k-th neighbour is farther than is usual, with how many times the usual limit.
+
+    Source: Iglewicz, Hoaglin, How to Detect and Handle Outliers (1993).
+    """
+    logs = np.log(np.maximum(distances, np.finfo(np.float64).tiny))
+    middle = np.median(logs)
+    limit = middle + FAR * PER_MAD * np.median(np.abs(logs - middle))
+    return {int(row): float(np.exp(logs[row] - limit)) for row in np.flatnonzero(logs > limit)}
 
 
 def copy_ratio(typical: Neighbours, searches: int) -> float:
