@@ -51,7 +51,7 @@ class Recipe:
 
     task : str               what the head is to learn, as in a manifest
     widths : tuple of int    features of each space, side by side; one space where there are none
-    max_bytes : float        features of more are read in chunks
+    max_bytes : float        that fitting may take; features that need more are read in chunks
     """
 
     classes: tuple[str, ...]
@@ -74,17 +74,20 @@ class Recipe:
         return self.chooses and self.solver != "ridge" and self.task != "regression"
 
     @property
+    def _most(self) -> float:
+        return math.inf if self.solver == "knn" else self.max_bytes
+
+    @property
     def _memory(self) -> int:
         return int(min(MEMORY_BYTES, max(1.0, self.max_bytes / 4)))
 
     def data(self, features: FeatureSet, *splits: str) -> tuple[Array | Chunked, Array]:
         """Return X (N, D) and y (N,), or (N, C), of the labelled images of splits."""
-        return features.labelled(*splits, max_bytes=math.inf if self.solver == "knn" else self.max_bytes)
+        return features.labelled(*splits, max_bytes=self._most)
 
     def rows(self, features: FeatureSet, samples: tuple[Sample, ...]) -> Any:
         """Return the features (N, D) of samples."""
-        small = self.solver == "knn" or len(samples) * features.feature_dim * 4 <= self.max_bytes
-        return features.read(samples) if small else features.chunked(samples)
+        return features.rows(samples, max_bytes=self._most)
 
     def choose(self, X: Array | Chunked, y: Array, X_val: Array | Chunked, y_val: Array) -> Fitted:
         """Fit on X, y with the l2 that is best on X_val, y_val, or with the one that was named.

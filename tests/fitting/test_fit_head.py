@@ -135,7 +135,7 @@ def test_features_that_do_not_fit_in_memory_give_the_same_head(photos: Path, tmp
     most = np.abs(heads[0].head.weight).max()
     np.testing.assert_allclose(heads[0].head.weight, heads[1].head.weight, atol=1e-5 * most)
     assert heads[0].report["metrics"].keys() == heads[1].report["metrics"].keys()
-    assert heads[1].report["leaks"]["near_skipped"] == "the features of train are more than --max-memory"
+    assert heads[1].report["leaks"]["near_skipped"] == "the features are more than --max-memory holds"
     again = [ep.fit_head(features, runs_dir=tmp_path, max_memory=size, refit=True) for size in ("1GB", "1B")]
     np.testing.assert_allclose(again[0].head.weight, again[1].head.weight, atol=1e-5 * most)
     with pytest.raises(UsageError, match="lbfgs holds all features in memory"):
