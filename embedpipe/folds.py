@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedpipe.errors import UsageError
-from embedpipe.heads import Chunked, some_of
+from embedpipe.heads import Chunked, Gram, some_of
 from embedpipe.manifest import Sample, components
 
 if TYPE_CHECKING:
@@ -92,22 +92,34 @@ def cross_fit(
     fold = assign_folds(y, tie, folds=folds, seed=seed)
     probabilities = np.empty((len(y), len(recipe.classes)))
     chosen: list[float | None] = []
+    whole = recipe.gram(X, y)
     for number in range(folds):
         held, rest = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
-        part = some_of(X, rest)
-        l2 = _choose(part, y[rest], tie[rest], recipe, seed)
-        probabilities[held] = recipe.fit(part, y[rest], l2=l2).predict_proba(some_of(X, held))
+        part, unseen = some_of(X, rest), some_of(X, held)
+        gram = _without(whole, unseen, y[held], recipe)
+        l2 = _choose(part, y[rest], tie[rest], recipe, seed=seed, gram=gram)
+        probabilities[held] = recipe.fit(part, y[rest], l2=l2, gram=gram).predict_proba(unseen)
         chosen.append(l2)
     return fold, probabilities, chosen
 
 
-def _choose(X: NDArray[Any] | Chunked, y: Int64, tie: Int64, recipe: Recipe, seed: int) -> float | None:
+def _choose(
+    X: NDArray[Any] | Chunked, y: Int64, tie: Int64, recipe: Recipe, *, seed: int, gram: Gram | None
+) -> float | None:
     """Return the l2 that is best on an inner part held out of the training part of a fold."""
     if not recipe.chooses:
         return None if recipe.solver == "knn" else float(recipe.l2)
     inner = assign_folds(y, tie, folds=INNER, seed=seed) == 0
     rest, held = np.flatnonzero(~inner), np.flatnonzero(inner)
-    return recipe.choose(some_of(X, rest), y[rest], some_of(X, held), y[held]).l2
+    unseen = some_of(X, held)
+    gram = _without(gram, unseen, y[held], recipe)
+    return recipe.choose(some_of(X, rest), y[rest], unseen, y[held], gram=gram).l2
+
+
+def _without(gram: Gram | None, X: NDArray[Any] | Chunked, y: Int64, recipe: Recipe) -> Gram | None:
+    """Return the Gram of the other rows, if there is one to take these from."""
+    part = gram and recipe.gram(X, y, origin=gram.origin)
+    return gram - part if gram and part else None
 
 
 def assign_folds(y: Int64, tie: Int64, *, folds: int, seed: int) -> Int64:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from embedpipe.errors import NonFiniteFeatures, UsageError
+from embedpipe.heads._gram import Gram
 from embedpipe.heads._problem import MEMORY_BYTES, Chunked, Float32, Float64, Int64, Problem, Solution, affine, blocks
 from embedpipe.heads.linear import LinearHead
 
@@ -120,6 +121,7 @@ def make_frame(
     sample_weight: ArrayLike | None,
     task: str = "single",
     memory_bytes: int = MEMORY_BYTES,
+    gram: Gram | None = None,
 ) -> Frame:
     """Check and standardise training data; samples without weight only count for the standardiser.
 
@@ -146,7 +148,8 @@ def make_frame(
             whole[rows] = scaler(features[rows])
         scaled = whole if kept.all() else whole[kept]
     weights = weights[kept] / weights[kept].sum()
-    problem = Problem(scaled, asked.y, weights, len(asked.present), memory_bytes)
+    moments = gram.moments(scaler.mean, scaler.inverse, asked.present) if gram and sample_weight is None else None
+    problem = Problem(scaled, asked.y, weights, len(asked.present), memory_bytes, moments)
     return Frame(
         problem, scaler.mean.astype(np.float64), 1 / scaler.inverse.astype(np.float64), tuple(classes), asked, task
     )

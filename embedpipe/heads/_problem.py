@@ -74,6 +74,15 @@ class Chunked:
 
 
 @dataclass(frozen=True, eq=False)
+class Moments:
+    """Of weighted rows, float64: mean (D,), covariance (D, D), and covariance with the targets of least squares (D, K)."""
+
+    mean: Float64
+    covariance: Float64
+    across: Float64
+
+
+@dataclass(frozen=True, eq=False)
 class Problem:
     """A head to be fitted.
 
@@ -84,6 +93,7 @@ class Problem:
                                     which an image may have; or float64 (N,): numbers of mean 0 and std 1, n_classes is 1
     sample_weight : float64 (N,)    positive, sums to 1
     memory_bytes : int              that a solver may take beside X
+    moments : Moments, optional     of X and y, where they are known
     """
 
     X: Float32 | Chunked
@@ -91,6 +101,7 @@ class Problem:
     sample_weight: Float64
     n_classes: int
     memory_bytes: int = MEMORY_BYTES
+    moments: Moments | None = None
 
     @property
     def numeric(self) -> bool:
@@ -136,7 +147,7 @@ def narrow(problem: Problem) -> tuple[Problem, Float64 | None]:
     if len(problem.X) >= problem.X.shape[1]:
         return problem, None
     basis, triangle = np.linalg.qr(problem.array.T.astype(np.float64))
-    return replace(problem, X=np.ascontiguousarray(triangle.T)), basis
+    return replace(problem, X=np.ascontiguousarray(triangle.T), moments=None), basis
 
 
 def objective(

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from embedpipe.heads._problem import Float32, Float64, Int64, Problem, Solution, blocks, log_normaliser, narrow
+from embedpipe.heads._problem import Float32, Float64, Int64, Moments, Problem, Solution, blocks, log_normaliser, narrow
 
 SAMPLES = 5000  # at most, to find the factor with
 LARGEST_FACTOR = 1e3
@@ -30,8 +30,10 @@ LARGEST_FACTOR = 1e3
 def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = None) -> list[Solution]:
     """Minimise the squared error for every l2; a start is of no use."""
     small, basis = narrow(problem)
-    mean, spectrum, turn, across = _decompose(small)
-    across_turned = turn.T @ across  # (r, K)
+    moments = small.moments or _measure(small)
+    spectrum, turn = np.linalg.eigh(moments.covariance)
+    mean, spectrum = moments.mean, np.maximum(spectrum, 0)
+    across_turned = turn.T @ moments.across  # (r, K)
     shrink = 1 / (spectrum[:, None] + np.asarray(l2s))  # (r, L)
     left_out, missed, scores = _leave_out(small, mean, turn, across_turned, shrink)
     middle = small.sample_weight @ _targets(small)
@@ -55,8 +57,7 @@ def _targets(problem: Problem, rows: slice = slice(None)) -> Float64:
     return np.asarray(targets)
 
 
-def _decompose(problem: Problem) -> tuple[Float64, Float64, Float64, Float64]:
-    """Return the features' mean (D,), eigenvalues (D,) and vectors (D, D) of their covariance, and it with targets (D, K)."""
+def _measure(problem: Problem) -> Moments:
     width = problem.X.shape[1]
     mean, gram, across = np.zeros(width), np.zeros((width, width)), np.zeros((width, problem.rows))
     for rows in blocks(problem.X):
@@ -66,8 +67,7 @@ def _decompose(problem: Problem) -> tuple[Float64, Float64, Float64, Float64]:
         centred = (problem.X[rows] - mean) * root
         gram += centred.T @ centred  # a matrix with itself: half the work
         across += centred.T @ (root * _targets(problem, rows))
-    spectrum, turn = np.linalg.eigh(gram)
-    return mean, np.asarray(np.maximum(spectrum, 0)), turn, across
+    return Moments(mean, gram, across)
 
 
 def _leave_out(
