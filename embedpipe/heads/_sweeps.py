@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from embedpipe.heads._problem import Problem
+from embedpipe.heads._problem import Chunked, Problem, blocks, some_of
 
 KEPT_BYTES = 2**29  # of probabilities; more are computed again for every product
 SMALL = 2**22  # features of a problem that is carried in float64
 BLOCK_NUMBERS = 2**18  # of logits in a block, so that it stays in the processor's cache
 FLAT = 1e-6  # of the mean eigenvalue: what varies less is not blown up
+READ_ROWS = 512  # at most at a time, where they are read from the cache: fresh memory costs more than they do
 METRIC_ROWS = 16  # times the width: rows that are enough to measure a metric
 
 
@@ -150,8 +151,10 @@ class Sweeps:
         if self.n > 2 * enough:
             drawn = np.random.default_rng(0).choice(self.n, enough, p=(counts / counts.sum()).numpy())
             drawn, times = np.unique(drawn, return_counts=True)
-            x = torch.from_numpy(self._X[drawn]).to(self._dtype)
-            return _metric(lambda: [(x, torch.from_numpy(times / enough))], self.width)
+            X, share = some_of(self._X, drawn), torch.from_numpy(times / enough)
+            return _metric(
+                lambda: ((torch.from_numpy(X[rows]).to(self._dtype), share[rows]) for rows in blocks(X)), self.width
+            )
         counts /= counts.sum()
         return _metric(lambda: ((x, counts[rows]) for rows, x in self._blocks(1)), self.width)
 
@@ -167,7 +170,8 @@ class Sweeps:
         return torch.finfo(self._dtype).eps
 
     def _blocks(self, many: int, whitened: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-        size = min(max(BLOCK_NUMBERS // (many * self.rows) // 64 * 64, 256), 1024 if whitened is None else 4096)
+        most = READ_ROWS if isinstance(self._X, Chunked) else 1024
+        size = min(max(BLOCK_NUMBERS // (many * self.rows) // 64 * 64, 256), most if whitened is None else 4096)
         for start in range(0, self.n, size):
             rows = slice(start, min(start + size, self.n))
             yield rows, torch.from_numpy(np.ascontiguousarray(self._X[rows])) if whitened is None else whitened[rows]
