@@ -9,6 +9,7 @@
 Names are imported when they are first used: importing embedpipe loads no torch.
 """
 
+# ruff: noqa: F401  (names for editors)
 from __future__ import annotations
 
 from importlib import import_module
@@ -33,72 +34,27 @@ if TYPE_CHECKING:
     from embedpipe.prediction import Prediction, predict
     from embedpipe.proving import explain_reuse, verify_cache
 
-_HOMES = {
-    "Advice": "advising",
-    "Audit": "auditing",
-    "Backbone": "backbones",
-    "Classifier": "classifier",
-    "Comparison": "comparing",
-    "EmbedpipeError": "errors",
-    "Evaluation": "evaluation",
-    "Exported": "exporting",
-    "FeatureSet": "features",
-    "Layer": "backbones",
-    "LinearHead": "heads",
-    "Prediction": "prediction",
-    "Transform": "images",
-    "advise": "advising",
-    "audit": "auditing",
-    "collect_garbage": "caretaking",
-    "compare": "comparing",
-    "describe_space": "caretaking",
-    "evaluate": "evaluation",
-    "explain_reuse": "proving",
-    "export": "exporting",
-    "export_features": "caretaking",
-    "extract": "extraction",
-    "finetune": "finetuning",
-    "fit_head": "fitting",
-    "list_cache": "caretaking",
-    "list_models": "backbones",
-    "load_backbone": "backbones",
-    "predict": "prediction",
-    "remove_from_cache": "caretaking",
-    "verify_cache": "proving",
+_ROOMS = {
+    "advising": ("Advice", "advise"),
+    "auditing": ("Audit", "audit"),
+    "backbones": ("Backbone", "Layer", "list_models", "load_backbone"),
+    "caretaking": ("collect_garbage", "describe_space", "export_features", "list_cache", "remove_from_cache"),
+    "classifier": ("Classifier",),
+    "comparing": ("Comparison", "compare"),
+    "errors": ("EmbedpipeError",),
+    "evaluation": ("Evaluation", "evaluate"),
+    "exporting": ("Exported", "export"),
+    "extraction": ("extract",),
+    "features": ("FeatureSet",),
+    "finetuning": ("finetune",),
+    "fitting": ("fit_head",),
+    "heads": ("LinearHead",),
+    "images": ("Transform",),
+    "prediction": ("Prediction", "predict"),
+    "proving": ("explain_reuse", "verify_cache"),
 }
-__all__ = [
-    "Advice",
-    "Audit",
-    "Backbone",
-    "Classifier",
-    "Comparison",
-    "EmbedpipeError",
-    "Evaluation",
-    "Exported",
-    "FeatureSet",
-    "Layer",
-    "LinearHead",
-    "Prediction",
-    "Transform",
-    "advise",
-    "audit",
-    "collect_garbage",
-    "compare",
-    "describe_space",
-    "evaluate",
-    "explain_reuse",
-    "export",
-    "export_features",
-    "extract",
-    "finetune",
-    "fit_head",
-    "list_cache",
-    "list_models",
-    "load_backbone",
-    "predict",
-    "remove_from_cache",
-    "verify_cache",
-]
+_HOMES = {name: room for room, names in _ROOMS.items() for name in names}
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

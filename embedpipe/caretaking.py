@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -13,13 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embedpipe.disk import BYTES, parse_amount
+from embedpipe.disk import BYTES, PathLike, parse_amount
 from embedpipe.errors import CacheBusy, CacheMismatch, StorageError, UsageError
 
 if TYPE_CHECKING:
     from embedpipe.cache import Cache
 
-PathLike = str | os.PathLike[str]
 SECONDS = {"S": 1, "M": 60, "H": 3600, "D": 86400, "W": 604800}
 
 
@@ -302,19 +300,14 @@ def export_features(
     samples = features.samples()
     if not samples:
         raise UsageError(f"{features.manifest.name} has no rows in {features.space.folder.name}")
-    about = {
-        "dataset": features.dataset,
-        "space": features.space.folder.name,
-        "fingerprint": features.space.fingerprint,
-    }
-    about["spec"] = canonical_json(features.space.spec)
+    told = {"dataset": features.dataset, "space": features.space.folder.name}
+    about = {**told, "fingerprint": features.space.fingerprint, "spec": canonical_json(features.space.spec)}
     path = Path(out or f"{features.dataset}.{'npz' if format == 'npy' else format}")
     publish(path, writer_of(format, Exported(features.manifest, samples, features.space.view()), about))
     return {
         "path": str(path),
         "format": format,
-        "dataset": features.dataset,
-        "space": features.space.folder.name,
+        **told,
         "rows": len(samples),
         "feature_dim": features.feature_dim,
         "bytes": path.stat().st_size,

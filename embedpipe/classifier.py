@@ -8,9 +8,9 @@ and a reference to the backbone; after finetune it holds all weights, in `model/
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embedpipe.cache import Cache, KeyIndex, Space
+from embedpipe.disk import PathLike
 from embedpipe.errors import DecodeError, EmbedpipeError, ModelMismatch, UsageError
 from embedpipe.features import PENULTIMATE
 from embedpipe.forwarding import Rows, Runner, plan_forward, stream_rows
@@ -26,7 +27,7 @@ from embedpipe.manifest import Failure
 from embedpipe.pipeline import Progress, space_name, space_spec
 from embedpipe.places import Place
 from embedpipe.provenance import differing_fields, environment
-from embedpipe.runs import RunFolder, read_run
+from embedpipe.runs import RunFolder, find_run, read_run
 from embedpipe.scoring import Scored as Scored
 from embedpipe.scoring import answer, report_scores, write_scored
 
@@ -187,7 +188,7 @@ class Classifier:
             loaded.append(found[-1])
         return tuple(found)
 
-    def predict_proba(self, paths: Sequence[str | os.PathLike[str]]) -> np.ndarray:
+    def predict_proba(self, paths: Sequence[PathLike]) -> np.ndarray:
         """Return probabilities float64 (N, C) of image files, or numbers (N, 1), as the head gives them.
 
         Raises
@@ -201,9 +202,14 @@ class Classifier:
             raise DecodeError(f"{first.path}: {first.reason}", hint="leave the file out", path=first.path)
         return result.values
 
-    def predict(self, paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+    def predict(self, paths: Sequence[PathLike]) -> list[str]:
         """Return what the head says of each image file: the most probable class; labels joined by "|"; the number as text."""
         return [answer(row, self.classes, self.task)[0] for row in self.predict_proba(paths)]
+
+    @classmethod
+    def of(cls, run: Classifier | PathLike, runs_dir: PathLike) -> Classifier:
+        """Return a classifier as it is, and that in a run by the run's id, a prefix of it, or its folder; see `load`."""
+        return run if isinstance(run, Classifier) else cls.load(find_run(Path(runs_dir), run))
 
     @classmethod
     def load(cls, folder: Path) -> Classifier:
@@ -247,15 +253,14 @@ def classify(
     ------
     EmbedpipeError    strict, and an image failed
     """
-    index = KeyIndex()
     keys: dict[Place | Path, bytes] = {}
     failed: dict[Place | Path, tuple[str, str]] = {}
-    for file in files:
-        try:
-            keys[file] = index.key_of(file)
-        except OSError as exc:
-            failed[file] = ("read", exc.strerror or str(exc))
-    index.close()
+    with closing(KeyIndex()) as index:
+        for file in files:
+            try:
+                keys[file] = index.key_of(file)
+            except OSError as exc:
+                failed[file] = ("read", exc.strerror or str(exc))
     rows = [_cached_rows(part, cache, keys.values()) for part in classifier.reference.parts]
     unknown = {key: file for file, key in keys.items() if any(key not in one for one in rows)}
     machine = {"device": device, "batch_size": batch_size, "workers": workers}

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from embedpipe.disk import PathLike
 from embedpipe.errors import EmbedpipeWarning, UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from embedpipe.classifier import Classifier
     from embedpipe.scoring import Predicted
 
-PathLike = str | os.PathLike[str]
 Sample = tuple[str, str, int]  # content key or path, label, and which one of several that are alike
 Answers = tuple["np.ndarray", "np.ndarray | None"]
 LEAST_ALIKE = 3  # images; of two, all features agree

@@ -18,6 +18,8 @@ from typing import IO
 
 from embedpipe.errors import EmbedpipeError, StorageError, UsageError
 
+PathLike = str | os.PathLike[str]
+
 TEMPORARY = ".tmp-"
 FOREIGN = (errno.EACCES, errno.EPERM, errno.EINVAL)  # a folder that cannot be read or synced holds none that we made
 BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -99,28 +101,40 @@ def publish(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
 
 
 @contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
+def whole_folder(final: Path, *, hidden: Path | None = None, what: str = "folder") -> Iterator[Path]:
     """Give a folder to fill; it appears as `final` when the block ends well, and not at all otherwise.
+
+    Parameters
+    ----------
+    hidden : Path    where it is filled; what a killed process left there goes. Default: a new name
+    what : str       to call it by in an error
 
     Raises
     ------
     StorageError    disk full, permission, input/output
     """
-    folder = final.with_name(f"{TEMPORARY}{secrets.token_hex(3)}-{final.name}")
+    folder = hidden or final.with_name(f"{TEMPORARY}{secrets.token_hex(3)}-{final.name}")
     make_folder(final.parent)
-    with storage_errors(final, "write the folder"):
+    with storage_errors(final, f"write the {what}"):
+        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         try:
             yield folder
-            for path in folder.iterdir():
-                with path.open("rb") as stream:
-                    os.fsync(stream.fileno())
-            sync_folder(folder)
+            _sync_tree(folder)
             folder.rename(final)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         sync_folder(final.parent)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+    for path in [*folder.rglob("*/"), folder]:
+        sync_folder(path)
 
 
 def sweep(folder: Path) -> None:

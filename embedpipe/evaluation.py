@@ -5,22 +5,22 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from embedpipe.disk import PathLike
 from embedpipe.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier
     from embedpipe.manifest import Failure, Manifest
     from embedpipe.pipeline import Progress
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,9 @@ def evaluate(
     from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier, Scored, classify
     from embedpipe.disk import publish
-    from embedpipe.runs import find_run
     from embedpipe.scoring import confusion_of
 
-    if not isinstance(run, Classifier):
-        run = Classifier.load(find_run(Path(runs_dir), run))
+    run = Classifier.of(run, runs_dir)
     cache = Cache(Path(cache_dir))
     manifest = _manifest(run, data, cache, allow_outside)
     if split == "auto":
@@ -140,19 +138,16 @@ def evaluate(
     return done
 
 
-def _manifest(run: Classifier, data: PathLike | Sequence[PathLike] | None, cache: Any, allow_outside: bool) -> Manifest:
+def _manifest(
+    run: Classifier, data: PathLike | Sequence[PathLike] | None, cache: Cache, allow_outside: bool
+) -> Manifest:
     from embedpipe.cache import KeyIndex
     from embedpipe.manifest import read_manifest
 
     if data is None:
-        manifest: Manifest = cache.read_dataset(run.dataset)
-        return manifest
-    sources = [data] if isinstance(data, str | os.PathLike) else list(data)
-    index = KeyIndex()
-    try:
-        return read_manifest(sources, key_of=index.key_of, allow_outside=allow_outside)
-    finally:
-        index.close()
+        return cache.read_dataset(run.dataset)
+    with closing(KeyIndex()) as index:
+        return read_manifest(data, key_of=index.key_of, allow_outside=allow_outside)
 
 
 def _check(manifest: Manifest, run: Classifier, labels: list[str], split: str) -> None:

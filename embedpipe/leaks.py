@@ -73,7 +73,7 @@ def find_leaks(features: FeatureSet, scored: Mapping[str, Scored], *, max_bytes:
     exact = find_exact(features.samples())
     near = find_near(features, max_bytes=max_bytes)
     groups = find_groups(features.samples())
-    found = (*exact, *near.leaks, *_group_leaks(features.samples(), groups))
+    found = (*exact, *near.leaks, *group_leaks(features.samples(), groups))
     leaked = {leak.sample for leak in found}
     others = [split for split in features.splits if split in STEPS[1:]]
     report = {
@@ -151,7 +151,7 @@ def find_groups(samples: Sequence[Sample]) -> dict[str, Counter[str]]:
     return {name: counts for name, counts in sorted(splits.items()) if len(counts) > 1}
 
 
-def _group_leaks(samples: Sequence[Sample], groups: Mapping[str, Counter[str]]) -> list[Leak]:
+def group_leaks(samples: Sequence[Sample], groups: Mapping[str, Counter[str]]) -> list[Leak]:
     """Return the images whose group is in an earlier split too."""
     first: dict[str, Sample] = {}
     for split in STEPS:

@@ -19,6 +19,7 @@ Source: Levina, Bickel, NIPS 2004, for distances in a ball; Facco et al., Scient
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,8 @@ LEAST_ROWS = 2 * K  # below which there is no scale
 FALSE_ALARMS = 0.05  # expected in one search
 MOST_RATIO = 0.5  # however many dimensions: a copy is at least twice as near as the k-th
 SAME = 2e-3  # chord between rows that differ by rounding
+FAR = 3.5  # robust standard deviations from the median
+PER_MAD = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
 BLOCK_BYTES = 64 << 20  # of similarities held at a time
 
 
@@ -57,14 +60,22 @@ class Neighbours:
         """Return which queries are copies of their nearest row, bool (n,)."""
         return np.asarray((self.first <= SAME) | (self.first < ratio * self.kth))
 
+    def pairs(self, ratio: float) -> Iterator[tuple[int, int, float]]:
+        """Yield, where the queries are the base itself, each copy and the row that it is nearest to, once, with the cosine."""
+        is_copy, similarity = self.copies(ratio), self.similarity
+        for row in np.flatnonzero(is_copy).tolist():
+            twin = int(self.nearest[row])
+            if twin < row or not is_copy[twin]:
+                yield row, twin, float(similarity[row])
 
-def find_neighbours(queries: Float32, base: Float32, *, own: Int64 | None = None, k: int = K) -> Neighbours:
+
+def find_neighbours(queries: Float32, base: Float32, *, own: Int64 | None = None) -> Neighbours:
     """Find the nearest rows of a base, all of unit length.
 
     Parameters
     ----------
     queries : float32 (n, D)
-    base : float32 (N, D)          N > k
+    base : float32 (N, D)          N > K
     own : int64 (n,), optional     the row of the base that each query itself is, which does not count
     """
     nearest = np.empty(len(queries), np.int64)
@@ -76,14 +87,14 @@ def find_neighbours(queries: Float32, base: Float32, *, own: Int64 | None = None
         if own is not None:
             cosine[np.arange(len(cosine)), own[rows]] = -2
         nearest[rows] = cosine.argmax(axis=1)
-        cosine.partition(len(base) - k, axis=1)
-        cosines[rows] = np.stack([cosine[:, len(base) - k :].max(axis=1), cosine[:, len(base) - k]], axis=1)
+        cosine.partition(len(base) - K, axis=1)
+        cosines[rows] = np.stack([cosine[:, len(base) - K :].max(axis=1), cosine[:, len(base) - K]], axis=1)
     chords = np.sqrt(np.maximum(0, 2 - 2 * cosines))
     return Neighbours(nearest, chords[:, 0], chords[:, 1])
 
 
-def kth_distance(X: Float32, *, k: int = K) -> Float64:
-    """Return the Euclidean distance of each row to its k-th nearest other row, float64 (n,), for X (n, D), n > k."""
+def kth_distance(X: Float32) -> Float64:
+    """Return the Euclidean distance of each row to its k-th nearest other row, float64 (n,), for X (n, D), n > K."""
     squares = np.einsum("nd,nd->n", X, X)
     far = np.empty(len(X))
     step = max(1, BLOCK_BYTES // (X.itemsize * max(1, len(X))))
@@ -91,11 +102,22 @@ def kth_distance(X: Float32, *, k: int = K) -> Float64:
         rows = slice(start, start + step)
         square = squares[rows, None] + squares - 2 * (X[rows] @ X.T)
         square[np.arange(len(square)), np.arange(start, start + len(square))] = np.inf
-        far[rows] = np.partition(square, k - 1, axis=1)[:, k - 1]
+        far[rows] = np.partition(square, K - 1, axis=1)[:, K - 1]
     return np.asarray(np.sqrt(np.maximum(0, far)))
 
 
-def copy_ratio(typical: Neighbours, searches: int, *, k: int = K) -> float:
+def outlying(distances: Float64) -> dict[int, float]:
+    """Return the rows whose k-th neighbour is farther than is usual, with how many times the usual limit.
+
+    Source: Iglewicz, Hoaglin, How to Detect and Handle Outliers (1993).
+    """
+    logs = np.log(np.maximum(distances, np.finfo(np.float64).tiny))
+    middle = np.median(logs)
+    limit = middle + FAR * PER_MAD * np.median(np.abs(logs - middle))
+    return {int(row): float(np.exp(logs[row] - limit)) for row in np.flatnonzero(logs > limit)}
+
+
+def copy_ratio(typical: Neighbours, searches: int) -> float:
     """Return the ratio first / kth below which a row is a copy, in [0, MOST_RATIO].
 
     Parameters
@@ -107,13 +129,13 @@ def copy_ratio(typical: Neighbours, searches: int, *, k: int = K) -> float:
     middle = float(np.median(typical.first[known] / typical.kth[known])) if known.any() else 0.0
     if not 0 < middle < 1:
         return 0.0
-    dimension = np.log(_volume(0.5, k)) / np.log(middle)
-    return float(min(MOST_RATIO, _volume(FALSE_ALARMS / max(1, searches), k) ** (1 / dimension)))
+    dimension = np.log(_volume(0.5)) / np.log(middle)
+    return float(min(MOST_RATIO, _volume(FALSE_ALARMS / max(1, searches)) ** (1 / dimension)))
 
 
-def _volume(probability: float, k: int) -> float:
+def _volume(probability: float) -> float:
     """Return r^m with P(first < r * kth) = probability."""
-    return float(-np.expm1(np.log1p(-min(probability, 0.5)) / (k - 1)))
+    return float(-np.expm1(np.log1p(-min(probability, 0.5)) / (K - 1)))
 
 
 def unit_rows(X: Float32) -> Float32:

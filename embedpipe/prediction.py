@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from embedpipe.disk import PathLike
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from embedpipe.classifier import Classifier
     from embedpipe.manifest import Failure
     from embedpipe.pipeline import Progress
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -118,13 +117,10 @@ def predict(
     from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier, classify
     from embedpipe.manifest import list_images
-    from embedpipe.runs import find_run
 
-    if not isinstance(run, Classifier):
-        run = Classifier.load(find_run(Path(runs_dir), run))
-    files = list_images([images] if isinstance(images, str | os.PathLike) else list(images))
+    run = Classifier.of(run, runs_dir)
     machine: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers, "progress": progress}
-    result = classify(run, files, cache=Cache(Path(cache_dir)), strict=strict, **machine)
+    result = classify(run, list_images(images), cache=Cache(Path(cache_dir)), strict=strict, **machine)
     predictions = [
         Prediction(path, run.classes, values, run.task)
         for path, values in zip(result.paths, result.values, strict=True)

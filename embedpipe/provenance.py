@@ -118,8 +118,8 @@ def _version(name: str) -> str:
         return "absent"
 
 
-def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
-    """Return the names that look most like `name`, best first."""
+def nearest(name: str, names: Iterable[str]) -> list[str]:
+    """Return the three names that look most like `name`, best first."""
     import difflib
 
-    return difflib.get_close_matches(name, list(names), n=count, cutoff=0.5)
+    return difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)

@@ -6,13 +6,14 @@ False
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from embedpipe.disk import PathLike
 from embedpipe.errors import CacheMismatch, EmbedpipeError, UsageError
 from embedpipe.provenance import Difference, differing_fields, environment
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from embedpipe.manifest import Manifest
     from embedpipe.pipeline import Progress
     from embedpipe.places import Place
-
-PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -136,11 +135,8 @@ def _wanted_data(cache: Cache, dataset: str | None, allow_outside: bool) -> Mani
 
     if dataset is None or not is_source(dataset):
         return cache.read_dataset(dataset)
-    index = KeyIndex()
-    try:
-        return read_manifest([dataset], key_of=index.key_of, allow_outside=allow_outside)
-    finally:
-        index.close()
+    with closing(KeyIndex()) as index:
+        return read_manifest(dataset, key_of=index.key_of, allow_outside=allow_outside)
 
 
 def _nearest(cache: Cache, wanted: Space, keys: set[bytes]) -> tuple[str | None, int, list[Difference]]:

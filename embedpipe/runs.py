@@ -9,19 +9,21 @@ run that takes long needs to go on lies in `.unfinished-<its name>/` until then.
 
 from __future__ import annotations
 
+import csv
 import fcntl
+import io
 import json
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedpipe.disk import make_folder, storage_errors, sweep, sync_folder
+from embedpipe.disk import TEMPORARY, PathLike, make_folder, sweep, whole_folder
 from embedpipe.errors import CacheBusy, ModelMismatch, UsageError
 from embedpipe.provenance import nearest
 
@@ -42,9 +44,18 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> None:
         self.write_text(name, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
+    def write_csv(self, name: str, rows: Iterable[Iterable[Any]]) -> None:
+        self.write_text(name, csv_text(rows))
+
     def write_text(self, name: str, text: str) -> None:
-        path = self.folder / name
-        path.write_text(text, encoding="utf-8", errors="surrogateescape")
+        (self.folder / name).write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Return rows as CSV, each ended by a line feed alone."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue()
 
 
 def new_name(verb: str) -> str:
@@ -63,20 +74,9 @@ def new_run(runs_dir: Path, verb: str, *, name: str | None = None) -> Iterator[R
     ------
     StorageError    the folder cannot be written
     """
-    name = name or new_name(verb)
-    run = RunFolder(runs_dir / f".tmp-{name}", runs_dir / name)
-    with storage_errors(run.final, "write the run folder"):
-        make_folder(runs_dir)
-        shutil.rmtree(run.folder, ignore_errors=True)  # of a process that was killed here
-        run.folder.mkdir()
-        try:
-            yield run
-            _sync_tree(run.folder)
-            run.folder.rename(run.final)
-            sync_folder(runs_dir)
-        except BaseException:
-            shutil.rmtree(run.folder, ignore_errors=True)
-            raise
+    final = runs_dir / (name or new_name(verb))
+    with whole_folder(final, hidden=final.with_name(f"{TEMPORARY}{final.name}"), what="run folder") as folder:
+        yield RunFolder(folder, final)
 
 
 @contextmanager
@@ -152,15 +152,6 @@ def _is_named(name: str, text: str) -> bool:
     return name.startswith(text) or name.rsplit("-", 1)[-1].startswith(text)
 
 
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-    for path in [*folder.rglob("*/"), folder]:
-        sync_folder(path)
-
-
 def list_runs(runs_dir: Path) -> list[Path]:
     """Return the complete runs, oldest first."""
     if not runs_dir.is_dir():
@@ -186,7 +177,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     return record
 
 
-def find_run(runs_dir: Path, text: str | os.PathLike[str]) -> Path:
+def find_run(runs_dir: Path, text: PathLike) -> Path:
     """Return the run that `text` names: a folder, a run's name, its id, or a unique prefix of either.
 
     Raises

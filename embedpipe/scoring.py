@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,6 @@ from embedpipe.manifest import SEPARATOR, Manifest, Sample, targets
 from embedpipe.metrics import (
     TEMPERATURES,
     THRESHOLD,
-    ClassScore,
     confusion_matrix,
     expected_calibration_error,
     fit_temperature,
@@ -34,7 +32,7 @@ from embedpipe.metrics import (
     score_regression,
     soften,
 )
-from embedpipe.runs import RunFolder
+from embedpipe.runs import RunFolder, csv_text
 
 if TYPE_CHECKING:
     from embedpipe.features import FeatureSet
@@ -60,10 +58,8 @@ class Scored:
         """Return the scores: as `score_fully`, `score_multilabel` or `score_regression` gives them."""
         y = self.labels(classes)
         if self.task == "regression":
-            return {**score_regression(self.probabilities[:, 0], y)}
-        return {
-            **(score_fully(self.probabilities, y) if self.task == "single" else score_multilabel(self.probabilities, y))
-        }
+            return score_regression(self.probabilities[:, 0], y)
+        return score_fully(self.probabilities, y) if self.task == "single" else score_multilabel(self.probabilities, y)
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ def class_table(scored: Scored, classes: Sequence[str]) -> list[dict[str, Any]]:
     return [{"class": name, **row} for name, row in zip(classes, rows, strict=True)]
 
 
-def _per_label(scored: Scored, classes: Sequence[str]) -> list[ClassScore]:
+def _per_label(scored: Scored, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Return a row of `per_class` for each label, which is predicted from 0.5 on."""
     predicted, y = (scored.probabilities >= THRESHOLD).astype(np.int64), scored.labels(classes).astype(np.int64)
     return [per_class(confusion_matrix(y[:, c], predicted[:, c], 2))[1] for c in range(len(classes))]
@@ -130,7 +126,7 @@ def worst_classes(scored: Scored, classes: Sequence[str]) -> list[dict[str, Any]
 
 def write_scored(run: RunFolder, scored: Mapping[str, Scored], classes: Sequence[str], manifest: Manifest) -> None:
     """Write predictions.csv; per_class.csv, but for numbers; and of single labels a confusion-<split>.csv for each split."""
-    run.write_text(PREDICTIONS, _csv(COLUMNS, _prediction_rows(scored, classes, manifest)))
+    run.write_csv(PREDICTIONS, [COLUMNS, *_prediction_rows(scored, classes, manifest)])
     head = ("split", "class", "n", "precision", "recall", "recall_low", "recall_high", "f1")
     rows = [
         (split, row["class"], row["n"], row["precision"], row["recall"], *(row["recall_ci95"] or ("", "")), row["f1"])
@@ -139,17 +135,16 @@ def write_scored(run: RunFolder, scored: Mapping[str, Scored], classes: Sequence
         for row in class_table(one, classes)
     ]
     if rows:
-        run.write_text("per_class.csv", _csv(head, rows))
+        run.write_csv("per_class.csv", [head, *rows])
     for split, one in scored.items():
-        if one.task != "single":
-            continue
-        run.write_text(f"confusion-{split}.csv", confusion_csv(classes, confusion_of(one, classes)))
+        if one.task == "single":
+            run.write_text(f"confusion-{split}.csv", confusion_csv(classes, confusion_of(one, classes)))
 
 
 def confusion_csv(classes: Sequence[str], confusion: np.ndarray) -> str:
     """Return a confusion matrix as CSV: a header of predicted classes, then a row a true class."""
     rows = ([name, *row.tolist()] for name, row in zip(classes, confusion, strict=True))
-    return _csv(("true\\predicted", *classes), rows)
+    return csv_text([("true\\predicted", *classes), *rows])
 
 
 def read_predictions(folder: Path) -> list[Predicted]:
@@ -274,11 +269,3 @@ def _predicted(row: Mapping[str, Any]) -> Predicted:
         raise ValueError("a line that is cut")
     known = float(probability) if probability else None
     return Predicted(path, split, label, predicted, row.get("key") or "", known)
-
-
-def _csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    return out.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from embedpipe.neighbours import FALSE_ALARMS, copy_ratio, find_neighbours, kth_distance, unit_rows
+from embedpipe.neighbours import FALSE_ALARMS, K, copy_ratio, find_neighbours, kth_distance, unit_rows
 
 
 def rows(n: int, dim: int, seed: int = 0, latent: int | None = None) -> np.ndarray:
@@ -28,7 +28,7 @@ def test_neighbours_are_those_of_a_plain_search() -> None:
 def test_distances_are_those_of_a_plain_search() -> None:
     X = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
     plain = np.linalg.norm(X[:, None] - X, axis=2)
-    np.testing.assert_allclose(kth_distance(X, k=3), np.sort(plain, axis=1)[:, 3], atol=1e-3)
+    np.testing.assert_allclose(kth_distance(X), np.sort(plain, axis=1)[:, K], atol=1e-3)
 
 
 def test_a_row_is_not_its_own_neighbour() -> None:

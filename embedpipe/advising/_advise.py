@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from embedpipe.disk import PathLike
 from embedpipe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from embedpipe.advising._measuring import Evidence
     from embedpipe.features import FeatureSet
     from embedpipe.pipeline import Progress
-
-PathLike = str | os.PathLike[str]
 
 NOTE = "all decisions are taken on train and val; test is only searched for copies"
 NOTE_VERIFIED = "all decisions are taken on train and val; test, where there is one, was scored by --verify alone"
@@ -109,10 +107,6 @@ def advise(
         Judge the model of this space, when there are several: its folder's name or a prefix.
     backbone : str
         Judge this backbone.
-
-    Returns
-    -------
-    Advice
 
     Raises
     ------

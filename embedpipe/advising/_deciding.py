@@ -53,8 +53,14 @@ class Choice:
 
 def decide(evidence: Evidence) -> list[Choice]:
     """Return the choices, the advised one first."""
-    linear = Choice("linear-head", evidence.last.layers, _linear_reason(evidence), 0.0, (0.0, 0.0))
-    modes = [linear, *_heads(evidence), *_finetuning(evidence)]
+    reason = (
+        f"a head on {evidence.last.layers[0]} is right on {evidence.last.accuracy:.1%} of the images, and nothing dearer is "
+        "expected to add a point"
+    )
+    linear = Choice("linear-head", evidence.last.layers, reason, 0.0, (0.0, 0.0))
+    earlier = _head_choice("earlier-layer", evidence.best, evidence)
+    several = _head_choice("several-layers", evidence.several, evidence)
+    modes = [linear, earlier, several, *_finetuning(evidence)]
     chosen = linear
     for one in modes[1:4]:  # the cheapest first; the last one is the other way to fine-tune
         if one.is_worth_it and (one.gain or 0.0) >= (chosen.gain or 0.0) + WORTH:
@@ -97,13 +103,6 @@ def _fixes(evidence: Evidence) -> list[Choice]:
     return fixes
 
 
-def _heads(evidence: Evidence) -> list[Choice]:
-    return [
-        _head_choice("earlier-layer", evidence.best, evidence),
-        _head_choice("several-layers", evidence.several, evidence),
-    ]
-
-
 def _head_choice(action: str, head: HeadEvidence, evidence: Evidence) -> Choice:
     reason = (
         f"a head on {' + '.join(head.layers)} is right on {head.accuracy:.1%} of the images, one on "
@@ -141,10 +140,3 @@ def _more_data(evidence: Evidence) -> Choice:
     # each doubling adds less than the last one: half of it is a cautious guess
     gain, (low, high) = evidence.slope.gain, evidence.slope.ci95
     return Choice("more-data", (), reason, gain / 2, (low / 2, high))
-
-
-def _linear_reason(evidence: Evidence) -> str:
-    return (
-        f"a head on {evidence.last.layers[0]} is right on {evidence.last.accuracy:.1%} of the images, and nothing dearer is "
-        "expected to add a point"
-    )

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from embedpipe.features import FeatureSet
 from embedpipe.folds import OutOfFold, out_of_fold
 from embedpipe.heads import KnnHead, LinearHead, fit_knn
-from embedpipe.leaks import STEPS, find_exact, find_groups, find_near
+from embedpipe.leaks import STEPS, find_exact, find_groups, find_near, group_leaks
 from embedpipe.manifest import Sample
 from embedpipe.metrics import find_label_errors, paired_interval, wilson_interval
 from embedpipe.recipe import Recipe
@@ -224,12 +224,10 @@ def find_wrong(y: Int64, guesses: Sequence[Int64], judged: Judged) -> tuple[list
 
 def find_copies(features: FeatureSet) -> list[Sample]:
     """Return the images of val and test that an earlier split has too: by content, by features of the last layer, by group."""
+    samples = [sample for sample in features.samples() if sample.split in STEPS]
     near = find_near(features.only(features.spaces[-1:]))
-    groups = find_groups([sample for sample in features.samples() if sample.split in STEPS])
-    first = {name: min(counts, key=STEPS.index) for name, counts in groups.items()}
-    shared = {s for s in features.samples() if s.group in first and s.split != first[s.group or ""]}
-    found = {leak.sample for leak in (*find_exact(features.samples()), *near.leaks)} | shared
-    return sorted(found, key=lambda sample: sample.path)
+    leaks = (*find_exact(samples), *near.leaks, *group_leaks(samples, find_groups(samples)))
+    return sorted({leak.sample for leak in leaks}, key=lambda sample: sample.path)
 
 
 def _some(features: FeatureSet) -> FeatureSet:

@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from embedpipe.pipeline import Progress
 
 FULL_BATCH, LEAST_BATCH, STEPS = 32, 8, 32
-SMALL_RATE = (
-    2e-4  # where all layers move; at 1e-3 the loss of scattered digits rose tenfold, and no epoch beat the head
-)
+SMALL_RATE = 2e-4  # where all layers move; at 1e-3 the loss of scattered digits rose tenfold, no epoch beat the head
 
 
 @dataclass(frozen=True)

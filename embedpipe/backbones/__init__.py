@@ -1,9 +1,8 @@
 """Backbones: any classification model of timm and torchvision, or a user's own, as a frozen
 function from images to features.
 
-Upper floors enter here, and only inside functions: the room imports torch. timm lives behind
-`_timm`, torchvision's models behind `_torchvision`; the rest of the room does not know which of
-them it handles.
+Upper floors enter here, and only inside functions: the room imports torch. timm lives behind `_timm`, torchvision's
+models behind `_torchvision`; the rest of the room does not know which of them it handles.
 
 >>> backbone = load_backbone("timm:resnet18", weights="none")
 >>> backbone.module(backbone.transform(image)[None]).shape

@@ -114,12 +114,7 @@ def at_layer(backbone: Backbone, layer: str | None, *, pool: str = "auto") -> Ba
 def wrap_module(
     module: nn.Module, *, layer: str | None, pool: str, image_size: int | None, transform: Images | None
 ) -> Backbone:
-    """Return the backbone of a user's own module: its output, or a layer of it, is the feature.
-
-    Raises
-    ------
-    UsageError    no transform; unknown layer or pool; an image size that the module refuses
-    """
+    """Return the backbone of a user's own module: its output, or a layer of it, is the feature."""
     if transform is None:
         raise UsageError("a module without a transform", hint="pass transform=, e.g. an embedpipe.images.Transform")
     kind = type(module)
@@ -145,12 +140,7 @@ def _unsaved_buffers(module: nn.Module) -> dict[str, str]:
 
 
 def describe_transform(transform: Images) -> Any:
-    """Return what the spec says of a transform.
-
-    Raises
-    ------
-    UsageError    it has neither `to_dict()` nor a text form that is the same in the next process
-    """
+    """Return what the spec says of a transform."""
     if hasattr(transform, "to_dict"):
         return transform.to_dict()
     text = repr(transform)
@@ -163,12 +153,7 @@ def describe_transform(transform: Images) -> Any:
 
 
 def trace_or_explain(model: nn.Module, image_size: tuple[int, int], name: str) -> Trace:
-    """Return the model's trace.
-
-    Raises
-    ------
-    UsageError    the model refuses images of this size
-    """
+    """Return the model's trace."""
     try:
         return trace(model, image_size)
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as exc:

@@ -1,5 +1,4 @@
-"""The nouns of the room: `Backbone`, `Layer`, and the stages of a model in the order in which they
-run.
+"""The nouns of the room: `Backbone`, `Layer`, and the stages of a model in the order in which they run.
 
 >>> [layer.name for layer in backbone.layers]
 ['conv1', 'layer1', 'layer2', 'layer3', 'layer4']
@@ -26,9 +25,7 @@ STAGES_WANTED = 4
 
 @dataclass(frozen=True)
 class Layer:
-    """A stage of a model: dotted name, number of parameters, shape of its output without the batch
-    axis.
-    """
+    """A stage of a model: dotted name, number of parameters, shape of its output without the batch axis."""
 
     name: str
     parameters: int
@@ -81,27 +78,21 @@ class Backbone:
 
 
 def refresh(backbone: Backbone, origin: str) -> Backbone:
-    """Return the backbone with its present weights in the spec, frozen again: what fine-tuning ends
-    with.
-    """
+    """Return the backbone with its present weights in the spec, frozen again: what fine-tuning ends with."""
     backbone.module.eval().requires_grad_(False)
     spec = {**backbone.spec, "weights": digest_weights(backbone.module.model)}
     return replace(backbone, spec=spec, origin=origin)
 
 
 def digest_weights(model: nn.Module) -> str:
-    """Return the digest of all parameters and buffers that the library stores; the classifier is
-    gone by now.
-    """
+    """Return the digest of all parameters and buffers that the library stores; the classifier is gone by now."""
     return digest_arrays({name: value for name, value in model.state_dict().items() if hasattr(value, "detach")})
 
 
 def find_stages(model: nn.Module, record: Trace) -> tuple[Layer, ...]:
-    """Cut a model into stages: its largest composite module is opened until four of them stand side
-    by side.
+    """Cut a model into stages: its largest composite module is opened until four of them stand side by side.
 
-    Modules without a weight matrix or kernel (norms, activations, pools) belong to the stage before
-    them.
+    Modules without a weight matrix or kernel (norms, activations, pools) belong to the stage before them.
     """
     modules = dict(model.named_modules())
     names = _children(modules, record, "")

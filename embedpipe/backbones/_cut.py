@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from embedpipe.backbones._headless import Headless, Pooling, Tap
-from embedpipe.backbones._trace import Trace, is_below
+from embedpipe.backbones._trace import Trace, is_below, owner_of
 from embedpipe.errors import UsageError
 from embedpipe.provenance import nearest
 
@@ -212,7 +212,7 @@ def cut_before(backbone: Backbone, unfrozen: Sequence[str]) -> Cut | None:
     if not unfrozen:
         return None
     trace, passes, refused = backbone.trace, _record(backbone), []
-    owner = min(map(_parent, unfrozen), key=trace.start_of)
+    owner = min(map(owner_of, unfrozen), key=trace.start_of)
     moving = {backbone.module.model.get_parameter(name) for name in unfrozen}
     for layer in _candidates(trace, owner)[:TRIES]:
         try:
@@ -231,14 +231,10 @@ def _candidates(trace: Trace, owner: str) -> list[str]:
     latest input first; of several with one input the outermost comes first.
     """
     last = trace.start_of(owner)
-    near = [n for n, v in trace.visits.items() if n and v.first <= last and is_below(owner, _parent(_parent(n)))]
+    near = [n for n, v in trace.visits.items() if n and v.first <= last and is_below(owner, owner_of(owner_of(n)))]
     inputs = {n: id(trace.visits[n].entered) if trace.visits[n].entered is not None else n for n in near}
     latest = {inputs[n]: trace.start_of(n) for n in near}  # visits are in order of start
     return sorted(near, key=lambda n: (-latest[inputs[n]], trace.start_of(n)))
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def _cut(backbone: Backbone, layer: str, passes: Sequence[_Pass], moving: Set[nn.Parameter] = frozenset()) -> Cut:

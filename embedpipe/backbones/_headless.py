@@ -1,11 +1,8 @@
-"""A model without its classifier: images in, one vector an image out, the library's own parameter
-names kept.
+"""A model without its classifier: images in, one vector an image out, the library's own parameter names kept.
 
-Two ways, chosen once when the model is loaded. Where the classifier was the last thing to act on
-the features, the model's own output is the feature, and nothing else happens. Elsewhere (an
-intermediate layer, several heads, a pooling after a convolutional classifier) the outputs of named
-modules are caught and the pass ends
-there.
+Two ways, chosen once when the model is loaded. Where the classifier was the last thing to act on the features, the
+model's own output is the feature, and nothing else happens. Elsewhere (an intermediate layer, several heads, a pooling
+after a convolutional classifier) the outputs of named modules are caught and the pass ends there.
 
 >>> Headless(model, [Tap("layer3", Pooling("avg", "map"))])(images).shape
 torch.Size([8, 256])
@@ -79,8 +76,7 @@ class _Reached(Exception):
 
 
 class Headless(nn.Module):
-    """Images float32 (N, 3, H, W) -> features (N, D): `model` without its classifier, tapped where
-    need be.
+    """Images float32 (N, 3, H, W) -> features (N, D): `model` without its classifier, tapped where need be.
 
     Parameters
     ----------
@@ -128,9 +124,7 @@ class Headless(nn.Module):
         return features[0] if len(features) == 1 else tuple(features)
 
     def train(self, mode: bool = True) -> Headless:
-        """Switch the layers, never the root's own flag: there it only selects training-time
-        outputs.
-        """
+        """Switch the layers, never the root's own flag: there it only selects training-time outputs."""
         super().train(mode)
         self.model.training = False
         return self

@@ -1,5 +1,4 @@
-"""The two libraries behind one seam, and the grammar of names: `timm:NAME`, `torchvision:NAME`,
-bare = timm.
+"""The two libraries behind one seam, and the grammar of names: `timm:NAME`, `torchvision:NAME`, bare = timm.
 
 >>> resolve_name("resnet18")
 ('timm', 'resnet18')
@@ -35,9 +34,7 @@ class Library(Protocol):
     def transform_for(
         self, architecture: str, *, image_size: int | None, crop_pct: float | None, interpolation: str | None
     ) -> Transform: ...
-    def config_for(
-        self, architecture: str, *, options: dict[str, Any], classes: list[str], feature_dim: int, transform: Any
-    ) -> dict[str, Any]: ...
+    def config_for(self, architecture: str, *, n_classes: int, transform: Any) -> dict[str, Any]: ...
     def open_folder(self, folder: Path) -> nn.Module: ...
 
 
@@ -45,9 +42,7 @@ LIBRARIES: dict[str, Library] = {"timm": _timm, "torchvision": _torchvision}
 
 
 def list_models(pattern: str | None = None) -> list[str]:
-    """Return the classification models of both libraries, those that hold or (as a glob) match
-    `pattern`.
-    """
+    """Return the classification models of both libraries, those that hold or (as a glob) match `pattern`."""
     names = [f"{source}:{name}" for source, library in LIBRARIES.items() for name in library.names()]
     glob = pattern if pattern and any(c in pattern for c in "*?[") else f"*{pattern or ''}*"
     return [name for name in names if fnmatchcase(name, glob) or fnmatchcase(name.partition(":")[2], glob)]

@@ -27,14 +27,15 @@ from embedpipe.backbones._saving import DESCRIPTION, load_model
 from embedpipe.backbones._state import fill, headless_state, read_weights
 from embedpipe.backbones._trace import Weightless
 from embedpipe.backbones.weights import package_for
-from embedpipe.errors import UsageError
+from embedpipe.disk import PathLike
+from embedpipe.errors import UsageError, WeightsUnavailable
 from embedpipe.images import Transform
 
 
 def load_backbone(
-    name: str | os.PathLike[str] | nn.Module,
+    name: PathLike | nn.Module,
     *,
-    weights: str | os.PathLike[str] = "pretrained",
+    weights: PathLike = "pretrained",
     layer: str | None = None,
     pool: str = "auto",
     seed: int = 0,
@@ -44,8 +45,7 @@ def load_backbone(
     pixels: str = "exact",
     transform: Images | None = None,
 ) -> Backbone:
-    """Return a frozen backbone that gives the penultimate features, or those of an intermediate
-    layer.
+    """Return a frozen backbone that gives the penultimate features, or those of an intermediate layer.
 
     Parameters
     ----------
@@ -81,11 +81,17 @@ def load_backbone(
     canonical = replace(_transform_for(library, architecture, image_size, crop_pct, interpolation), pixels=pixels)
     options = library.options_for(architecture, image_size)
     pretrained = weights == "pretrained"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = library.build(architecture, options=options, pretrained=pretrained)
-    heads = library.classifiers_of(architecture, model)
     full_name = f"{source}:{architecture}"
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = library.build(architecture, options=options, pretrained=pretrained)
+    except OSError as exc:
+        raise WeightsUnavailable(
+            f"no network and no stored weights for {full_name}",
+            hint="use --weights packaged, --weights FILE or --weights none",
+        ) from exc
+    heads = library.classifiers_of(architecture, model)
     origin = library.origin_of(architecture) if pretrained else f"none: seed {seed}"
     files = library.files_of(architecture) if pretrained else ()
     if weights == "packaged":
@@ -112,8 +118,7 @@ def load_backbone(
 
 
 def describe_layers(name: str) -> tuple[Layer, ...]:
-    """Return the stages of a model in the order in which they run; it is built on the meta device,
-    without weights.
+    """Return the stages of a model in the order in which they run; it is built on the meta device, without weights.
 
     Raises
     ------
@@ -131,7 +136,7 @@ def describe_layers(name: str) -> tuple[Layer, ...]:
     return find_stages(model, record)
 
 
-def _refuse(what: str, *, weights: str | os.PathLike[str], **options: float | str | None) -> None:
+def _refuse(what: str, *, weights: PathLike, **options: float | str | None) -> None:
     """Say which options a model cannot take that brings its own weights and its own transform."""
     asked = [name for name, value in options.items() if value is not None]
     asked += ["weights"] if weights != "pretrained" else []

@@ -1,5 +1,4 @@
-"""A model on disk that its own library reads, and that `load_model` turns into the same backbone
-again.
+"""A model on disk that its own library reads, and that `load_model` turns into the same backbone again.
 
 `model.safetensors` holds the library's parameter names, `config.json` what the library wants to
 know, `embedpipe.json` the rest.
@@ -11,7 +10,6 @@ know, `embedpipe.json` the rest.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from embedpipe.backbones._backbone import Backbone
 from embedpipe.backbones._libraries import LIBRARIES
 from embedpipe.backbones._state import State, fill, read_weights
 from embedpipe.backbones._trace import Weightless
+from embedpipe.disk import PathLike
 from embedpipe.errors import ModelMismatch, StorageError
 from embedpipe.images import Transform
 
@@ -45,11 +44,9 @@ DESCRIPTION, CONFIG, WEIGHTS = "embedpipe.json", "config.json", "model.safetenso
 def save_model(
     backbone: Backbone, weight: np.ndarray | Tensor, bias: np.ndarray | Tensor, classes: Sequence[str], folder: Path
 ) -> bool:
-    """Write the whole model into an existing folder; tell whether the library's own classifier
-    could take the new one.
+    """Write the whole model into an existing folder; tell whether the library's own classifier could take the new one.
 
-    It can where one linear classifier acts on the penultimate features; elsewhere only the backbone
-    is written.
+    It can where one linear classifier acts on the penultimate features; elsewhere only the backbone is written.
 
     Parameters
     ----------
@@ -68,13 +65,15 @@ def save_model(
     head = _classifier_state(backbone, torch.as_tensor(weight), torch.as_tensor(bias))
     files = {WEIGHTS: safetensors.torch.save(state | head, {"format": "pt"})}
     if source in LIBRARIES:
-        config = LIBRARIES[source].config_for(
-            architecture,
-            options=backbone.build,
-            classes=list(classes),
-            feature_dim=backbone.feature_dim,
-            transform=backbone.transform,
-        )
+        library, n_classes = LIBRARIES[source], len(classes)
+        config = {
+            "architecture": library.bare_name(architecture),
+            "num_classes": n_classes,
+            "num_features": backbone.feature_dim,
+            "label_names": list(classes),
+            "model_args": backbone.build,
+            **library.config_for(architecture, n_classes=n_classes, transform=backbone.transform),
+        }
         files[CONFIG] = _to_json(config)
     files[DESCRIPTION] = _to_json(_description(backbone, sorted(head), classes))
     try:
@@ -88,10 +87,9 @@ def save_model(
 
 
 def load_model(
-    folder: str | os.PathLike[str], *, layer: str | None = None, pool: str = "auto", transform: Images | None = None
+    folder: PathLike, *, layer: str | None = None, pool: str = "auto", transform: Images | None = None
 ) -> Backbone:
-    """Return the backbone in a folder that `save_model` wrote, at the layer it was saved with or at
-    another one.
+    """Return the backbone in a folder that `save_model` wrote, at the layer it was saved with or at another one.
 
     Raises
     ------
@@ -146,9 +144,7 @@ def _transform_of(stored: dict[str, Any], folder: Path) -> Transform:
 
 
 def _classifier_state(backbone: Backbone, weight: Tensor, bias: Tensor) -> State:
-    """Return the new classifier under the library's names, nothing where it has no single linear
-    one on the features.
-    """
+    """Return the new classifier under the library's names, nothing where it has no single linear one on the features."""
     source, _, architecture = backbone.name.partition(":")
     if source not in LIBRARIES or backbone.module.taps:
         return {}

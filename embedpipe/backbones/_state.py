@@ -37,8 +37,7 @@ BROKEN = (  # what the two readers raise on files that are cut short, changed or
 
 
 def read_weights(path: Path, *, dropped: tuple[str, ...] = ()) -> State:
-    """Return the state dict in a .safetensors, .pth or .pt file, without wrappers, prefixes and
-    what is `dropped`.
+    """Return the state dict in a .safetensors, .pth or .pt file, without wrappers, prefixes and what is `dropped`.
 
     Raises
     ------

@@ -50,16 +50,12 @@ def _tap(model: nn.Module, record: Trace, point: str, *, pool: str, name: str) -
             f"{where} has the shape {visit.shape} for {BATCH} images, expected a vector, tokens or a map of each image",
             hint="name the block that holds this layer, or use --pool none",
         )
-    if layout == "vector":
-        pooling = Pooling("none", layout)
-    elif layout == "tokens":
-        prefix = count_prefix(visit.shape[1], record.image_size, _declared_prefix(model))
-        pooling = Pooling("avg" if pool == "auto" else pool, layout, prefix)
-    else:
-        pooling = Pooling("avg" if pool == "auto" else pool, layout)
-    if pool == "cls" and not pooling.prefix:
+    tokens = visit.shape[1] if layout == "tokens" else 0
+    prefix = count_prefix(tokens, record.image_size, _declared_prefix(model)) if tokens else 0
+    if pool == "cls" and not prefix:
         raise UsageError(f"{where} has no class token", hint="use --pool avg")
-    return Tap(point, pooling, visit.count)
+    kind = "none" if layout == "vector" else "avg" if pool == "auto" else pool
+    return Tap(point, Pooling(kind, layout, prefix), visit.count)
 
 
 def is_same(output: Tensor, given: Tensor | None) -> bool:
@@ -96,8 +92,7 @@ def _declared_prefix(model: nn.Module) -> int:
 
 
 def layout_of(shape: Sequence[int], image_size: tuple[int, int], *, channels_last: bool = False) -> str:
-    """Name the layout of an output (N, ...) of images (H, W); `channels_last` decides where the
-    shape cannot.
+    """Name the layout of an output (N, ...) of images (H, W); `channels_last` decides where the shape cannot.
 
     A map has the aspect ratio of the image in its last two axes, an NHWC map in the two before.
     """
@@ -110,9 +105,7 @@ def layout_of(shape: Sequence[int], image_size: tuple[int, int], *, channels_las
 
 
 def count_prefix(tokens: int, image_size: tuple[int, int], declared: int) -> int:
-    """Return how many of `tokens` stand in front of the patches: `declared` where the rest is a
-    grid, else none.
-    """
+    """Return how many of `tokens` stand in front of the patches: `declared` where the rest is a grid, else none."""
 
     def is_grid(count: int) -> bool:
         height = round(math.sqrt(count * image_size[0] / image_size[1]))

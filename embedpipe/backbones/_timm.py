@@ -32,9 +32,7 @@ def names() -> list[str]:
 
 
 def knows(architecture: str) -> bool:
-    """Tell whether timm has this architecture, with or without a pretrained tag
-    (`resnet18.a1_in1k`).
-    """
+    """Tell whether timm has this architecture, with or without a pretrained tag (`resnet18.a1_in1k`)."""
     try:
         return bool(timm.is_model(architecture)) and bool(timm.get_pretrained_cfg(architecture))
     except RuntimeError:  # an unknown tag
@@ -47,9 +45,7 @@ def bare_name(architecture: str) -> str:
 
 
 def options_for(architecture: str, image_size: int | None) -> dict[str, Any]:
-    """Return the builder's arguments: models of one fixed input size are built for the size that is
-    wanted.
-    """
+    """Return the builder's arguments: models of one fixed input size are built for the size that is wanted."""
     fixed = timm.get_pretrained_cfg(architecture).fixed_input_size
     return {"img_size": image_size} if image_size and fixed else {}
 
@@ -59,7 +55,8 @@ def build(architecture: str, *, options: dict[str, Any], pretrained: bool) -> nn
 
     Raises
     ------
-    WeightsUnavailable    pretrained, and the hub cannot be reached or has none
+    WeightsUnavailable    pretrained, and timm publishes none
+    OSError               pretrained, and the hub cannot be reached
     """
     if not pretrained:
         return _create(architecture, options)
@@ -67,14 +64,8 @@ def build(architecture: str, *, options: dict[str, Any], pretrained: bool) -> nn
         raise WeightsUnavailable(
             f"timm publishes no pretrained weights for {architecture}", hint="use --weights FILE or --weights none"
         )
-    try:
-        with _quick_when_offline():
-            return _create(architecture, {"pretrained": True, **options})
-    except OSError as exc:
-        raise WeightsUnavailable(
-            f"no network and no stored weights for timm:{architecture}",
-            hint="use --weights packaged, --weights FILE or --weights none",
-        ) from exc
+    with _quick_when_offline():
+        return _create(architecture, {"pretrained": True, **options})
 
 
 def origin_of(architecture: str) -> str:
@@ -121,20 +112,10 @@ def transform_for(
     )
 
 
-def config_for(
-    architecture: str, *, options: dict[str, Any], classes: list[str], feature_dim: int, transform: Any
-) -> dict[str, Any]:
-    """Return the `config.json` that `timm.create_model("local-dir:FOLDER")` reads."""
+def config_for(architecture: str, *, n_classes: int, transform: Any) -> dict[str, Any]:
+    """Return what `timm.create_model("local-dir:FOLDER")` reads in `config.json` beside what is said of any model."""
     cfg = timm.get_pretrained_cfg(architecture).to_dict(remove_source=True, remove_null=True)
-    cfg |= {"num_classes": len(classes), "tag": "embedpipe"} | _data_config(transform)
-    return {
-        "architecture": bare_name(architecture),
-        "num_classes": len(classes),
-        "num_features": feature_dim,
-        "label_names": classes,
-        "model_args": options,
-        "pretrained_cfg": cfg,
-    }
+    return {"pretrained_cfg": cfg | {"num_classes": n_classes, "tag": "embedpipe"} | _data_config(transform)}
 
 
 def open_folder(folder: Path) -> nn.Module:
@@ -167,9 +148,7 @@ def _create(architecture: str, arguments: dict[str, Any]) -> nn.Module:
 
 @contextmanager
 def _quick_when_offline() -> Iterator[None]:
-    """Spare the hub client's 50 s of retries where its host does not answer; what is stored is
-    still found.
-    """
+    """Spare the hub client's 50 s of retries where its host does not answer; what is stored is still found."""
     before = hub.HF_HUB_OFFLINE
     hub.HF_HUB_OFFLINE = before or not _answers(hub.ENDPOINT)
     try:

@@ -15,15 +15,12 @@ from safetensors.torch import load_file
 from torch import hub, nn
 from torchvision import models
 
-from embedpipe.errors import WeightsUnavailable
 from embedpipe.images import Transform
 
 AUXILIARY: tuple[str, ...] = ("aux1", "aux2", "AuxLogits")  # training-time classifiers, never built here
 
-OPTIONS = {
-    "googlenet": {"aux_logits": False, "transform_input": True, "init_weights": True},
-    "inception_v3": {"aux_logits": False, "transform_input": True, "init_weights": True},
-}
+INCEPTION = {"aux_logits": False, "transform_input": True, "init_weights": True}
+OPTIONS = {"googlenet": INCEPTION, "inception_v3": INCEPTION}
 
 
 def names() -> list[str]:
@@ -53,7 +50,7 @@ def build(architecture: str, *, options: dict[str, Any], pretrained: bool) -> nn
 
     Raises
     ------
-    WeightsUnavailable    pretrained, and the server cannot be reached
+    OSError    pretrained, and the server cannot be reached
     """
     state = _download(architecture) if pretrained else None
     model: nn.Module = models.get_model(architecture, weights=None, **options)
@@ -82,9 +79,7 @@ def classifiers_of(architecture: str, model: nn.Module) -> tuple[str, ...]:
 def transform_for(
     architecture: str, *, image_size: int | None, crop_pct: float | None, interpolation: str | None
 ) -> Transform:
-    """Return the transform of the default weights; `image_size` keeps their ratio of crop to
-    resize.
-    """
+    """Return the transform of the default weights; `image_size` keeps their ratio of crop to resize."""
     preset = models.get_model_weights(architecture).DEFAULT.transforms()
     default = preset.crop_size[0]
     crop = image_size or default
@@ -99,17 +94,9 @@ def transform_for(
     )
 
 
-def config_for(
-    architecture: str, *, options: dict[str, Any], classes: list[str], feature_dim: int, transform: Any
-) -> dict[str, Any]:
-    """Return the `config.json` for `models.get_model(architecture, **model_args)`."""
-    return {
-        "architecture": architecture,
-        "num_classes": len(classes),
-        "num_features": feature_dim,
-        "label_names": classes,
-        "model_args": options,
-    }
+def config_for(architecture: str, *, n_classes: int, transform: Any) -> dict[str, Any]:
+    """Return nothing: `models.get_model(architecture, **model_args)` takes what is said of any model."""
+    return {}
 
 
 def open_folder(folder: Path) -> nn.Module:
@@ -124,12 +111,6 @@ def open_folder(folder: Path) -> nn.Module:
 
 def _download(architecture: str) -> dict[str, Any]:
     entry = models.get_model_weights(architecture).DEFAULT
-    try:
-        with redirect_stdout(sys.stderr):  # torch announces the download on stdout
-            state: dict[str, Any] = entry.get_state_dict(progress=False, check_hash=True)
-    except OSError as exc:
-        raise WeightsUnavailable(
-            f"no network and no stored weights for torchvision:{architecture}",
-            hint="use --weights packaged, --weights FILE or --weights none",
-        ) from exc
+    with redirect_stdout(sys.stderr):  # torch announces the download on stdout
+        state: dict[str, Any] = entry.get_state_dict(progress=False, check_hash=True)
     return state

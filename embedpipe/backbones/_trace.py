@@ -1,5 +1,4 @@
-"""What runs when in a model, found by one forward pass on the meta device: no weights are read,
-nothing is computed.
+"""What runs when in a model, found by one forward pass on the meta device: no weights are read, nothing is computed.
 
 >>> trace(model, (224, 224)).visits["layer4"].shape
 (2, 512, 7, 7)
@@ -54,7 +53,7 @@ class Trace:
     def start_of(self, name: str) -> int:
         """Return when a module started; one never called counts with the caller that holds it."""
         while name not in self.visits:
-            name = name.rpartition(".")[0]
+            name = owner_of(name)
         return self.visits[name].first
 
     def start_below(self, prefix: str) -> int | None:
@@ -66,6 +65,11 @@ class Trace:
 def is_below(name: str, prefix: str) -> bool:
     """Tell whether a dotted name is `prefix` or lies under it; all lie under the empty one."""
     return not prefix or name == prefix or name.startswith(f"{prefix}.")
+
+
+def owner_of(name: str) -> str:
+    """Return the module that holds a parameter or a module."""
+    return name.rpartition(".")[0]
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -13,14 +13,13 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from embedpipe.backbones._backbone import Backbone
-from embedpipe.backbones._trace import is_below
+from embedpipe.backbones._trace import is_below, owner_of
 from embedpipe.errors import UsageError
 from embedpipe.provenance import nearest
 
 
 def unfreeze_parameters(backbone: Backbone, patterns: Sequence[str]) -> tuple[str, ...]:
-    """Return the parameters of `backbone.module.model` that the patterns unfreeze, in the model's
-    order.
+    """Return the parameters of `backbone.module.model` that the patterns unfreeze, in the model's order.
 
     Parameters
     ----------
@@ -41,22 +40,20 @@ def unfreeze_parameters(backbone: Backbone, patterns: Sequence[str]) -> tuple[st
 def frozen_modules(backbone: Backbone, unfrozen: Sequence[str]) -> tuple[nn.Module, ...]:
     """Return the modules to keep in eval mode while the named parameters train.
 
-    They are the largest modules without an unfrozen parameter; those without any parameter
-    (dropout, stochastic depth) count as frozen where they run before the first unfrozen one. The
-    rest of the model may be in
-    train mode.
+    They are the largest modules without an unfrozen parameter; those without any parameter (dropout, stochastic depth)
+    count as frozen where they run before the first unfrozen one. The rest of the model may be in train mode.
     """
     record, wanted = backbone.trace, set(unfrozen)
-    first = min((record.start_of(_owner(name)) for name in wanted), default=len(record.visits))
+    first = min((record.start_of(owner_of(name)) for name in wanted), default=len(record.visits))
 
     def frozen_in(module: nn.Module, prefix: str) -> list[nn.Module]:
-        owned = {_join(prefix, name) for name, _ in module.named_parameters()}
+        owned = {name for name, _ in module.named_parameters(prefix)}
         if owned and not owned & wanted:
             return [module]
         if not owned:
             start = record.start_below(prefix)
             return [module] if start is None or start < first else []
-        return [m for name, child in module.named_children() for m in frozen_in(child, _join(prefix, name))]
+        return [m for name, child in module.named_children() for m in frozen_in(child, f"{prefix}.{name}".lstrip("."))]
 
     return tuple(frozen_in(backbone.module.model, ""))
 
@@ -98,9 +95,9 @@ def _last_percent(backbone: Backbone, pattern: str) -> list[str]:
     if not 0 <= share <= 1:
         raise UsageError(f"{pattern!r} to unfreeze", hint="expected 0% to 100%")
     names = _parameters(backbone)
-    owners = sorted({_owner(name) for name in names}, key=backbone.trace.start_of)
+    owners = sorted({owner_of(name) for name in names}, key=backbone.trace.start_of)
     kept = {*owners[len(owners) - math.ceil(share * len(owners)) :]}
-    return [name for name in names if _owner(name) in kept]
+    return [name for name in names if owner_of(name) in kept]
 
 
 def _from(backbone: Backbone, prefix: str) -> list[str]:
@@ -108,7 +105,7 @@ def _from(backbone: Backbone, prefix: str) -> list[str]:
     start = backbone.trace.start_below(prefix)
     if start is None:
         return [name for name in _parameters(backbone) if is_below(name, prefix)]
-    return [n for n in _parameters(backbone) if is_below(n, prefix) or backbone.trace.start_of(_owner(n)) >= start]
+    return [n for n in _parameters(backbone) if is_below(n, prefix) or backbone.trace.start_of(owner_of(n)) >= start]
 
 
 def _is_globbed(parameter: str, pattern: str) -> bool:
@@ -118,11 +115,3 @@ def _is_globbed(parameter: str, pattern: str) -> bool:
 
 def _parameters(backbone: Backbone) -> list[str]:
     return [name for name, _ in backbone.module.model.named_parameters()]
-
-
-def _owner(parameter: str) -> str:
-    return parameter.rpartition(".")[0]
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name

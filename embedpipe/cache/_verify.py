@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,17 +77,16 @@ def prove_files(manifest: Manifest) -> tuple[dict[bytes, Place], list[Finding]]:
     dict of key to place   of the files that still have the bytes that they were extracted from
     list of Finding        "unreadable" and "changed" files
     """
-    index = KeyIndex(Path(":memory:"))  # no memo: every file is read
     files: dict[bytes, Place] = {}
     findings = []
-    for sample in manifest.samples:
-        place = manifest.place_of(sample)
-        try:
-            if index.key_of(place) == sample.key:
-                files[sample.key] = place
-            else:
-                findings.append(Finding("changed", str(place), "it has other bytes than those that were extracted"))
-        except OSError as exc:
-            findings.append(Finding("unreadable", str(place), exc.strerror or str(exc)))
-    index.close()
+    with closing(KeyIndex(Path(":memory:"))) as index:  # no memo: every file is read
+        for sample in manifest.samples:
+            place = manifest.place_of(sample)
+            try:
+                if index.key_of(place) == sample.key:
+                    files[sample.key] = place
+                else:
+                    findings.append(Finding("changed", str(place), "it has other bytes than those that were extracted"))
+            except OSError as exc:
+                findings.append(Finding("unreadable", str(place), exc.strerror or str(exc)))
     return files, findings

@@ -54,24 +54,14 @@ class Commands(Verbs):
         return None
 
 
-def _print_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    if value:
-        from importlib.metadata import version
-
-        click.echo(f"embedpipe {version('embedpipe')}")
-        ctx.exit()
-
-
 def _group() -> click.Group:
-    version = click.Option(
-        ["--version"], is_flag=True, expose_value=False, callback=_print_version, help="Show the version and exit."
-    )
-    return Commands(
+    group = Commands(
         name="embedpipe",
         help=HELP,
-        params=[*shared_options(), version],
+        params=[*shared_options()],
         context_settings={"auto_envvar_prefix": "EMBEDPIPE", "help_option_names": ["-h", "--help"]},
     )
+    return click.version_option(package_name="embedpipe", message="embedpipe %(version)s")(group)
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -90,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             for number in (
                 signal.SIGTERM,
                 signal.SIGINT,
-            ):  # the exit code is decided; Python forgets handlers on its way out
+            ):  # the code is decided; Python forgets handlers on its way out
                 signal.signal(number, signal.SIG_IGN)
         sys.exit(_report(exc, as_json))
 

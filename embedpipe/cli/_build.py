@@ -11,7 +11,7 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -24,7 +24,6 @@ from embedpipe.config import SHARED, Option, check_value, options_of, parameter_
 from embedpipe.errors import EmbedpipeError, UsageError
 from embedpipe.provenance import nearest
 
-SHARED_DEFAULTS = {"cache_dir": "cache", "runs_dir": "runs", "seed": 0}
 PRESENTATION = ("json", "quiet", "verbose")
 LOG_SECONDS = 5.0
 WARNINGS: list[str] = []  # of this process's one command, for the envelope
@@ -38,7 +37,6 @@ class Session:
     command: str
     json: bool = False
     quiet: bool = False
-    verbose: bool = False
     _bar: Any = field(default=None, repr=False)
     _logged: float = field(default_factory=time.monotonic, repr=False)
 
@@ -59,10 +57,9 @@ class Session:
         if self._bar is None:
             self._bar = Progress(console=Console(stderr=True), transient=True)
             self._bar.start()
-        if not any(task.description == label for task in self._bar.tasks):
-            self._bar.add_task(label, total=total)
-        task = next(task for task in self._bar.tasks if task.description == label)
-        self._bar.update(task.id, completed=done, total=total)
+        known = {task.description: task.id for task in self._bar.tasks}
+        task = known[label] if label in known else self._bar.add_task(label, total=total)
+        self._bar.update(task, completed=done, total=total)
 
     def close(self) -> None:
         """Take the bar off the terminal."""
@@ -76,10 +73,17 @@ class Session:
             click.echo(text, err=True)
 
     def finish(
-        self, data: Mapping[str, Any], text: str, *, failed: int = 0, error: EmbedpipeError | None = None
+        self,
+        data: Mapping[str, Any],
+        text: str,
+        *,
+        failed: Sequence[Mapping[str, str]] = (),
+        error: EmbedpipeError | None = None,
     ) -> None:
         """Print the result, as JSON or as text; end with 3 where samples failed, or with the code of an error beside it."""
         self.close()
+        for one in failed:
+            self.note(f"failed: {one['path']} ({one['stage']}): {one['reason']}")
         if self.json:
             print_envelope(self.command, data=data, error=describe_error(error) if error else None)
         elif text:
@@ -193,7 +197,7 @@ def command(deed: Callable[..., Any] | None, *, example: str) -> Callable[[Calla
             shared = {name: _shared_value(ctx, name) for name in (*SHARED, *PRESENTATION)}
             for name in shared:
                 values.pop(name, None)
-            session = Session(" ".join(COMMAND), **{name: shared[name] for name in PRESENTATION})
+            session = Session(" ".join(COMMAND), json=shared["json"], quiet=shared["quiet"])
             ctx.call_on_close(session.close)
             values |= {name: shared[name] for name in takes if name in shared}
             body(session, **values)

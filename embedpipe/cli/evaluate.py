@@ -15,6 +15,5 @@ from embedpipe.cli._build import Session, command, scores
 @click.argument("data", nargs=-1)
 def evaluate(session: Session, run: str, data: tuple[str, ...], **options: Any) -> None:
     done = evaluation.evaluate(run, data or None, progress=session.progress, **options)
-    for failure in done.failed:
-        session.note(f"failed: {failure.path} ({failure.stage}): {failure.reason}")
-    session.finish(done.to_dict(), scores({done.split: done.metrics}, done.chosen_on), failed=len(done.failed))
+    found = done.to_dict()
+    session.finish(found, scores({done.split: done.metrics}, done.chosen_on), failed=found["failed"])

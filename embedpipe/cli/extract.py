@@ -25,10 +25,8 @@ def extract(session: Session, data: tuple[str, ...], backbone: tuple[str, ...], 
     found = extraction.extract(data, backbone, progress=session.progress, **options).summary
     if "dry_run" in found:
         session.finish(found, tell_plan(found))
-        return
-    for failure in found["failed"]:
-        session.note(f"failed: {failure['path']} ({failure['stage']}): {failure['reason']}")
-    session.finish(found, tell(found), failed=len(found["failed"]))
+    else:
+        session.finish(found, tell(found), failed=found["failed"])
 
 
 def learnt(found: Mapping[str, Any]) -> str:

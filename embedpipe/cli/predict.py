@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from typing import Any
 
 import rich_click as click
@@ -11,6 +9,7 @@ import rich_click as click
 from embedpipe import prediction
 from embedpipe.cli._build import Session, command
 from embedpipe.errors import UsageError
+from embedpipe.runs import csv_text
 
 
 @command(prediction.predict, example="embedpipe predict RUN photos/ > labels.csv")
@@ -22,25 +21,20 @@ def predict(session: Session, run: str, images: tuple[str, ...], top: int, proba
     done = prediction.predict(run, images, progress=session.progress, **options)
     if done.task == "regression" and (top > 1 or probabilities):
         raise UsageError(f"{run} predicts a number, without probabilities", hint="leave out --top and --probabilities")
-    for failure in done.failed:
-        session.note(f"failed: {failure.path} ({failure.stage}): {failure.reason}")
     records = [p.to_dict(top=top, probabilities=probabilities) for p in done.predictions]
     data = {"predictions": records, "failed": [vars(failure) for failure in done.failed]}
     text = "" if session.json else to_csv(done.predictions, top, probabilities)
-    session.finish(data, text, failed=len(done.failed))
+    session.finish(data, text, failed=data["failed"])
 
 
 def to_csv(predictions: list[prediction.Prediction], top: int, probabilities: bool) -> str:
     """Return `path,label,probability`, a row an image and class, and for `probabilities` a column a class; or `path,value`."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     if predictions and predictions[0].task == "regression":
-        writer.writerows([("path", "value"), *((one.path, one.label) for one in predictions)])
-        return out.getvalue().rstrip("\n")
+        return csv_text([("path", "value"), *((one.path, one.label) for one in predictions)]).rstrip("\n")
     classes = predictions[0].classes if probabilities and predictions else ()
-    writer.writerow(["path", "label", "probability", *classes])
+    rows = [("path", "label", "probability", *classes)]
     for one in predictions:
         values = [f"{p:.6f}" for p in one.values] if probabilities else []
         for label, probability in one.top(top) if top > 1 else [(one.label, one.probability)]:
-            writer.writerow([one.path, label, "" if probability is None else f"{probability:.6f}", *values])
-    return out.getvalue().rstrip("\n")
+            rows.append((one.path, label, "" if probability is None else f"{probability:.6f}", *values))
+    return csv_text(rows).rstrip("\n")

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from embedpipe.disk import PathLike
 from embedpipe.errors import ModelMismatch, UsageError
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from embedpipe.exporting._formats import Format
     from embedpipe.heads import LinearHead
 
-PathLike = str | os.PathLike[str]
 TOLERANCE = 1e-4  # of the largest logit, or of 1
 IMAGES = 8
 
@@ -61,10 +61,6 @@ def export(
     output : str
         The folder to make. Default: run and format in the present folder.
 
-    Returns
-    -------
-    Exported
-
     Raises
     ------
     UsageError       no linear head, a model that does not fit the format, a missing library, an output that is there
@@ -75,12 +71,10 @@ def export(
     from embedpipe.classifier import Classifier
     from embedpipe.disk import whole_folder
     from embedpipe.exporting._formats import FORMATS
-    from embedpipe.runs import find_run
 
     form = FORMATS[format]
     form.check_installed()
-    if not isinstance(run, Classifier):
-        run = Classifier.load(find_run(Path(runs_dir), run))
+    run = Classifier.of(run, runs_dir)
     folder = Path(output or f"{run.folder.name if run.folder else 'classifier'}-{format}").absolute()
     if os.path.lexists(folder):
         raise UsageError(f"{folder} is there already", hint="name another folder with --output, or remove it")
@@ -129,13 +123,7 @@ def _images_of(classifier: Classifier, cache: Any) -> tuple[Tensor, str]:
 
 
 def _largest_difference(form: Format, folder: Path, classifier: Classifier, head: LinearHead, images: Tensor) -> float:
-    """Return the largest difference of logits between what is opened again and the run, in a batch and of an image alone.
-
-    Raises
-    ------
-    UsageError       the format's library cannot run it
-    ModelMismatch    it is beyond the tolerance
-    """
+    """Return the largest difference of logits between what is opened again and the run, in a batch and of an image alone."""
     import numpy as np
     import torch
 

@@ -48,12 +48,7 @@ class SideBySide(nn.Module):
 
 
 def compose(backbones: Sequence[Backbone], head: LinearHead) -> Network:
-    """Return backbones and head as one module in eval mode.
-
-    Raises
-    ------
-    UsageError    several models, or several ways from an image to a tensor
-    """
+    """Return backbones and head as one module in eval mode."""
     first = backbones[0]
     if any(one.module.model is not first.module.model or one.transform != first.transform for one in backbones):
         raise UsageError(
@@ -64,12 +59,7 @@ def compose(backbones: Sequence[Backbone], head: LinearHead) -> Network:
 
 
 def write_model(backbones: Sequence[Backbone], head: LinearHead, folder: Path) -> None:
-    """Write what the backbone's own library opens, its classifier replaced by the head.
-
-    Raises
-    ------
-    UsageError    there is no place for the head in the model
-    """
+    """Write what the backbone's own library opens, its classifier replaced by the head."""
     alone = len(backbones) == 1 and not backbones[0].module.taps
     if not (alone and save_model(backbones[0], head.weight, head.bias, head.classes, folder)):
         layers = " + ".join(one.spec["layer"] for one in backbones)
@@ -133,12 +123,8 @@ def write_graph(backbones: Sequence[Backbone], head: LinearHead, folder: Path) -
         _onnx.write(program, folder / GRAPH)
 
 
-def open_graph(folder: Path) -> Callable[[Tensor], np.ndarray]:
-    return _onnx.open_graph(folder / GRAPH)
-
-
 FORMATS = {
     "timm": Format(write_model, open_model),
     "torch": Format(write_program, open_program),
-    "onnx": Format(write_graph, open_graph, _onnx.check_installed),
+    "onnx": Format(write_graph, lambda folder: _onnx.open_graph(folder / GRAPH), _onnx.check_installed),
 }

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from embedpipe.disk import PathLike
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from embedpipe.features import FeatureSet
     from embedpipe.manifest import Manifest
     from embedpipe.pipeline import Progress
-
-PathLike = str | os.PathLike[str]
 
 
 def extract(
@@ -176,8 +174,7 @@ def _read(data: PathLike | Sequence[PathLike], index: KeyIndex, **options: Any) 
     """Return the manifest of the sources, its warnings told."""
     from embedpipe.manifest import read_manifest
 
-    sources = [data] if isinstance(data, str | os.PathLike) else list(data)
-    manifest = read_manifest(sources, key_of=index.key_of, **options)
+    manifest = read_manifest(data, key_of=index.key_of, **options)
     for warning in manifest.warnings:
         warnings.warn(warning, EmbedpipeWarning, stacklevel=3)
     return manifest

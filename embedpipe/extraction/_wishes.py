@@ -111,12 +111,7 @@ class Workshop:
         views: int,
         augment: str,
     ) -> list[Wish]:
-        """Return a wish for each view, the clean one first, of each layer of each backbone.
-
-        Raises
-        ------
-        UsageError    a negative number of views
-        """
+        """Return a wish for each view, the clean one first, of each layer of each backbone."""
         if views < 0:
             raise UsageError(f"--views is {views}, expected 0 or more")
         asked = [
@@ -171,12 +166,7 @@ class Workshop:
         )
 
     def load(self, wish: Wish) -> Backbone:
-        """Return the backbone of a wish; those of one name share the model.
-
-        Raises
-        ------
-        UsageError    views of a backbone with a transform of the user's own
-        """
+        """Return the backbone of a wish; those of one name share the model."""
         from embedpipe.backbones import Backbone, at_layer, load_backbone
         from embedpipe.images import Transform
 

@@ -16,13 +16,11 @@ from torch import Tensor, nn
 
 from embedpipe.backbones import Backbone, Cut, trunk_of
 from embedpipe.cache import Cache, Packing
-from embedpipe.classifier import Scored
 from embedpipe.features import FeatureSet
 from embedpipe.finetuning._photos import Photos
 from embedpipe.forwarding import Forward, plan_forward
 from embedpipe.images import Transform
 from embedpipe.manifest import Sample
-from embedpipe.network import Network
 from embedpipe.pipeline import Filled, Progress, Target, fill_spaces, space_name, space_spec
 from embedpipe.training import Ranks
 
@@ -144,16 +142,12 @@ class Activations:
                 activations = activations + self.noise * activations.std() * noise
             yield activations, self.photos.labels(these)
 
-    def scores(self, network: Network, split: str) -> Scored:
-        """Return the samples of a split and the probabilities float64 (N, C) that the network gives them."""
+    def ordered(self, split: str) -> Iterator[tuple[Tensor, Sequence[Sample]]]:
+        """Yield the activations of val or test, and their samples."""
         samples, size = self.samples(split), self.forward.batch_size
-        rows = [np.empty((0, len(self.features.classes)))]
-        with torch.inference_mode():
-            for first in range(0, len(samples), size):
-                these = samples[first : first + size]
-                activations = self._read(these, np.zeros(len(these), np.int64), (self.held,))
-                rows.append(network(activations).double().softmax(dim=1).cpu().numpy())
-        return Scored(samples, np.concatenate(rows))
+        for first in range(0, len(samples), size):
+            these = samples[first : first + size]
+            yield self._read(these, np.zeros(len(these), np.int64), (self.held,)), these
 
     def _read(self, samples: Sequence[Sample], drawn: np.ndarray, views: Sequence[FeatureSet]) -> Tensor:
         """Return activations float32 (n, *shape) on the device, each from the view drawn for it."""

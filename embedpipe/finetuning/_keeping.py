@@ -196,12 +196,7 @@ class _Plan:
 
 
 def _worth(place: Place, photos: Photos, plans: Sequence[_Plan], wish: Wish, cache: Cache) -> tuple[_Plan, str]:
-    """Return the plan that fits, lacks least and is read fastest, and why it is worth its bytes.
-
-    Raises
-    ------
-    _Images    why none is
-    """
+    """Return the plan that fits, lacks least and is read fastest, and why it is worth its bytes."""
     folder = cache.spaces_folder
     make_folder(folder)
     rate, free = _read_rate(folder), shutil.disk_usage(folder).free - KEPT_FREE

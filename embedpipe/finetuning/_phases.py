@@ -9,21 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from embedpipe.backbones import Backbone
 from embedpipe.errors import UsageError
+from embedpipe.finetuning._activations import Activations
+from embedpipe.finetuning._photos import Photos
+from embedpipe.finetuning._proofs import frozen_proved
+from embedpipe.finetuning._unfinished import Unfinished
+from embedpipe.network import Network, parameter_groups, release
+from embedpipe.pipeline import Progress
 from embedpipe.provenance import nearest
-
-if TYPE_CHECKING:
-    import torch
-
-    from embedpipe.backbones import Backbone
-    from embedpipe.finetuning._activations import Activations
-    from embedpipe.finetuning._photos import Photos
-    from embedpipe.finetuning._unfinished import Unfinished
-    from embedpipe.network import Network
-    from embedpipe.pipeline import Progress
-    from embedpipe.training import Epoch, Score, Trained
+from embedpipe.training import Epoch, Plan, Score, Trained, moving_state, put, train
 
 RATES = ("lr", "head_lr", "layer_decay", "weight_decay", "l2_sp")
 PHASED = ("unfreeze", "epochs", *RATES, "optimizer", "clip_norm", "ema", "patience", "bn", "label_smoothing")
@@ -81,8 +80,6 @@ class Past:
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> Past:
-        from embedpipe.training import Epoch
-
         return cls(**{**written, "history": tuple(Epoch(**epoch) for epoch in written["history"])})
 
 
@@ -103,8 +100,6 @@ class Course:
 
     def run(self) -> tuple[Trained, tuple[str, ...]]:
         """Train the phases that are left; return what came out of all, and the names of what was unfrozen."""
-        from embedpipe.training import Trained, put
-
         phases, state = phases_of(self.unfinished.options), self.unfinished.state
         past = Past.from_dict(state["past"]) if state else Past()
         put(self.network, past.moved)
@@ -118,10 +113,6 @@ class Course:
         self, phases: Sequence[Mapping[str, Any]], past: Past, resume: Mapping[str, Any] | None
     ) -> tuple[Past, str]:
         """Train one phase; return what all so far came to, and what was not finite."""
-        from embedpipe.finetuning._frozen import frozen_proved
-        from embedpipe.network import parameter_groups, release
-        from embedpipe.training import Plan, moving_state, train
-
         phase = phases[past.phase]
         steps = [max(1, self.photos.steps // one["accumulate"]) * one["epochs"] for one in phases]
 

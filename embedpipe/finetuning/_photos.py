@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -80,6 +80,10 @@ class Photos:
         """The first images of the train split, PROBED at most, to prove things on before training."""
         return [(images, these) for images, _, these in self.batches(self.samples("train")[:PROBED])]
 
+    def ordered(self, split: str) -> Iterator[tuple[torch.Tensor, Sequence[Sample]]]:
+        """Yield the images of a split as they are, and their samples."""
+        return ((images, these) for images, _, these in self.batches(self.samples(split)))
+
     def shuffled(self, epoch: int, *, seed: int, augment: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield the train split in a random order, whole batches only; what is left over comes in another epoch."""
         samples, size = self.samples("train"), self.forward.batch_size * self.ranks.count
@@ -90,12 +94,7 @@ class Photos:
             yield images, y
 
     def view(self, epoch: int, *, seed: int, augment: str) -> Images:
-        """Return the transform of one epoch: a view of its own, as `extract --views` makes them.
-
-        Raises
-        ------
-        UsageError    images to change before a transform of the user's own
-        """
+        """Return the transform of one epoch: a view of its own, as `extract --views` makes them."""
         transform = self.backbone.transform
         if augment == "none":
             return transform
@@ -111,11 +110,13 @@ class Photos:
         """Batches an epoch."""
         return max(1, len(self.samples("train")) // (self.forward.batch_size * self.ranks.count))
 
-    def scores(self, network: Network, split: str) -> Scored:
-        """Return the samples of a split and the probabilities float64 (N, C) that the network gives them."""
-        samples, rows = [], [np.empty((0, len(self.features.classes)))]
-        with torch.inference_mode():
-            for images, _, these in self.batches(self.samples(split)):
-                rows.append(network(images).double().softmax(dim=1).cpu().numpy())
-                samples += these
-        return Scored(tuple(samples), np.concatenate(rows))
+
+def score_batches(network: Network, batches: Iterable[tuple[torch.Tensor, Sequence[Sample]]]) -> Scored:
+    """Return the samples of batches and the probabilities float64 (N, C) that the network gives them."""
+    samples: list[Sample] = []
+    rows = [np.empty((0, network.head.out_features))]
+    with torch.inference_mode():
+        for inputs, these in batches:
+            rows.append(network(inputs).double().softmax(dim=1).cpu().numpy())
+            samples += these
+    return Scored(tuple(samples), np.concatenate(rows))

@@ -8,14 +8,14 @@ imports torch: the content key of an image comes from the `key_of` function that
 (('cat', 'dog'), {'train': 70, 'val': 15, 'test': 15})
 """
 
-from embedpipe.manifest._folder import IMAGE_SUFFIXES, list_images
+from embedpipe.manifest._folder import list_images
 from embedpipe.manifest._read import read_manifest
 from embedpipe.manifest._sample import SPLITS, Failure, Manifest, Sample
 from embedpipe.manifest._source import Source, absolute_argument, is_source, root_of
 from embedpipe.manifest._split import components
 from embedpipe.manifest._targets import SEPARATOR, TASKS, join_names, names_of, targets
 
-__all__ = ["IMAGE_SUFFIXES", "SPLITS", "Failure", "Manifest", "Sample", "Source", "absolute_argument", "is_source"]
+__all__ = ["SPLITS", "Failure", "Manifest", "Sample", "Source", "absolute_argument", "is_source"]
 __all__ += [
     "SEPARATOR",
     "TASKS",

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from embedpipe.disk import PathLike
 from embedpipe.errors import StorageError, UsageError
 from embedpipe.manifest._sample import Failure, Listing, Row, name_of
 from embedpipe.manifest._source import COMPRESSED, SHARD_SUFFIXES, Source, join
@@ -81,14 +82,14 @@ def keep_alike(listing: Listing, why: str) -> Listing:
     return replace(listing, rows=kept, ignored=ignored, warnings=(*listing.warnings, text))
 
 
-def list_images(paths: Iterable[str | os.PathLike[str]]) -> list[Path]:
+def list_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
     """List image files for prediction: a file as it is, the candidates of a folder sorted by path.
 
     Raises
     ------
     UsageError    a path does not exist, or none gives an image
     """
-    arguments = [Path(path) for path in paths]
+    arguments = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     images = [image for argument in arguments for image in _images_of(argument)]
     if not images:
         found = ", ".join(map(str, arguments)) or "an empty list"

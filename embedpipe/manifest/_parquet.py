@@ -134,12 +134,7 @@ def _named(row: Row, names: Sequence[str]) -> str | None:
 
 
 def _name(label: str, names: Sequence[str]) -> str:
-    """Return the class of a number.
-
-    Raises
-    ------
-    UsageError    a number that is none of them
-    """
+    """Return the class of a number."""
     if not label.isdigit() or int(label) >= len(names):
         raise UsageError(f"found the label {label!r}, expected 0 to {len(names) - 1}", hint="write the data set again")
     return names[int(label)]

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+from embedpipe.disk import PathLike
 from embedpipe.errors import EmbedpipeError, UsageError
-from embedpipe.manifest._folder import IMAGE_SUFFIXES, list_folder, unreadable_folders, walk
+from embedpipe.manifest._folder import IMAGE_SUFFIXES, keep_alike, list_folder, unreadable_folders, walk
 from embedpipe.manifest._hub import list_hub
+from embedpipe.manifest._parquet import list_parquet
 from embedpipe.manifest._sample import Failure, Listing, Manifest, Row, Sample, name_of
-from embedpipe.manifest._shards import list_shards
 from embedpipe.manifest._source import (
     TABLE_SUFFIXES,
     Source,
@@ -25,6 +26,7 @@ from embedpipe.manifest._source import (
 )
 from embedpipe.manifest._split import assign_splits
 from embedpipe.manifest._table import list_table
+from embedpipe.manifest._tar import list_tars
 from embedpipe.manifest._targets import classes_of
 from embedpipe.places import HUB, Place, is_url
 
@@ -33,7 +35,7 @@ MOST_AT_ONCE = 64  # images a thread takes
 
 
 def read_manifest(
-    data: Sequence[str | os.PathLike[str]],
+    data: PathLike | Sequence[PathLike],
     *,
     key_of: Callable[[Place], bytes],
     split_by: str = "auto",
@@ -46,7 +48,7 @@ def read_manifest(
 
     Parameters
     ----------
-    data : sequence of path     folders, .csv, .tsv, .jsonl tables, .tar or .parquet files, all of them also as URLs or
+    data : path or several      folders, .csv, .tsv, .jsonl tables, .tar or .parquet files, all of them also as URLs or
                                 patterns such as "s-{000..012}.tar", or hf:NAME
     key_of : place -> bytes     32-byte content key, asked for in several threads; an OSError puts the image among `unreadable`
     split_by : str              "auto" (as the data say, else hash), "folder", "column", "hash"
@@ -108,7 +110,7 @@ def _list_source(argument: str, allow_outside: bool) -> Listing:
     if absent:
         raise _refusal(join(source.prefix, absent[0]), join(source.root, absent[0]))
     if suffix_of(argument) not in TABLE_SUFFIXES:
-        return list_shards(source, names, allow_outside=allow_outside)
+        return _list_shards(source, names, allow_outside)
     if len(names) > 1:
         raise UsageError(f"{argument!r} stands for {len(names)} tables", hint="name tables one by one")
     return list_table(source, names[0], allow_outside=allow_outside)
@@ -122,9 +124,22 @@ def _list_folder(source: Source, allow_outside: bool) -> Listing:
         return list_folder(source, walked)
     for shard in walked.shards:
         check_uncompressed(shard)
-    found = list_shards(source, walked.shards, allow_outside=allow_outside)
+    found = _list_shards(source, walked.shards, allow_outside)
     unreadable = (*unreadable_folders(source, walked), *found.unreadable)
     return replace(found, ignored=found.ignored + walked.ignored, unreadable=unreadable)
+
+
+def _list_shards(source: Source, names: Sequence[str], allow_outside: bool) -> Listing:
+    """Read .tar or .parquet files, named relative to the root of the source, as one source."""
+    suffixes = {suffix_of(name) for name in names}
+    if len(suffixes) > 1:
+        raise UsageError(
+            f"found {' and '.join(sorted(suffixes))} files in {source.argument!r}, expected one kind",
+            hint="name one kind by a pattern such as 'data/train-{000..012}.tar'",
+        )
+    if suffixes == {".parquet"}:
+        return keep_alike(list_parquet(source, names, allow_outside=allow_outside), "have neither label nor split")
+    return list_tars(source, names)
 
 
 def _refusal(argument: str, path: str) -> UsageError:

@@ -107,12 +107,7 @@ def suffix_of(path: str) -> str:
 
 
 def check_uncompressed(path: str) -> None:
-    """Refuse a compressed tar: its members are no ranges of its bytes.
-
-    Raises
-    ------
-    UsageError    it is one by its name
-    """
+    """Refuse a compressed tar: its members are no ranges of its bytes."""
     if COMPRESSED.search(path.lower()):
         raise UsageError(
             f"{path!r} is compressed, expected an uncompressed .tar", hint="decompress it, such as with gunzip"
@@ -120,12 +115,7 @@ def check_uncompressed(path: str) -> None:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Return what a pattern such as `s-{000..012}.tar` or `{a,b}.tar` stands for; an existing path stands for itself.
-
-    Raises
-    ------
-    UsageError    more than a million
-    """
+    """Return what a pattern such as `s-{000..012}.tar` or `{a,b}.tar` stands for; an existing path stands for itself."""
     if os.path.exists(pattern):
         return [pattern]
     parts = BRACES.split(pattern)  # text, inside, text, ...

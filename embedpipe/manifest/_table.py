@@ -1,8 +1,7 @@
 """Tables: CSV, TSV and JSONL with the columns `path`, `label` (or `labels`, or `target`), `split`, `group`.
 
-Other columns are ignored. Text is UTF-8 (with or without a byte order mark), or UTF-16 with one;
-bytes that are neither pass through unchanged, as in file names. Paths are relative to the folder of
-the table.
+Other columns are ignored. Text is UTF-8 (with or without a byte order mark), or UTF-16 with one; bytes that are neither
+pass through unchanged, as in file names. Paths are relative to the folder of the table.
 """
 
 from __future__ import annotations

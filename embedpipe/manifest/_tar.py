@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from typing import IO
 
 from embedpipe.errors import EmbedpipeError
-from embedpipe.manifest._folder import IMAGE_SUFFIXES, is_image
+from embedpipe.manifest._folder import IMAGE_SUFFIXES, are_splits, folder_row, is_image, keep_alike, split_of_names
+from embedpipe.manifest._sample import Failure, Listing, Row, name_of
+from embedpipe.manifest._source import Source, join
 from embedpipe.places import open_file
 
+READERS = 8  # tars at a time
 BLOCK = 512
 MOST_HEADER = 1 << 20  # bytes of one extended header
 MOST_SIDECAR = 1 << 20
@@ -65,6 +69,32 @@ class Shard:
     ignored: int
     flaw: str = ""
     warnings: tuple[str, ...] = ()
+
+
+def list_tars(source: Source, names: Sequence[str]) -> Listing:
+    """Read .tar files of these names in the root of their source."""
+    with ThreadPoolExecutor(READERS, thread_name_prefix="list") as threads:
+        shards = list(zip(names, threads.map(read_tar, [join(source.root, name) for name in names]), strict=True))
+    every = [image for _, shard in shards for image in shard.images]
+    folders = {image.name.split("/")[0] for image in every if "/" in image.name}
+    has_splits = not any(image.label for image in every) and are_splits(folders, source.argument)
+    named, called = split_of_names(names), {name: name_of(source, Row(name)) for name in names}
+    listing = Listing(
+        source=source,
+        rows=tuple(row for name, shard in shards for row in _rows(name, shard, has_splits, named)),
+        ignored=sum(shard.ignored for _, shard in shards),
+        unreadable=tuple(Failure(called[name], "read", shard.flaw) for name, shard in shards if shard.flaw),
+        warnings=tuple(f"{called[name]}: {text}" for name, shard in shards for text in shard.warnings),
+    )
+    return keep_alike(listing, "have no label")
+
+
+def _rows(path: str, shard: Shard, has_splits: bool, named: dict[str, str]) -> Iterator[Row]:
+    """Yield a row for each image of a tar: what its sidecars say, else its folder."""
+    for image in shard.images:
+        row = folder_row(image.name, has_splits)
+        split = row.split or named.get(path, "")
+        yield Row(path, image.label or row.label, split, None, f"{image.location}/{image.name}")
 
 
 def read_tar(path: str) -> Shard:

@@ -9,23 +9,18 @@
 from __future__ import annotations
 
 from embedpipe.metrics._calibration import (
-    ECE_BINS,
     TEMPERATURES,
-    Bin,
     expected_calibration_error,
     fit_temperature,
     reliability,
     soften,
 )
-from embedpipe.metrics._confident import LabelErrors, find_label_errors
+from embedpipe.metrics._confident import find_label_errors
 from embedpipe.metrics._intervals import mcnemar, mean_interval, paired_interval, wilson_interval
-from embedpipe.metrics._multilabel import THRESHOLD, MultilabelScore, binary_log_loss, score_multilabel
-from embedpipe.metrics._regression import RegressionScore, score_regression
+from embedpipe.metrics._multilabel import THRESHOLD, binary_log_loss, score_multilabel
+from embedpipe.metrics._regression import score_regression
 from embedpipe.metrics._scores import (
     LEAST_PROBABILITY,
-    ClassScore,
-    FullScore,
-    Score,
     balanced_accuracy,
     balanced_accuracy_interval,
     confusion_matrix,
@@ -36,22 +31,13 @@ from embedpipe.metrics._scores import (
     per_class,
     score,
     score_fully,
-    top_k_accuracy,
 )
 from embedpipe.metrics._similarity import linear_cka
 
 __all__ = [
-    "ECE_BINS",
     "LEAST_PROBABILITY",
     "TEMPERATURES",
     "THRESHOLD",
-    "Bin",
-    "ClassScore",
-    "FullScore",
-    "LabelErrors",
-    "MultilabelScore",
-    "RegressionScore",
-    "Score",
     "balanced_accuracy",
     "binary_log_loss",
     "balanced_accuracy_interval",
@@ -74,6 +60,5 @@ __all__ = [
     "score_multilabel",
     "score_regression",
     "soften",
-    "top_k_accuracy",
     "wilson_interval",
 ]

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,16 +15,6 @@ ECE_BINS = 15
 TEMPERATURES = (0.05, 20.0)  # the least and the largest: separable data have no optimum
 TOLERANCE, STEPS = 1e-10, 100
 TINY = float(np.finfo(np.float64).tiny)
-
-
-class Bin(TypedDict):
-    """One bin (low, high] of confidence; means are None where it is empty."""
-
-    low: float
-    high: float
-    n: int
-    confidence: float | None
-    accuracy: float | None
 
 
 def expected_calibration_error(
@@ -43,17 +33,20 @@ def expected_calibration_error(
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def reliability(probabilities: ArrayLike, y: ArrayLike, *, bins: int = ECE_BINS) -> list[Bin]:
-    """Return the bins of a reliability diagram, for probabilities float (N, C) and class indices int (N,)."""
+def reliability(probabilities: ArrayLike, y: ArrayLike) -> list[dict[str, Any]]:
+    """Return the bins of a reliability diagram, for probabilities float (N, C) and class indices int (N,).
+
+    A bin is (low, high]; its mean confidence and accuracy are None where it is empty.
+    """
     table = np.asarray(probabilities, dtype=np.float64)
     confidence, correct = table.max(axis=1), table.argmax(axis=1) == np.asarray(y)
-    place = _place(confidence, bins)
-    counts = np.bincount(place, minlength=bins).tolist()
-    sums = [np.bincount(place, weights=values, minlength=bins).tolist() for values in (confidence, correct)]
+    place = _place(confidence, ECE_BINS)
+    counts = np.bincount(place, minlength=ECE_BINS).tolist()
+    sums = [np.bincount(place, weights=values, minlength=ECE_BINS).tolist() for values in (confidence, correct)]
     return [
         {
-            "low": k / bins,
-            "high": (k + 1) / bins,
+            "low": k / ECE_BINS,
+            "high": (k + 1) / ECE_BINS,
             "n": n,
             "confidence": sums[0][k] / n if n else None,
             "accuracy": sums[1][k] / n if n else None,

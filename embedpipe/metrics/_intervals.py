@@ -15,18 +15,17 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike
 
-CONFIDENCE = 0.95
+Z = NormalDist().inv_cdf((1 + 0.95) / 2)  # half the width of a 95 % interval, in standard deviations
 
 
-def wilson_interval(correct: float, n: float, *, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson_interval(correct: float, n: float) -> tuple[float, float]:
     """Return the Wilson score interval of a proportion.
 
     Source: Brown, Cai, DasGupta, Statistical Science 16 (2001), section 3.1.1.
     """
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    p, shrink = correct / n, 1 + z * z / n
-    centre = (p + z * z / (2 * n)) / shrink
-    half = z / shrink * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    p, shrink = correct / n, 1 + Z * Z / n
+    centre = (p + Z * Z / (2 * n)) / shrink
+    half = Z / shrink * sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
     return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))  # rounding must not exclude p itself
 
 
@@ -83,7 +82,7 @@ def paired_interval(b: int, c: int, n: int) -> tuple[float, float]:
     Source: Agresti, Min, Statistics in Medicine 24 (2005).
     """
     p, q = (b + 0.5) / (n + 2), (c + 0.5) / (n + 2)
-    half = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * sqrt((p + q - (p - q) ** 2) / (n + 2))
+    half = Z * sqrt((p + q - (p - q) ** 2) / (n + 2))
     return max(-1.0, q - p - half), min(1.0, q - p + half)
 
 
@@ -112,6 +111,5 @@ def _t_quantile(freedom: int) -> float:
 
     Source: Abramowitz, Stegun, 26.7.5.
     """
-    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return z + (z**3 + z) / (4 * freedom) + second / freedom**2
+    second = (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96
+    return Z + (Z**3 + Z) / (4 * freedom) + second / freedom**2

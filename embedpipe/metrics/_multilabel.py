@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,21 +18,7 @@ from embedpipe.metrics._scores import LEAST_PROBABILITY
 THRESHOLD = 0.5
 
 
-class MultilabelScore(TypedDict):
-    """What `score_multilabel` returns; None where no class allows a value."""
-
-    mean_average_precision: float | None
-    mean_average_precision_ci95: list[float] | None
-    roc_auc: float | None
-    micro_f1: float | None
-    macro_f1: float | None
-    exact_match: float
-    exact_match_ci95: list[float]
-    log_loss: float
-    n: int
-
-
-def score_multilabel(probabilities: ArrayLike, Y: ArrayLike) -> MultilabelScore:
+def score_multilabel(probabilities: ArrayLike, Y: ArrayLike) -> dict[str, Any]:
     """Score probabilities of labels that do not exclude each other.
 
     Parameters
@@ -45,7 +31,8 @@ def score_multilabel(probabilities: ArrayLike, Y: ArrayLike) -> MultilabelScore:
     dict
         `mean_average_precision` over the classes that occur, with its interval, `roc_auc` over those that occur and are
         absent, `micro_f1` over all cells, `macro_f1` over the classes that occur or are predicted, `exact_match` (the
-        share of images with all labels right) with its Wilson interval, `log_loss` over all cells, `n`.
+        share of images with all labels right) with its Wilson interval, `log_loss` over all cells, `n`. A mean over classes
+        is None where there is no such class.
 
     Raises
     ------

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from math import sqrt
-from typing import TypedDict
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,20 +16,7 @@ from embedpipe.errors import UsageError
 from embedpipe.metrics._intervals import mean_interval
 
 
-class RegressionScore(TypedDict):
-    """What `score_regression` returns; r2 and spearman are None where a side is constant, intervals for one sample."""
-
-    r2: float | None
-    r2_ci95: list[float] | None
-    mae: float
-    mae_ci95: list[float] | None
-    rmse: float
-    rmse_ci95: list[float] | None
-    spearman: float | None
-    n: int
-
-
-def score_regression(predicted: ArrayLike, y: ArrayLike) -> RegressionScore:
+def score_regression(predicted: ArrayLike, y: ArrayLike) -> dict[str, Any]:
     """Score predicted numbers against the truth.
 
     Parameters
@@ -41,7 +28,8 @@ def score_regression(predicted: ArrayLike, y: ArrayLike) -> RegressionScore:
     -------
     dict
         `r2` = 1 - sum of squared errors / sum of squares around the mean of y, `mae`, `rmse` in the unit of y, each
-        with its 95 % interval, `spearman`'s rank correlation (ties have their mean rank), `n`.
+        with its 95 % interval, `spearman`'s rank correlation (ties have their mean rank), `n`. `r2` and `spearman` are
+        None where a side is constant, intervals for one sample.
 
     Raises
     ------

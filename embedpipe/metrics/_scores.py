@@ -6,55 +6,21 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from embedpipe.errors import UsageError
-from embedpipe.metrics._calibration import ECE_BINS, expected_calibration_error
+from embedpipe.metrics._calibration import expected_calibration_error
 from embedpipe.metrics._intervals import effective_interval, mean_interval, wilson_interval
 
 TOP = 5
-
 LEAST_PROBABILITY = float(np.finfo(np.float64).eps)  # where log loss is clipped
 
 
-class Score(TypedDict):
-    """What `score` returns: plain numbers, ready for JSON."""
-
-    accuracy: float
-    accuracy_ci95: list[float]
-    balanced_accuracy: float
-    macro_f1: float
-    log_loss: float
-    ece: float
-    n: int
-
-
-class FullScore(Score, total=False):
-    """What `score_fully` returns: `Score`, and 95 % intervals; `top5` beyond five classes, `roc_auc` for two."""
-
-    balanced_accuracy_ci95: list[float]
-    macro_f1_ci95: list[float]
-    log_loss_ci95: list[float] | None
-    top5: float
-    top5_ci95: list[float]
-    roc_auc: float | None
-
-
-class ClassScore(TypedDict):
-    """One class: n samples of it; None where a value does not exist (no sample, no answer)."""
-
-    n: int
-    precision: float | None
-    recall: float | None
-    recall_ci95: list[float] | None
-    f1: float | None
-
-
-def score(probabilities: ArrayLike, y: ArrayLike, *, bins: int = ECE_BINS) -> Score:
-    """Score class probabilities against the truth.
+def score(probabilities: ArrayLike, y: ArrayLike) -> dict[str, Any]:
+    """Score class probabilities against the truth, in plain numbers, ready for JSON.
 
     Parameters
     ----------
@@ -75,12 +41,12 @@ def score(probabilities: ArrayLike, y: ArrayLike, *, bins: int = ECE_BINS) -> Sc
         "balanced_accuracy": balanced_accuracy(confusion),
         "macro_f1": macro_f1(confusion),
         "log_loss": log_loss(table, truth),
-        "ece": expected_calibration_error(table.max(axis=1), predicted == truth, bins=bins),
+        "ece": expected_calibration_error(table.max(axis=1), predicted == truth),
         "n": n,
     }
 
 
-def score_fully(probabilities: ArrayLike, y: ArrayLike, *, bins: int = ECE_BINS) -> FullScore:
+def score_fully(probabilities: ArrayLike, y: ArrayLike) -> dict[str, Any]:
     """Return what `score` does, and more of it; raises as `score` does.
 
     Returns
@@ -94,8 +60,8 @@ def score_fully(probabilities: ArrayLike, y: ArrayLike, *, bins: int = ECE_BINS)
     n, n_classes = table.shape
     confusion = confusion_matrix(truth, table.argmax(axis=1), n_classes)
     loss = mean_interval(losses(table, truth))
-    full: dict[str, Any] = {
-        **score(table, truth, bins=bins),
+    full = {
+        **score(table, truth),
         "balanced_accuracy_ci95": list(balanced_accuracy_interval(confusion)),
         "macro_f1_ci95": list(macro_f1_interval(confusion)),
         "log_loss_ci95": loss and [max(0.0, loss[0]), loss[1]],
@@ -105,7 +71,7 @@ def score_fully(probabilities: ArrayLike, y: ArrayLike, *, bins: int = ECE_BINS)
         full["top5_ci95"] = list(wilson_interval(full["top5"] * n, n))
     if n_classes == 2:
         full["roc_auc"] = _roc_auc(table[:, 1], truth)
-    return cast(FullScore, full)
+    return full
 
 
 def confusion_matrix(y: ArrayLike, predicted: ArrayLike, n_classes: int) -> NDArray[np.int64]:
@@ -174,8 +140,8 @@ def top_k_accuracy(probabilities: NDArray[np.float64], y: NDArray[np.int64], k: 
     return float(np.mean(rank < k))
 
 
-def per_class(confusion: NDArray[np.int64]) -> list[ClassScore]:
-    """Return one row a class."""
+def per_class(confusion: NDArray[np.int64]) -> list[dict[str, Any]]:
+    """Return one row a class: n samples of it; None where a value does not exist (no sample, no answer)."""
     hits, support, answers = np.diag(confusion).tolist(), confusion.sum(axis=1).tolist(), confusion.sum(axis=0).tolist()
     return [
         {
@@ -196,15 +162,11 @@ def _roc_auc(scores: NDArray[np.float64], y: NDArray[np.int64]) -> float | None:
 
 
 def _checked(probabilities: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    table = np.asarray(probabilities, dtype=np.float64)
-    return table, _labels(y, *table.shape)
-
-
-def _labels(y: ArrayLike, n: int, n_classes: int) -> NDArray[np.int64]:
-    truth = np.asarray(y, dtype=np.int64)
+    table, truth = np.asarray(probabilities, dtype=np.float64), np.asarray(y, dtype=np.int64)
+    n, n_classes = table.shape
     if n == 0 or truth.shape != (n,):
         raise UsageError(f"{n} predictions and {truth.size} labels, expected as many of each and at least one")
     if truth.min() < 0 or truth.max() >= n_classes:
         wrong = int(truth[(truth < 0) | (truth >= n_classes)][0])
         raise UsageError(f"label {wrong}, expected 0 to {n_classes - 1}", label=wrong)
-    return truth
+    return table, truth

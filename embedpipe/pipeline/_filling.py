@@ -26,6 +26,20 @@ Progress = Callable[[str, int, int], None]
 MOST_PENDING = 64  # batches of rows on their way to the disk
 
 
+@dataclass(frozen=True)
+class Order:
+    """What is to be filled in, and how: the arguments of `fill_spaces` that all of its steps go by."""
+
+    manifest: Manifest
+    shard_rows: int
+    retry_failed: bool
+    progress: Progress | None
+    graphs: Path | None
+
+    def look(self, target: Target) -> Lookup:
+        return look_up(target.space, self.manifest, splits=target.splits, retry_failed=self.retry_failed)
+
+
 @dataclass
 class Job:
     """One space while it is filled.
@@ -81,15 +95,10 @@ def fill_spaces(
     CacheMismatch    stored rows come out differently in this environment
     """
     filled: dict[Path, Filled] = {}
-    options: dict[str, Any] = {
-        "shard_rows": shard_rows,
-        "retry_failed": retry_failed,
-        "progress": progress,
-        "graphs": graphs,
-    }
+    order = Order(manifest, shard_rows, retry_failed, progress, graphs)
     for some in _by_pins(targets):
         pins = pins_of(some[0])
-        done = _fill_together(manifest, some, forward.pinned(pins) if pins else forward, **options)
+        done = _fill_together(order, some, forward.pinned(pins) if pins else forward)
         filled |= zip((target.space.folder for target in some), done, strict=True)
     return [filled[target.space.folder] for target in targets]
 
@@ -108,71 +117,52 @@ def _by_pins(targets: Sequence[Target]) -> list[list[Target]]:
     return list(groups.values())
 
 
-def _fill_together(
-    manifest: Manifest,
-    targets: Sequence[Target],
-    forward: Forward,
-    *,
-    shard_rows: int,
-    retry_failed: bool,
-    progress: Progress | None,
-    graphs: Path | None,
-) -> list[Filled]:
+def _fill_together(order: Order, targets: Sequence[Target], forward: Forward) -> list[Filled]:
     """Fill several spaces under the same settings."""
-
-    def look(target: Target) -> Lookup:
-        return look_up(target.space, manifest, splits=target.splits, retry_failed=retry_failed)
-
-    jobs = [Job(target, look(target)) for target in targets]
+    jobs = [Job(target, order.look(target)) for target in targets]
     lacking = [job for job in jobs if job.found.missing]
     for job in lacking:
         job.target.space.ensure_free()  # before anything is measured in vain
-    runner = _settle(manifest, lacking, forward, graphs)
+    runner = _settle(order, lacking, forward) if lacking else None
     if runner:
         _keep_pins(pins_of(targets[0]), runner.forward)
     forward, clock = runner.forward if runner else forward.definite, Clock()
     for job in jobs:
-        _prove(manifest, job, forward, graphs)
+        _prove(order, job, forward)
     with ExitStack() as held:
         for job in jobs:
             if job.found.missing or job.target.space.interrupted:
                 _check_plan(job, forward)
-                job.writer = held.enter_context(_open(job, forward, shard_rows))
+                job.writer = held.enter_context(_open(job, forward, order.shard_rows))
                 _obey(job.writer, forward)
-                job.found = look(job.target)
+                job.found = order.look(job.target)
             elif job.new:
-                with suppress(CacheBusy, StorageError), _open(job, forward, shard_rows) as writer:
+                with suppress(CacheBusy, StorageError), _open(job, forward, order.shard_rows) as writer:
                     writer.finish()  # else it is probed again next time
         if runner:
-            _compute(manifest, lacking, runner, clock, progress=progress, graphs=graphs)
+            _compute(order, lacking, runner, clock)
         for job in jobs:
             if job.writer:
                 job.writer.finish()
     ran = (clock.bottleneck, forward.executor, runner.difference) if runner else ()
-    return [summarise(manifest, job.found, job.target.space.view(), job.passing, *ran) for job in jobs]
+    return [summarise(order.manifest, job.found, job.target.space.view(), job.passing, *ran) for job in jobs]
 
 
-def _settle(manifest: Manifest, lacking: Sequence[Job], forward: Forward, graphs: Path | None) -> Runner | None:
+def _settle(order: Order, lacking: Sequence[Job], forward: Forward) -> Runner:
     """Return a runner for the spaces that lack rows."""
-    if not lacking:
-        return None
-    ahead = ahead_of(manifest, [job.found for job in lacking])
-    return settle([job.target.backbone for job in lacking], forward, ahead.items(), work=len(ahead), graphs=graphs)
+    ahead = ahead_of(order.manifest, [job.found for job in lacking])
+    backbones = [job.target.backbone for job in lacking]
+    return settle(backbones, forward, ahead.items(), work=len(ahead), graphs=order.graphs)
 
 
-def _prove(manifest: Manifest, job: Job, forward: Forward, graphs: Path | None) -> None:
-    """Note this environment in a job; where it is new to the space, compute a few of its rows again.
-
-    Raises
-    ------
-    CacheMismatch    they come out differently
-    """
+def _prove(order: Order, job: Job, forward: Forward) -> None:
+    """Note this environment in a job; where it is new to the space, compute a few of its rows again."""
     target, view = job.target, job.found.view
     job.record = record_environment(forward, target.loader)
     job.new = is_new(target.space, job.record, computing=bool(job.found.missing))
     if job.new:
-        items = [(key, manifest.place_of(sample)) for key, sample in job.found.present.items()]
-        probe = Runner([target.backbone], forward, graphs=graphs)
+        items = [(key, order.manifest.place_of(sample)) for key, sample in job.found.present.items()]
+        probe = Runner([target.backbone], forward, graphs=order.graphs)
         job.record |= {"probed": check_drift(target.space, view, items, probe)}
 
 
@@ -187,12 +177,7 @@ def _open(job: Job, forward: Forward, shard_rows: int) -> SpaceWriter:
 
 
 def _keep_pins(pins: Mapping[str, Any], forward: Forward) -> None:
-    """Refuse to go on with an interrupted extraction in another way than it was begun in.
-
-    Raises
-    ------
-    CacheMismatch    what it is pinned to does not work here
-    """
+    """Refuse to go on with an interrupted extraction in another way than it was begun in."""
     if pins and pins != forward.pins:
         raise CacheMismatch(
             f"this extraction was interrupted under {canonical_json(dict(pins))}, which does not work here",
@@ -201,25 +186,12 @@ def _keep_pins(pins: Mapping[str, Any], forward: Forward) -> None:
 
 
 def _obey(writer: SpaceWriter, forward: Forward) -> None:
-    """Refuse a space that another process began to fill, and left, since its pins were read.
-
-    Raises
-    ------
-    CacheBusy    its pins are not ours
-    """
+    """Refuse a space that another process began to fill, and left, since its pins were read."""
     if writer.pins != forward.pins:
         raise CacheBusy("another process has just written to this space", hint="run the same command again")
 
 
-def _compute(
-    manifest: Manifest,
-    lacking: Sequence[Job],
-    runner: Runner,
-    clock: Clock,
-    *,
-    progress: Progress | None,
-    graphs: Path | None,
-) -> None:
+def _compute(order: Order, lacking: Sequence[Job], runner: Runner, clock: Clock) -> None:
     """Decode, forward and commit what the spaces lack; each image once for all that lack it."""
     wanted: dict[bytes, Sample] = {}
     lackers: dict[bytes, list[int]] = defaultdict(list)
@@ -231,12 +203,12 @@ def _compute(
             lackers[key].append(number)
     passes: dict[tuple[int, ...], list[tuple[bytes, Place]]] = defaultdict(list)
     for key, sample in wanted.items():
-        passes[tuple(lackers[key])].append((key, manifest.place_of(sample)))
-    report = _reporter(progress, "extract", len(wanted))
+        passes[tuple(lackers[key])].append((key, order.manifest.place_of(sample)))
+    report = _reporter(order.progress, "extract", len(wanted))
     for numbers, items in passes.items():
         jobs = [lacking[n] for n in numbers]
         whole = len(jobs) == len(lacking)
-        one = runner if whole else Runner([job.target.backbone for job in jobs], runner.forward, graphs=graphs)
+        one = runner if whole else Runner([job.target.backbone for job in jobs], runner.forward, graphs=order.graphs)
         _stream(jobs, items, one, clock, report)
 
 

@@ -66,13 +66,8 @@ def train(
     Source: Loshchilov and Hutter, ICLR 2019 (AdamW) and ICLR 2017 (cosine schedule).
     """
     each = max(1, steps // plan.accumulate)
-    shape: dict[str, Any] = {
-        "keep_eval": keep_eval,
-        "n_classes": n_classes,
-        "class_weight": class_weight,
-        "ranks": ranks,
-    }
-    trainer = Trainer(network, groups, plan, steps=each, **shape)
+    stepping: dict[str, Any] = {"n_classes": n_classes, "class_weight": class_weight, "ranks": ranks}
+    trainer = Trainer(network, groups, plan, steps=each, keep_eval=keep_eval, **stepping)
     if resume:
         trainer.load(resume)
 

@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from embedpipe.training._epochs import Epoch, Score, Trained
 from embedpipe.training._mixing import Batch
 from embedpipe.training._plan import Plan
-from embedpipe.training._ranks import Ranks
 from embedpipe.training._signals import signals_held
 from embedpipe.training._state import Average, moving_state, put, random_state, set_modes, set_random_state
 from embedpipe.training._steps import NotFinite, Stepper, make_optimizer
@@ -25,6 +24,7 @@ WARM_UP = 0.1  # share of all steps with a rising learning rate
 class Trainer:
     """One training under way.
 
+    stepping         arguments of `Stepper`
     epoch : int      under way; 0 is the state handed in, which is only judged
     losses : list    of the steps done in this epoch
     best : dict      tensors of the best state
@@ -38,17 +38,12 @@ class Trainer:
         *,
         steps: int,
         keep_eval: Sequence[nn.Module],
-        n_classes: int,
-        class_weight: Tensor | None,
-        ranks: Ranks,
+        **stepping: Any,
     ) -> None:
-        self.ranks = ranks
         self.network, self.plan, self.steps, self.keep_eval = network, plan, steps, keep_eval
         self.optimizer = make_optimizer(plan.optimizer, groups)
         self.schedule = LambdaLR(self.optimizer, _warm_up_cosine(plan.epochs * steps))
-        self.stepper = Stepper(
-            network, self.optimizer, plan, n_classes=n_classes, class_weight=class_weight, ranks=ranks
-        )
+        self.stepper = Stepper(network, self.optimizer, plan, **stepping)
         self.average = Average(moving_state(network, keep_eval), plan.ema) if plan.ema else None
         self.history: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
@@ -77,7 +72,7 @@ class Trainer:
 
     def _in_step(self, groups: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
         """Yield groups as long as any rank has one: unreadable images make the part of one rank shorter."""
-        while self.ranks.any(bool(group := next(groups, []))):
+        while self.stepper.ranks.any(bool(group := next(groups, []))):
             yield group
 
     def _step(self, group: Sequence[Batch]) -> None:

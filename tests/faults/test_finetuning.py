@@ -103,7 +103,7 @@ class Tuning:
 @pytest.fixture(scope="module")
 def tuning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuning]:
     """Processes with everything imported, forked from one."""
-    rooms = ("extraction", "fitting", "finetuning._finetune", "network", "training", "classifier", "cli.finetune")
+    rooms = ("extraction", "fitting", "finetuning._tuning", "network", "training", "classifier", "cli.finetune")
     with Warm("embedpipe.cli:main", "torch", "timm", "h5py", *(f"embedpipe.{room}" for room in rooms)) as warm:
         yield Tuning(warm, tmp_path_factory.mktemp("tuning"))
 

@@ -14,7 +14,7 @@ import torch
 
 import embedpipe as ep
 from embedpipe.errors import UsageError
-from embedpipe.finetuning._finetune import check_ranks
+from embedpipe.finetuning._tuning import check_ranks
 from embedpipe.runs import list_runs
 from embedpipe.training import Ranks
 from tests.finetuning.conftest import weights

@@ -1,16 +1,20 @@
-"""The deed: predict every label out of fold, look at every neighbourhood, and list what deserves a look."""
+"""audit: images whose label, content or place in the data set deserve a look, from cached features alone.
+
+Every label is predicted out of fold, and every neighbourhood looked at.
+
+>>> audit("pets").counts
+{'label': 12, 'outlier': 3, 'duplicate': 5}
+"""
 
 from __future__ import annotations
 
-import csv
-import io
-import os
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from embedpipe.disk import PathLike
 from embedpipe.errors import EmbedpipeWarning
 
 if TYPE_CHECKING:
@@ -18,14 +22,10 @@ if TYPE_CHECKING:
 
     from embedpipe.features import FeatureSet
     from embedpipe.folds import OutOfFold
-    from embedpipe.neighbours import Neighbours
-
-PathLike = str | os.PathLike[str]
 
 KINDS = ("label", "outlier", "duplicate")
+HEADER = ("path", "split", "label", "suggested", "score", "kind", "twin")
 MOST_WORK = 5e12  # multiply-adds of a search for neighbours: a minute or two on one core
-FAR = 3.5  # robust standard deviations from the median; Iglewicz, Hoaglin, How to Detect and Handle Outliers (1993)
-PER_MAD = 1.4826  # standard deviations of a normal distribution in its median absolute deviation
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def audit(
     issues = (*_label_issues(features, done), *_neighbour_issues(features, done))
     with new_run(Path(runs_dir), "audit") as run:
         found = Audit(features.dataset, len(done.samples), folds, issues, run.final / "audit.csv")
-        run.write_text("audit.csv", _to_csv(issues))
+        run.write_csv("audit.csv", [HEADER, *map(_row, issues)])
         run.write_json("run.json", {"verb": "audit", "dataset": features.dataset, "report": found.to_dict()})
     return found
 
@@ -141,86 +141,46 @@ def _neighbour_issues(features: FeatureSet, done: OutOfFold) -> list[Issue]:
         if first.setdefault(sample.key, row) != row:
             copies.append((row, first[sample.key], 1.0))
     rows = list(first.values())
-    searched = _search(features, tuple(done.samples[row] for row in rows))
-    outliers = []
-    if searched is not None:
-        found, distances = searched
-        near = sorted(_near_pairs(found), key=lambda pair: -pair[2])
-        copies += [(rows[row], rows[twin], score) for row, twin, score in near]
-        far = _far(distances)
-        outliers = sorted(((rows[i], score) for i, score in far.items()), key=lambda pair: -pair[1])
+    near, far = _search(features, tuple(done.samples[row] for row in rows))
+    copies += [(rows[row], rows[twin], score) for row, twin, score in sorted(near, key=lambda pair: -pair[2])]
+    outliers = sorted(((rows[i], score) for i, score in far.items()), key=lambda pair: -pair[1])
     return [
         *(_issue(features, done, row, kind="outlier", score=score) for row, score in outliers),
-        *(_issue(features, done, row, kind="duplicate", score=score, twin=twin) for row, twin, score in copies),
+        *(_copy(features, done, row, twin=twin, score=score) for row, twin, score in copies),
     ]
 
 
-def _search(features: FeatureSet, samples: tuple[Any, ...]) -> tuple[Neighbours, Any] | None:
-    """Return neighbours by angle, and distances, of different images; None, and a warning, for too few or too many."""
+def _search(features: FeatureSet, samples: tuple[Any, ...]) -> tuple[list[tuple[int, int, float]], dict[int, float]]:
+    """Return near copies and outliers among different images; none, and a warning, for too few or too many."""
     import numpy as np
 
-    from embedpipe.neighbours import LEAST_ROWS, find_neighbours, kth_distance, unit_rows
+    from embedpipe.neighbours import LEAST_ROWS, copy_ratio, find_neighbours, kth_distance, outlying, unit_rows
 
     n, dim = len(samples), features.feature_dim
     if n < LEAST_ROWS or n * n * dim > MOST_WORK:
         bounds = f"expected {LEAST_ROWS} to {int((MOST_WORK / dim) ** 0.5)}"
         text = f"outliers and near copies are not looked for among {n} images of {dim} features, {bounds}"
         warnings.warn(text, EmbedpipeWarning, stacklevel=4)
-        return None
+        return [], {}
     X = features.read(samples)
     X = X - X.mean(axis=0, dtype=np.float64).astype(np.float32)
     unit = unit_rows(X)
-    return find_neighbours(unit, unit, own=np.arange(n)), kth_distance(X)
-
-
-def _near_pairs(found: Neighbours) -> Iterator[tuple[int, int, float]]:
-    """Yield the copies with the image that they are nearest to, a pair once."""
-    import numpy as np
-
-    from embedpipe.neighbours import copy_ratio
-
-    is_copy = found.copies(copy_ratio(found, len(found.nearest)))
-    for row in np.flatnonzero(is_copy).tolist():
-        twin = int(found.nearest[row])
-        if twin < row or not is_copy[twin]:
-            yield row, twin, float(found.similarity[row])
-
-
-def _far(distances: Any) -> dict[int, float]:
-    """Return the rows whose k-th neighbour is farther than is usual, with how many times the usual limit."""
-    import numpy as np
-
-    logs = np.log(np.maximum(distances, np.finfo(np.float64).tiny))
-    middle = np.median(logs)
-    limit = middle + FAR * PER_MAD * np.median(np.abs(logs - middle))
-    return {int(row): float(np.exp(logs[row] - limit)) for row in np.flatnonzero(logs > limit)}
+    found = find_neighbours(unit, unit, own=np.arange(n))
+    return list(found.pairs(copy_ratio(found, n))), outlying(kth_distance(X))
 
 
 def _issue(
-    features: FeatureSet,
-    done: OutOfFold,
-    row: int,
-    *,
-    kind: str,
-    score: float,
-    suggested: str | None = None,
-    twin: int | None = None,
+    features: FeatureSet, done: OutOfFold, row: int, *, kind: str, score: float, suggested: str | None = None
 ) -> Issue:
     sample = done.samples[row]
-    name, label = features.manifest.name_of(sample), sample.label or ""
-    if twin is None:
-        return Issue(name, sample.split, label, suggested, score, kind)
-    other = done.samples[twin]
-    suggested = other.label if other.label != label else None
-    return Issue(name, sample.split, label, suggested, score, kind, features.manifest.name_of(other))
+    return Issue(features.manifest.name_of(sample), sample.split, sample.label or "", suggested, score, kind)
 
 
-def _to_csv(issues: tuple[Issue, ...]) -> str:
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["path", "split", "label", "suggested", "score", "kind", "twin"])
-    for one in issues:
-        writer.writerow(
-            [one.path, one.split, one.label, one.suggested or "", f"{one.score:.4f}", one.kind, one.twin or ""]
-        )
-    return out.getvalue()
+def _copy(features: FeatureSet, done: OutOfFold, row: int, *, twin: int, score: float) -> Issue:
+    one, other = _issue(features, done, row, kind="duplicate", score=score), done.samples[twin]
+    suggested = other.label if other.label != one.label else None
+    return replace(one, suggested=suggested, twin=features.manifest.name_of(other))
+
+
+def _row(one: Issue) -> tuple[str, ...]:
+    return one.path, one.split, one.label, one.suggested or "", f"{one.score:.4f}", one.kind, one.twin or ""

@@ -1,14 +1,22 @@
-"""The hand-off: the network gives the logits that the head gave on the cached features, proved before the first step."""
+"""Two proofs: before the first step the network gives the logits that the head gave on the cached features, and what is
+frozen has not moved in training, bit for bit.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import numpy as np
 import torch
+from torch import nn
 
-from embedpipe.errors import ModelMismatch
+from embedpipe.errors import EmbedpipeError, ModelMismatch
 from embedpipe.finetuning._photos import Photos
 from embedpipe.heads import LinearHead
 from embedpipe.network import Network
+from embedpipe.provenance import digest_arrays
+from embedpipe.training import moving_names
 
 TOLERANCE = 1e-3
 
@@ -37,3 +45,23 @@ def prove_handoff(network: Network, head: LinearHead, photos: Photos) -> float:
             hint="extract and fit the head again",
         )
     return worst
+
+
+@contextmanager
+def frozen_proved(network: nn.Module, keep_eval: Sequence[nn.Module]) -> Iterator[None]:
+    """Compare what training may not change before and after the block."""
+    still = set(network.state_dict()) - moving_names(network, keep_eval)
+    before = _digests(network, still)
+    yield
+    moved = [name for name, digest in _digests(network, still).items() if digest != before[name]]
+    if moved:
+        raise EmbedpipeError(
+            f"{len(moved)} frozen tensors moved in training, first {moved[0]}; expected none",
+            hint="this is a defect of embedpipe: please report the model and the command",
+            moved=moved,
+        )
+
+
+def _digests(network: nn.Module, names: set[str]) -> dict[str, str]:
+    state = network.state_dict()
+    return {name: digest_arrays({name: state[name]}) for name in sorted(names)}
