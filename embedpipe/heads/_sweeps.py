@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ KEPT_BYTES = 2**29  # of probabilities; more are computed again for every produc
 SMALL = 2**22  # features of a problem that is carried in float64
 BLOCK_NUMBERS = 2**18  # of logits in a block, so that it stays in the processor's cache
 FLAT = 1e-6  # of the mean eigenvalue: what varies less is not blown up
+PROBES = 4096  # rows that are enough to measure what few weights see
 METRIC_ROWS = 16  # times the width: rows that are enough to measure a metric
 
 
@@ -121,6 +123,39 @@ class Sweeps:
             hess_W = (hess_W.float() @ white.back).double() + hess_b[:, None] * white.mean
         return hess_W.view_as(dW), hess_b.view_as(db)
 
+    def curve_within(self, W: Tensor, b: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the Hessian of each class at W, b in a span of weights and bias, measured on some rows.
+
+        Parameters
+        ----------
+        span : float64 (L, D + 1, r)
+
+        Returns
+        -------
+        float64 (L, K, r, r), and how many rows of one weight would tell as much (L, K)
+        """
+        x, shares = self._probes
+        logits = _logits(x, W.to(x.dtype), b.to(x.dtype))
+        p = logits.sigmoid() if self._apart else logits.softmax(1)
+        counts = (p - p * p) * shares
+        along = x @ span[:, :-1].to(x.dtype) + span[:, None, -1].to(x.dtype)
+        found = [torch.stack([(z.T * count) @ z for count in each]) for z, each in zip(along, counts, strict=True)]
+        rows = counts.sum(2).square() / counts.square().sum(2).clamp_min(torch.finfo(x.dtype).tiny)
+        return torch.stack(found).double(), rows.double()
+
+    @cached_property
+    def _probes(self) -> tuple[Tensor, Tensor]:
+        return self._draw(self._weights, PROBES)
+
+    def _draw(self, counts: Tensor, most: int) -> tuple[Tensor, Tensor]:
+        """Return rows (n, D), n at most `most`, drawn by what they count, and what each counts then (n,), together 1."""
+        shares = counts / counts.sum()
+        if self.n <= most:
+            return torch.from_numpy(self._X[:]), shares.to(self._dtype)
+        drawn = np.random.default_rng(0).choice(self.n, most, p=shares.numpy())
+        drawn, times = np.unique(drawn, return_counts=True)
+        return torch.from_numpy(self._X[drawn]).to(self._dtype), torch.from_numpy(times / most).to(self._dtype)
+
     def whiten(self, metric: Metric) -> None:
         """Carry the products of `curve` in bfloat16 from now on, where that is quicker and memory holds one more copy."""
         fits = self.n * self.width * torch.bfloat16.itemsize <= self._kept_bytes
@@ -148,10 +183,8 @@ class Sweeps:
                 counts = self._weights.clone()
         enough = METRIC_ROWS * self.width
         if self.n > 2 * enough:
-            drawn = np.random.default_rng(0).choice(self.n, enough, p=(counts / counts.sum()).numpy())
-            drawn, times = np.unique(drawn, return_counts=True)
-            x = torch.from_numpy(self._X[drawn]).to(self._dtype)
-            return _metric(lambda: [(x, torch.from_numpy(times / enough))], self.width)
+            drawn = self._draw(counts, enough)
+            return _metric(lambda: [drawn], self.width)
         counts /= counts.sum()
         return _metric(lambda: ((x, counts[rows]) for rows, x in self._blocks(1)), self.width)
 
