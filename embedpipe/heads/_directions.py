@@ -60,9 +60,9 @@ def find_direction(
     which : int64 (L,)    numbers of the problems in the last `value`
     """
     precondition = Preconditioner(sweeps, points, metric)
-    enough = 0.5 * tolerance * 2 * points.objective
+    enough = 0.2 * tolerance * 2 * points.objective
     first = points.left(points.grad_W, points.grad_b)
-    wanted = torch.maximum(enough, first * (SHARE * points.gap).clamp(max=SHARE))
+    wanted = torch.maximum(enough, first * (0.3 * points.gap).clamp(max=SHARE))
     dW, db = torch.zeros_like(points.W), torch.zeros_like(points.b)
     rest_W, rest_b = -points.grad_W, -points.grad_b
     way_W, way_b = precondition(rest_W, rest_b)

@@ -36,6 +36,7 @@ STRIDES = (
     1,
 )  # every eleventh l2 comes first, from nothing; then those between, from curves through their neighbours
 TOGETHER = 12  # so many at a time
+FAR = 1.0  # a gap from which no step reaches the optimum
 WORN = 20  # products for a step: the metric is measured again
 LEAST_SPREAD = 1e-12  # of a class that every sample is already sure about
 
@@ -77,9 +78,9 @@ class _Way:
         self.W = torch.from_numpy(start.weight).repeat(len(l2s), 1, 1)
         self.b = torch.from_numpy(start.bias).repeat(len(l2s), 1)
         self.known: list[int] = []
-        self.metric: Metric | None = sweeps.measure()
-        if len(l2s) > 1:
-            sweeps.whiten(self.metric)
+        metric = sweeps.measure()
+        sweeps.shorten(metric, self.l2)
+        self.metric: Metric | None = metric
 
     def solve(self, stride: int) -> None:
         """Solve every so many, the first and the last among them, as many at a time as fit."""
@@ -143,8 +144,8 @@ def minimise(
     return W, b
 
 
-def _points(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor) -> Points:
-    loss, grad_W, grad_b, spread = sweeps.value(W, b)
+def _points(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, *, far: bool = False) -> Points:
+    loss, grad_W, grad_b, spread = sweeps.value(W, b, far=far)
     objective = loss + l2 / 2 * W.square().sum((1, 2))
     return Points(l2, W, b, objective, grad_W + l2[:, None, None] * W, grad_b, spread.clamp_min(LEAST_SPREAD))
 
@@ -170,9 +171,10 @@ def _step(
     """
     slope = dot(points.grad_W, points.grad_b, dW, db)
     length = torch.ones_like(slope)
+    far = bool((points.gap > FAR).all())
     for _ in range(HALVINGS):
         W = shape(points.W + length[:, None, None] * dW)
-        new = _points(sweeps, points.l2, W, points.b + length[:, None] * db)
+        new = _points(sweeps, points.l2, W, points.b + length[:, None] * db, far=far)
         good = new.objective <= points.objective + 1e-4 * length * slope + sweeps.noise * points.objective
         good |= new.gap <= TOLERANCE
         if good.all():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 
 from embedpipe.heads import L2_GRID, fit_linear
@@ -73,13 +74,13 @@ def test_products_in_bfloat16_lead_to_the_same_optimum(monkeypatch: pytest.Monke
     X, y = hard(30_000, 150, 3)
     problem, l2s = even(standardised(X).astype(np.float32), y, 3), sorted(L2_GRID, reverse=True)[::4]
     paths, whitened = [], []
-    made = Sweeps.whiten
+    made = Sweeps.shorten
 
-    def whiten(self: Sweeps, metric: Metric) -> None:
-        made(self, metric)
+    def shorten(self: Sweeps, metric: Metric, l2: Tensor) -> None:
+        made(self, metric, l2)
         whitened.append(self._whitened is not None)
 
-    monkeypatch.setattr(Sweeps, "whiten", whiten)
+    monkeypatch.setattr(Sweeps, "shorten", shorten)
     for known in (True, False):
         monkeypatch.setattr("embedpipe.heads._sweeps.has_bfloat16", lambda known=known: known)
         paths.append(solve_path(problem, l2s))
