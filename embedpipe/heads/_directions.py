@@ -134,4 +134,5 @@ def _correction(sweeps: Sweeps, points: Points, metric: Metric, span: Tensor) ->
     penalty = torch.ones(span.shape[2], dtype=torch.float64)
     penalty[-1] = 0
     penalties = (points.l2[:, None] * penalty).diag_embed()[:, None]
-    return torch.linalg.inv(found + penalties) - torch.linalg.inv(taken + penalties)
+    correction: Tensor = torch.linalg.inv(found + penalties) - torch.linalg.inv(taken + penalties)
+    return correction

@@ -24,9 +24,13 @@ from embedpipe.heads._problem import Problem
 
 KEPT_BYTES = 2**29  # of probabilities; more are computed again for every product
 SMALL = 2**22  # features of a problem that is carried in float64
-BLOCK_NUMBERS, BLOCK_BYTES, BLOCK_ROWS = 2**18, 2**23, 4096  # of logits and of features in a block, which stays in cache
+BLOCK_NUMBERS, BLOCK_BYTES, BLOCK_ROWS = (
+    2**18,
+    2**23,
+    4096,
+)  # of logits and of features in a block, which stays in cache
 FLAT = 1e-6  # of the mean eigenvalue: what varies less is not blown up
-PROBES = 4096  # rows that are enough to measure what few weights see
+PROBES = 2048  # rows that are enough to measure what few weights see
 ROUNDING = 1e-5  # times the mean eigenvalue: an l2 that makes nothing of what bfloat16 adds to the Hessian
 METRIC_ROWS = 16  # times the width: rows that are enough to measure a metric
 
@@ -77,6 +81,7 @@ class Sweeps:
         self._kept: Tensor | None = None  # probabilities (L, K, N) of the last `value`
         self._at: tuple[Tensor, Tensor] | None = None  # and its weights
         self._short = self._dtype  # of what is multiplied where few digits will do
+        self._copy: Tensor | None = None  # of the rows, in that
         self._whitened: Whitened | None = None
 
     @property
@@ -164,19 +169,21 @@ class Sweeps:
     def shorten(self, metric: Metric, l2: Tensor) -> None:
         """Multiply bfloat16 from now on where few digits will do, if that is quicker.
 
-        Many l2 are worth a whitened copy of the rows, if memory holds it. For one each block is rounded as it comes, if l2 (L,)
-        drowns what that adds to the Hessian; and vectors are taken as sums of two.
+        Many l2 are worth whitening the rows. For one, l2 (L,), they are rounded as they are, if it drowns what that adds to the
+        Hessian, and vectors are taken as sums of two. Where memory does not hold a copy, many l2 do without, and of one the
+        blocks are rounded as they come, to the same numbers.
         """
-        if not (has_bfloat16() and self._dtype == torch.float32):
+        fits = self.n * self.width * torch.bfloat16.itemsize <= self._kept_bytes and isinstance(self._X, np.ndarray)
+        one = len(l2) == 1
+        worth = l2.item() > ROUNDING * float(metric.spectrum.mean()) if one else fits
+        if not (worth and has_bfloat16() and self._dtype == torch.float32):
             return
-        if len(l2) == 1:
-            self._short = torch.bfloat16 if l2.item() > ROUNDING * metric.spectrum.mean() else self._short
-            return
-        if self.n * self.width * torch.bfloat16.itemsize > self._kept_bytes or not isinstance(self._X, np.ndarray):
+        rows = torch.from_numpy(np.empty((self.n, self.width) if fits else 0, np.int16)).view(torch.bfloat16)
+        if one:
+            self._short, self._copy = torch.bfloat16, rows.copy_(torch.from_numpy(self._X)) if fits else None
             return
         scale = metric.spectrum.clamp_min(FLAT * float(metric.spectrum.mean())).sqrt()
         towards, mean = (metric.basis / scale).float(), metric.mean.float()
-        rows = torch.empty(self.n, self.width, dtype=torch.bfloat16)
         for some, x in self._blocks(1):
             rows[some] = (x - mean) @ towards
         self._whitened = Whitened(rows, (metric.basis * scale).T.float().contiguous(), metric.mean)
@@ -199,7 +206,9 @@ class Sweeps:
             counts /= counts.sum()
             return _metric(lambda: ((x, counts[rows]) for rows, x in self._blocks(1)), self.width)
         drawn, shares = _draw(counts, enough)
-        parts = torch.arange(len(drawn)).split(1024)  # not all at once: fresh memory costs more than what is done with it
+        parts = torch.arange(len(drawn)).split(
+            1024
+        )  # not all at once: fresh memory costs more than what is done with it
         return _metric(lambda: ((torch.from_numpy(self._X[drawn[i]]), shares[i]) for i in parts), self.width)
 
     def level(self, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,8 +229,12 @@ class Sweeps:
         size = max(size // 64 * 64, 256)
         for start in range(0, self.n, size):
             rows = slice(start, min(start + size, self.n))
-            x = torch.from_numpy(np.ascontiguousarray(self._X[rows])) if whitened is None else whitened[rows]
-            yield rows, x.to(dtype or x.dtype)
+            yield rows, self._read(rows, dtype or self._dtype) if whitened is None else whitened[rows]
+
+    def _read(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        if self._copy is not None and dtype == self._copy.dtype:
+            return self._copy[rows]
+        return torch.from_numpy(np.ascontiguousarray(self._X[rows])).to(dtype)
 
     def _answers(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Return probabilities (L, K, n), the loss of each row (L, n), and the probabilities less the truth.
