@@ -206,10 +206,10 @@ class Sweeps:
             counts /= counts.sum()
             return _metric(lambda: ((x, counts[rows]) for rows, x in self._blocks(1)), self.width)
         drawn, shares = _draw(counts, enough)
-        parts = torch.arange(len(drawn)).split(
-            1024
-        )  # not all at once: fresh memory costs more than what is done with it
-        return _metric(lambda: ((torch.from_numpy(self._X[drawn[i]]), shares[i]) for i in parts), self.width)
+        some = [
+            slice(first, first + 1024) for first in range(0, len(drawn), 1024)
+        ]  # fresh memory costs more than the sums
+        return _metric(lambda: ((torch.from_numpy(self._X[drawn[i]]), shares[i]) for i in some), self.width)
 
     def level(self, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights and biases without what all classes share, which no probability shows and the optimum lacks."""
