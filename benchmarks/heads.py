@@ -3,6 +3,7 @@
 Simulated features with the spectrum of real ones, float32, standardised. One thread for all; CPU seconds.
 
 python benchmarks/heads.py --shape 50000 512 10 --repeats 1
+python benchmarks/heads.py --shape 20000 512 10 --repeats 3 --folds 5    # ridge: what do folds save that share one Gram?
 """
 
 from __future__ import annotations
@@ -143,7 +144,23 @@ def scikit_learn(shape: Sequence[int], l2s: Sequence[float], warm: bool, patched
     return {"cpu_s": sum(seconds), "each_s": seconds, "l2": list(l2s), "objectives": objectives}
 
 
-WAYS = {"ours": ours, "scikit-learn": scikit_learn}
+def folds(shape: Sequence[int], count: int, shared: bool) -> dict[str, Any]:
+    """Cross-validate `ridge`, with one Gram for all folds or a new one for each fit."""
+    from embedpipe.folds import cross_fit
+    from embedpipe.recipe import Recipe
+
+    class Alone(Recipe):
+        def gram(self, *_: Any, **__: Any) -> None:
+            return None
+
+    X, y = features(*shape)
+    recipe = (Recipe if shared else Alone)(tuple(map(str, range(shape[2]))), solver="ridge")
+    start = time.process_time()
+    cross_fit(X, y, range(len(y)), recipe, folds=count, seed=0)
+    return {"cpu_s": time.process_time() - start}
+
+
+WAYS = {"ours": ours, "scikit-learn": scikit_learn, "folds": folds}
 
 
 def main() -> None:
@@ -155,7 +172,10 @@ def main() -> None:
         "--only", nargs="+", metavar="WORD", help="the ways that have one of these words in their names"
     )
     parser.add_argument("--cold", type=int, default=COLD, help="how many of the 45 are fitted from nothing")
+    parser.add_argument("--folds", type=int, help="cross-validate with so many folds, nothing else")
     options = parser.parse_args()
+    if options.folds:
+        return compare_folds(options)
     grid = l2_grid()
     some = [grid[round(k)] for k in np.linspace(0, len(grid) - 1, options.cold)]
 
@@ -204,6 +224,19 @@ def main() -> None:
             "ratio",
         ),
         [_kernels(path)],
+    )
+
+
+def compare_folds(options: argparse.Namespace) -> None:
+    def way(shared: bool) -> Callable[[], dict[str, Any]]:
+        return lambda: run_way(__file__, "folds", shape=list(options.shape), count=options.folds, shared=shared)
+
+    found = interleave({"one for all": way(True), "a new one for each fit": way(False)}, options.repeats)
+    n, width, n_classes = options.shape
+    print_table(
+        f"{options.folds} folds by ridge, N = {n}, D = {width}, C = {n_classes}, {options.repeats} repeats, one thread",
+        ("Gram", "CPU s"),
+        [(name, Spread.of([run["cpu_s"] for run in runs]).text(2)) for name, runs in found.items()],
     )
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from embedpipe.cache import SpaceView
 
 
+COPIES = 3  # of features, while a head is fitted: as they are read, standardised, and in bfloat16
 PENULTIMATE = "penultimate"  # the layer of a space by default: what enters the classifier
 
 
@@ -148,12 +149,19 @@ class FeatureSet:
     def labelled(self, *splits: str, max_bytes: float) -> tuple[np.ndarray | Chunked, np.ndarray]:
         """Return features (N, D) and targets, as `arrays` does, of the labelled images of splits.
 
-        They come in the order in which they are stored; features of more bytes are read in chunks.
+        They come in the order in which they are stored, to be read in chunks where memory does not hold them (`fits`).
         """
         found = [sample for split in splits for sample in self.samples(split, labelled=True)]
         samples = tuple(sorted(found, key=lambda sample: sample.key))
-        small = len(samples) * self.feature_dim * 4 <= max_bytes
-        return self.read(samples) if small else self.chunked(samples), self.manifest.targets(samples)
+        return self.rows(samples, max_bytes=max_bytes), self.manifest.targets(samples)
+
+    def rows(self, samples: tuple[Sample, ...], *, max_bytes: float) -> np.ndarray | Chunked:
+        """Return features (N, D) of samples that have a row, to be read in chunks where memory does not hold them (`fits`)."""
+        return self.read(samples) if self.fits(max_bytes) else self.chunked(samples)
+
+    def fits(self, max_bytes: float) -> bool:
+        """Whether so much memory holds all features COPIES times."""
+        return COPIES * len(self._present) * self.feature_dim * 4 <= max_bytes
 
     def chunked(self, samples: Sequence[Sample]) -> Chunked:
         """Return features float32 (N, D) of samples that have a row, to be read when somebody asks for them."""

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedpipe.errors import UsageError
+from embedpipe.heads import Chunked, Gram, some_of
 from embedpipe.manifest import Sample, components
 
 if TYPE_CHECKING:
@@ -60,12 +61,12 @@ def out_of_fold(
     number = {name: index for index, name in enumerate(recipe.classes)}
     y = np.array([number[s.label or ""] for s in samples], dtype=np.int64)
     ties = components(samples)
-    fold, probabilities, l2 = cross_fit(features.read(samples), y, ties, recipe, folds=folds, seed=seed)
+    fold, probabilities, l2 = cross_fit(recipe.rows(features, samples), y, ties, recipe, folds=folds, seed=seed)
     return OutOfFold(samples, y, fold, probabilities, l2)
 
 
 def cross_fit(
-    X: NDArray[Any], y: Int64, ties: Sequence[Hashable], recipe: Recipe, *, folds: int, seed: int
+    X: NDArray[Any] | Chunked, y: Int64, ties: Sequence[Hashable], recipe: Recipe, *, folds: int, seed: int
 ) -> tuple[Int64, Float64, list[float | None]]:
     """Predict each fold with a head fitted on the others.
 
@@ -91,20 +92,34 @@ def cross_fit(
     fold = assign_folds(y, tie, folds=folds, seed=seed)
     probabilities = np.empty((len(y), len(recipe.classes)))
     chosen: list[float | None] = []
+    whole = recipe.gram(X, y)
     for number in range(folds):
-        held = fold == number
-        l2 = _choose(X[~held], y[~held], tie[~held], recipe, seed)
-        probabilities[held] = recipe.fit(X[~held], y[~held], l2=l2).predict_proba(X[held])
+        held, rest = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
+        part, unseen = some_of(X, rest), some_of(X, held)
+        gram = _without(whole, unseen, y[held], recipe)
+        l2 = _choose(part, y[rest], tie[rest], recipe, seed=seed, gram=gram)
+        probabilities[held] = recipe.fit(part, y[rest], l2=l2, gram=gram).predict_proba(unseen)
         chosen.append(l2)
     return fold, probabilities, chosen
 
 
-def _choose(X: NDArray[Any], y: Int64, tie: Int64, recipe: Recipe, seed: int) -> float | None:
+def _choose(
+    X: NDArray[Any] | Chunked, y: Int64, tie: Int64, recipe: Recipe, *, seed: int, gram: Gram | None
+) -> float | None:
     """Return the l2 that is best on an inner part held out of the training part of a fold."""
     if not recipe.chooses:
         return None if recipe.solver == "knn" else float(recipe.l2)
     inner = assign_folds(y, tie, folds=INNER, seed=seed) == 0
-    return recipe.choose(X[~inner], y[~inner], X[inner], y[inner]).l2
+    rest, held = np.flatnonzero(~inner), np.flatnonzero(inner)
+    unseen = some_of(X, held)
+    gram = _without(gram, unseen, y[held], recipe)
+    return recipe.choose(some_of(X, rest), y[rest], unseen, y[held], gram=gram).l2
+
+
+def _without(gram: Gram | None, X: NDArray[Any] | Chunked, y: Int64, recipe: Recipe) -> Gram | None:
+    """Return the Gram of the other rows, if there is one to take these from."""
+    part = gram and recipe.gram(X, y, origin=gram.origin)
+    return gram - part if gram and part else None
 
 
 def assign_folds(y: Int64, tie: Int64, *, folds: int, seed: int) -> Int64:

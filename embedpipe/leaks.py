@@ -55,7 +55,7 @@ def find_leaks(features: FeatureSet, scored: Mapping[str, Scored], *, max_bytes:
     Parameters
     ----------
     scored : mapping of str to Scored    predictions for each split
-    max_bytes : float                    that the features of train may take; more are not searched for near copies
+    max_bytes : float                    that the search for near copies may take; where features need more there is none
 
     Returns
     -------
@@ -117,8 +117,8 @@ def find_near(features: FeatureSet, *, max_bytes: float = math.inf) -> NearCopie
     known = {sample.key for sample in train}
     others = tuple(s for s in features.samples() if s.split in STEPS[1:] and s.key not in known)
     skipped = _why_not(len(train), len(others), features.feature_dim)
-    if len(train) * features.feature_dim * 4 > max_bytes:
-        skipped = "the features of train are more than --max-memory"
+    if not features.fits(max_bytes):
+        skipped = "the features are more than --max-memory holds"
     if skipped or not others:
         return NearCopies(skipped=skipped)
     X = features.read(train)

@@ -18,6 +18,7 @@ from embedpipe.errors import EmbedpipeWarning, UsageError
 from embedpipe.heads import (
     MEMORY_BYTES,
     Chunked,
+    Gram,
     KnnHead,
     LinearHead,
     Path,
@@ -51,7 +52,7 @@ class Recipe:
 
     task : str               what the head is to learn, as in a manifest
     widths : tuple of int    features of each space, side by side; one space where there are none
-    max_bytes : float        features of more are read in chunks
+    max_bytes : float        that fitting may take; features that need more are read in chunks
     """
 
     classes: tuple[str, ...]
@@ -74,19 +75,29 @@ class Recipe:
         return self.chooses and self.solver != "ridge" and self.task != "regression"
 
     @property
+    def _most(self) -> float:
+        return math.inf if self.solver == "knn" else self.max_bytes
+
+    @property
     def _memory(self) -> int:
         return int(min(MEMORY_BYTES, max(1.0, self.max_bytes / 4)))
 
     def data(self, features: FeatureSet, *splits: str) -> tuple[Array | Chunked, Array]:
         """Return X (N, D) and y (N,), or (N, C), of the labelled images of splits."""
-        return features.labelled(*splits, max_bytes=math.inf if self.solver == "knn" else self.max_bytes)
+        return features.labelled(*splits, max_bytes=self._most)
 
     def rows(self, features: FeatureSet, samples: tuple[Sample, ...]) -> Any:
         """Return the features (N, D) of samples."""
-        small = self.solver == "knn" or len(samples) * features.feature_dim * 4 <= self.max_bytes
-        return features.read(samples) if small else features.chunked(samples)
+        return features.rows(samples, max_bytes=self._most)
 
-    def choose(self, X: Array | Chunked, y: Array, X_val: Array | Chunked, y_val: Array) -> Fitted:
+    def gram(self, X: Array | Chunked, y: Array, *, origin: Array | None = None) -> Gram | None:
+        """Return the Gram of rows that several fits share, for `choose` and `fit`; None where it would not be asked for."""
+        asked = self.solver == "ridge" and self.task == "single" and self.class_weight == "none"
+        return Gram.of(X, y, len(self.classes), origin) if asked and len(self.widths) < 2 else None
+
+    def choose(
+        self, X: Array | Chunked, y: Array, X_val: Array | Chunked, y_val: Array, *, gram: Gram | None = None
+    ) -> Fitted:
         """Fit on X, y with the l2 that is best on X_val, y_val, or with the one that was named.
 
         X : float32 (N, D); y : as `FeatureSet.arrays` gives it
@@ -97,18 +108,20 @@ class Recipe:
         """
         if self.solver == "knn":
             return Fitted(self._neighbours(X, y), None)
-        path = self.path(X, y, X_val, y_val)
+        path = self.path(X, y, X_val, y_val, gram=gram)
         return Fitted(path.head, path.l2, path.points)
 
-    def path(self, X: Array | Chunked, y: Array, X_val: Array | Chunked, y_val: Array) -> Path:
+    def path(
+        self, X: Array | Chunked, y: Array, X_val: Array | Chunked, y_val: Array, *, gram: Gram | None = None
+    ) -> Path:
         """Fit a linear head for every l2, as `choose` does."""
-        return fit_blocks(X, y, X_val, y_val, l2=self.l2, **self._options(X, y))
+        return fit_blocks(X, y, X_val, y_val, l2=self.l2, gram=gram, **self._options(X, y))
 
-    def fit(self, X: Array | Chunked, y: Array, *, l2: float | None) -> LinearHead | KnnHead:
+    def fit(self, X: Array | Chunked, y: Array, *, l2: float | None, gram: Gram | None = None) -> LinearHead | KnnHead:
         """Fit on X, y with this l2."""
         if self.solver == "knn" or l2 is None:
             return self._neighbours(X, y)
-        return fit_blocks_once(X, y, l2=l2, **self._options(X, y))
+        return fit_blocks_once(X, y, l2=l2, gram=gram, **self._options(X, y))
 
     def _neighbours(self, X: Array | Chunked, y: Array) -> KnnHead:
         if self.task != "single":

@@ -68,3 +68,21 @@ def test_each_fold_is_predicted_by_a_head_of_the_others() -> None:
         assert l2[number] == recipe.choose(*train, *val).l2
         head = recipe.fit(X[~held], y[~held], l2=l2[number])
         np.testing.assert_array_equal(probabilities[held], head.predict_proba(X[held]))
+
+
+def test_folds_that_share_a_gram_predict_as_folds_that_do_not() -> None:
+    rng = np.random.default_rng(2)
+    y = np.arange(300) % 3
+    X = (rng.normal(size=(300, 20)) + rng.normal(size=(3, 20))[y] / 2).astype(np.float32)
+
+    class Alone(Recipe):
+        def gram(self, *_: object, **__: object) -> None:
+            return None
+
+    recipe = Recipe(CLASSES, solver="ridge")
+    assert recipe.gram(X, y) is not None
+    assert Recipe(CLASSES, solver="ridge", class_weight="balanced").gram(X, y) is None
+    shared = cross_fit(X, y, range(300), recipe, folds=4, seed=0)
+    alone = cross_fit(X, y, range(300), Alone(CLASSES, solver="ridge"), folds=4, seed=0)
+    np.testing.assert_allclose(shared[1], alone[1], atol=1e-4)
+    assert shared[2] == alone[2]

@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedpipe.errors import EmbedpipeWarning, UsageError
+from embedpipe.heads import Chunked, some_of
 
 if TYPE_CHECKING:
     from embedpipe.recipe import Recipe
 
 Int64 = NDArray[np.int64]
 Shots = int | float  # images a class, or a share of them
-Labelled = tuple[NDArray[Any], Int64]  # X float32 (N, D), y int64 (N,)
+Labelled = tuple[NDArray[Any] | Chunked, Int64]  # X float32 (N, D), y int64 (N,)
 
 
 def parse_shots(shots: str | Sequence[str | int]) -> dict[str | int, Shots]:
@@ -90,7 +91,7 @@ def learning_curve(
     for name, amount in shots.items():
         wanted = take(counts, amount)
         draws = [np.flatnonzero(place < wanted[y]) for place in places[: 1 if (wanted == counts).all() else None]]
-        heads = [recipe.choose(X[draw], y[draw], *val) for draw in draws]
+        heads = [recipe.choose(some_of(X, draw), y[draw], *val) for draw in draws]
         accuracy = {split: [_accuracy(one.head, *pair) for one in heads] for split, pair in others.items()}
         short = [c for c, count in zip(recipe.classes, counts.tolist(), strict=True) if count < amount]
         point = {"shots": name, "n_train": len(draws[0]), "repeats": len(draws), "l2": [one.l2 for one in heads]}
@@ -128,7 +129,7 @@ def summarise(values: Sequence[float]) -> dict[str, Any]:
     return {"accuracy": mean, "accuracy_ci95": [max(0.0, mean - half), min(1.0, mean + half)]}
 
 
-def _accuracy(head: Any, X: NDArray[Any], y: Int64) -> float:
+def _accuracy(head: Any, X: NDArray[Any] | Chunked, y: Int64) -> float:
     return float(np.mean(head.predict_proba(X).argmax(axis=1) == y))
 
 

@@ -80,7 +80,8 @@ def fit_head(
     folds : int
         Cross-validate over train and val, with that many folds; test is left out.
     max_memory : str
-        Features of more bytes are read from the cache as they are needed, for the solvers newton and ridge.
+        Memory that fitting may take beside the list of images; features that need more (three times their size) are read from
+        the cache as they are needed. The solvers lbfgs, sklearn and knn, and a head on several layers, hold them all.
     space : str or several
         Which space, when the data set has features in several: its folder's name or a prefix; repeatable, as --layer is.
     backbone : str or several
@@ -251,8 +252,11 @@ def _curve(
 ) -> list[dict[str, Any]]:
     from embedpipe.fitting._curve import learning_curve
 
-    others: dict[str, Any] = {split: features.arrays(split) for split in ("val", "test") if split in features.splits}
-    return learning_curve(recipe, shots, features.arrays("train"), others, repeats=repeats, seed=seed)
+    samples = {split: features.samples(split, labelled=True) for split in features.splits}
+    pairs: dict[str, Any] = {
+        k: (recipe.rows(features, some), features.manifest.targets(some)) for k, some in samples.items()
+    }
+    return learning_curve(recipe, shots, pairs.pop("train"), pairs, repeats=repeats, seed=seed)
 
 
 def _folds(features: FeatureSet, recipe: Recipe, folds: int, seed: int) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from embedpipe.heads._blocks import block_scales, fit_blocks, fit_blocks_once
 from embedpipe.heads._files import read_record
 from embedpipe.heads._fits import L2_GRID, SOLVERS, Path, PathPoint, fit_linear, fit_path
 from embedpipe.heads._frame import class_weights
-from embedpipe.heads._problem import MEMORY_BYTES, Chunked, objective
+from embedpipe.heads._gram import Gram
+from embedpipe.heads._problem import MEMORY_BYTES, Chunked, objective, some_of
 from embedpipe.heads.knn import KnnHead, fit_knn
 from embedpipe.heads.linear import LinearHead
 
@@ -28,6 +29,7 @@ __all__ = [
     "MEMORY_BYTES",
     "Chunked",
     "SOLVERS",
+    "Gram",
     "KnnHead",
     "LinearHead",
     "Path",
@@ -41,6 +43,7 @@ __all__ = [
     "fit_path",
     "load_head",
     "objective",
+    "some_of",
 ]
 
 

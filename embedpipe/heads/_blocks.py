@@ -42,7 +42,7 @@ class Scale:
     def __call__(self, X: ArrayLike) -> Float32:
         features = np.asarray(X, dtype=np.float32)
         scaled = np.empty_like(features)
-        for rows in blocks(len(features)):
+        for rows in blocks(features):
             scaled[rows] = (features[rows] - self.mean) * self.factor
         return scaled
 

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from embedpipe.errors import UsageError
 from embedpipe.heads._frame import Frame, check_labelled, make_frame
+from embedpipe.heads._gram import Gram
 from embedpipe.heads._problem import MEMORY_BYTES, Chunked, Problem, Solution
 from embedpipe.heads.linear import LinearHead
 from embedpipe.metrics import binary_log_loss, score
@@ -65,6 +66,7 @@ def fit_linear(
     sample_weight: ArrayLike | None = None,
     warm_start: LinearHead | None = None,
     memory_bytes: int = MEMORY_BYTES,
+    gram: Gram | None = None,
 ) -> LinearHead:
     """Minimise mean cross-entropy + l2/2 * ||W||^2 (bias free) on standardised features.
 
@@ -82,6 +84,7 @@ def fit_linear(
     sample_weight : float (N,), optional    not negative, divided by its sum
     warm_start : LinearHead, optional       of the same classes and width
     memory_bytes : int                      that the solver may take beside X, which may be `Chunked`
+    gram : Gram, optional                   of X and y, single labels without weights: `ridge` need not compute it
 
     Raises
     ------
@@ -97,7 +100,7 @@ def fit_linear(
         "sample_weight": sample_weight,
         "task": task,
     }
-    frame = make_frame(X, y, **shape, memory_bytes=memory_bytes)
+    frame = make_frame(X, y, **shape, memory_bytes=memory_bytes, gram=gram)
     start = frame.solution_of(warm_start) if warm_start else None
     [solution] = solve_path(frame.problem, _falling([l2]), start)
     return _head(frame, solution, l2, solver=name, standardize=standardize)
@@ -117,6 +120,7 @@ def fit_path(
     sample_weight: ArrayLike | None = None,
     grid: Sequence[float] = L2_GRID,
     memory_bytes: int = MEMORY_BYTES,
+    gram: Gram | None = None,
 ) -> Path:
     """Fit a head for every l2 of a grid (or the one given) on train, and choose on validation.
 
@@ -139,7 +143,7 @@ def fit_path(
         "sample_weight": sample_weight,
         "task": task,
     }
-    frame = make_frame(X, y, **shape, memory_bytes=memory_bytes)
+    frame = make_frame(X, y, **shape, memory_bytes=memory_bytes, gram=gram)
     solutions = solve_path(frame.problem, values, None)
     heads = [
         _head(frame, one, l2, solver=name, standardize=standardize) for one, l2 in zip(solutions, values, strict=True)

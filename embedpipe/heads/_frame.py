@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from embedpipe.errors import NonFiniteFeatures, UsageError
+from embedpipe.heads._gram import Gram
 from embedpipe.heads._problem import MEMORY_BYTES, Chunked, Float32, Float64, Int64, Problem, Solution, affine, blocks
 from embedpipe.heads.linear import LinearHead
 
@@ -120,6 +121,7 @@ def make_frame(
     sample_weight: ArrayLike | None,
     task: str = "single",
     memory_bytes: int = MEMORY_BYTES,
+    gram: Gram | None = None,
 ) -> Frame:
     """Check and standardise training data; samples without weight only count for the standardiser.
 
@@ -138,13 +140,16 @@ def make_frame(
     scaled: Float32 | Chunked
     if isinstance(features, Chunked):
         scaled = features.changed(scaler, None if kept.all() else np.flatnonzero(kept))
+    elif not standardize:
+        scaled = features if kept.all() else features[kept]
     else:
         whole = np.empty_like(features)
-        for rows in blocks(len(features)):
+        for rows in blocks(features):
             whole[rows] = scaler(features[rows])
         scaled = whole if kept.all() else whole[kept]
     weights = weights[kept] / weights[kept].sum()
-    problem = Problem(scaled, asked.y, weights, len(asked.present), memory_bytes)
+    moments = gram.moments(scaler.mean, scaler.inverse, asked.present) if gram and sample_weight is None else None
+    problem = Problem(scaled, asked.y, weights, len(asked.present), memory_bytes, moments)
     return Frame(
         problem, scaler.mean.astype(np.float64), 1 / scaler.inverse.astype(np.float64), tuple(classes), asked, task
     )
@@ -207,8 +212,8 @@ def measure(X: Float32 | Chunked) -> tuple[Float64, Float64]:
     Where the median is zero, the median of the features that vary takes its place.
     """
     n = max(1, len(X))
-    mean = sum((X[rows].sum(axis=0, dtype=np.float64) for rows in blocks(len(X))), np.zeros(X.shape[1])) / n
-    squares = sum(np.square(X[rows] - mean).sum(axis=0) for rows in blocks(len(X)))
+    mean = sum((X[rows].sum(axis=0, dtype=np.float64) for rows in blocks(X)), np.zeros(X.shape[1])) / n
+    squares = sum(np.square(X[rows] - mean).sum(axis=0) for rows in blocks(X))
     std = np.sqrt(squares / n)
     alive = std[std > 0] if std.any() else np.ones(1)
     return mean, np.maximum(std, STD_FLOOR * (np.median(std) or np.median(alive)))
@@ -247,7 +252,7 @@ def check_labelled(X: ArrayLike | Chunked, y: ArrayLike, n_classes: int, task: s
     if wrong.any():
         row, expected = int(wrong.nonzero()[0][0]), "a finite number" if task == "regression" else f"0 to {last}"
         raise UsageError(f"label {labels[row]} in row {row}, expected {expected}", row=row)
-    for rows in blocks(len(features)):
+    for rows in blocks(features):
         bad = np.flatnonzero(~np.isfinite(features[rows]).all(axis=1))
         if len(bad):
             row = rows.start + int(bad[0])

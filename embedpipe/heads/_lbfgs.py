@@ -91,7 +91,7 @@ def rotate(problem: Problem) -> Rotated:
     if len(X) < X.shape[1]:  # the optimum lies in the span of the rows
         basis, triangle = torch.linalg.qr(X.T)
         X = triangle.T
-    gram = sum(X[rows].T @ (X[rows] * sample_weight[rows, None]) for rows in blocks(len(X)))
+    gram = sum(X[rows].T @ (X[rows] * sample_weight[rows, None]) for rows in blocks(X))
     spectrum, turn = torch.linalg.eigh(gram)
     Z = torch.ones(len(X), X.shape[1] + 1, dtype=torch.float64)
     Z[:, :-1] = X @ turn

@@ -24,7 +24,10 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 MEMORY_BYTES = 2**30  # that a solver may take beside the features
-BLOCK_ROWS = 4096  # rows taken to float64 at a time
+BLOCK_ROWS, BLOCK_NUMBERS = (
+    4096,
+    2**20,
+)  # rows taken to float64 at a time, and numbers: fresh memory costs more than they do
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +74,15 @@ class Chunked:
 
 
 @dataclass(frozen=True, eq=False)
+class Moments:
+    """Of weighted rows, float64: mean (D,), covariance (D, D), and covariance with the targets of least squares (D, K)."""
+
+    mean: Float64
+    covariance: Float64
+    across: Float64
+
+
+@dataclass(frozen=True, eq=False)
 class Problem:
     """A head to be fitted.
 
@@ -81,6 +93,7 @@ class Problem:
                                     which an image may have; or float64 (N,): numbers of mean 0 and std 1, n_classes is 1
     sample_weight : float64 (N,)    positive, sums to 1
     memory_bytes : int              that a solver may take beside X
+    moments : Moments, optional     of X and y, where they are known
     """
 
     X: Float32 | Chunked
@@ -88,6 +101,7 @@ class Problem:
     sample_weight: Float64
     n_classes: int
     memory_bytes: int = MEMORY_BYTES
+    moments: Moments | None = None
 
     @property
     def numeric(self) -> bool:
@@ -133,7 +147,7 @@ def narrow(problem: Problem) -> tuple[Problem, Float64 | None]:
     if len(problem.X) >= problem.X.shape[1]:
         return problem, None
     basis, triangle = np.linalg.qr(problem.array.T.astype(np.float64))
-    return replace(problem, X=np.ascontiguousarray(triangle.T)), basis
+    return replace(problem, X=np.ascontiguousarray(triangle.T), moments=None), basis
 
 
 def objective(
@@ -176,11 +190,17 @@ def affine(X: NDArray[np.floating] | Chunked, weight: NDArray[np.floating], bias
     """Return X W' + b in float64 (N, K), block by block, so that X may be a memory map."""
     out = np.empty((len(X), len(weight)))
     W = weight.astype(np.float64).T
-    for rows in blocks(len(X)):
+    for rows in blocks(X):
         out[rows] = X[rows].astype(np.float64) @ W + bias
     return out
 
 
-def blocks(n: int) -> Iterator[slice]:
-    """Cut n rows into slices of at most BLOCK_ROWS."""
-    return (slice(start, start + BLOCK_ROWS) for start in range(0, n, BLOCK_ROWS))
+def blocks(X: Any) -> Iterator[slice]:
+    """Cut rows (N, D) into slices of at most BLOCK_ROWS and about BLOCK_NUMBERS."""
+    size = min(BLOCK_ROWS, max(256, BLOCK_NUMBERS // X.shape[1]))
+    return (slice(start, start + size) for start in range(0, len(X), size))
+
+
+def some_of(X: NDArray[Any] | Chunked, rows: Int64) -> Any:
+    """Return some rows of features, which stay unread where they are `Chunked`."""
+    return X.changed(lambda x: x, rows) if isinstance(X, Chunked) else X[rows]

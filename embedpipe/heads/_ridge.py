@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from embedpipe.heads._problem import Float32, Float64, Problem, Solution, blocks, log_normaliser, narrow
+from embedpipe.heads._problem import Float32, Float64, Int64, Moments, Problem, Solution, blocks, log_normaliser, narrow
 
 SAMPLES = 5000  # at most, to find the factor with
 LARGEST_FACTOR = 1e3
@@ -30,19 +30,21 @@ LARGEST_FACTOR = 1e3
 def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = None) -> list[Solution]:
     """Minimise the squared error for every l2; a start is of no use."""
     small, basis = narrow(problem)
-    mean, spectrum, turn, across = _decompose(small)
-    across_turned = turn.T @ across  # (r, K)
+    moments = small.moments or _measure(small)
+    spectrum, turn = np.linalg.eigh(moments.covariance)
+    mean, spectrum = moments.mean, np.maximum(spectrum, 0)
+    across_turned = turn.T @ moments.across  # (r, K)
     shrink = 1 / (spectrum[:, None] + np.asarray(l2s))  # (r, L)
-    left_out, missed = _leave_out(small, mean, turn, across_turned, shrink)
+    left_out, missed, scores = _leave_out(small, mean, turn, across_turned, shrink)
     middle = small.sample_weight @ _targets(small)
-    solutions = []
+    solutions, name = [], "loo_rmse" if small.numeric else "loo_accuracy"
     for number, l2 in enumerate(l2s):
         weight = (turn @ (across_turned * shrink[:, number, None])).T
         factor = 1.0 if small.numeric else _factor(small, left_out[number])
         objective = (missed[number] + l2 * np.sum(weight**2)) / 2
         bias = factor * (middle - weight @ mean)
         weight = weight if basis is None else weight @ basis.T
-        solutions.append(Solution(factor * weight, bias, float(objective), **_left_out_score(small, left_out[number])))
+        solutions.append(Solution(factor * weight, bias, float(objective), **{name: float(scores[number])}))
     return solutions
 
 
@@ -55,45 +57,54 @@ def _targets(problem: Problem, rows: slice = slice(None)) -> Float64:
     return np.asarray(targets)
 
 
-def _decompose(problem: Problem) -> tuple[Float64, Float64, Float64, Float64]:
-    """Return the features' mean (D,), eigenvalues (D,) and vectors (D, D) of their covariance, and it with targets (D, K)."""
+def _measure(problem: Problem) -> Moments:
     width = problem.X.shape[1]
     mean, gram, across = np.zeros(width), np.zeros((width, width)), np.zeros((width, problem.rows))
-    for rows in blocks(len(problem.X)):
+    for rows in blocks(problem.X):
         mean += problem.sample_weight[rows] @ problem.X[rows]
-    for rows in blocks(len(problem.X)):
-        centred = problem.X[rows] - mean
-        weighted = (centred * problem.sample_weight[rows, None]).T
-        gram += weighted @ centred
-        across += weighted @ _targets(problem, rows)
-    spectrum, turn = np.linalg.eigh(gram)
-    return mean, np.asarray(np.maximum(spectrum, 0)), turn, across
+    for rows in blocks(problem.X):
+        root = np.sqrt(problem.sample_weight[rows, None])
+        centred = (problem.X[rows] - mean) * root
+        gram += centred.T @ centred  # a matrix with itself: half the work
+        across += centred.T @ (root * _targets(problem, rows))
+    return Moments(mean, gram, across)
 
 
 def _leave_out(
     problem: Problem, mean: Float64, turn: Float64, across: Float64, shrink: Float64
-) -> tuple[Float32, Float64]:
-    """Return each sample's scores with itself left out, float32 (L, N, K), and the mean squared error with it, (L,)."""
-    many, rows_of_y = shrink.shape[1], across.shape[1]
-    left_out = np.empty((many, len(problem.X), rows_of_y), dtype=np.float32)
-    missed = np.zeros(many)
+) -> tuple[Float32, Float64, Float64]:
+    """Return what SAMPLES evenly spaced rows score with themselves left out, float32 (L, n, K), and of all rows, (L,) each, the
+    mean squared error with them and the score without.
+    """
+    many, drawn = shrink.shape[1], _drawn(problem)
+    left_out = np.empty((many, len(drawn), across.shape[1]), dtype=np.float32)
+    missed, scores = np.zeros(many), np.zeros(many)
     middle = problem.sample_weight @ _targets(problem)
-    for rows in blocks(len(problem.X)):
+    for rows in blocks(problem.X):
         weight, targets = problem.sample_weight[rows], _targets(problem, rows)
+        places = slice(*np.searchsorted(drawn, [rows.start, rows.stop]))
         turned = (problem.X[rows] - mean) @ turn
         leverage = weight[:, None] * (1 + turned**2 @ shrink)  # (n, L)
         for number in range(many):
             rest = targets - middle - turned @ (across * shrink[:, number, None])
             missed[number] += weight @ (rest**2).sum(axis=1)
-            share = np.maximum(1 - leverage[:, number], 1e-9)
-            left_out[number, rows] = targets - rest / share[:, None]
-    return left_out, missed
+            without = targets - rest / np.maximum(1 - leverage[:, number], 1e-9)[:, None]
+            scores[number] += weight @ _merits(problem, rows, without)
+            left_out[number, places] = without[drawn[places] - rows.start]
+    return left_out, missed, np.sqrt(scores) if problem.numeric else scores
+
+
+def _drawn(problem: Problem) -> Int64:
+    """Return the rows that the factor is found with, int64 (n,)."""
+    return np.linspace(0, len(problem.X) - 1, min(SAMPLES, len(problem.X))).astype(np.int64)
 
 
 def _factor(problem: Problem, scores: Float32) -> float:
-    """Return the factor that makes scores (N, K) the best logits: it minimises their log loss, from 1 to LARGEST_FACTOR."""
-    some = np.linspace(0, len(scores) - 1, min(SAMPLES, len(scores))).astype(np.int64)
-    logits, truth, weight = scores[some].astype(np.float64), problem.y[some], problem.sample_weight[some]
+    """Return the factor that makes scores (n, K) of the drawn rows the best logits: it minimises their log loss, from 1 to
+    LARGEST_FACTOR.
+    """
+    some = _drawn(problem)
+    logits, truth, weight = scores.astype(np.float64), problem.y[some], problem.sample_weight[some]
 
     def loss(log_factor: float) -> float:
         scaled = np.exp(log_factor) * logits
@@ -106,10 +117,10 @@ def _factor(problem: Problem, scores: Float32) -> float:
     return float(np.exp(minimize_scalar(loss, bounds=(0, np.log(LARGEST_FACTOR)), method="bounded").x))
 
 
-def _left_out_score(problem: Problem, scores: Float32) -> dict[str, float]:
-    """Return the weighted share of samples whose scores (N, K) name the truth, all labels of it; of numbers their error."""
+def _merits(problem: Problem, rows: slice, scores: Float64) -> Float64:
+    """Return whether scores (n, K) name the truth, all labels of it, float64 (n,); of numbers their squared error."""
+    y = problem.y[rows]
     if problem.numeric:
-        return {"loo_rmse": float(np.sqrt(problem.sample_weight @ (scores[:, 0] - problem.y) ** 2))}
-    truth = problem.y.reshape(len(problem.y), -1)
-    right = ((scores > 0) == truth).all(axis=1) if problem.apart else scores.argmax(axis=1) == problem.y
-    return {"loo_accuracy": float(problem.sample_weight @ right)}
+        return np.asarray((scores[:, 0] - y) ** 2)
+    right = ((scores > 0) == y.reshape(len(y), -1)).all(axis=1) if problem.apart else scores.argmax(axis=1) == y
+    return np.asarray(right, dtype=np.float64)

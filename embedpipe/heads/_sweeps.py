@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from embedpipe.heads._problem import Problem
+from embedpipe.heads._problem import Chunked, Problem, blocks, some_of
 
 KEPT_BYTES = 2**29  # of probabilities; more are computed again for every product
 SMALL = 2**22  # features of a problem that is carried in float64
@@ -32,6 +32,7 @@ BLOCK_NUMBERS, BLOCK_BYTES, BLOCK_ROWS = (
 FLAT = 1e-6  # of the mean eigenvalue: what varies less is not blown up
 PROBES = 2048  # rows that are enough to measure what few weights see
 ROUNDING = 1e-5  # times the mean eigenvalue: an l2 that makes nothing of what bfloat16 adds to the Hessian
+READ_ROWS = 512  # at most at a time, where they are read from the cache: fresh memory costs more than they do
 METRIC_ROWS = 16  # times the width: rows that are enough to measure a metric
 
 
@@ -206,10 +207,10 @@ class Sweeps:
             counts /= counts.sum()
             return _metric(lambda: ((x, counts[rows]) for rows, x in self._blocks(1)), self.width)
         drawn, shares = _draw(counts, enough)
-        some = [
-            slice(first, first + 1024) for first in range(0, len(drawn), 1024)
-        ]  # fresh memory costs more than the sums
-        return _metric(lambda: ((torch.from_numpy(self._X[drawn[i]]), shares[i]) for i in some), self.width)
+        X = some_of(self._X, drawn)
+        return _metric(
+            lambda: ((torch.from_numpy(X[rows]).to(self._dtype), shares[rows]) for rows in blocks(X)), self.width
+        )
 
     def level(self, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights and biases without what all classes share, which no probability shows and the optimum lacks."""
@@ -225,8 +226,9 @@ class Sweeps:
     def _blocks(
         self, many: int, dtype: torch.dtype | None = None, whitened: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
-        size = min(BLOCK_NUMBERS // (many * self.rows), BLOCK_BYTES // (self.width * 4), BLOCK_ROWS)
-        size = max(size // 64 * 64, 256)
+        most = READ_ROWS if isinstance(self._X, Chunked) else BLOCK_ROWS
+        size = min(BLOCK_NUMBERS // (many * self.rows), BLOCK_BYTES // (self.width * 4))
+        size = min(max(size // 64 * 64, 256), most)
         for start in range(0, self.n, size):
             rows = slice(start, min(start + size, self.n))
             yield rows, self._read(rows, dtype or self._dtype) if whitened is None else whitened[rows]

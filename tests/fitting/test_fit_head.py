@@ -131,11 +131,13 @@ def test_balanced_classes_weigh_the_same(features: ep.FeatureSet) -> None:
 
 def test_features_that_do_not_fit_in_memory_give_the_same_head(photos: Path, tmp_path: Path) -> None:
     features = ep.extract(photos, ep.load_backbone("timm:test_resnet", weights="none"), cache_dir=tmp_path / "cache")
+    held = 3 * 4 * features.feature_dim * sum(features.splits.values())  # as read, standardised, and what products take
+    assert (features.fits(held), features.fits(held - 1)) == (True, False)
     heads = [ep.fit_head(features, runs_dir=tmp_path, max_memory=size) for size in ("1GB", "1B")]
     most = np.abs(heads[0].head.weight).max()
     np.testing.assert_allclose(heads[0].head.weight, heads[1].head.weight, atol=1e-5 * most)
     assert heads[0].report["metrics"].keys() == heads[1].report["metrics"].keys()
-    assert heads[1].report["leaks"]["near_skipped"] == "the features of train are more than --max-memory"
+    assert heads[1].report["leaks"]["near_skipped"] == "the features are more than --max-memory holds"
     again = [ep.fit_head(features, runs_dir=tmp_path, max_memory=size, refit=True) for size in ("1GB", "1B")]
     np.testing.assert_allclose(again[0].head.weight, again[1].head.weight, atol=1e-5 * most)
     with pytest.raises(UsageError, match="lbfgs holds all features in memory"):
