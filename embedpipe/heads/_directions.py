@@ -21,7 +21,7 @@ from embedpipe.heads._sweeps import Metric, Sweeps
 
 PRODUCTS = 60  # at most
 SHARE = 0.1  # of the gradient, squared, that may be left; less near the optimum, where the model holds
-MOST_CLASSES = 128  # whose Hessians are measured in the span of their weights; of more that costs what it saves
+MOST_CLASSES = 32  # whose Hessians are measured in the span of their weights; of more that costs what it saves
 
 
 @dataclass(frozen=True, eq=False)
