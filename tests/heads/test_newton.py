@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
+from torch import Tensor
 
 from embedpipe.heads import L2_GRID, fit_linear
-from embedpipe.heads._newton import solve_path
+from embedpipe.heads._newton import polish, solve_path
 from embedpipe.heads._problem import Chunked, Problem, Solution
 from embedpipe.heads._sweeps import Metric, Sweeps
 
@@ -73,20 +74,57 @@ def test_products_in_bfloat16_lead_to_the_same_optimum(monkeypatch: pytest.Monke
     X, y = hard(30_000, 150, 3)
     problem, l2s = even(standardised(X).astype(np.float32), y, 3), sorted(L2_GRID, reverse=True)[::4]
     paths, whitened = [], []
-    made = Sweeps.whiten
+    made = Sweeps.shorten
 
-    def whiten(self: Sweeps, metric: Metric) -> None:
-        made(self, metric)
+    def shorten(self: Sweeps, metric: Metric, l2: Tensor) -> None:
+        made(self, metric, l2)
         whitened.append(self._whitened is not None)
 
-    monkeypatch.setattr(Sweeps, "whiten", whiten)
+    monkeypatch.setattr(Sweeps, "shorten", shorten)
     for known in (True, False):
         monkeypatch.setattr("embedpipe.heads._sweeps.has_bfloat16", lambda known=known: known)
         paths.append(solve_path(problem, l2s))
         assert max(gap(problem, one, l2) for one, l2 in zip(paths[-1], l2s, strict=True)) <= 1e-6
     assert whitened == [True, False]
     for one, other in zip(*paths, strict=True):
-        np.testing.assert_allclose(one.weight, other.weight, atol=1e-3 * np.abs(one.weight).max())
+        np.testing.assert_allclose(one.weight, other.weight, atol=2e-3 * np.abs(one.weight).max())
+
+
+@pytest.mark.parametrize("l2", [1e-3, 1e-6])
+def test_one_l2_in_bfloat16_leads_to_the_same_optimum(l2: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded once or as they are read, rows are the same; where rounding would be seen, it is not used."""
+    X, y = hard(30_000, 150, 3)
+    Z = standardised(X).astype(np.float32)
+    found = []
+    for known, features in ((True, Z), (True, Chunked(Z.shape, lambda rows: Z[rows])), (False, Z)):
+        monkeypatch.setattr("embedpipe.heads._sweeps.has_bfloat16", lambda known=known: known)
+        problem = even(features, y, 3)  # type: ignore[arg-type]
+        [solution] = solve_path(problem, [l2])
+        assert gap(even(Z, y, 3), solution, l2) <= 1e-6
+        found.append(polish(problem, solution, l2))
+    most = np.abs(found[0].weight).max()
+    np.testing.assert_allclose(found[0].weight, found[1].weight, atol=1e-3 * most)
+    np.testing.assert_allclose(found[0].weight, found[2].weight, atol=1e-5 * most)
+
+
+def test_the_hessians_of_single_classes_save_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the span of the weights: a third at least, on classes that overlap."""
+    random = np.random.default_rng(0)
+    y = random.integers(6, size=6000)
+    X = (0.2 * random.normal(size=(6, 100))[y] + random.normal(size=(6000, 100))) * np.logspace(0, -2, 100)
+    problem, products = even(standardised(X).astype(np.float32), y, 6), []
+    made = Sweeps.curve
+
+    def curve(self: Sweeps, dW: Tensor, db: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        products[-1] += 1
+        return made(self, dW, db, which)
+
+    monkeypatch.setattr(Sweeps, "curve", curve)
+    for most in (0, 32):
+        monkeypatch.setattr("embedpipe.heads._directions.MOST_CLASSES", most)
+        products.append(0)
+        solve_path(problem, [1e-4])
+    assert products[1] < 0.67 * products[0]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -127,11 +165,10 @@ def test_features_that_are_read_in_chunks_give_the_same_weights() -> None:
         most = max(most, len(part))
         return part
 
-    l2s = [1e-1, 1e-3]
-    whole = solve_path(even(Z, y, 4), l2s)
-    chunked = solve_path(even(Chunked(Z.shape, read), y, 4), l2s)  # type: ignore[arg-type]
-    for one, other in zip(whole, chunked, strict=True):
-        np.testing.assert_allclose(one.weight, other.weight, atol=1e-5)
+    for l2 in (1e-1, 1e-3):
+        problems = even(Z, y, 4), even(Chunked(Z.shape, read), y, 4)  # type: ignore[arg-type]
+        whole, chunked = (polish(one, solve_path(one, [l2])[0], l2) for one in problems)
+        np.testing.assert_allclose(whole.weight, chunked.weight, atol=1e-5)
     assert most <= 4096
 
 
