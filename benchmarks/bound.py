@@ -12,7 +12,7 @@ import argparse
 import tempfile
 from typing import Any
 
-from measuring import Spread, answered, count_cores, interleave, print_table, run_way
+from measuring import EXECUTORS, Spread, answered, count_cores, interleave, print_table, run_way
 from photos import SETS, add_options
 from stages import STAGES, check_parity
 from weights import write_weights
@@ -66,7 +66,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--backbones", nargs="+", default=BACKBONES)
     parser.add_argument(
-        "--executor", default="openvino", help="of the forward pass; auto may stay with eager for few images"
+        "--executor",
+        default="openvino",
+        choices=EXECUTORS,
+        help="of the forward pass; auto may stay with eager for few images",
     )
     options = parser.parse_args()
     folder = str(SETS[options.set](options.images))

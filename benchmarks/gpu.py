@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from measuring import Spread, answered, count_cores, extract_steadily, interleave, print_table, run_way
+from measuring import EXECUTORS, Spread, answered, count_cores, extract_steadily, interleave, print_table, run_way
 from photos import SETS, add_options, list_images
 from stages import decode, load
 from weights import write_weights
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--backbones", nargs="+", default=["resnet50"])
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16")
-    parser.add_argument("--executor", default="auto")
+    parser.add_argument("--executor", default="auto", choices=EXECUTORS)
     options = parser.parse_args()
     import torch
 

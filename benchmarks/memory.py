@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measuring import Spread, interleave, peak_memory, print_table
+from measuring import EXECUTORS, Spread, interleave, peak_memory, print_table
 from photos import make_photos
 
 TARGET = 1.1
@@ -39,7 +39,9 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--backbone", default="timm:test_resnet", help="random weights; timm:resnet18 takes longer")
-    parser.add_argument("--executor", default="openvino", help="auto may choose by the number of images")
+    parser.add_argument(
+        "--executor", default="openvino", choices=EXECUTORS, help="auto may choose by the number of images"
+    )
     options = parser.parse_args()
     folders = {size: make_photos(size) for size in options.sizes}
     ways = {str(size): (lambda data=data: measure(data, options)) for size, data in folders.items()}

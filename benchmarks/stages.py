@@ -61,14 +61,15 @@ def decode(data: str, backbones: list[str], cores: int = 1) -> dict[str, Any]:
 
 
 def _decode_share(share: tuple[list[tuple[bytes, Path]], list[Any]]) -> float:
+    from embedpipe.images._resampling import Resampler
     from embedpipe.images._serving import load_image
 
-    items, windows = share
+    (items, windows), resample = share, Resampler()  # as decoders do when they have loaded it
     start = time.monotonic()
     for key, path in items:
         image = load_image(path.read_bytes(), key.hex())
         for window in windows:
-            window.window(image)
+            window.window(image, "", resample)
     return time.monotonic() - start
 
 

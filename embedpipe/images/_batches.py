@@ -169,7 +169,7 @@ def _load(decoders: Decoders, key: bytes | None, place: Place, transforms: Seque
     A decoder process does the dangerous part.
     """
     start = time.monotonic()
-    asked = [transform.to_dict() if isinstance(transform, Transform) else None for transform in transforms]
+    asked = [transform.text if isinstance(transform, Transform) else None for transform in transforms]
     loaded = decoders.load(place, key=key, transforms=asked)
     parts = [_finish(part, transform) for part, transform in zip(loaded, transforms, strict=True)]
     return parts, time.monotonic() - start

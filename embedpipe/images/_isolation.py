@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -103,12 +103,7 @@ class Decoder:
         return self._process.poll() is None
 
     def load(
-        self,
-        place: Place,
-        *,
-        key: bytes | None,
-        transforms: Sequence[Mapping[str, Any] | None],
-        data: bytes | None = None,
+        self, place: Place, *, key: bytes | None, transforms: Sequence[str | None], data: bytes | None = None
     ) -> list[Loaded]:
         """Return, for each transform, uint8 (H, W, 3) of an image, or (stage, reason) of its failure.
 
@@ -117,7 +112,7 @@ class Decoder:
         place : Place                     where its bytes are
         data : bytes or None              these bytes; None: the decoder reads the place itself
         key : bytes or None               their sha256; other bytes are a failure
-        transforms : list of dict or None    of a `Transform`, whose resize and crop are applied; None: the whole image
+        transforms : list of str or None  `text` of a `Transform`, whose resize and crop are applied; None: the whole image
         """
         request: dict[str, Any] = {"path": place.path, "part": place.part, "key": key.hex() if key else None}
         request |= {"transforms": transforms, "bytes": None if data is None else len(data)}
@@ -191,7 +186,7 @@ class Decoders:
         self._ended = False
         self._lock = threading.Lock()
 
-    def load(self, place: Place, *, key: bytes | None, transforms: Sequence[Mapping[str, Any] | None]) -> list[Loaded]:
+    def load(self, place: Place, *, key: bytes | None, transforms: Sequence[str | None]) -> list[Loaded]:
         """Return what `Decoder.load` does."""
         data = None
         if not place.is_direct:
@@ -205,7 +200,7 @@ class Decoders:
             return self._load(place, data, key, transforms)
 
     def _load(
-        self, place: Place, data: bytes | None, key: bytes | None, transforms: Sequence[Mapping[str, Any] | None]
+        self, place: Place, data: bytes | None, key: bytes | None, transforms: Sequence[str | None]
     ) -> list[Loaded]:
         decoder = _take()
         with self._lock:

@@ -1,6 +1,6 @@
 """The child's side of an isolated decoder: requests come on stdin, pixels leave on stdout.
 
-A request is a line of JSON: path and part of a `Place`, key (hex, or null), transforms (each a dict, or null for the image
+A request is a line of JSON: path and part of a `Place`, key (hex, or null), transforms (each its `text`, or null for the image
 as it is), bytes: how many bytes of the image follow the line, or null where this process reads the place itself. The answer
 has, for each transform, `HEADER` (kind, height or length, width) and then uint8 (height, width, 3), or the reason of a failure.
 After some images the compiled resize is loaded, where numba is installed: it gives the same pixels.
@@ -17,7 +17,6 @@ import signal
 import struct
 import sys
 import threading
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from itertools import count
@@ -91,7 +90,7 @@ def _answer(asked: Request, memory_bytes: int, resample: Resample | None) -> lis
     except FAILURES as exc:
         return _failure(exc, memory_bytes) * len(transforms)
 
-    def answer(transform: Mapping[str, Any] | None) -> list[bytes]:
+    def answer(transform: str | None) -> list[bytes]:
         try:
             pixels = _pixels(image, transform, key or "", resample)
         except FAILURES as exc:
@@ -101,8 +100,8 @@ def _answer(asked: Request, memory_bytes: int, resample: Resample | None) -> lis
     return [part for transform in transforms for part in answer(transform)]
 
 
-def _pixels(image: Image.Image, transform: Mapping[str, Any] | None, key: str, resample: Resample | None) -> np.ndarray:
-    return np.asarray(image) if transform is None else _transform(json.dumps(transform)).window(image, key, resample)
+def _pixels(image: Image.Image, transform: str | None, key: str, resample: Resample | None) -> np.ndarray:
+    return np.asarray(image) if transform is None else _transform(transform).window(image, key, resample)
 
 
 @lru_cache(64)

@@ -6,8 +6,10 @@ evaluation transform; `pixels="fast"` is within a grey level of them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -132,6 +134,11 @@ class Transform:
         fields = {k: v for k, v in asdict(self).items() if self.view or k not in ("augment", "seed", "view")}
         lists = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
         return {**lists, **POLICIES, **RECIPES.get(self.augment, {})}
+
+    @cached_property
+    def text(self) -> str:
+        """What `to_dict` gives, as JSON."""
+        return json.dumps(self.to_dict())
 
     def describe(self) -> list[str]:
         """Return in plain words, step by step, what becomes of an image file."""

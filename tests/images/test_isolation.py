@@ -66,7 +66,7 @@ def wait_until(true: object, limit_s: float = 10) -> None:
 
 def test_pixels_are_those_of_this_process(good: Path) -> None:
     decoders = Decoders()
-    cropped, whole = decoders.load(Place.of(good), key=None, transforms=[TRANSFORM.to_dict(), None])
+    cropped, whole = decoders.load(Place.of(good), key=None, transforms=[TRANSFORM.text, None])
     image = decode_image(good.read_bytes())
     np.testing.assert_array_equal(cropped, TRANSFORM.window(image))
     np.testing.assert_array_equal(whole, np.asarray(image))
@@ -217,7 +217,7 @@ def test_decoders_that_load_the_compiled_resize_give_the_same_pixels(good: Path)
     try:
         wait_until(lambda: has_llvm(swift), 60)
         assert not has_llvm(plain)
-        asked = {"key": None, "transforms": [transform.to_dict()]}
+        asked = {"key": None, "transforms": [transform.text]}
         [expected], [found] = (one.load(Place.of(good), **asked) for one in (plain, swift))
         assert np.array_equal(expected, found)
         assert np.array_equal(expected, transform.window(decode_image(good.read_bytes())))
@@ -249,7 +249,7 @@ def test_a_decoder_without_a_working_numba_resizes_by_pillow(
     decoder = Decoder(patience=0)
     try:
         wait_until(lambda: (tmp_path / "tried").exists(), 30)
-        [found] = decoder.load(Place.of(good), key=None, transforms=[TRANSFORM.to_dict()])
+        [found] = decoder.load(Place.of(good), key=None, transforms=[TRANSFORM.text])
         assert np.array_equal(found, TRANSFORM.window(decode_image(good.read_bytes())))
         assert decoder.alive
     finally:
