@@ -20,7 +20,7 @@ from torch import Tensor
 from embedpipe.heads._sweeps import Metric, Sweeps
 
 PRODUCTS = 60  # at most
-SHARE = 0.1  # of the gradient, squared, that may be left; less near the optimum, where the model holds
+SHARE = 0.2  # of the gradient, squared, that may be left; less near the optimum, where the model holds
 MOST_CLASSES = 32  # whose Hessians are measured in the span of their weights; of more that costs what it saves
 
 
@@ -50,39 +50,48 @@ class Points:
 
 
 def find_direction(
-    sweeps: Sweeps, points: Points, which: Tensor, metric: Metric, *, tolerance: float
+    sweeps: Sweeps, points: Points, which: Tensor, metric: Metric, *, tolerance: float, most: int = PRODUCTS
 ) -> tuple[Tensor, Tensor, int]:
     """Return Newton's step (L, K, D), (L, K), and how many products the slowest took.
 
     The residual of the linear system is the gradient that is left where the model holds: it need not be smaller than what ends
     the minimisation, nor, far from there, than a share of the gradient.
 
+    Where all weights are zero, all rows count the same: the metric is the Hessian, but for the rows that measured it.
+
     which : int64 (L,)    numbers of the problems in the last `value`
+    most : int            products
     """
-    precondition = Preconditioner(sweeps, points, metric)
     enough = 0.2 * tolerance * 2 * points.objective
     first = points.left(points.grad_W, points.grad_b)
     wanted = torch.maximum(enough, first * (0.3 * points.gap).clamp(max=SHARE))
-    dW, db = torch.zeros_like(points.W), torch.zeros_like(points.b)
-    rest_W, rest_b = -points.grad_W, -points.grad_b
-    way_W, way_b = precondition(rest_W, rest_b)
-    size, active = dot(rest_W, rest_b, way_W, way_b), torch.arange(len(which))
-    for products in range(1, PRODUCTS + 1):  # noqa: B007
-        hess_W, hess_b = sweeps.level(*sweeps.curve(way_W[active], way_b[active], which[active]))
-        hess_W += points.l2[active, None, None] * way_W[active]
-        share = size[active] / dot(way_W[active], way_b[active], hess_W, hess_b)
-        dW[active] += share[:, None, None] * way_W[active]
-        db[active] += share[:, None] * way_b[active]
-        rest_W[active] -= share[:, None, None] * hess_W
-        rest_b[active] -= share[:, None] * hess_b
-        active = active[(points.left(rest_W, rest_b) > wanted)[active]]
+    turn, precondition = sweeps.turn_to(metric), Preconditioner(sweeps, points, metric)
+    l2 = points.l2.to(turn.dtype)[:, None, None]
+    rest_V, rest_c = turn.gradient(-points.grad_W.to(turn.dtype), -points.grad_b.to(turn.dtype))
+    dV, dc = torch.zeros_like(rest_V), torch.zeros_like(rest_c)
+    way_V, way_c = precondition(rest_V, rest_c)
+    if not points.W.any():
+        W, b = turn.vector(way_V, way_c)
+        return W.double(), b.double(), 0
+    rough = bool((wanted >= SHARE * first).all())
+    size, active = dot(rest_V, rest_c, way_V, way_c), torch.arange(len(which))
+    for products in range(1, most + 1):  # noqa: B007
+        hess_V, hess_c = sweeps.level(*sweeps.curve(way_V[active], way_c[active], which[active], metric, rough=rough))
+        hess_V += l2[active] * way_V[active]
+        share = size[active] / dot(way_V[active], way_c[active], hess_V, hess_c)
+        dV[active] += share[:, None, None] * way_V[active]
+        dc[active] += share[:, None] * way_c[active]
+        rest_V[active] -= share[:, None, None] * hess_V
+        rest_c[active] -= share[:, None] * hess_c
+        active = active[(points.left(rest_V, rest_c) > wanted)[active]]
         if not len(active):
             break
-        next_W, next_b = precondition(rest_W, rest_b)
-        ratio, size = size, dot(rest_W, rest_b, next_W, next_b)
+        next_V, next_c = precondition(rest_V, rest_c)
+        ratio, size = size, dot(rest_V, rest_c, next_V, next_c)
         ratio = size / ratio
-        way_W, way_b = next_W + ratio[:, None, None] * way_W, next_b + ratio[:, None] * way_b
-    return dW, db, products
+        way_V, way_c = next_V + ratio[:, None, None] * way_V, next_c + ratio[:, None] * way_c
+    dW, db = turn.vector(dV, dc)
+    return dW.double(), db.double(), products
 
 
 def dot(W: Tensor, b: Tensor, V: Tensor, c: Tensor) -> Tensor:
@@ -90,32 +99,31 @@ def dot(W: Tensor, b: Tensor, V: Tensor, c: Tensor) -> Tensor:
 
 
 class Preconditioner:
-    """Nearly the inverse of the Hessians of L problems."""
+    """Nearly the inverse of the Hessians of L problems, in the basis of the metric."""
 
     def __init__(self, sweeps: Sweeps, points: Points, metric: Metric) -> None:
-        self._level, self._mean, self._spread = sweeps.level, metric.mean, points.spread
-        self._inverse = (1 / (points.spread[:, :, None] * metric.spectrum + points.l2[:, None, None])).float()
-        self._basis = metric.basis.float()
+        dtype = sweeps.dtype
+        self._level, self._spread = sweeps.level, points.spread.to(dtype)
+        self._inverse = (1 / (points.spread[:, :, None] * metric.spectrum + points.l2[:, None, None])).to(dtype)
         self._span: Tensor | None = None
         if sweeps.rows <= MOST_CLASSES and points.W.any():
-            self._span = _span(points.W, metric.mean)
-            self._more = _correction(sweeps, points, metric, self._span)
+            span = _span(points.W @ metric.basis)
+            self._span, self._more = span.to(dtype), _correction(sweeps, points, metric, span).to(dtype)
 
-    def __call__(self, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        weight = (((W - b[:, :, None] * self._mean).float() @ self._basis * self._inverse) @ self._basis.T).double()
-        bias = b / self._spread - weight @ self._mean
+    def __call__(self, V: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        weight, bias = V * self._inverse, c / self._spread
         if self._span is not None:
-            along = torch.cat([W, b[:, :, None]], 2) @ self._span
+            along = torch.cat([V, c[:, :, None]], 2) @ self._span
             more = (self._more @ along[..., None])[..., 0] @ self._span.mT
             weight, bias = weight + more[..., :-1], bias + more[..., -1]
         return self._level(weight, bias)
 
 
-def _span(W: Tensor, mean: Tensor) -> Tensor:
-    """Return an orthonormal basis of weights (L, K, D), each with the bias that centres it, and the bias: (L, D + 1, r)."""
-    basis = torch.linalg.qr(W.mT).Q
-    span = W.new_zeros(len(W), W.shape[2] + 1, basis.shape[2] + 1)
-    span[:, :-1, :-1], span[:, -1, :-1], span[:, -1, -1] = basis, -(mean @ basis), 1
+def _span(V: Tensor) -> Tensor:
+    """Return an orthonormal basis of weights (L, K, D) and of the bias: (L, D + 1, r)."""
+    basis = torch.linalg.qr(V.mT).Q
+    span = V.new_zeros(len(V), V.shape[2] + 1, basis.shape[2] + 1)
+    span[:, :-1, :-1], span[:, -1, -1] = basis, 1
     return span
 
 
@@ -124,11 +132,11 @@ def _correction(sweeps: Sweeps, points: Points, metric: Metric, span: Tensor) ->
 
     What rows of little weight measure is drawn towards what it is taken for.
     """
-    root = metric.basis.mul(metric.spectrum.sqrt()).T @ span[:, :-1]
+    root = metric.spectrum.sqrt()[:, None] * span[:, :-1]
     plain = root.mT @ root
     plain[:, -1, -1] = 1
     taken = points.spread[:, :, None, None] * plain[:, None]
-    found, rows = sweeps.curve_within(points.W, points.b, span)
+    found, rows = sweeps.curve_within(points.W, points.b, span, metric)
     trust = rows / (rows + span.shape[2])
     found = taken + trust[:, :, None, None] * (found - taken)
     penalty = torch.ones(span.shape[2], dtype=torch.float64)

@@ -1,9 +1,11 @@
 """Solver `newton`: Newton's method with conjugate gradients, many l2 at a time, to a proved optimum.
 
 The step of each l2 is found by conjugate gradients on the Hessian, preconditioned in the eigenbasis of the features' covariance,
-where each row counts with its p (1 - p): for two classes that is the Hessian itself. The penalty stays on the weights. Many l2
-are solved together, which fills matrix products: first a few that lie far apart, then those between, and so on, each from a
-curve through its neighbours.
+where each row counts with its p (1 - p): for two classes that is the Hessian itself. The penalty stays on the weights.
+
+Of few classes many l2 are solved together, which fills matrix products: first a few that lie far apart, then those between, and
+so on, each from a curve through its neighbours. Many classes fill products alone: every second l2 is solved, falling, from the
+curve through those before it, since with a small l2 many steps are short when they start from nothing.
 
 The objective is l2-strongly convex in the weights, so its squared gradient / (2 l2) bounds what is left to gain. That bound,
 relative to the objective, is at most TOLERANCE for every solution, or a warning says so.
@@ -22,20 +24,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embedpipe.heads._directions import Points, dot, find_direction
+from embedpipe.heads._directions import PRODUCTS, Points, dot, find_direction
 from embedpipe.heads._problem import Float64, Problem, Solution, narrow
 from embedpipe.heads._sweeps import Metric, Sweeps
 
 TOLERANCE = 4e-7  # of the bound on what is left to gain, relative to the objective
-POLISHED, POLISHING = 1e-12, 3  # what is left to gain after `polish`, which takes so many steps at most
+POLISHED = 1e-12  # what is left to gain after `polish`, where rounding and so many steps and products for each allow it
+POLISHING, POLISHING_PRODUCTS = 3, 20
 STEPS, HALVINGS = 100, 40  # at most, in a minimisation, in a line search
-STRIDES = (
-    11,
-    5,
-    2,
-    1,
-)  # every eleventh l2 comes first, from nothing; then those between, from curves through their neighbours
-TOGETHER = 12  # so many at a time
+TOGETHER = 12  # so many l2 at a time
+STRIDES = (11, TOGETHER), (5, TOGETHER), (2, TOGETHER), (1, TOGETHER)  # every eleventh l2 first, from nothing
+MANY_CLASSES = 32  # fill products alone
+MANY_STRIDES = (2, 1), (1, TOGETHER)  # every second l2 first, one after the other
+REACH, SIDE, BEFORE = 3.5, 4, 3  # of a curve: in log l2, known points to each side, or before where there are none after
+STEEP, RUNG, LOOSE = 1e-2, 5.0, 0.1  # a smaller l2 is come down to: by such a factor, each so near its optimum
 FAR = 1.0  # a gap from which no step reaches the optimum
 WORN = 20  # products for a step: the metric is measured again
 LEAST_SPREAD = 1e-12  # of a class that every sample is already sure about
@@ -46,8 +48,11 @@ def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = 
     small, basis = narrow(problem)
     sweeps = Sweeps(small, kept_bytes=problem.memory_bytes // 2)
     way = _Way(sweeps, _into(start, basis) if start else small.blind, l2s)
-    for stride in STRIDES:
-        way.solve(stride)
+    many = sweeps.rows >= MANY_CLASSES
+    if many and not start:
+        way.come_down()
+    for stride, most in MANY_STRIDES if many else STRIDES:
+        way.solve(stride, most)
     return [_out_of(Solution(W.numpy(), b.numpy()), basis) for W, b in zip(way.W, way.b, strict=True)]
 
 
@@ -58,7 +63,8 @@ def polish(problem: Problem, solution: Solution, l2: float) -> Solution:
     small, basis = narrow(problem)
     sweeps, start = Sweeps(small, kept_bytes=problem.memory_bytes // 2), _into(solution, basis)
     W, b = torch.from_numpy(start.weight)[None], torch.from_numpy(start.bias)[None]
-    W, b = minimise(sweeps, torch.tensor([l2], dtype=torch.float64), W, b, tolerance=POLISHED, steps=POLISHING)
+    limits = {"steps": POLISHING, "products": POLISHING_PRODUCTS}
+    W, b = minimise(sweeps, torch.tensor([l2], dtype=torch.float64), W, b, tolerance=POLISHED, **limits)
     return _out_of(Solution(W[0].numpy(), b[0].numpy()), basis)
 
 
@@ -78,31 +84,32 @@ class _Way:
         self.W = torch.from_numpy(start.weight).repeat(len(l2s), 1, 1)
         self.b = torch.from_numpy(start.bias).repeat(len(l2s), 1)
         self.known: list[int] = []
-        metric = sweeps.measure()
-        sweeps.shorten(metric, self.l2)
-        self.metric: Metric | None = metric
+        self.metric = sweeps.measure()
+        sweeps.shorten(self.metric, self.l2)
 
-    def solve(self, stride: int) -> None:
-        """Solve every so many, the first and the last among them, as many at a time as fit."""
+    def come_down(self) -> None:
+        """Start a small l2 from larger ones, solved loosely one after the other."""
+        l2, l2s, found = STEEP, [], []
+        W, b = self.W[:1], self.b[:1]
+        while l2 > self.l2[0]:
+            l2s.append(l2)
+            found.append(minimise(self.sweeps, self.l2.new_tensor([l2]), W, b, self.metric, tolerance=LOOSE))
+            l2 = max(l2 / RUNG, float(self.l2[0]))
+            known = (torch.cat(parts) for parts in zip(*found, strict=True))
+            W, b = _curve(self.l2.new_tensor(l2s), self.l2.new_tensor(l2), *known)
+        self.W[:], self.b[:] = W, b
+
+    def solve(self, stride: int, most: int) -> None:
+        """Solve every so many, the first and the last among them, at most so many at a time."""
         wanted = sorted({*range(0, len(self.l2), stride), len(self.l2) - 1} - {*self.known})
-        most = min(TOGETHER, self.sweeps.most)
+        most = min(most, self.sweeps.most)
         for first in range(0, len(wanted), most):
             some = wanted[first : first + most]
-            for number in some:
-                self._start(number)
-            found = minimise(self.sweeps, self.l2[some], self.W[some], self.b[some], self.metric)
-            (self.W[some], self.b[some]), self.metric = found, None
+            for number in some if self.known else ():
+                known = self.W[self.known], self.b[self.known]
+                self.W[[number]], self.b[[number]] = _curve(self.l2[self.known], self.l2[number], *known)
+            self.W[some], self.b[some] = minimise(self.sweeps, self.l2[some], self.W[some], self.b[some], self.metric)
             self.known = sorted({*self.known, *some})
-
-    def _start(self, number: int) -> None:
-        """Start from the polynomial in log l2 through the nearest four that are known; beyond all of them, from the nearest."""
-        near = sorted(self.known, key=lambda one: abs(one - number))
-        if near:
-            near = near[:4] if self.known[0] < number < self.known[-1] else near[:1]
-            log_l2 = self.l2.log()
-            shares = _lagrange(log_l2[near], log_l2[number])
-            self.W[number] = torch.tensordot(shares, self.W[near], 1)
-            self.b[number] = torch.tensordot(shares, self.b[near], 1)
 
 
 def minimise(
@@ -114,10 +121,11 @@ def minimise(
     *,
     tolerance: float = TOLERANCE,
     steps: int | None = None,
+    products: int = PRODUCTS,
 ) -> tuple[Tensor, Tensor]:
     """Minimise the objective for L values of l2 from W (L, K, D), b (L, K); return such weights and biases."""
     W, b = sweeps.level(W, b)
-    points, left = _points(sweeps, l2, _short(W), b.clone()), torch.arange(len(l2))
+    points, left = _points(sweeps, l2, _short(W), b.clone(), far=not W.any()), torch.arange(len(l2))
     metric, worn = metric or sweeps.measure(len(l2) // 2), 0
     for _ in range(steps or STEPS):
         W[left], b[left] = points.W, points.b
@@ -125,17 +133,18 @@ def minimise(
         if not open_.any():
             return W, b
         points, left, which = points[open_], left[open_], open_.nonzero()[:, 0]
-        dW, db, products = find_direction(sweeps, points, which, metric, tolerance=tolerance)
-        worn += products > WORN
+        dW, db, took = find_direction(sweeps, points, which, metric, tolerance=tolerance, most=products)
+        worn += took > WORN and sweeps.rows < MANY_CLASSES
         shape = _short if _may_be_short(points, metric, tolerance) else torch.clone
+        before = points.gap
         points, moved = _step(sweeps, points, dW, db, shape)
-        if not moved:
+        if not moved or (points.gap > before / 4).all() and (before <= TOLERANCE).all():
             break
         if worn == 1:  # once: the weights of the rows hardly change any more
             metric, worn = sweeps.measure(len(points.l2) // 2), 2
     W[left], b[left] = points.W, points.b
     worst = float(points.gap.max())
-    if worst > 2 * TOLERANCE:
+    if worst > 2 * max(tolerance, TOLERANCE):
         warnings.warn(
             f"newton has not converged at l2 = {points.l2.min():g}: up to {worst:.1e} of the objective may be left",
             RuntimeWarning,
@@ -170,8 +179,8 @@ def _step(
     shape : W -> W    what weights are made into before they are looked at
     """
     slope = dot(points.grad_W, points.grad_b, dW, db)
-    length = torch.ones_like(slope)
     far = bool((points.gap > FAR).all())
+    length = torch.ones_like(slope)
     for _ in range(HALVINGS):
         W = shape(points.W + length[:, None, None] * dW)
         new = _points(sweeps, points.l2, W, points.b + length[:, None] * db, far=far)
@@ -183,6 +192,21 @@ def _step(
     length = torch.where(good, length, torch.zeros_like(length))
     new = _points(sweeps, points.l2, points.W + length[:, None, None] * dW, points.b + length[:, None] * db)
     return new, bool((length > 0).any())
+
+
+def _curve(l2: Tensor, at: Tensor, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights (1, K, D) and bias (1, K) on the polynomial in log l2 through known ones (L, K, D) and (L, K), l2 falling.
+
+    It goes through as many to each side; beyond the last, through the last ones; where these are far, they are the last.
+    """
+    away = l2.log() - at.log()
+    before, after = (away > 0).nonzero()[:, 0].tolist(), (away <= 0).nonzero()[:, 0].tolist()
+    side = min(len(before), len(after), SIDE - 1) + 1
+    near = [*before[-side:], *after[:side]] if before and after else [*before[-BEFORE:], *after[:1]]
+    least = [*before[-2:], *after[:2]] if before and after else [*before[-1:], *after[:1]]
+    near = [number for number in near if number in least or abs(away[number]) <= REACH]
+    shares = _lagrange(away[near], away.new_zeros(()))
+    return torch.tensordot(shares, W[near], 1)[None], torch.tensordot(shares, b[near], 1)[None]
 
 
 def _lagrange(places: Tensor, at: Tensor) -> Tensor:

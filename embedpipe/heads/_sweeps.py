@@ -29,7 +29,8 @@ BLOCK_NUMBERS, BLOCK_BYTES, BLOCK_ROWS = (
     2**23,
     4096,
 )  # of logits and of features in a block, which stays in cache
-FLAT = 1e-6  # of the mean eigenvalue: what varies less is not blown up
+LEAST_ROWS = 512  # in a block: sums over blocks cost less than products
+COLUMNS = 256  # of logits that are looked at together, about: more would not fill products better
 PROBES = 2048  # rows that are enough to measure what few weights see
 ROUNDING = 1e-5  # times the mean eigenvalue: an l2 that makes nothing of what bfloat16 adds to the Hessian
 READ_ROWS = 512  # at most at a time, where they are read from the cache: fresh memory costs more than they do
@@ -46,19 +47,36 @@ class Metric:
 
 
 @dataclass(frozen=True, eq=False)
-class Whitened:
-    """The rows in a basis in which all they hold varies alike: x = rows @ back + mean.
+class Turn:
+    """From rows x as they are stored to the basis of a metric: x @ matrix + shift.
 
-    In the basis of the features a vector rounded to bfloat16 drowns what varies little.
-
-    rows : bfloat16 (N, D)
-    back : float32 (D, D)
-    mean : float64 (D,)
+    matrix : (D, D), None for no turn at all
+    shift : (D,)
     """
 
-    rows: Tensor
-    back: Tensor
-    mean: Tensor
+    matrix: Tensor | None
+    shift: Tensor
+
+    @classmethod
+    def between(cls, stored: Metric | None, metric: Metric, dtype: torch.dtype) -> Turn:
+        """Take rows that are stored in the basis of another metric, or None: as they are."""
+        if stored is metric:
+            return cls(None, torch.zeros_like(metric.mean, dtype=dtype))
+        matrix = stored.basis.T @ metric.basis if stored else metric.basis
+        mean = metric.mean - stored.mean if stored else metric.mean
+        return cls(matrix.to(dtype), -(mean @ metric.basis).to(dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.shift.dtype
+
+    def vector(self, V: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Return weights (L, K, D) and biases (L, K) for rows as they are stored, of those for turned rows."""
+        return (V, c) if self.matrix is None else (V @ self.matrix.T, c + V @ self.shift)
+
+    def gradient(self, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Return gradients by weights and biases for turned rows, of those for rows as they are stored."""
+        return (W, b) if self.matrix is None else (W @ self.matrix + b[..., None] * self.shift, b)
 
 
 class Sweeps:
@@ -70,7 +88,7 @@ class Sweeps:
     def __init__(self, problem: Problem, *, kept_bytes: int = KEPT_BYTES) -> None:
         small = len(problem.X) * problem.X.shape[1] <= SMALL
         self._X = problem.array.astype(np.float64) if small else problem.X
-        self._dtype = torch.from_numpy(self._X[:1]).dtype
+        self.dtype = torch.from_numpy(self._X[:1]).dtype
         self.n, self.width = problem.X.shape
         self.rows = problem.rows
         self._y = torch.from_numpy(problem.y)
@@ -78,12 +96,13 @@ class Sweeps:
         self._apart = problem.apart
         self._weights = torch.from_numpy(problem.sample_weight)
         self._kept_bytes = kept_bytes
-        self._bytes: int = self.n * self.rows * self._dtype.itemsize
+        self._bytes: int = self.n * self.rows * self.dtype.itemsize
         self._kept: Tensor | None = None  # probabilities (L, K, N) of the last `value`
         self._at: tuple[Tensor, Tensor] | None = None  # and its weights
-        self._short = self._dtype  # of what is multiplied where few digits will do
+        self._short = self.dtype  # of what is multiplied where few digits will do
         self._copy: Tensor | None = None  # of the rows, in that
-        self._whitened: Whitened | None = None
+        self._turned: tuple[Metric, Tensor] | None = None  # rows in the basis of a metric, bfloat16
+        self._turns: dict[tuple[Metric | None, Metric], Turn] = {}  # to the last metric
 
     @property
     def most(self) -> int:
@@ -95,58 +114,74 @@ class Sweeps:
 
         far : bool    from the optimum: few digits will do
         """
-        dtype = self._short if far else self._dtype
+        dtype = self._short if far else self.dtype
         many = len(W)
         loss, spread = W.new_zeros(many), W.new_zeros(many, self.rows)
-        grad_W, grad_b = W.new_zeros(many * self.rows, self.width), W.new_zeros(many * self.rows)
+        grad_W, grad_b = W.new_zeros(many, self.rows, self.width), W.new_zeros(many, self.rows)
         self._kept, self._at = None, (W, b)
         if many * self._bytes <= self._kept_bytes:
-            self._kept = torch.empty(many, self.rows, self.n, dtype=self._dtype)
-        split, weights = _split(W, b, dtype), self._weights.to(self._dtype)
+            self._kept = torch.empty(many, self.rows, self.n, dtype=self.dtype)
+        weights = self._weights.to(self.dtype)
+        parts = [(some, _split(W[some], b[some], dtype)) for some in self._together(many)]
         for rows, x in self._blocks(many, dtype):
-            p, each, error = self._answers(_logits(x, *split).to(self._dtype), rows)
-            if self._kept is not None:
-                self._kept[:, :, rows] = p
             weight = weights[rows]
-            loss += each @ weight
-            spread += p.mul_(1 - p) @ weight
-            error = error.mul_(weight).flatten(0, 1)
-            grad_W += error.to(x.dtype) @ x
-            grad_b += error.sum(1)
-        return loss, grad_W.view_as(W), grad_b.view_as(b), spread
+            for some, split in parts:
+                p, each, error = self._answers(_logits(x, *split).to(self.dtype), rows)
+                if self._kept is not None:
+                    self._kept[some, :, rows] = p
+                loss[some] += each @ weight
+                spread[some] += p.mul_(1 - p) @ weight
+                error = error.mul_(weight)
+                grad_W[some] += (error.flatten(0, 1).to(x.dtype) @ x).view_as(grad_W[some])
+                grad_b[some] += error.sum(2)
+        return loss, grad_W, grad_b, spread
 
-    def curve(self, dW: Tensor, db: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the Hessian times a vector, at the weights of the last `value`; `which` of its problems are meant."""
-        white = self._whitened if self._kept is not None else None
-        if white:
-            split = (dW.float() @ white.back.T).bfloat16(), (db + dW @ white.mean).bfloat16()
-            blocks = self._blocks(len(dW), whitened=white.rows)
-        else:
-            split = _split(dW, db, self._short)
-            blocks = self._blocks(len(dW), self._short)
-        hess_W, hess_b = dW.new_zeros(db.numel(), self.width), dW.new_zeros(db.numel())
-        weights = self._weights.to(self._dtype)
-        for rows, x in blocks:
-            along = _logits(x, *split).to(self._dtype)
-            p = self._recall(x, rows, which)
-            if self._apart:
-                along *= p - p * p
-            else:
-                along -= (p * along).sum(1, keepdim=True)
-                along *= p
-            along = along.mul_(weights[rows]).flatten(0, 1)
-            hess_W += along.to(x.dtype) @ x
-            hess_b += along.sum(1)
-        if white:
-            hess_W = (hess_W.float() @ white.back).double() + hess_b[:, None] * white.mean
-        return hess_W.view_as(dW), hess_b.view_as(db)
+    def curve(self, V: Tensor, c: Tensor, which: Tensor, metric: Metric, *, rough: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the Hessian times a vector, at the weights of the last `value`; `which` of its problems are meant.
 
-    def curve_within(self, W: Tensor, b: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
+        V (L, K, D), c (L, K) and what is returned are in the basis of the metric: logits are V basis' (x - mean) + c.
+
+        rough : bool    few digits will do
+        """
+        stored, copy = self._turned if self._turned and self._kept is not None else (None, None)
+        turn = self._turn_between(stored, metric)
+        W, b = turn.vector(V, c)
+        dtype = self._short if copy is None else copy.dtype
+        hess_W, hess_b = torch.zeros_like(W), torch.zeros_like(b)
+        weights = self._weights.to(self.dtype)
+        split = _round if rough or copy is not None else _split
+        parts = [(some, split(W[some], b[some], dtype)) for some in self._together(len(W))]
+        for rows, x in self._blocks(len(W), dtype, copy):
+            for some, short in parts:
+                along = _logits(x, *short).to(self.dtype)
+                p = self._recall(x, rows, which[some])
+                if self._apart:
+                    along *= p - p * p
+                else:
+                    along -= (p * along).sum(1, keepdim=True)
+                    along *= p
+                along *= weights[rows]
+                hess_W[some] += (along.flatten(0, 1).to(x.dtype) @ x).view_as(hess_W[some])
+                hess_b[some] += along.sum(2)
+        return turn.gradient(hess_W, hess_b)
+
+    def turn_to(self, metric: Metric) -> Turn:
+        """Return how rows are turned into the basis of a metric."""
+        return self._turn_between(None, metric)
+
+    def _turn_between(self, stored: Metric | None, metric: Metric) -> Turn:
+        key = stored, metric
+        if key not in self._turns:
+            self._turns = {pair: turn for pair, turn in self._turns.items() if pair[1] is metric}
+            self._turns[key] = Turn.between(stored, metric, self.dtype)
+        return self._turns[key]
+
+    def curve_within(self, W: Tensor, b: Tensor, span: Tensor, metric: Metric) -> tuple[Tensor, Tensor]:
         """Return the Hessian of each class at W, b in a span of weights and bias, measured on some rows.
 
         Parameters
         ----------
-        span : float64 (L, D + 1, r)
+        span : float64 (L, D + 1, r)    in the basis of the metric
 
         Returns
         -------
@@ -156,7 +191,8 @@ class Sweeps:
         logits = _logits(x, W.to(x.dtype), b.to(x.dtype))
         p = logits.sigmoid() if self._apart else logits.softmax(1)
         counts = (p - p * p) * shares
-        along = x @ span[:, :-1].to(x.dtype) + span[:, None, -1].to(x.dtype)
+        weights = metric.basis @ span[:, :-1]
+        along = x @ weights.to(x.dtype) + (span[:, -1] - metric.mean @ weights)[:, None].to(x.dtype)
         found = [torch.stack([(z.T * count) @ z for count in each]) for z, each in zip(along, counts, strict=True)]
         rows = counts.sum(2).square() / counts.square().sum(2).clamp_min(torch.finfo(x.dtype).tiny)
         return torch.stack(found).double(), rows.double()
@@ -165,29 +201,29 @@ class Sweeps:
     def _probes(self) -> tuple[Tensor, Tensor]:
         """Some rows (n, D), and what each counts (n,), together 1."""
         rows, shares = _draw(self._weights, PROBES)
-        return torch.from_numpy(self._X[rows]), shares.to(self._dtype)
+        return torch.from_numpy(self._X[rows]), shares.to(self.dtype)
 
     def shorten(self, metric: Metric, l2: Tensor) -> None:
         """Multiply bfloat16 from now on where few digits will do, if that is quicker.
 
-        Many l2 are worth whitening the rows. For one, l2 (L,), they are rounded as they are, if it drowns what that adds to the
-        Hessian, and vectors are taken as sums of two. Where memory does not hold a copy, many l2 do without, and of one the
-        blocks are rounded as they come, to the same numbers.
+        For many l2 the rows are turned into the basis of the metric: in that of the features a vector rounded to bfloat16 drowns
+        what varies little. For one, l2 (L,), they are rounded as they are, if it drowns what that adds to the Hessian, and
+        vectors are taken as sums of two. Where memory does not hold a copy, many l2 do without, and of one the blocks are
+        rounded as they come, to the same numbers.
         """
         fits = self.n * self.width * torch.bfloat16.itemsize <= self._kept_bytes and isinstance(self._X, np.ndarray)
         one = len(l2) == 1
         worth = l2.item() > ROUNDING * float(metric.spectrum.mean()) if one else fits
-        if not (worth and has_bfloat16() and self._dtype == torch.float32):
+        if not (worth and has_bfloat16() and self.dtype == torch.float32):
             return
         rows = torch.from_numpy(np.empty((self.n, self.width) if fits else 0, np.int16)).view(torch.bfloat16)
         if one:
             self._short, self._copy = torch.bfloat16, rows.copy_(torch.from_numpy(self._X)) if fits else None
             return
-        scale = metric.spectrum.clamp_min(FLAT * float(metric.spectrum.mean())).sqrt()
-        towards, mean = (metric.basis / scale).float(), metric.mean.float()
+        turn = self.turn_to(metric)
         for some, x in self._blocks(1):
-            rows[some] = (x - mean) @ towards
-        self._whitened = Whitened(rows, (metric.basis * scale).T.float().contiguous(), metric.mean)
+            rows[some] = torch.addmm(turn.shift, x, turn.matrix)
+        self._turned = metric, rows
 
     def measure(self, which: int | None = None) -> Metric:
         """Return the covariance of the features: each row counts with its p (1 - p), summed, in one problem of the last `value`.
@@ -209,7 +245,7 @@ class Sweeps:
         drawn, shares = _draw(counts, enough)
         X = some_of(self._X, drawn)
         return _metric(
-            lambda: ((torch.from_numpy(X[rows]).to(self._dtype), shares[rows]) for rows in blocks(X)), self.width
+            lambda: ((torch.from_numpy(X[rows]).to(self.dtype), shares[rows]) for rows in blocks(X)), self.width
         )
 
     def level(self, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,17 +257,23 @@ class Sweeps:
     @property
     def noise(self) -> float:
         """How far rounding may move an objective, relative to it."""
-        return torch.finfo(self._dtype).eps
+        return torch.finfo(self.dtype).eps
+
+    def _together(self, many: int) -> list[slice]:
+        """Cut so many problems into those whose logits are looked at together."""
+        size = max(1, min(many, COLUMNS // self.rows))
+        return [slice(start, min(start + size, many)) for start in range(0, many, size)]
 
     def _blocks(
-        self, many: int, dtype: torch.dtype | None = None, whitened: Tensor | None = None
+        self, many: int, dtype: torch.dtype | None = None, copy: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
         most = READ_ROWS if isinstance(self._X, Chunked) else BLOCK_ROWS
-        size = min(BLOCK_NUMBERS // (many * self.rows), BLOCK_BYTES // (self.width * 4))
-        size = min(max(size // 64 * 64, 256), most)
+        columns = self._together(many)[0].stop * self.rows
+        size = min(BLOCK_NUMBERS // columns, BLOCK_BYTES // (self.width * 4))
+        size = min(max(size // 64 * 64, LEAST_ROWS), most)
         for start in range(0, self.n, size):
             rows = slice(start, min(start + size, self.n))
-            yield rows, self._read(rows, dtype or self._dtype) if whitened is None else whitened[rows]
+            yield rows, self._read(rows, dtype or self.dtype) if copy is None else copy[rows]
 
     def _read(self, rows: slice, dtype: torch.dtype) -> Tensor:
         if self._copy is not None and dtype == self._copy.dtype:
@@ -265,7 +307,7 @@ class Sweeps:
             return part if len(which) == len(part) else part[which]
         assert self._at is not None
         W, b = self._at
-        return self._answers(_logits(x, *_split(W[which], b[which], self._dtype)), rows)[0]
+        return self._answers(_logits(x, *_split(W[which], b[which], self.dtype)), rows)[0]
 
 
 def has_bfloat16() -> bool:
@@ -289,6 +331,10 @@ def _split(W: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     high, top = W.to(dtype), b.to(dtype)
     low = (W - high).to(dtype)
     return (torch.stack([high, low]), torch.stack([top, (b - top).to(dtype)])) if low.any() else (high, top)
+
+
+def _round(W: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return W.to(dtype), b.to(dtype)
 
 
 def _logits(x: Tensor, W: Tensor, b: Tensor) -> Tensor:

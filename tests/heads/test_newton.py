@@ -73,19 +73,19 @@ def test_products_in_bfloat16_lead_to_the_same_optimum(monkeypatch: pytest.Monke
     """With every processor, though only some gain by it; weights differ by less than what ends the minimisation."""
     X, y = hard(30_000, 150, 3)
     problem, l2s = even(standardised(X).astype(np.float32), y, 3), sorted(L2_GRID, reverse=True)[::4]
-    paths, whitened = [], []
+    paths, turned = [], []
     made = Sweeps.shorten
 
     def shorten(self: Sweeps, metric: Metric, l2: Tensor) -> None:
         made(self, metric, l2)
-        whitened.append(self._whitened is not None)
+        turned.append(self._turned is not None)
 
     monkeypatch.setattr(Sweeps, "shorten", shorten)
     for known in (True, False):
         monkeypatch.setattr("embedpipe.heads._sweeps.has_bfloat16", lambda known=known: known)
         paths.append(solve_path(problem, l2s))
         assert max(gap(problem, one, l2) for one, l2 in zip(paths[-1], l2s, strict=True)) <= 1e-6
-    assert whitened == [True, False]
+    assert turned == [True, False]
     for one, other in zip(*paths, strict=True):
         np.testing.assert_allclose(one.weight, other.weight, atol=2e-3 * np.abs(one.weight).max())
 
@@ -115,9 +115,9 @@ def test_the_hessians_of_single_classes_save_products(monkeypatch: pytest.Monkey
     problem, products = even(standardised(X).astype(np.float32), y, 6), []
     made = Sweeps.curve
 
-    def curve(self: Sweeps, dW: Tensor, db: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+    def curve(self: Sweeps, V: Tensor, c: Tensor, which: Tensor, metric: Metric, **more: bool) -> tuple[Tensor, Tensor]:
         products[-1] += 1
-        return made(self, dW, db, which)
+        return made(self, V, c, which, metric, **more)
 
     monkeypatch.setattr(Sweeps, "curve", curve)
     for most in (0, 32):
