@@ -26,7 +26,7 @@ from torch import Tensor
 
 from embedpipe.heads._directions import PRODUCTS, Points, dot, find_direction
 from embedpipe.heads._problem import Float64, Problem, Solution, narrow
-from embedpipe.heads._sweeps import Metric, Sweeps
+from embedpipe.heads._sweeps import MANY_CLASSES, Metric, Sweeps
 
 TOLERANCE = 4e-7  # of the bound on what is left to gain, relative to the objective
 POLISHED = 1e-12  # what is left to gain after `polish`, where rounding and so many steps and products for each allow it
@@ -34,10 +34,10 @@ POLISHING, POLISHING_PRODUCTS = 3, 20
 STEPS, HALVINGS = 100, 40  # at most, in a minimisation, in a line search
 TOGETHER = 12  # so many l2 at a time
 STRIDES = (11, TOGETHER), (5, TOGETHER), (2, TOGETHER), (1, TOGETHER)  # every eleventh l2 first, from nothing
-MANY_CLASSES = 32  # fill products alone
 MANY_STRIDES = (2, 1), (1, TOGETHER)  # every second l2 first, one after the other
 REACH, SIDE, BEFORE = 3.5, 4, 3  # of a curve: in log l2, known points to each side, or before where there are none after
-STEEP, RUNG, LOOSE = 1e-2, 5.0, 0.1  # a smaller l2 is come down to: by such a factor, each so near its optimum
+STEEP = 1e-4  # an l2 from which many classes do not start from nothing
+TOP, RUNG, LOOSE = 1e-2, 5.0, 0.1  # but come down: from here, by such a factor, each so near its optimum
 FAR = 1.0  # a gap from which no step reaches the optimum
 WORN = 20  # products for a step: the metric is measured again
 LEAST_SPREAD = 1e-12  # of a class that every sample is already sure about
@@ -47,9 +47,10 @@ def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = 
     """Minimise the objective for every l2, falling."""
     small, basis = narrow(problem)
     sweeps = Sweeps(small, kept_bytes=problem.memory_bytes // 2)
-    way = _Way(sweeps, _into(start, basis) if start else small.blind, l2s)
     many = sweeps.rows >= MANY_CLASSES
-    if many and not start:
+    steep = many and not start and l2s[0] <= STEEP
+    way = _Way(sweeps, _into(start, basis) if start else small.blind, l2s, alone=len(l2s) == 1 and not steep)
+    if steep:
         way.come_down()
     for stride, most in MANY_STRIDES if many else STRIDES:
         way.solve(stride, most)
@@ -79,17 +80,17 @@ def _out_of(solution: Solution, basis: Float64 | None) -> Solution:
 class _Way:
     """The l2 of a path, falling, with the weights found so far."""
 
-    def __init__(self, sweeps: Sweeps, start: Solution, l2s: Sequence[float]) -> None:
+    def __init__(self, sweeps: Sweeps, start: Solution, l2s: Sequence[float], *, alone: bool) -> None:
         self.sweeps, self.l2 = sweeps, torch.tensor(l2s, dtype=torch.float64)
         self.W = torch.from_numpy(start.weight).repeat(len(l2s), 1, 1)
         self.b = torch.from_numpy(start.bias).repeat(len(l2s), 1)
         self.known: list[int] = []
         self.metric = sweeps.measure()
-        sweeps.shorten(self.metric, self.l2)
+        sweeps.shorten(self.metric, l2s[0] if alone else None)
 
     def come_down(self) -> None:
-        """Start a small l2 from larger ones, solved loosely one after the other."""
-        l2, l2s, found = STEEP, [], []
+        """Start from larger l2 that are solved loosely, one after the other."""
+        l2, l2s, found = TOP, [], []
         W, b = self.W[:1], self.b[:1]
         while l2 > self.l2[0]:
             l2s.append(l2)

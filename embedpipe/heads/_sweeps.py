@@ -35,6 +35,7 @@ PROBES = 2048  # rows that are enough to measure what few weights see
 ROUNDING = 1e-5  # times the mean eigenvalue: an l2 that makes nothing of what bfloat16 adds to the Hessian
 READ_ROWS = 512  # at most at a time, where they are read from the cache: fresh memory costs more than they do
 METRIC_ROWS = 16  # times the width: rows that are enough to measure a metric
+MANY_CLASSES = 24  # fill matrix products alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,21 +204,20 @@ class Sweeps:
         rows, shares = _draw(self._weights, PROBES)
         return torch.from_numpy(self._X[rows]), shares.to(self.dtype)
 
-    def shorten(self, metric: Metric, l2: Tensor) -> None:
+    def shorten(self, metric: Metric, l2: float | None) -> None:
         """Multiply bfloat16 from now on where few digits will do, if that is quicker.
 
-        For many l2 the rows are turned into the basis of the metric: in that of the features a vector rounded to bfloat16 drowns
-        what varies little. For one, l2 (L,), they are rounded as they are, if it drowns what that adds to the Hessian, and
-        vectors are taken as sums of two. Where memory does not hold a copy, many l2 do without, and of one the blocks are
-        rounded as they come, to the same numbers.
+        For many l2 (None) the rows are turned into the basis of the metric: in that of the features a vector rounded to bfloat16
+        drowns what varies little. For one they are rounded as they are, if it drowns what that adds to the Hessian, and vectors
+        are taken as sums of two. Where memory does not hold a copy, many l2 do without, and of one the blocks are rounded as
+        they come, to the same numbers.
         """
         fits = self.n * self.width * torch.bfloat16.itemsize <= self._kept_bytes and isinstance(self._X, np.ndarray)
-        one = len(l2) == 1
-        worth = l2.item() > ROUNDING * float(metric.spectrum.mean()) if one else fits
+        worth = fits if l2 is None else l2 > ROUNDING * float(metric.spectrum.mean())
         if not (worth and has_bfloat16() and self.dtype == torch.float32):
             return
         rows = torch.from_numpy(np.empty((self.n, self.width) if fits else 0, np.int16)).view(torch.bfloat16)
-        if one:
+        if l2 is not None:
             self._short, self._copy = torch.bfloat16, rows.copy_(torch.from_numpy(self._X)) if fits else None
             return
         turn = self.turn_to(metric)

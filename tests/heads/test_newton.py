@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from embedpipe.heads import L2_GRID, fit_linear
-from embedpipe.heads._newton import polish, solve_path
+from embedpipe.heads._newton import _curve, polish, solve_path
 from embedpipe.heads._problem import Chunked, Problem, Solution
 from embedpipe.heads._sweeps import Metric, Sweeps
 
@@ -56,7 +59,7 @@ def even(X: np.ndarray, y: np.ndarray, n_classes: int, **more: int) -> Problem:
 
 
 SHAPES = [(400, 60, 2), (90, 128, 2), (600, 60, 10), (120, 160, 10), (900, 40, 100)]
-SINGLE = [(70_000, 64, 2), (70_000, 64, 5)]  # large enough to be swept in float32
+SINGLE = [(70_000, 64, 2), (70_000, 64, 5), (3500, 1280, 26)]  # large enough to be swept in float32
 LARGE = [(n, width, c) for width in (512, 1280, 2048) for c in (2, 10, 100) for n in (300, 3 * width)]
 
 
@@ -76,7 +79,7 @@ def test_products_in_bfloat16_lead_to_the_same_optimum(monkeypatch: pytest.Monke
     paths, turned = [], []
     made = Sweeps.shorten
 
-    def shorten(self: Sweeps, metric: Metric, l2: Tensor) -> None:
+    def shorten(self: Sweeps, metric: Metric, l2: float | None) -> None:
         made(self, metric, l2)
         turned.append(self._turned is not None)
 
@@ -125,6 +128,69 @@ def test_the_hessians_of_single_classes_save_products(monkeypatch: pytest.Monkey
         products.append(0)
         solve_path(problem, [1e-4])
     assert products[1] < 0.67 * products[0]
+
+
+@pytest.mark.parametrize(("n_classes", "values", "curves"), [(10, 140, 600), (30, 130, 1450)])
+def test_a_path_costs_few_sweeps(n_classes: int, values: int, curves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few classes are solved together, many one after the other; starts lie on curves through the neighbours."""
+    X, y = hard(3000, 60, n_classes)
+    problem, sweeps = even(standardised(X).astype(np.float32), y, n_classes), _counted(monkeypatch)
+    solve_path(problem, sorted(L2_GRID, reverse=True))
+    assert sweeps["value"] < values
+    assert sweeps["curve"] < curves
+
+
+def _counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Count problems, not calls."""
+    counts = {"value": 0, "curve": 0}
+
+    def count(name: str) -> None:
+        made = getattr(Sweeps, name)
+
+        def counting(self: Sweeps, W: Tensor, *rest: Any, **more: Any) -> Any:
+            counts[name] += len(W)
+            return made(self, W, *rest, **more)
+
+        monkeypatch.setattr(Sweeps, name, counting)
+
+    count("value")
+    count("curve")
+    return counts
+
+
+def test_many_classes_come_down_to_a_small_l2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer sweeps than from nothing, to the same optimum."""
+    X, y = hard(2000, 120, 30)
+    problem, sweeps, solutions, counts = even(standardised(X), y, 30), _counted(monkeypatch), [], []
+    for steep in (1e-4, 0.0):
+        monkeypatch.setattr("embedpipe.heads._newton.STEEP", steep)
+        sweeps.update(value=0, curve=0)
+        solutions += solve_path(problem, [1e-7])
+        counts.append(sweeps["value"] + sweeps["curve"])
+    assert counts[0] < 0.8 * counts[1]
+    assert max(gap(problem, one, 1e-7) for one in solutions) <= 1e-6
+
+
+def test_starts_lie_on_a_curve_in_log_l2() -> None:
+    l2 = torch.logspace(0, -4, 9, dtype=torch.float64)
+    W, b = (l2.log() ** 3)[:, None, None], (l2.log() ** 2)[:, None]
+    between = l2.new_tensor(10**-2.25)
+    found = _curve(l2, between, W, b)
+    np.testing.assert_allclose(found[0].item(), between.log().item() ** 3)
+    np.testing.assert_allclose(found[1].item(), between.log().item() ** 2)
+    beyond = l2.new_tensor(10**-4.5)
+    np.testing.assert_allclose(_curve(l2, beyond, W, b)[1].item(), beyond.log().item() ** 2)  # three are enough for a square
+    assert _curve(l2, l2.new_tensor(1e-9), W, b)[1].item() == b[-1].item()  # too far for a curve
+
+
+def test_polishing_ends_where_rounding_hides_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    X, y = hard(70_000, 64, 3)
+    problem = even(standardised(X).astype(np.float32), y, 3)
+    [solution] = solve_path(problem, [1e-6])
+    sweeps = _counted(monkeypatch)
+    polished = polish(problem, solution, 1e-6)
+    assert gap(problem, polished, 1e-6) <= gap(problem, solution, 1e-6)
+    assert sweeps["curve"] <= 60
 
 
 @pytest.mark.parametrize("shape", SHAPES)
