@@ -14,6 +14,7 @@ from embedpipe.images import start_decoders
 FIRST_BATCH = 64  # on a device, before the best size is found
 # small ones stay in the caches of a core: a fifth faster than 32; Winograd's matrices are read once a batch
 CPU_BATCH = {"eager": 4, "fused": 8, "openvino": 2, "compile": 4}
+LOAD = 8  # images that are handed on together where batches are smaller: each time costs half a millisecond
 MOST_STREAMS = 8  # each holds the activations of a batch
 
 
@@ -39,6 +40,11 @@ class Forward:
     streams: int = 1
     threads: int = 1
     channels_last: bool = True
+
+    @property
+    def load(self) -> int:
+        """How many images, whole batches, are handed from decoders to the backbones together."""
+        return max(1, LOAD // self.batch_size) * self.batch_size
 
     @property
     def pins(self) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class Runner:
         self.session = session or open_session(self.joints, forward, graphs)
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return float32 (n, D) for each backbone, of one array of images for each window; n is the batch size.
+        """Return float32 (n, D) for each backbone, of one array of images for each window; n is a multiple of the batch size.
 
         Raises
         ------
@@ -92,10 +92,10 @@ class Runner:
         ]
 
     def _in_parts(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
-        """Run a batch in as many parts as the device can hold; once halved, batches stay so."""
-        size, parts = len(images), self._parts
+        """Run batch by batch, each in as many parts as the device can hold; once halved, batches stay so."""
+        size, parts = self.forward.batch_size, self._parts
         try:
-            cuts = range(0, size, -(-size // parts))
+            cuts = range(0, len(images), -(-size // parts))
             done = [self.session(joint, images[cut : cut + cuts.step]) for cut in cuts]
         except MemoryError:
             if parts >= size:
@@ -110,8 +110,9 @@ class Runner:
         return [self.joints[joint].example(size or self.forward.batch_size).numpy() for joint in of]
 
     def pad(self, images: Sequence[np.ndarray], size: int | None = None) -> list[np.ndarray]:
-        """Return a batch for each window, filled up to its full size, or to `size`, with black images."""
-        return [_pad(one, size or self.forward.batch_size) for one in images]
+        """Return whole batches for each window, filled up, or images filled up to `size`, with black ones."""
+        batch = self.forward.batch_size
+        return [_pad(one, size or max(1, -(-len(one) // batch)) * batch) for one in images]
 
     def rows_of(self, batch: Batch[bytes]) -> list[Rows]:
         """Return the rows of each backbone in the stored dtype; those that are not finite are failures."""

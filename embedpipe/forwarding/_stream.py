@@ -15,15 +15,15 @@ from embedpipe.places import Place
 
 
 def stream_rows(items: Iterable[tuple[bytes, Place | Path]], runner: Runner) -> Iterator[Rows]:
-    """Decode and forward images batch by batch, as they are ready: a slow image holds up no other.
+    """Decode and forward images, a few batches at a time, as they are ready: a slow image holds up no other.
 
     Yields
     ------
-    Rows    of at most `batch_size` images from one backbone, for each backbone of a batch in turn
+    Rows    of at most `load` images from one backbone, for each backbone in turn
     """
     forward = runner.forward
     batches: Any = image_batches(
-        items, runner.windows, batch_size=forward.batch_size, workers=forward.workers, in_order=False
+        items, runner.windows, batch_size=forward.load, workers=forward.workers, in_order=False
     )
     under_way: deque[Future[list[Rows]]] = deque()
     threads = ThreadPoolExecutor(forward.streams, thread_name_prefix="forward")
@@ -31,7 +31,7 @@ def stream_rows(items: Iterable[tuple[bytes, Place | Path]], runner: Runner) -> 
         try:
             for batch in batches:
                 under_way.append(threads.submit(runner.rows_of, batch))
-                if len(under_way) > 2 * forward.streams:
+                while under_way and (under_way[0].done() or len(under_way) > 2 * forward.streams):
                     yield from under_way.popleft().result()
             while under_way:
                 yield from under_way.popleft().result()

@@ -35,7 +35,7 @@ STEPS, HALVINGS = 100, 40  # at most, in a minimisation, in a line search
 TOGETHER = 12  # so many l2 at a time
 STRIDES = (11, TOGETHER), (5, TOGETHER), (2, TOGETHER), (1, TOGETHER)  # every eleventh l2 first, from nothing
 MANY_STRIDES = (2, 1), (1, TOGETHER)  # every second l2 first, one after the other
-REACH, SIDE, BEFORE = 3.5, 4, 3  # of a curve: in log l2, known points to each side, or before where there are none after
+REACH, SIDE, BEFORE = 3.5, 4, 3  # of a curve: in log l2; known points to each side; before, where none are after
 STEEP = 1e-4  # an l2 from which many classes do not start from nothing
 TOP, RUNG, LOOSE = 1e-2, 5.0, 0.1  # but come down: from here, by such a factor, each so near its optimum
 FAR = 1.0  # a gap from which no step reaches the optimum
@@ -64,8 +64,8 @@ def polish(problem: Problem, solution: Solution, l2: float) -> Solution:
     small, basis = narrow(problem)
     sweeps, start = Sweeps(small, kept_bytes=problem.memory_bytes // 2), _into(solution, basis)
     W, b = torch.from_numpy(start.weight)[None], torch.from_numpy(start.bias)[None]
-    limits = {"steps": POLISHING, "products": POLISHING_PRODUCTS}
-    W, b = minimise(sweeps, torch.tensor([l2], dtype=torch.float64), W, b, tolerance=POLISHED, **limits)
+    at = torch.tensor([l2], dtype=torch.float64)
+    W, b = minimise(sweeps, at, W, b, tolerance=POLISHED, steps=POLISHING, products=POLISHING_PRODUCTS)
     return _out_of(Solution(W[0].numpy(), b[0].numpy()), basis)
 
 
@@ -139,7 +139,7 @@ def minimise(
         shape = _short if _may_be_short(points, metric, tolerance) else torch.clone
         before = points.gap
         points, moved = _step(sweeps, points, dW, db, shape)
-        if not moved or (points.gap > before / 4).all() and (before <= TOLERANCE).all():
+        if not moved or bool(((before <= TOLERANCE) & (points.gap > before / 4)).all()):
             break
         if worn == 1:  # once: the weights of the rows hardly change any more
             metric, worn = sweeps.measure(len(points.l2) // 2), 2

@@ -137,7 +137,9 @@ class Sweeps:
                 grad_b[some] += error.sum(2)
         return loss, grad_W, grad_b, spread
 
-    def curve(self, V: Tensor, c: Tensor, which: Tensor, metric: Metric, *, rough: bool = False) -> tuple[Tensor, Tensor]:
+    def curve(
+        self, V: Tensor, c: Tensor, which: Tensor, metric: Metric, *, rough: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Return the Hessian times a vector, at the weights of the last `value`; `which` of its problems are meant.
 
         V (L, K, D), c (L, K) and what is returned are in the basis of the metric: logits are V basis' (x - mean) + c.
@@ -221,6 +223,7 @@ class Sweeps:
             self._short, self._copy = torch.bfloat16, rows.copy_(torch.from_numpy(self._X)) if fits else None
             return
         turn = self.turn_to(metric)
+        assert turn.matrix is not None
         for some, x in self._blocks(1):
             rows[some] = torch.addmm(turn.shift, x, turn.matrix)
         self._turned = metric, rows

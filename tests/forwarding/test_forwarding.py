@@ -21,7 +21,7 @@ from embedpipe.executors import tiled_share
 from embedpipe.forwarding import Forward, Rows, Runner, plan_forward, settle, stream_rows
 from embedpipe.forwarding import _settling as settling
 from embedpipe.forwarding._settling import find_batch
-from embedpipe.images import Transform
+from embedpipe.images import Transform, image_batches
 
 FORWARD = Forward(batch_size=4, workers=2, streams=2)
 
@@ -110,13 +110,28 @@ def test_a_slow_image_holds_up_no_other(backbone: Backbone, items: list[tuple[by
     os.mkfifo(tmp_path / "slow.png")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(isolation, "TIME_LIMIT_S", 4.0)
-        start, when = time.monotonic(), []
+        start, when, others = time.monotonic(), [], 3 * items
         for rows in stream_rows(
-            [(b"slow", tmp_path / "slow.png"), *items], Runner([backbone], replace(FORWARD, batch_size=2))
+            [(b"slow", tmp_path / "slow.png"), *others], Runner([backbone], replace(FORWARD, batch_size=2))
         ):
             when += [time.monotonic() - start] * len(rows.keys)
-    assert len(when) == len(items)
-    assert sorted(when)[3] < 3.5  # what was ready did not wait until the slow one was given up
+    assert len(when) == len(others)
+    assert sorted(when)[7] < 3.5  # what was ready did not wait until the slow one was given up
+
+
+def test_small_batches_are_handed_on_together(backbone: Backbone, items: list[tuple[bytes, Path]]) -> None:
+    """Eight images or one larger batch; rows are the same to the bit, since the backbone sees the same batches."""
+    found = {}
+    for size in (2, 3, 16):
+        runner = Runner([backbone], replace(FORWARD, batch_size=size))
+        many = list(stream_rows(3 * items, runner))
+        assert {len(rows.keys) for rows in many[:-1]} == {{2: 8, 3: 6, 16: 16}[size]}
+        found[size] = rows_by_key(many)
+    alone = Runner([backbone], replace(FORWARD, batch_size=2))
+    for batch in image_batches(items, alone.windows, batch_size=2, workers=1):
+        for rows in alone.rows_of(batch):
+            for key, row in zip(rows.keys, rows.features, strict=True):
+                assert found[2][key] == row.tobytes()
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_no_row_is_lost(

@@ -179,7 +179,7 @@ def test_starts_lie_on_a_curve_in_log_l2() -> None:
     np.testing.assert_allclose(found[0].item(), between.log().item() ** 3)
     np.testing.assert_allclose(found[1].item(), between.log().item() ** 2)
     beyond = l2.new_tensor(10**-4.5)
-    np.testing.assert_allclose(_curve(l2, beyond, W, b)[1].item(), beyond.log().item() ** 2)  # three are enough for a square
+    np.testing.assert_allclose(_curve(l2, beyond, W, b)[1].item(), beyond.log().item() ** 2)  # through three
     assert _curve(l2, l2.new_tensor(1e-9), W, b)[1].item() == b[-1].item()  # too far for a curve
 
 
