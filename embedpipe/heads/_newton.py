@@ -1,7 +1,8 @@
 """Solver `newton`: Newton's method with conjugate gradients, many l2 at a time, to a proved optimum.
 
-The step of each l2 is found by conjugate gradients on the Hessian, preconditioned in the eigenbasis of the features' covariance,
-where each row counts with its p (1 - p): for two classes that is the Hessian itself. The penalty stays on the weights.
+The step of each l2 is found by conjugate gradients on the Hessian, in the eigenbasis of the features' covariance, which
+preconditions it. Where that takes many products, the covariance is measured again, each row counting with its p (1 - p): for two
+classes that is the Hessian itself. The penalty stays on the weights.
 
 Of few classes many l2 are solved together, which fills matrix products: first a few that lie far apart, then those between, and
 so on, each from a curve through its neighbours. Many classes fill products alone: every second l2 is solved, falling, from the
