@@ -107,8 +107,8 @@ class Preconditioner:
         self._inverse = (1 / (points.spread[:, :, None] * metric.spectrum + points.l2[:, None, None])).to(dtype)
         self._span: Tensor | None = None
         if sweeps.rows <= MOST_CLASSES and points.W.any():
-            span = _span(points.W @ metric.basis)
-            self._span, self._more = span.to(dtype), _correction(sweeps, points, metric, span).to(dtype)
+            self._span = _span(sweeps.turn_to(metric).weights(points.W))
+            self._more = _correction(sweeps, points, metric, self._span).to(dtype)
 
     def __call__(self, V: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         weight, bias = V * self._inverse, c / self._spread
@@ -132,7 +132,7 @@ def _correction(sweeps: Sweeps, points: Points, metric: Metric, span: Tensor) ->
 
     What rows of little weight measure is drawn towards what it is taken for.
     """
-    root = metric.spectrum.sqrt()[:, None] * span[:, :-1]
+    root = metric.spectrum.sqrt()[:, None] * span[:, :-1].double()
     plain = root.mT @ root
     plain[:, -1, -1] = 1
     taken = points.spread[:, :, None, None] * plain[:, None]

@@ -31,7 +31,7 @@ BLOCK_NUMBERS, BLOCK_BYTES, BLOCK_ROWS = (
 )  # of logits and of features in a block, which stays in cache
 LEAST_ROWS = 512  # in a block: sums over blocks cost less than products
 COLUMNS = 256  # of logits that are looked at together, about: more would not fill products better
-PROBES = 2048  # rows that are enough to measure what few weights see
+PROBES = 1024  # rows that are enough to measure what few weights see
 ROUNDING = 1e-5  # times the mean eigenvalue: an l2 that makes nothing of what bfloat16 adds to the Hessian
 READ_ROWS = 512  # at most at a time, where they are read from the cache: fresh memory costs more than they do
 METRIC_ROWS = 16  # times the width: rows that are enough to measure a metric
@@ -74,6 +74,10 @@ class Turn:
     def vector(self, V: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Return weights (L, K, D) and biases (L, K) for rows as they are stored, of those for turned rows."""
         return (V, c) if self.matrix is None else (V @ self.matrix.T, c + V @ self.shift)
+
+    def weights(self, W: Tensor) -> Tensor:
+        """Return weights (L, K, D) for turned rows, of those for rows as they are stored."""
+        return W.to(self.dtype) if self.matrix is None else W.to(self.dtype) @ self.matrix
 
     def gradient(self, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return gradients by weights and biases for turned rows, of those for rows as they are stored."""
@@ -184,7 +188,7 @@ class Sweeps:
 
         Parameters
         ----------
-        span : float64 (L, D + 1, r)    in the basis of the metric
+        span : (L, D + 1, r)    in the basis of the metric
 
         Returns
         -------
@@ -194,8 +198,8 @@ class Sweeps:
         logits = _logits(x, W.to(x.dtype), b.to(x.dtype))
         p = logits.sigmoid() if self._apart else logits.softmax(1)
         counts = (p - p * p) * shares
-        weights = metric.basis @ span[:, :-1]
-        along = x @ weights.to(x.dtype) + (span[:, -1] - metric.mean @ weights)[:, None].to(x.dtype)
+        turn = self.turn_to(metric)
+        along = x @ (turn.matrix @ span[:, :-1]) + (span[:, -1] + turn.shift @ span[:, :-1])[:, None]
         found = [torch.stack([(z.T * count) @ z for count in each]) for z, each in zip(along, counts, strict=True)]
         rows = counts.sum(2).square() / counts.square().sum(2).clamp_min(torch.finfo(x.dtype).tiny)
         return torch.stack(found).double(), rows.double()
