@@ -198,8 +198,8 @@ class Sweeps:
         logits = _logits(x, W.to(x.dtype), b.to(x.dtype))
         p = logits.sigmoid() if self._apart else logits.softmax(1)
         counts = (p - p * p) * shares
-        turn = self.turn_to(metric)
-        along = x @ (turn.matrix @ span[:, :-1]) + (span[:, -1] + turn.shift @ span[:, :-1])[:, None]
+        weight, bias = self.turn_to(metric).vector(span[:, :-1].mT, span[:, -1])
+        along = x @ weight.mT + bias[:, None]
         found = [torch.stack([(z.T * count) @ z for count in each]) for z, each in zip(along, counts, strict=True)]
         rows = counts.sum(2).square() / counts.square().sum(2).clamp_min(torch.finfo(x.dtype).tiny)
         return torch.stack(found).double(), rows.double()
