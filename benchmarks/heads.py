@@ -21,7 +21,7 @@ import numpy as np  # noqa: E402
 from measuring import Spread, answered, interleave, print_table, run_way  # noqa: E402
 
 COLD = 6  # of the l2, evenly spread, that are fitted from nothing; the rest are interpolated
-ITERATIONS = 10_000
+ITERATIONS, TOLERANCE = 10_000, 1e-4  # of scikit-learn; the latter is its own
 PLACES = (0, 1, 3, 10, 30, 100, 200, 300, 400, 511)  # in the spectrum, and the eigenvalues there
 EIGENVALUES = (44.9, 41.0, 16.9, 7.88, 3.30, 0.934, 0.36, 0.153, 0.062, 0.003)
 APART = 2.6  # how far: at N = 50,000, D = 512, C = 10 the best head gets 82 % of new rows right
@@ -124,7 +124,9 @@ def _product_s(x: Any, rows: int) -> float:
     return float(best)
 
 
-def scikit_learn(shape: Sequence[int], l2s: Sequence[float], warm: bool, patched: bool = False) -> dict[str, Any]:
+def scikit_learn(
+    shape: Sequence[int], l2s: Sequence[float], warm: bool, tol: float = TOLERANCE, patched: bool = False
+) -> dict[str, Any]:
     if patched:
         from sklearnex import patch_sklearn
 
@@ -134,7 +136,7 @@ def scikit_learn(shape: Sequence[int], l2s: Sequence[float], warm: bool, patched
     from embedpipe.heads import objective
 
     X, y = features(*shape)
-    model = LogisticRegression(max_iter=ITERATIONS, warm_start=warm)
+    model = LogisticRegression(max_iter=ITERATIONS, warm_start=warm, tol=tol)
     seconds, objectives = [], []
     for l2 in l2s:
         start = time.process_time()
@@ -173,6 +175,9 @@ def main() -> None:
     )
     parser.add_argument("--cold", type=int, default=COLD, help="how many of the 45 are fitted from nothing")
     parser.add_argument("--folds", type=int, help="cross-validate with so many folds, nothing else")
+    parser.add_argument(
+        "--tol", type=float, default=TOLERANCE, help="where scikit-learn stops; at its own, far off for small l2"
+    )
     options = parser.parse_args()
     if options.folds:
         return compare_folds(options)
@@ -185,9 +190,9 @@ def main() -> None:
     ways = {
         "embedpipe, path": way("ours", grid),
         "embedpipe, one fit": way("ours", [ONE_L2]),
-        "scikit-learn, one fit": way("scikit-learn", [ONE_L2], warm=False),
-        "scikit-learn, each from nothing": way("scikit-learn", some, warm=False),
-        "scikit-learn, each from the last": way("scikit-learn", grid, warm=True),
+        "scikit-learn, one fit": way("scikit-learn", [ONE_L2], warm=False, tol=options.tol),
+        "scikit-learn, each from nothing": way("scikit-learn", some, warm=False, tol=options.tol),
+        "scikit-learn, each from the last": way("scikit-learn", grid, warm=True, tol=options.tol),
     }
     if options.intelex:
         ways["scikit-learn-intelex, each from nothing"] = way("scikit-learn", some, warm=False, patched=True)
@@ -196,7 +201,7 @@ def main() -> None:
     found = interleave(ways, options.repeats)
     n, width, n_classes = options.shape
     print_table(
-        f"45 values of l2, N = {n}, D = {width}, C = {n_classes}, {options.repeats} repeats, one thread",
+        f"45 values of l2, N = {n}, D = {width}, C = {n_classes}, {options.repeats} repeats, one thread, tol {options.tol:g}",
         (
             "way",
             "fits run",
@@ -210,6 +215,7 @@ def main() -> None:
         "CPU s for all: of fits from nothing some are run, and the others interpolated between them",
         f"one fit: l2 = {ONE_L2:g}, its ratio to our one fit",
         "last columns: the largest relative difference of an objective from ours at the same l2, and of ours from theirs",
+        "tol: of scikit-learn",
     )
     path = found.get("embedpipe, path")
     if not path:

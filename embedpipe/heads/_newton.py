@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from embedpipe.heads._problem import Float64, Problem, Solution, narrow
 from embedpipe.heads._sweeps import MANY_CLASSES, Metric, Sweeps
 
 TOLERANCE = 4e-7  # of the bound on what is left to gain, relative to the objective
-POLISHED = 1e-12  # what is left to gain after `polish`, where rounding and so many steps and products for each allow it
+POLISHED = 1e-10  # what is left to gain after `polish`, where rounding and so many steps and products for each allow it
 POLISHING, POLISHING_PRODUCTS = 3, 20
 STEPS, HALVINGS = 100, 40  # at most, in a minimisation, in a line search
 TOGETHER = 12  # so many l2 at a time
@@ -43,6 +44,8 @@ FAR = 1.0  # a gap from which no step reaches the optimum
 WORN = 20  # products for a step: the metric is measured again
 LEAST_SPREAD = 1e-12  # of a class that every sample is already sure about
 
+_metrics: WeakKeyDictionary[Problem, Metric] = WeakKeyDictionary()  # as `solve_path` measured them, for `polish`
+
 
 def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = None) -> list[Solution]:
     """Minimise the objective for every l2, falling."""
@@ -50,7 +53,9 @@ def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = 
     sweeps = Sweeps(small, kept_bytes=problem.memory_bytes // 2)
     many = sweeps.rows >= MANY_CLASSES
     steep = many and not start and l2s[0] <= STEEP
-    way = _Way(sweeps, _into(start, basis) if start else small.blind, l2s, alone=len(l2s) == 1 and not steep)
+    _metrics[problem] = metric = sweeps.measure()
+    sweeps.shorten(metric, l2s[0] if len(l2s) == 1 and not steep else None)
+    way = _Way(sweeps, metric, _into(start, basis) if start else small.blind, l2s)
     if steep:
         way.come_down()
     for stride, most in MANY_STRIDES if many else STRIDES:
@@ -66,7 +71,8 @@ def polish(problem: Problem, solution: Solution, l2: float) -> Solution:
     sweeps, start = Sweeps(small, kept_bytes=problem.memory_bytes // 2), _into(solution, basis)
     W, b = torch.from_numpy(start.weight)[None], torch.from_numpy(start.bias)[None]
     at = torch.tensor([l2], dtype=torch.float64)
-    W, b = minimise(sweeps, at, W, b, tolerance=POLISHED, steps=POLISHING, products=POLISHING_PRODUCTS)
+    metric = _metrics.get(problem)
+    W, b = minimise(sweeps, at, W, b, metric, tolerance=POLISHED, steps=POLISHING, products=POLISHING_PRODUCTS)
     return _out_of(Solution(W[0].numpy(), b[0].numpy()), basis)
 
 
@@ -81,13 +87,11 @@ def _out_of(solution: Solution, basis: Float64 | None) -> Solution:
 class _Way:
     """The l2 of a path, falling, with the weights found so far."""
 
-    def __init__(self, sweeps: Sweeps, start: Solution, l2s: Sequence[float], *, alone: bool) -> None:
-        self.sweeps, self.l2 = sweeps, torch.tensor(l2s, dtype=torch.float64)
+    def __init__(self, sweeps: Sweeps, metric: Metric, start: Solution, l2s: Sequence[float]) -> None:
+        self.sweeps, self.metric, self.l2 = sweeps, metric, torch.tensor(l2s, dtype=torch.float64)
         self.W = torch.from_numpy(start.weight).repeat(len(l2s), 1, 1)
         self.b = torch.from_numpy(start.bias).repeat(len(l2s), 1)
         self.known: list[int] = []
-        self.metric = sweeps.measure()
-        sweeps.shorten(self.metric, l2s[0] if alone else None)
 
     def come_down(self) -> None:
         """Start from larger l2 that are solved loosely, one after the other."""
