@@ -25,6 +25,7 @@ class Forward:
     executor : str        "eager", "fused", "compile" or "openvino"; "auto" until `settle` has chosen
     batch_size : int      images a batch; the last one is padded, so that no row depends on its place; 0 until `settle`
                           knows how many suit the executor and the device
+    load : int            images that are handed on together where batches are smaller
     workers : int         decoding processes
     streams : int         batches in the backbone at a time
     threads : int         threads of one forward pass on a CPU
@@ -36,15 +37,16 @@ class Forward:
     store_dtype: str = "float32"
     executor: str = "eager"
     batch_size: int = CPU_BATCH["eager"]
+    load: int = 1
     workers: int = 2
     streams: int = 1
     threads: int = 1
     channels_last: bool = True
 
     @property
-    def load(self) -> int:
-        """How many images, whole batches, are handed from decoders to the backbones together."""
-        return max(1, LOAD // self.batch_size) * self.batch_size
+    def handed(self) -> int:
+        """How many images are handed from decoders to the backbones together."""
+        return max(1, self.load // self.batch_size) * self.batch_size
 
     @property
     def pins(self) -> dict[str, Any]:
@@ -101,6 +103,7 @@ def plan_forward(
         store_dtype=store_dtype,
         executor=executor,
         batch_size=0 if batch_size == "auto" else int(batch_size),
+        load=LOAD if batch_size == "auto" else 1,
         workers=cores if workers == "auto" else int(workers),
         streams=streams,
         threads=cores // streams if on_cpu else 1,

@@ -19,11 +19,11 @@ def stream_rows(items: Iterable[tuple[bytes, Place | Path]], runner: Runner) -> 
 
     Yields
     ------
-    Rows    of at most `load` images from one backbone, for each backbone in turn
+    Rows    of at most `handed` images from one backbone, for each backbone in turn
     """
     forward = runner.forward
     batches: Any = image_batches(
-        items, runner.windows, batch_size=forward.load, workers=forward.workers, in_order=False
+        items, runner.windows, batch_size=forward.handed, workers=forward.workers, in_order=False
     )
     under_way: deque[Future[list[Rows]]] = deque()
     threads = ThreadPoolExecutor(forward.streams, thread_name_prefix="forward")

@@ -54,20 +54,20 @@ def kill_once(extraction: Extraction, folder: Path, chance: random.Random, tally
 def test_stopped(extraction: Extraction, tmp_path: Path, full: bool, tally: Tally, number: signal.Signals) -> None:
     """SIGTERM or SIGINT in the middle of an extraction."""
     chance, slowest, partial, wanted = random.Random(0), 0.0, 0, 10 if full else 1
-    for k in range(3 * wanted):
+    for k in range(6 * wanted):
         if tally.trials == wanted:
             break
         folder = tmp_path / str(k)
-        trial = extraction.start(folder, "cache", "--shard-rows", 20, fresh=True)
+        trial = extraction.start(folder, "cache", "--shard-rows", 12, fresh=True)
         await_shards(await_lock(folder / "cache"), 1, trial)
-        time.sleep(chance.uniform(0, 0.1))
+        time.sleep(chance.uniform(0, 0.06))
         trial.signal(number)
         started = time.monotonic()
         code = trial.wait()
         slowest = max(slowest, time.monotonic() - started)
         rows = extraction.check_rows(folder / "cache")
         if rows < len(extraction.rows):  # the signal was in time
-            partial += rows % 20 > 0
+            partial += rows % 12 > 0
             ended = problem_of(check_ended, trial, code, CODES[number])
             tally.add(ended or problem_of(extraction.check_resumed, folder, folder / "cache"), k)
     tally.note = (

@@ -123,7 +123,7 @@ def test_small_batches_are_handed_on_together(backbone: Backbone, items: list[tu
     """Eight images or one larger batch; rows are the same to the bit, since the backbone sees the same batches."""
     found = {}
     for size in (2, 3, 16):
-        runner = Runner([backbone], replace(FORWARD, batch_size=size))
+        runner = Runner([backbone], replace(FORWARD, batch_size=size, load=8))
         many = list(stream_rows(3 * items, runner))
         assert {len(rows.keys) for rows in many[:-1]} == {{2: 8, 3: 6, 16: 16}[size]}
         found[size] = rows_by_key(many)
@@ -132,6 +132,12 @@ def test_small_batches_are_handed_on_together(backbone: Backbone, items: list[tu
         for rows in alone.rows_of(batch):
             for key, row in zip(rows.keys, rows.features, strict=True):
                 assert found[2][key] == row.tobytes()
+
+
+def test_a_batch_size_that_was_asked_for_is_what_is_handed_on() -> None:
+    machine = {"device": "cpu", "workers": 1}
+    assert plan_forward(batch_size=2, **machine).handed == 2  # type: ignore[arg-type]
+    assert plan_forward(batch_size="auto", **machine).under("openvino").handed == 8  # type: ignore[arg-type]
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_no_row_is_lost(
