@@ -185,8 +185,8 @@ def _step(
     shape : W -> W    what weights are made into before they are looked at
     """
     slope = dot(points.grad_W, points.grad_b, dW, db)
-    far = bool((points.gap > FAR).all())
     length = torch.ones_like(slope)
+    far = bool((points.gap > FAR).all())
     for _ in range(HALVINGS):
         W = shape(points.W + length[:, None, None] * dW)
         new = _points(sweeps, points.l2, W, points.b + length[:, None] * db, far=far)

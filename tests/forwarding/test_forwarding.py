@@ -135,9 +135,8 @@ def test_small_batches_are_handed_on_together(backbone: Backbone, items: list[tu
 
 
 def test_a_batch_size_that_was_asked_for_is_what_is_handed_on() -> None:
-    machine = {"device": "cpu", "workers": 1}
-    assert plan_forward(batch_size=2, **machine).handed == 2  # type: ignore[arg-type]
-    assert plan_forward(batch_size="auto", **machine).under("openvino").handed == 8  # type: ignore[arg-type]
+    assert plan_forward(device="cpu", workers=1, batch_size=2).handed == 2
+    assert plan_forward(device="cpu", workers=1, batch_size="auto").under("openvino").handed == 8
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_no_row_is_lost(
