@@ -198,6 +198,10 @@ def main() -> None:
         ways["scikit-learn-intelex, each from nothing"] = way("scikit-learn", some, warm=False, patched=True)
     if options.only:
         ways = {name: run for name, run in ways.items() if any(word in name for word in options.only)}
+    if lacking := {_reference(name) for name in ways or ["embedpipe, path"]} - {*ways}:
+        parser.error(f"--only {' '.join(options.only)} leaves out {', '.join(lacking)}, which others are held against")
+    if not options.tol > 0:
+        parser.error(f"--tol is {options.tol:g}, expected more than 0")
     found = interleave(ways, options.repeats)
     n, width, n_classes = options.shape
     print_table(
@@ -247,8 +251,7 @@ def compare_folds(options: argparse.Namespace) -> None:
 
 
 def _row(name: str, runs: list[dict[str, Any]], found: dict[str, list[dict[str, Any]]]) -> list[object]:
-    one = "one fit" in name
-    reference = found["embedpipe, one fit" if one else "embedpipe, path"]
+    one, reference = "one fit" in name, found[_reference(name)]
     total = [run["cpu_s"] if one else _for_all(run) for run in runs]
     ratio = [theirs / base["cpu_s"] for theirs, base in zip(total, reference, strict=True)]
     above, below = [], []
@@ -260,6 +263,10 @@ def _row(name: str, runs: list[dict[str, Any]], found: dict[str, list[dict[str, 
     seconds = Spread.of([run["cpu_s"] for run in runs]).text()
     shown = [f"{max(above):.1e}", f"{max(below):.1e}"]
     return [name, len(runs[0]["l2"]), seconds, Spread.of(total).text(), Spread.of(ratio).text(), *shown]
+
+
+def _reference(name: str) -> str:
+    return "embedpipe, one fit" if "one fit" in name else "embedpipe, path"
 
 
 def _for_all(run: dict[str, Any]) -> float:
