@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import importlib.util
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -116,6 +117,8 @@ def fuse(joint: Joint, batch_size: int) -> GraphModule:
         for node in list(whole.graph.nodes):
             if node.target is torch.ops.aten.convolution.default and node.args[1].op == "get_attr":
                 _replace(whole, node)
+            if node.target is torch.ops.aten.max_pool2d_with_indices.default:
+                _replace_pooling(whole, node)
     _keep_what_is_used(whole.graph)
     return GraphModule(whole, whole.graph)  # without the weights that it no longer names
 
@@ -144,6 +147,26 @@ def _replace(whole: GraphModule, node: Node) -> None:
         call = whole.graph.call_module(name, (images,) if total is None else (images, total))
     call.meta = dict(last.meta)
     last.replace_all_uses_with(call)
+    whole.graph.eliminate_dead_code()
+
+
+def _replace_pooling(whole: GraphModule, node: Node) -> None:
+    """Replace max pooling that is ours, where nobody asks which pixel was the largest."""
+    from embedpipe.executors._pooling import Pooling, can_pool
+
+    given: tuple[Any, ...] = node.args
+    images, *how = given
+    user = _only_user(node)
+    if user is None or user.target is not operator.getitem or user.args[1] != 0 or node.kwargs:
+        return
+    if not can_pool(_shape(images)[1], *how):
+        return
+    name = f"fused_{node.name}"
+    whole.add_module(name, Pooling())
+    with whole.graph.inserting_before(user):
+        call = whole.graph.call_module(name, (images,))
+    call.meta = dict(user.meta)
+    user.replace_all_uses_with(call)
     whole.graph.eliminate_dead_code()
 
 

@@ -1,18 +1,22 @@
-"""Loops over pixels, compiled, once a machine: colours by a table, images to Winograd's tiles, and tiles to images.
+"""Loops over pixels, compiled, once a machine: colours by a table, Winograd's tiles and back, and the largest of 3x3 pixels.
 
-A tile has 36 numbers a channel. Every loop over channels is one of which LLVM makes vectors: few arrays, no branch.
+A tile has 36 numbers a channel. Channels are taken 16 at a time, in vectors, so there are 16 of them, or a multiple.
 
 Source of the tiles: Lavin and Gray, Fast algorithms for convolutional neural networks, CVPR 2016, section 4.3, F(4x4, 3x3).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 
-from embedpipe.compiling import compiled
+from embedpipe.compiling import LANES, Memory, Vector, compiled, inlined
 
 PIXELS, IMAGES, TILES, SIX = "uint8[:,:,:,::1]", "float32[:,:,:,::1]", "float32[:,:,::1]", "float32[:,::1]"
-TWO, FOUR, FIVE, EIGHT, ZERO = (np.float32(number) for number in (2, 4, 5, 8, 0))
+ZERO, BYTES = np.float32(0), 4
+STEP = BYTES * LANES
 
 
 @compiled(f"void({PIXELS}, {SIX}, int64[::1], {IMAGES})")
@@ -26,38 +30,49 @@ def colour(pixels: np.ndarray, table: np.ndarray, channels: np.ndarray, images: 
                     images[n, y, x, k] = table[pixels[n, y, x, channels[k]], k]
 
 
-@compiled(f"void({SIX}, {TILES}, int64)")
-def spread(six: np.ndarray, out: np.ndarray, place: int) -> None:
-    """Write B^T of six rows of channels to out[:, place]."""
-    a, b, c, d, e, f = six[0], six[1], six[2], six[3], six[4], six[5]
-    channels = six.shape[1]
-    for k in range(channels):
-        out[0, place, k] = FOUR * a[k] - FIVE * c[k] + e[k]
-    for k in range(channels):
-        out[1, place, k] = (d[k] + e[k]) - FOUR * (b[k] + c[k])
-    for k in range(channels):
-        out[2, place, k] = FOUR * (b[k] - c[k]) - (d[k] - e[k])
-    for k in range(channels):
-        out[3, place, k] = TWO * (d[k] - b[k]) + (e[k] - c[k])
-    for k in range(channels):
-        out[4, place, k] = TWO * (b[k] - d[k]) + (e[k] - c[k])
-    for k in range(channels):
-        out[5, place, k] = FOUR * b[k] - FIVE * d[k] + f[k]
+def _to_tile(a: Vector, b: Vector, c: Vector, d: Vector, e: Vector, f: Vector) -> Sequence[Vector]:
+    """Return B^T of six pixels in a row."""
+    even, odd, near, far = e - 4 * c, d - 4 * b, e - c, 2 * (d - b)
+    return 4 * a - 5 * c + e, even + odd, even - odd, near + far, near - far, 4 * b - 5 * d + f
 
 
-@compiled(f"void({SIX}, {TILES}, int64)")
-def gather(six: np.ndarray, out: np.ndarray, place: int) -> None:
-    """Write A^T of six rows of channels, four rows, to out[:, place]."""
-    a, b, c, d, e, f = six[0], six[1], six[2], six[3], six[4], six[5]
-    channels = six.shape[1]
-    for k in range(channels):
-        out[0, place, k] = a[k] + (b[k] + c[k]) + (d[k] + e[k])
-    for k in range(channels):
-        out[1, place, k] = (b[k] - c[k]) + TWO * (d[k] - e[k])
-    for k in range(channels):
-        out[2, place, k] = (b[k] + c[k]) + FOUR * (d[k] + e[k])
-    for k in range(channels):
-        out[3, place, k] = (b[k] - c[k]) + EIGHT * (d[k] - e[k]) + f[k]
+def _to_pixels(a: Vector, b: Vector, c: Vector, d: Vector, e: Vector, f: Vector) -> Sequence[Vector]:
+    """Return A^T of six numbers of a tile: four pixels in a row."""
+    ones, twos, one, two = b + c, d + e, b - c, d - e
+    return a + ones + twos, one + 2 * two, ones + 4 * twos, one + 8 * two + f
+
+
+def _both_ways(turn: Callable[..., Sequence[Vector]]) -> Callable[..., None]:
+    """Return a call that turns six rows of six vectors along columns and rows; steps between them are in bytes."""
+
+    def write(memory: Memory, source: Any, down: Any, across: Any, target: Any, row: Any, column: Any) -> None:
+        columns = [turn(*(memory[source, (y, down), (x, across)] for y in range(6))) for x in range(6)]
+        for y, line in enumerate(zip(*columns, strict=True)):
+            for x, vector in enumerate(turn(*line)):
+                memory[target, (y, row), (x, column)] = vector
+
+    return inlined(write)
+
+
+_spread, _gather = _both_ways(_to_tile), _both_ways(_to_pixels)
+
+
+@inlined
+def _finish(memory: Memory, sums: Any, bias: Any, target: Any, add: Any, relu: Any) -> None:
+    """Write sums and their bias to `target`, added to what is there or not, rectified or not."""
+    found = memory[sums] + memory[bias]
+    found = found.if_not(add, found + memory[target])
+    memory[target] = found.if_not(relu, found.at_least(0))
+
+
+@inlined
+def _largest(memory: Memory, above: Any, here: Any, below: Any, left: Any, right: Any, target: Any) -> None:
+    """Write the largest of three rows at three columns; `left` and `right` are bytes from the middle one."""
+    rows = [(row, (1, side)) if side else (row,) for row in (above, here, below) for side in (None, left, right)]
+    found = memory[rows[0]]
+    for place in rows[1:]:
+        found = found.at_least(memory[place])
+    memory[target] = found
 
 
 @compiled(f"void({IMAGES}, {TILES}, int64, int64, int64)")
@@ -67,48 +82,61 @@ def tile(images: np.ndarray, tiles: np.ndarray, first: int, rows: int, columns: 
     A tile is of 6x6 pixels, four from the next, with a black edge.
     """
     _, height, width, channels = images.shape
-    pixels = np.empty((6, channels), np.float32)
-    half = np.empty((6, 6, channels), np.float32)
+    edged, pixel = (
+        np.empty((6, 6, channels + LANES), np.float32),
+        BYTES * channels,
+    )  # in steps that share a cache's sets
     for number in range(len(tiles)):
         image, place = divmod(first + number, rows * columns)
         top, left = 4 * (place // columns) - 1, 4 * (place % columns) - 1
-        for x in range(left, left + 6):
-            for y in range(top, top + 6):
-                if 0 <= y < height and 0 <= x < width:
-                    for k in range(channels):
-                        pixels[y - top, k] = images[image, y, x, k]
-                else:
-                    for k in range(channels):
-                        pixels[y - top, k] = ZERO
-            spread(pixels, half, x - left)
-        found = tiles[number].reshape(6, 6, channels)
-        for row in range(6):
-            spread(half[row], found, row)
+        if top >= 0 and left >= 0 and top + 6 <= height and left + 6 <= width:
+            source, across, down = images[image, top, left].ctypes.data, pixel, width * pixel
+        else:
+            for y in range(6):
+                for x in range(6):
+                    if 0 <= top + y < height and 0 <= left + x < width:
+                        for k in range(channels):
+                            edged[y, x, k] = images[image, top + y, left + x, k]
+                    else:
+                        for k in range(channels):
+                            edged[y, x, k] = ZERO
+            source, across, down = edged.ctypes.data, pixel + STEP, 6 * (pixel + STEP)
+        target = tiles[number].ctypes.data
+        for k in range(0, pixel, STEP):
+            _spread(source + k, down, across, target + k, 6 * pixel, pixel)
 
 
-@compiled(f"void({TILES}, float32[::1], {IMAGES}, int64, int64, int64, boolean, boolean)")
+@compiled(f"void({TILES}, float32[::1], {IMAGES}, int64, int64, int64, int64, int64)")
 def untile(
-    tiles: np.ndarray, bias: np.ndarray, images: np.ndarray, first: int, rows: int, columns: int, add: bool, relu: bool
+    tiles: np.ndarray, bias: np.ndarray, images: np.ndarray, first: int, rows: int, columns: int, add: int, relu: int
 ) -> None:
     """Fill images (N, H, W, C), or add to them, where tiles (T, 36, C), from number `first` on, have pixels; bias (C,)."""
     _, height, width, channels = images.shape
-    half = np.empty((4, 6, channels), np.float32)
-    pixels = np.empty((4, 1, channels), np.float32)
+    sums, pixel = np.empty((4, 4, LANES), np.float32), BYTES * channels
+    held = sums.ctypes.data
     for number in range(len(tiles)):
         image, place = divmod(first + number, rows * columns)
         top, left = 4 * (place // columns), 4 * (place % columns)
-        for column in range(6):
-            gather(tiles[number, 6 * column : 6 * column + 6], half, column)
-        for y in range(top, min(top + 4, height)):
-            gather(half[y - top], pixels, 0)
-            for x in range(left, min(left + 4, width)):
-                found, row = images[image, y, x], pixels[x - left, 0]
-                if add:
-                    for k in range(channels):
-                        found[k] += row[k] + bias[k]
-                else:
-                    for k in range(channels):
-                        found[k] = row[k] + bias[k]
-                if relu:
-                    for k in range(channels):
-                        found[k] = max(found[k], ZERO)
+        source, target = tiles[number].ctypes.data, images[image, top, left].ctypes.data
+        for k in range(0, pixel, STEP):
+            _gather(source + k, 6 * pixel, pixel, held, 4 * STEP, STEP)
+            for y in range(min(4, height - top)):
+                for x in range(min(4, width - left)):
+                    where = target + (y * width + x) * pixel + k
+                    _finish(held + (4 * y + x) * STEP, bias.ctypes.data + k, where, add, relu)
+
+
+@compiled(f"void({IMAGES}, {IMAGES})")
+def pool(images: np.ndarray, found: np.ndarray) -> None:
+    """Fill (N, H', W', C) with the largest of 3x3 pixels around every second one of images (N, H, W, C)."""
+    count, height, width, channels = images.shape
+    pixel = BYTES * channels
+    for n in range(count):
+        for y in range(found.shape[1]):
+            above, below = max(2 * y - 1, 0), min(2 * y + 1, height - 1)  # an edge is as its neighbour: no larger
+            for x in range(found.shape[2]):
+                left, right = -pixel * (x > 0), pixel * (2 * x + 1 < width)
+                rows = images[n, above, 2 * x].ctypes.data, images[n, below, 2 * x].ctypes.data
+                here, target = images[n, 2 * y, 2 * x].ctypes.data, found[n, y, x].ctypes.data
+                for k in range(0, pixel, STEP):
+                    _largest(rows[0] + k, here + k, rows[1] + k, left, right, target + k)

@@ -48,15 +48,16 @@ class Winograd(nn.Module):
 
     def forward(self, images: Tensor, total: Tensor | None = None) -> Tensor:
         """Return (N, O, H, W), channels last; added to `total`, in its memory, where that is given."""
-        pixels = _channels_last(images)
-        add, shape = total is not None, (*pixels.shape[:3], len(self._bias))
+        pixels, room = _channels_last(images), _memory(self._shape)
+        shape = (*pixels.shape[:3], len(self._bias))
         found = torch.empty(shape) if total is None else _channels_last(total)
-        for first in range(0, self._all, self._shape[0]):
-            tiles = _memory(self._shape)[: self._all - first]
-            tile(pixels.numpy(), tiles.numpy(), first, *self._grid)
-            sums = self._multiply(tiles.view(1, 1, len(tiles), -1).permute(0, 3, 1, 2))
-            sums = _channels_last(sums).view(len(tiles), GROUPS, -1)
-            untile(sums.numpy(), self._bias, found.numpy(), first, *self._grid, add, self._relu)
+        given, tiles, target = pixels.numpy(), room.numpy(), found.numpy()
+        for first in range(0, self._all, len(tiles)):
+            count = min(len(tiles), self._all - first)
+            tile(given, tiles[:count], first, *self._grid)
+            sums = self._multiply(room[:count].view(1, 1, count, -1).permute(0, 3, 1, 2))
+            sums = _channels_last(sums).view(count, GROUPS, -1)
+            untile(sums.numpy(), self._bias, target, first, *self._grid, total is not None, self._relu)
         return found.permute(0, 3, 1, 2)
 
 
@@ -76,5 +77,5 @@ def _channels_last(images: Tensor) -> Tensor:
 def _matrices(weight: Tensor) -> Tensor:
     """Return G g G^T of a kernel, by columns, as a convolution in 36 groups: (36 O, C, 1, 1)."""
     kernel = torch.from_numpy(KERNEL)
-    found = torch.einsum("ai,ocij,bj->baoc", kernel, weight.double(), kernel)
+    found = torch.einsum("ai,ocij,bj->aboc", kernel, weight.double(), kernel)
     return found.float().reshape(-1, weight.shape[1], 1, 1)

@@ -16,6 +16,7 @@ from embedpipe.backbones import Backbone, join, load_backbone
 from embedpipe.errors import UsageError
 from embedpipe.executors import Fused, has_fused, tiled_share
 from embedpipe.executors._fused import _Colours, fuse
+from embedpipe.executors._pooling import Pooling
 from embedpipe.executors._suiting import Places, suits
 from embedpipe.executors._winograd import Winograd
 from embedpipe.images import Transform
@@ -64,6 +65,30 @@ def test_parts_of_a_batch_are_the_batch(count: int, monkeypatch: pytest.MonkeyPa
         found = convolution(images)
     assert convolution._shape[0] < count * 64
     assert torch.allclose(found, nn.functional.conv2d(images, weight, padding=1), atol=1e-3)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(1, 3),
+    channels=st.sampled_from([16, 48]),
+    height=st.integers(1, 12),
+    width=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
+def test_pooling_is_torch_s(count: int, channels: int, height: int, width: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    images = torch.randn(count, channels, height, width)
+    images[torch.rand(images.shape) < 0.02] = float("nan")
+    expected = nn.functional.max_pool2d(images, 3, 2, 1)
+    assert torch.equal(Pooling()(images).nan_to_num(99.0), expected.nan_to_num(99.0))
+
+
+def test_what_is_not_a_number_stays_so_where_it_is_rectified() -> None:
+    images, weight = torch.randn(1, 32, 8, 8), torch.randn(32, 32, 3, 3)
+    images[0, 3, 4, 4] = float("nan")
+    for total in (None, torch.zeros(1, 32, 8, 8).contiguous(memory_format=torch.channels_last)):
+        found = Winograd(weight, None, tuple(images.shape), relu=True)(images, total)
+        assert found[0, :, 3:6, 3:6].isnan().all()
 
 
 def test_which_convolutions_suit() -> None:
@@ -140,6 +165,18 @@ class Activations(Parts):
         return torch.sigmoid(self.a(x)).mean((2, 3))
 
 
+class Pooled(Parts):
+    """Max pooling that is ours, of another kernel, of too few channels, and with the places that were the largest."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        f = nn.functional
+        x = self.stem(images)
+        y = f.max_pool2d(x, 3, 2, 1)
+        y = self.a(y) + y + f.max_pool2d(x, 2, 2, ceil_mode=True)
+        few, (kept, places) = f.max_pool2d(images, 3, 2, 1), f.max_pool2d(x, 3, 2, 1, return_indices=True)
+        return pooled(y) + pooled(few).mean(1, keepdim=True) + pooled(kept + places / 1000)
+
+
 class Broadcast(Parts):
     def forward(self, images: Tensor) -> Tensor:
         x = self.stem(images)
@@ -180,7 +217,7 @@ def backbone_of(model: nn.Module, size: int = 30) -> Backbone:
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize(
-    "model", [OnItself, UsedLater, InPlace, Shared, Activations, Broadcast, Odd, Branches, Shortcut]
+    "model", [OnItself, UsedLater, InPlace, Shared, Activations, Pooled, Broadcast, Odd, Branches, Shortcut]
 )
 def test_the_graph_computes_what_the_module_does(model: Callable[[int], nn.Module], size: int) -> None:
     torch.manual_seed(0)
