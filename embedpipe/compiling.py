@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 OPTIONS = {"nogil": True, "fastmath": True, "boundscheck": False, "error_model": "numpy", "cache": True}
 LANES = 16  # float32 in a vector: one register of AVX-512, two of AVX2, four of NEON
-FOUR, FLAGS = 4, ("contract",)  # bytes of a number; a product and a sum may be one instruction
+BYTES, FLAGS = 4, ("contract",)  # bytes of a number; a product and a sum may be one instruction
 SIXTEEN, WHOLE = ir.VectorType(ir.FloatType(), LANES), ir.IntType(64)
 
 Loop = TypeVar("Loop", bound=Callable[..., None])
@@ -39,15 +39,15 @@ def compiled(signature: str) -> Callable[[Loop], Loop]:
 def inlined(write: Callable[..., None]) -> Callable[..., None]:
     """Return a call for compiled loops, whose instructions `write(memory, *numbers)` writes; the numbers are int64."""
 
-    def define(_context: Any, *numbers: Any) -> Any:
+    def typed(_context: Any, *numbers: Any) -> Any:
         def emit(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
             write(Memory(builder), *values)
             return context.get_dummy_value()
 
         return numba.types.void(*[numba.types.int64] * len(numbers)), emit
 
-    names = list(inspect.signature(write).parameters.values())
-    define.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]
+    define: Any = typed
+    define.__signature__ = inspect.signature(write)  # from which numba takes how many numbers a call has
     call: Callable[..., None] = intrinsic(define)
     return call
 
@@ -59,10 +59,10 @@ class Memory:
         self._builder = builder
 
     def __getitem__(self, place: Any) -> Vector:
-        return Vector(self._builder, self._builder.load(self._pointer(place), align=FOUR))
+        return Vector(self._builder, self._builder.load(self._pointer(place), align=BYTES))
 
     def __setitem__(self, place: Any, vector: Vector) -> None:
-        self._builder.store(vector.value, self._pointer(place), align=FOUR)
+        self._builder.store(vector.value, self._pointer(place), align=BYTES)
 
     def _pointer(self, place: Any) -> Any:
         """Return where a place is: an address, or an address and pairs of how many steps of how many bytes."""

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from embedpipe.compiling import LANES, Memory, Vector, compiled, inlined
+from embedpipe.compiling import BYTES, LANES, Memory, Vector, compiled, inlined
 
 PIXELS, IMAGES, TILES, SIX = "uint8[:,:,:,::1]", "float32[:,:,:,::1]", "float32[:,:,::1]", "float32[:,::1]"
-ZERO, BYTES = np.float32(0), 4
+ZERO = np.float32(0)
 STEP = BYTES * LANES
 
 
