@@ -103,6 +103,8 @@ def main() -> None:
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--slower-ms", type=float, default=60, help="of a batch in the slower stage")
     options = parser.parse_args()
+    if min(options.batches, options.repeats) < 1:
+        parser.error(f"--batches {options.batches} --repeats {options.repeats}, expected at least 1 of each")
     slower_s = options.slower_ms / 1000
     with tempfile.TemporaryDirectory() as name:
         items = write_images(Path(name), options.batches * BATCH)
