@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 OPTIONS = {"nogil": True, "fastmath": True, "boundscheck": False, "error_model": "numpy", "cache": True}
 LANES = 16  # float32 in a vector: one register of AVX-512, two of AVX2, four of NEON
 BYTES, FLAGS = 4, ("contract",)  # bytes of a number; a product and a sum may be one instruction
-SIXTEEN, WHOLE = ir.VectorType(ir.FloatType(), LANES), ir.IntType(64)
+SIXTEEN, WHOLE, SHORT = ir.VectorType(ir.FloatType(), LANES), ir.IntType(64), ir.IntType(32)
 
 Loop = TypeVar("Loop", bound=Callable[..., None])
 
@@ -64,12 +64,20 @@ class Memory:
     def __setitem__(self, place: Any, vector: Vector) -> None:
         self._builder.store(vector.value, self._pointer(place), align=BYTES)
 
-    def _pointer(self, place: Any) -> Any:
+    def all(self, place: Any) -> Vector:
+        """Return the one number at a place, in all of a vector."""
+        number = self._builder.load(self._pointer(place, ir.FloatType()), align=BYTES)
+        first = self._builder.insert_element(ir.Constant(SIXTEEN, ir.Undefined), number, ir.Constant(SHORT, 0))
+        spread = ir.Constant(ir.VectorType(SHORT, LANES), [0] * LANES)
+        return Vector(self._builder, self._builder.shuffle_vector(first, first, spread))
+
+    def _pointer(self, place: Any, kind: Any = SIXTEEN) -> Any:
         """Return where a place is: an address, or an address and pairs of how many steps of how many bytes."""
         address, *steps = place if isinstance(place, tuple) else (place,)
         for count, step in steps:
-            address = self._builder.add(address, self._builder.mul(step, ir.Constant(WHOLE, count)))
-        return self._builder.inttoptr(address, SIXTEEN.as_pointer())
+            length = ir.Constant(WHOLE, step) if isinstance(step, int) else step
+            address = self._builder.add(address, self._builder.mul(length, ir.Constant(WHOLE, count)))
+        return self._builder.inttoptr(address, kind.as_pointer())
 
 
 class Vector:
@@ -83,6 +91,9 @@ class Vector:
 
     def __sub__(self, other: Vector) -> Vector:
         return Vector(self._builder, self._builder.fsub(self.value, other.value, flags=FLAGS))
+
+    def __mul__(self, other: Vector) -> Vector:
+        return Vector(self._builder, self._builder.fmul(self.value, other.value, flags=FLAGS))
 
     def __rmul__(self, number: float) -> Vector:
         return Vector(self._builder, self._builder.fmul(self._all(number).value, self.value, flags=FLAGS))

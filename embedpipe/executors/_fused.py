@@ -1,6 +1,6 @@
 """Fused: the module's graph, in which a convolution, the addition and the activation after it are one call.
 
-3x3 convolutions are Winograd's. The graph is taken from one pass, so it holds for one batch size.
+3x3 convolutions are Winograd's, the stem of a ResNet is ours. The graph is taken from one pass, so it holds for one batch size.
 
 >>> session = Fused([joint], batch_size=8)
 """
@@ -126,6 +126,7 @@ def fuse(joint: Joint, batch_size: int) -> GraphModule:
 def _replace(whole: GraphModule, node: Node) -> None:
     """Replace a convolution, and what follows it alone, by one call."""
     from embedpipe.executors._onednn import Convolution
+    from embedpipe.executors._stem import Stem, is_stem
     from embedpipe.executors._suiting import Places, suits
     from embedpipe.executors._winograd import Winograd
 
@@ -136,11 +137,16 @@ def _replace(whole: GraphModule, node: Node) -> None:
     kernel = getattr(whole, weight.target).detach()
     shift = getattr(whole, bias.target).detach() if bias is not None else None
     places, size = Places(tuple(stride), tuple(padding), tuple(dilation), groups), _shape(images)
-    tiled = suits(kernel, places, size)
     last, total = _addition_after(node)
-    last, activation = _activation_after(last, RECTIFIER if tiled else ACTIVATIONS)
-    tiling = Winograd(kernel, shift, size, relu=bool(activation)) if tiled else None
-    ours = tiling or Convolution(kernel, shift, size, places, activation)
+    tiled, first = suits(kernel, places, size), total is None and is_stem(kernel, places, size)
+    last, activation = _activation_after(last, RECTIFIER if tiled or first else ACTIVATIONS)
+    ours: Any
+    if tiled:
+        ours = Winograd(kernel, shift, size, relu=bool(activation))
+    elif first:
+        ours = Stem(kernel, shift, relu=bool(activation))
+    else:
+        ours = Convolution(kernel, shift, size, places, activation)
     name = f"fused_{node.name}"
     whole.add_module(name, ours)
     with whole.graph.inserting_before(last):
@@ -153,6 +159,7 @@ def _replace(whole: GraphModule, node: Node) -> None:
 def _replace_pooling(whole: GraphModule, node: Node) -> None:
     """Replace max pooling that is ours, where nobody asks which pixel was the largest."""
     from embedpipe.executors._pooling import Pooling, can_pool
+    from embedpipe.executors._stem import Stem
 
     given: tuple[Any, ...] = node.args
     images, *how = given
@@ -161,10 +168,14 @@ def _replace_pooling(whole: GraphModule, node: Node) -> None:
         return
     if not can_pool(_shape(images)[1], *how):
         return
-    name = f"fused_{node.name}"
-    whole.add_module(name, Pooling())
-    with whole.graph.inserting_before(user):
-        call = whole.graph.call_module(name, (images,))
+    before = getattr(whole, images.target) if _is_ours(images) else None
+    if isinstance(before, Stem) and _only_user(images):
+        before.pools, call = True, images
+    else:
+        name = f"fused_{node.name}"
+        whole.add_module(name, Pooling())
+        with whole.graph.inserting_before(user):
+            call = whole.graph.call_module(name, (images,))
     call.meta = dict(user.meta)
     user.replace_all_uses_with(call)
     whole.graph.eliminate_dead_code()

@@ -1,4 +1,4 @@
-"""The largest of 3x3 pixels around every second one, as in the stem of a ResNet; compiled in `_tiles`."""
+"""The largest of 3x3 pixels around every second one, as in the stem of a ResNet; compiled in `_strips`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from embedpipe.compiling import LANES
-from embedpipe.executors._tiles import pool
+from embedpipe.executors._strips import pool
 
 OURS = [3, 3], [2, 2], [1, 1]  # kernel, stride and padding
 

@@ -1,4 +1,4 @@
-"""Loops over pixels, compiled, once a machine: colours by a table, Winograd's tiles and back, and the largest of 3x3 pixels.
+"""Loops over pixels, compiled, once a machine: colours by a table, and Winograd's tiles and back.
 
 A tile has 36 numbers a channel. Channels are taken 16 at a time, in vectors, so there are 16 of them, or a multiple.
 
@@ -65,16 +65,6 @@ def _finish(memory: Memory, sums: Any, bias: Any, target: Any, add: Any, relu: A
     memory[target] = found.if_not(relu, found.at_least(0))
 
 
-@inlined
-def _largest(memory: Memory, above: Any, here: Any, below: Any, left: Any, right: Any, target: Any) -> None:
-    """Write the largest of three rows at three columns; `left` and `right` are bytes from the middle one."""
-    rows = [(row, (1, side)) if side else (row,) for row in (above, here, below) for side in (None, left, right)]
-    found = memory[rows[0]]
-    for place in rows[1:]:
-        found = found.at_least(memory[place])
-    memory[target] = found
-
-
 @compiled(f"void({IMAGES}, {TILES}, int64, int64, int64)")
 def tile(images: np.ndarray, tiles: np.ndarray, first: int, rows: int, columns: int) -> None:
     """Fill tiles (T, 36, C), from number `first` on of the N x rows x columns that there are, from images (N, H, W, C).
@@ -124,19 +114,3 @@ def untile(
                 for x in range(min(4, width - left)):
                     where = target + (y * width + x) * pixel + k
                     _finish(held + (4 * y + x) * STEP, bias.ctypes.data + k, where, add, relu)
-
-
-@compiled(f"void({IMAGES}, {IMAGES})")
-def pool(images: np.ndarray, found: np.ndarray) -> None:
-    """Fill (N, H', W', C) with the largest of 3x3 pixels around every second one of images (N, H, W, C)."""
-    count, height, width, channels = images.shape
-    pixel = BYTES * channels
-    for n in range(count):
-        for y in range(found.shape[1]):
-            above, below = max(2 * y - 1, 0), min(2 * y + 1, height - 1)  # an edge is as its neighbour: no larger
-            for x in range(found.shape[2]):
-                left, right = -pixel * (x > 0), pixel * (2 * x + 1 < width)
-                rows = images[n, above, 2 * x].ctypes.data, images[n, below, 2 * x].ctypes.data
-                here, target = images[n, 2 * y, 2 * x].ctypes.data, found[n, y, x].ctypes.data
-                for k in range(0, pixel, STEP):
-                    _largest(rows[0] + k, here + k, rows[1] + k, left, right, target + k)

@@ -17,6 +17,7 @@ from embedpipe.errors import UsageError
 from embedpipe.executors import Fused, has_fused, tiled_share
 from embedpipe.executors._fused import _Colours, fuse
 from embedpipe.executors._pooling import Pooling
+from embedpipe.executors._stem import Stem, is_stem
 from embedpipe.executors._suiting import Places, suits
 from embedpipe.executors._winograd import Winograd
 from embedpipe.images import Transform
@@ -83,12 +84,56 @@ def test_pooling_is_torch_s(count: int, channels: int, height: int, width: int, 
     assert torch.equal(Pooling()(images).nan_to_num(99.0), expected.nan_to_num(99.0))
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    count=st.integers(1, 3),
+    outputs=st.sampled_from([64, 128]),
+    height=st.integers(1, 7),
+    width=st.integers(1, 11),
+    shift=st.booleans(),
+    relu=st.booleans(),
+    pools=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_the_stem_is_the_convolution(
+    count: int, outputs: int, height: int, width: int, shift: bool, relu: bool, pools: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    images, weight = torch.randn(count, 3, 8 * height, 8 * width), torch.randn(outputs, 3, 7, 7)
+    bias = torch.randn(outputs) if shift else None
+    wide = None if bias is None else bias.double()
+    expected = nn.functional.conv2d(images.double(), weight.double(), wide, stride=2, padding=3)
+    largest = expected.abs().max()
+    expected = expected.relu() if relu else expected
+    stem = Stem(weight, bias, relu=relu)
+    stem.pools = pools
+    found = stem(images)
+    assert (found - (nn.functional.max_pool2d(expected, 3, 2, 1) if pools else expected)).abs().max() < 5e-6 * largest
+
+
+def test_which_convolutions_are_a_stem(monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = "embedpipe.executors._stem._has_wide_registers"
+    monkeypatch.setattr(capability, lambda: True)
+    weight, size, places = torch.empty(64, 3, 7, 7), (1, 3, 224, 224), Places((2, 2), (3, 3))
+    assert is_stem(weight, places, size)
+    assert not is_stem(weight, Places((2, 2), (2, 2)), size)
+    assert not is_stem(weight, places, (1, 3, 224, 228))
+    assert not is_stem(torch.empty(96, 3, 7, 7), places, size)
+    assert not is_stem(torch.empty(64, 1, 7, 7), places, (1, 1, 224, 224))
+    assert not is_stem(torch.empty(64, 3, 5, 5), places, size)
+    monkeypatch.setattr(capability, lambda: False)
+    assert not is_stem(weight, places, size)
+
+
 def test_what_is_not_a_number_stays_so_where_it_is_rectified() -> None:
     images, weight = torch.randn(1, 32, 8, 8), torch.randn(32, 32, 3, 3)
     images[0, 3, 4, 4] = float("nan")
     for total in (None, torch.zeros(1, 32, 8, 8).contiguous(memory_format=torch.channels_last)):
         found = Winograd(weight, None, tuple(images.shape), relu=True)(images, total)
         assert found[0, :, 3:6, 3:6].isnan().all()
+    colours, stem = torch.randn(1, 3, 16, 16), Stem(torch.randn(64, 3, 7, 7), None, relu=True)
+    colours[0, 1, 8, 8] = float("nan")
+    assert stem(colours)[0, :, 3:6, 3:6].isnan().all()
 
 
 def test_which_convolutions_suit() -> None:
@@ -211,13 +256,28 @@ class Shortcut(Parts):
         return pooled((self.b(self.a(x).relu()) + x).relu())
 
 
+class Stems(nn.Module):
+    """Stems before pooling, one wanted before it too; before another activation; and added to."""
+
+    def __init__(self, _size: int = 3) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(3, 64, 7, 2, 3) for _ in range(4))
+
+    def forward(self, images: Tensor) -> Tensor:
+        f = nn.functional
+        images = f.pad(images, (1, 1, 1, 1))  # 32 pixels
+        x, y = self.a(images).relu(), self.b(images)
+        small = f.max_pool2d(x, 3, 2, 1) + f.max_pool2d(y, 3, 2, 1)
+        return pooled(small) + pooled(y) + pooled(f.silu(self.c(images)) + self.d(images))
+
+
 def backbone_of(model: nn.Module, size: int = 30) -> Backbone:
     return load_backbone(model.eval(), transform=Transform((size, size), size))
 
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize(
-    "model", [OnItself, UsedLater, InPlace, Shared, Activations, Pooled, Broadcast, Odd, Branches, Shortcut]
+    "model", [OnItself, UsedLater, InPlace, Shared, Activations, Pooled, Broadcast, Odd, Branches, Shortcut, Stems]
 )
 def test_the_graph_computes_what_the_module_does(model: Callable[[int], nn.Module], size: int) -> None:
     torch.manual_seed(0)
@@ -289,6 +349,18 @@ def test_memory_is_used_again_only_where_nobody_wants_it() -> None:
     assert calls(Shortcut()) == (["Convolution", "Winograd", "Winograd"], 0)
     assert calls(OnItself()) == (["Convolution", "Winograd"], 1)
     assert calls(UsedLater()) == (["Convolution", "Winograd", "Winograd", "Winograd"], 1)
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_stem_pools_where_nobody_wants_what_lies_between(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedpipe.executors._stem._has_wide_registers", lambda: wide)
+    kinds, _ = calls(Stems())
+    expected = (
+        ["Stem", "Stem", "Pooling", "Stem", "Convolution"]
+        if wide
+        else ["Convolution", "Pooling"] * 2 + ["Convolution"] * 2
+    )
+    assert sorted(kinds) == sorted(expected)
 
 
 def test_nothing_is_left_of_what_was_fused() -> None:
