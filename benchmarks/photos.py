@@ -126,8 +126,14 @@ def list_images(folder: Path) -> list[Path]:
 
 def add_options(parser: argparse.ArgumentParser, *, images: int) -> None:
     """Add the options that say which images."""
-    parser.add_argument("--images", type=int, default=images)
+    parser.add_argument("--images", type=_one_or_more, default=images)
     parser.add_argument("--set", choices=SETS, default="photos", help="elpv needs `pip install --no-deps elpv-dataset`")
+
+
+def _one_or_more(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number of 1 or more")
+    return int(text)
 
 
 def main() -> None:
