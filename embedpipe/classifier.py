@@ -8,6 +8,7 @@ and a reference to the backbone; after finetune it holds all weights, in `model/
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -194,7 +195,10 @@ class Classifier:
         Raises
         ------
         DecodeError    an image cannot be read; its path and the reason are named
+        UsageError     a path, and no list of paths
         """
+        if isinstance(paths, str | os.PathLike):
+            raise UsageError(f"found {str(paths)!r}, expected a list of paths", hint="put it into brackets")
         files = [Path(path) for path in paths]
         result = classify(self, files)
         if result.failed:

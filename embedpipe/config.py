@@ -146,6 +146,16 @@ def _read_yaml(path: Path, flag: str = "--config") -> Any:
                 raise yaml.MarkedYAMLError(problem="found an alias (*), expected values written out", problem_mark=mark)
             return super().compose_node(parent, index)
 
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            names: set[str] = set()
+            for key, _ in node.value:
+                if isinstance(key.value, str) and key.value in names:
+                    problem = f"found {key.value} twice, expected it once"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                names.add(str(key.value))
+            return node
+
     try:
         with path.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)

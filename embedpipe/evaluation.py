@@ -5,21 +5,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from embedpipe.disk import PathLike
-from embedpipe.errors import UsageError
+from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
 
     from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier
-    from embedpipe.manifest import Failure, Manifest
+    from embedpipe.manifest import Failure, Manifest, Sample
     from embedpipe.pipeline import Progress
 
 
@@ -132,6 +133,8 @@ def evaluate(
     scores, failed = scored.metrics(run.classes), (*manifest.unreadable, *result.failed)
     chosen_on = run.report.get("chosen_on") if data is None else None
     seen = chosen_on if chosen_on == split else None
+    if data is not None:
+        _warn_of_known(run, cache, scored.samples)
     done = Evaluation(run.name, split, scores, matrix, run.classes, failed, seen, run.task)
     if confusion:
         publish(Path(confusion), done.confusion_csv().encode("utf-8", "surrogateescape"))
@@ -148,6 +151,20 @@ def _manifest(
         return cache.read_dataset(run.dataset)
     with closing(KeyIndex()) as index:
         return read_manifest(data, key_of=index.key_of, allow_outside=allow_outside)
+
+
+def _warn_of_known(run: Classifier, cache: Cache, samples: Sequence[Sample]) -> None:
+    """Warn of images that the head was fitted or chosen on, where the cache still knows which these were."""
+    with suppress(EmbedpipeError):
+        used = {one.key for one in cache.read_dataset(run.dataset).samples if one.split in ("train", "val")}
+        known = [one for one in samples if one.key in used]
+        if known:
+            warnings.warn(
+                f"{len(known)} of {len(samples)} images are in train or val of {run.name} (first: {known[0].path}): "
+                "the scores are no estimate of what it does on new images",
+                EmbedpipeWarning,
+                stacklevel=3,
+            )
 
 
 def _check(manifest: Manifest, run: Classifier, labels: list[str], split: str) -> None:

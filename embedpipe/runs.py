@@ -52,10 +52,14 @@ class RunFolder:
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Return rows as CSV, each ended by a line feed alone."""
+    """Return rows as CSV, each ended by a line feed alone; a carriage return in a name is quoted, as a line feed is."""
+    return "".join(map(_line, rows))
+
+
+def _line(row: Iterable[Any]) -> str:
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
-    return out.getvalue()
+    csv.writer(out, lineterminator="\r\n").writerow(row)  # what ends a line is what it quotes
+    return out.getvalue()[:-2] + "\n"
 
 
 def new_name(verb: str) -> str:

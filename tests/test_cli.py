@@ -180,6 +180,20 @@ def test_flag_over_environment_over_config_over_default(
     assert l2("--config", "c.yaml", "--l2", 3) == 3.0
 
 
+def test_a_key_twice_in_a_config_is_refused(run: Run, photos: Path) -> None:
+    for text in ("fit-head:\n  l2: 0.1\nfit-head:\n  refit: true\n", "fit-head:\n  l2: 0.1\n  l2: 1\n"):
+        Path("c.yaml").write_text(text)
+        ended = run("fit-head", "--config", "c.yaml")
+        assert ended.code == 2
+        assert "twice, expected it once" in ended.err
+
+
+def test_an_input_that_no_memory_holds_is_refused(run: Run, photos: Path) -> None:
+    ended = run("extract", photos, "--backbone", "timm:test_resnet", "--weights", "none", "--image-size", 100_000)
+    assert ended.code == 2
+    assert "images of 100000 x 100000, expected at most 134217728 pixels" in ended.err
+
+
 def test_shared_options_before_and_after_the_command(run: Run, photos: Path) -> None:
     before = run("--cache-dir", "elsewhere", "--json", "extract", photos, *TINY).data
     after = run("extract", photos, *TINY, "--cache-dir", "elsewhere", "--json").data

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 
 import embedpipe as ep
-from embedpipe.errors import EmbedpipeError, UsageError
+from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, UsageError
 from tests.conftest import write_photo, write_photos
 
 
@@ -21,10 +22,20 @@ def test_its_own_data_are_scored_on_test_and_others_whole(head: ep.Classifier) -
     own = ep.evaluate(head)
     assert (own.split, own.metrics["n"]) == ("test", head.report["metrics"]["test"]["n"])
     assert own.metrics == head.report["metrics"]["test"]
-    write_photos(Path("others"), per_class=3)
+    write_photos(Path("others"), per_class=3, seed=1)
     other = ep.evaluate(head, "others")
     assert (other.split, other.metrics["n"], int(other.confusion.sum())) == ("all", 9, 9)
     assert ep.evaluate(head, split="train").metrics == head.report["metrics"]["train"]
+
+
+def test_images_that_the_head_was_fitted_on_are_told(head: ep.Classifier) -> None:
+    with pytest.warns(EmbedpipeWarning, match=r"\d+ of \d+ images are in train or val of .*no estimate"):
+        ep.evaluate(head, "photos")
+    write_photos(Path("others"), per_class=3, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ep.evaluate(head, "others")
+        ep.evaluate(head)
 
 
 def test_rows_of_the_confusion_matrix_are_true_classes(head: ep.Classifier) -> None:
@@ -45,8 +56,10 @@ def test_what_cannot_be_scored(head: ep.Classifier) -> None:
         ep.evaluate(head, "strange")
     with pytest.raises(UsageError, match="no labelled image in the split all"):
         ep.evaluate(head, "photos/red")
-    write_photos(Path("torn"), per_class=2)
+    write_photos(Path("torn"), per_class=2, seed=1)
     Path("torn/red/000.png").write_bytes(b"torn")
     assert [failure.stage for failure in ep.evaluate(head, "torn").failed] == ["decode"]
     with pytest.raises(EmbedpipeError, match=r"torn/red/000\.png: not an image"):
         ep.evaluate(head, "torn", strict=True)
+    with pytest.raises(UsageError, match="found 'photos/red/000.png', expected a list of paths"):
+        head.predict_proba("photos/red/000.png")

@@ -224,3 +224,11 @@ def test_a_negative_number_of_views(run: Run, photos: Path) -> None:
     ended = run("extract", photos, *TINY, "--views", -1)
     assert (ended.code, "--views is -1" in ended.err) == (2, True)
     assert not os.path.exists("cache")
+
+
+def test_one_layer_may_be_named_without_a_list(photos: Path, tmp_path: Path) -> None:
+    named = [
+        ep.extract(photos, "timm:test_resnet", weights="none", layer=layer, cache_dir=tmp_path / "cache").space.folder
+        for layer in ("layer1", ("layer1",))
+    ]
+    assert named[0] == named[1]

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from pathlib import Path
 
 import pytest
 
 from embedpipe.errors import CacheBusy, ModelMismatch, UsageError
-from embedpipe.runs import find_run, find_unfinished, hold_unfinished, latest_run, list_runs, new_run, read_run
+from embedpipe.runs import (
+    csv_text,
+    find_run,
+    find_unfinished,
+    hold_unfinished,
+    latest_run,
+    list_runs,
+    new_run,
+    read_run,
+)
 
 
 def make(runs: Path, verb: str = "fit-head") -> Path:
@@ -22,6 +33,14 @@ def test_a_run_appears_whole(tmp_path: Path) -> None:
         assert list_runs(tmp_path) == []
     assert list_runs(tmp_path) == list(tmp_path.iterdir()) == [run.final]
     assert read_run(run.final) == {"verb": "fit-head"}
+
+
+def test_csv_gives_back_what_was_written() -> None:
+    rows = [["a\rb", "c\nd", 'e"f', "g,h"], ["", "i", "1", "\r"]]
+    text = csv_text(rows)
+    assert list(csv.reader(io.StringIO(text, newline=""))) == rows
+    assert text.endswith("\n")
+    assert not text.endswith("\r\n")
 
 
 def test_a_run_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from embedpipe.backbones._trace import Trace, trace
 from embedpipe.errors import UsageError
 from embedpipe.provenance import digest_arrays
 
-SCHEMA = 1
+SCHEMA, MOST_PIXELS = 1, 2**27
 Images = Callable[[Any], Tensor]
 
 
@@ -154,6 +154,11 @@ def describe_transform(transform: Images) -> Any:
 
 def trace_or_explain(model: nn.Module, image_size: tuple[int, int], name: str) -> Trace:
     """Return the model's trace."""
+    if image_size[0] * image_size[1] > MOST_PIXELS:
+        raise UsageError(
+            f"images of {image_size[0]} x {image_size[1]}, expected at most {MOST_PIXELS} pixels",
+            hint="give a smaller --image-size",
+        )
     try:
         return trace(model, image_size)
     except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as exc:

@@ -30,7 +30,7 @@ def extract(
     backbone: str | Backbone | Sequence[str] = "timm:resnet18",
     *,
     weights: str = "pretrained",
-    layer: tuple[str, ...] = (),
+    layer: tuple[str, ...] | str = (),
     pool: Literal["auto", "avg", "cls", "max", "none"] = "auto",
     image_size: int | None = None,
     crop_pct: float | None = None,
@@ -68,7 +68,7 @@ def extract(
         timm:NAME, torchvision:NAME, or the model/ folder of a fine-tuned run.
     weights : str
         pretrained (from the library's hub), packaged (from an installed package), none (seeded random), or a file.
-    layer : tuple of str
+    layer : str or several
         Layer to take features from, pooled; repeatable; all means every stage. Default: penultimate, what enters the classifier.
     pool : str
         How maps and tokens become one vector; auto averages what is not class or register token.
@@ -142,7 +142,7 @@ def extract(
     with closing(KeyIndex(keep=not dry_run)) as index:
         manifest = _read(data, index, **reading)
         workshop = Workshop(cache, index, settings)
-        wishes = workshop.wishes_of(_as_list(backbone), layer, loader, views=views, augment=augment)
+        wishes = workshop.wishes_of(_as_list(backbone), tuple(_as_list(layer)), loader, views=views, augment=augment)
         if dry_run:
             planned = workshop.plan(wishes, manifest, retry_failed=retry_failed)
             return FeatureSet(manifest, planned.spaces[0].space, None, describe_plan(manifest, planned))

@@ -70,6 +70,7 @@ def read_manifest(
     samples, unreadable = _read_keys(_limited(rows, limit), listings, key_of)
     if split_by == "hash":
         samples = [replace(sample, split="") for sample in samples]
+    contradicting = _two_labels(samples)
     samples, warnings = assign_splits(samples, val_fraction=val_fraction, test_fraction=test_fraction, task=task)
     classes = classes_of((sample.label for sample in samples if sample.label is not None), task)
     return Manifest(
@@ -79,9 +80,29 @@ def read_manifest(
         classes=classes,
         ignored=sum(listing.ignored for listing in listings),
         unreadable=(*(f for listing in listings for f in listing.unreadable), *unreadable),
-        warnings=(*(text for listing in listings for text in listing.warnings), *warnings, *_one_class(classes, task)),
+        warnings=(
+            *(text for listing in listings for text in listing.warnings),
+            *warnings,
+            *contradicting,
+            *_one_class(classes, task),
+        ),
         task=task,
     )
+
+
+def _two_labels(samples: Sequence[Sample]) -> list[str]:
+    """Return a warning of images that have several labels, where samples of the same content disagree."""
+    first: dict[bytes, Sample] = {}
+    pairs = {
+        one.key: (first[one.key], one)
+        for one in samples
+        if one.label is not None and first.setdefault(one.key, one).label != one.label
+    }
+    if not pairs:
+        return []
+    one, other = next(iter(pairs.values()))
+    where = one.path if one.path == other.path else f"{one.path} and {other.path}"
+    return [f"{len(pairs)} image(s) with several labels, the first: {where}, {one.label} and {other.label}"]
 
 
 def _check_options(split_by: str, val_fraction: float, test_fraction: float, limit: int | None) -> None:

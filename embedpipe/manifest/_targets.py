@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from embedpipe.manifest._sample import Sample
 
 TASKS = {"label": "single", "labels": "multilabel", "target": "regression"}  # by column
+LARGEST = 1e100  # of a target: its square is a number, too
 SEPARATOR = "|"  # between names; alone it is the text of an image to which none applies
 
 
@@ -70,6 +71,8 @@ def _check_number(text: str, at: str) -> None:
         value = math.nan
     if not math.isfinite(value):
         raise UsageError(f"{at}: target {text!r} is no finite number", hint="write numbers with a point, such as 3.5")
+    if abs(value) > LARGEST:
+        raise UsageError(f"{at}: target {text!r}, expected at most {LARGEST:g}", hint="write it in a larger unit")
 
 
 def check_columns_of_targets(names: Sequence[str], at: str) -> None:

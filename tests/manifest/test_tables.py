@@ -185,3 +185,10 @@ def test_split_by_column_and_hash(tmp_path: Path) -> None:
         read(tmp_path, FULL, split_by="folder")
     rows = "".join(f"{i}.png,{'ab'[i % 2]},train\n" for i in range(80))
     assert "test" in read(tmp_path, "path,label,split\n" + rows, split_by="hash").splits
+
+
+def test_an_image_with_two_labels_is_told(tmp_path: Path) -> None:
+    text = "path,label\na/x.png,cat\nb/x.png,cat\na/y.png,cat\na/y.png,dog\na/z.png,dog\n"
+    [warning] = [one for one in read(tmp_path, text).warnings if "several labels" in one]
+    assert warning == "1 image(s) with several labels, the first: a/y.png, cat and dog"
+    assert not [one for one in read(tmp_path, FULL).warnings if "several labels" in one]

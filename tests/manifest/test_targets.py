@@ -80,6 +80,7 @@ def test_lists_of_class_labels_in_parquet(tmp_path: Path) -> None:
     [
         ("x.csv", "path,target\na.png,1\nb.png,many\n", "line 3: target 'many' is no finite number"),
         ("x.csv", "path,target\na.png,nan\n", "line 2: target 'nan' is no finite number"),
+        ("x.csv", "path,target\na.png,1\nb.png,-1e200\n", "line 3: target '-1e200', expected at most 1e\\+100"),
         ("x.csv", "path,target\na.png,1\nb.png,\n", "line 3: no label"),
         ("x.csv", "path,labels\na.png,1\nb.png\n", "line 3: no label"),
         ("x.csv", "path,label,target\na.png,x,1\n", "line 1: found the columns label and target, expected one"),
