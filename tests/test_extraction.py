@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
+import embedpipe as ep
 from embedpipe.images import Transform, decode_image
 from embedpipe.images._augment import AUGMENTS
 from tests.conftest import TINY, Run, write_photos
