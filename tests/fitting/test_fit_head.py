@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import embedpipe as ep
-from embedpipe.errors import UsageError
+from embedpipe.errors import EmbedpipeWarning, UsageError
 from embedpipe.fitting._fit_head import _warn_of_an_edge
 from embedpipe.heads import fit_linear, fit_path
 from embedpipe.recipe import Fitted
@@ -33,7 +33,10 @@ def features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ep.FeatureSet:
     shutil.copy("data/train/red/000.png", "data/val/red/copy.png")
     shutil.copy("data/train/red/001.png", "data/test/red/copy.png")
     shutil.copy("data/train/red/002.png", "data/test/blue/copy.png")
-    return ep.extract("data", ep.load_backbone("timm:test_resnet", weights="none"))
+    with pytest.warns(
+        EmbedpipeWarning, match=r"1 image\(s\) with several labels, the first: test/blue/copy\.png and train"
+    ):
+        return ep.extract("data", ep.load_backbone("timm:test_resnet", weights="none"))
 
 
 def test_copies_of_training_images_are_counted(features: ep.FeatureSet) -> None:
