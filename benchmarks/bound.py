@@ -12,7 +12,7 @@ import argparse
 import tempfile
 from typing import Any
 
-from measuring import EXECUTORS, Spread, answered, count_cores, interleave, print_table, run_way
+from measuring import EXECUTORS, Spread, answered, count_cores, interleave, one_or_more, print_table, run_way
 from photos import SETS, add_options
 from stages import STAGES, check_parity
 from weights import write_weights
@@ -63,7 +63,7 @@ def _figures(found: dict[str, list[dict[str, Any]]], cores: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, images=300)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=one_or_more, default=3)
     parser.add_argument("--backbones", nargs="+", default=BACKBONES)
     parser.add_argument(
         "--executor",

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measuring import Spread, answered, count_cores, interleave, print_table, run_way
+from measuring import Spread, answered, count_cores, interleave, one_or_more, print_table, run_way
 from photos import SETS, add_options
 from weights import read_model, recipe, write_weights
 
@@ -129,7 +129,7 @@ WAYS = {"ours": ours, "tutorial": tutorial}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, images=600)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=one_or_more, default=3)
     parser.add_argument("--backbones", nargs="+", default=list(LAYERS))
     options = parser.parse_args()
     data = str(Path(SETS[options.set](options.images)).absolute())

@@ -11,7 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from measuring import EXECUTORS, Spread, answered, count_cores, extract_steadily, interleave, print_table, run_way
+from measuring import (
+    EXECUTORS,
+    Spread,
+    answered,
+    count_cores,
+    extract_steadily,
+    interleave,
+    one_or_more,
+    print_table,
+    run_way,
+)
 from photos import SETS, add_options, list_images
 from stages import decode, load
 from weights import write_weights
@@ -49,7 +59,7 @@ def _items(data: str) -> list[tuple[Any, Path]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, images=4000)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=one_or_more, default=3)
     parser.add_argument("--backbones", nargs="+", default=["resnet50"])
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16")
     parser.add_argument("--executor", default="auto", choices=EXECUTORS)

@@ -18,7 +18,7 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[name] = "1"
 
 import numpy as np  # noqa: E402
-from measuring import Spread, answered, interleave, print_table, run_way  # noqa: E402
+from measuring import Spread, answered, interleave, one_or_more, print_table, run_way  # noqa: E402
 
 COLD = 6  # of the l2, evenly spread, that are fitted from nothing; the rest are interpolated
 ITERATIONS, TOLERANCE = 10_000, 1e-4  # of scikit-learn; the latter is its own
@@ -168,7 +168,7 @@ WAYS = {"ours": ours, "scikit-learn": scikit_learn, "folds": folds}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=3, default=(50_000, 512, 10), metavar=("N", "D", "C"))
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--repeats", type=one_or_more, default=1)
     parser.add_argument("--intelex", action="store_true", help="scikit-learn-intelex too, which has no warm start")
     parser.add_argument(
         "--only", nargs="+", metavar="WORD", help="the ways that have one of these words in their names"

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from measuring import Spread, interleave, print_table
+from measuring import Spread, interleave, one_or_more, print_table
 from photos import SETS, add_options, list_images
 
 from embedpipe.images import Transform, decode_image, image_batches
@@ -42,7 +42,7 @@ def timed(way: Callable[[Sequence[Path], int], np.ndarray], paths: Sequence[Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, images=400)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=one_or_more, default=5)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     paths = list_images(SETS[options.set](options.images))

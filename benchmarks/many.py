@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from measuring import EXECUTORS, Spread, answered, count_cores, interleave, print_table, run_way
+from measuring import EXECUTORS, Spread, answered, count_cores, interleave, one_or_more, print_table, run_way
 from photos import SETS, add_options
 from stages import STAGES
 from weights import write_weights
@@ -21,7 +21,7 @@ TARGET = 1.10
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, images=300)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=one_or_more, default=3)
     parser.add_argument("--backbones", nargs=2, default=["resnet18", "resnet34"], help="both with the layers")
     parser.add_argument("--layers", nargs="+", default=LAYERS)
     parser.add_argument("--executor", default="openvino", choices=EXECUTORS)

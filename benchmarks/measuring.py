@@ -8,6 +8,7 @@ A script that measures in processes gives its ways as functions of keyword argum
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -55,6 +56,13 @@ def interleave(ways: Mapping[str, Callable[[], Found]], repeats: int) -> dict[st
             say(f"repeat {repeat + 1} of {repeats}: {name}")
             found[name].append(run())
     return found
+
+
+def one_or_more(text: str) -> int:
+    """Return the number that an option names."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number of 1 or more")
+    return int(text)
 
 
 def say(text: str) -> None:

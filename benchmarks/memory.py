@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measuring import EXECUTORS, Spread, interleave, peak_memory, print_table
+from measuring import EXECUTORS, Spread, interleave, one_or_more, peak_memory, print_table
 from photos import make_photos
 
 TARGET = 1.1
@@ -37,7 +37,7 @@ def measure(data: Path, options: argparse.Namespace) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=one_or_more, default=3)
     parser.add_argument("--backbone", default="timm:test_resnet", help="random weights; timm:resnet18 takes longer")
     parser.add_argument(
         "--executor", default="openvino", choices=EXECUTORS, help="auto may choose by the number of images"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import Spread, interleave, print_table
+from measuring import Spread, interleave, one_or_more, print_table
 from PIL import Image
 
 RATIOS = (0.2, 0.5, 0.8, 1.0, 1.25, 2.0, 5.0)  # decode over forward
@@ -98,13 +98,11 @@ def measure(items: Sequence[tuple[bytes, Path]], decode_s: float, forward_s: flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=60)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--batches", type=one_or_more, default=60)
+    parser.add_argument("--repeats", type=one_or_more, default=3)
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--slower-ms", type=float, default=60, help="of a batch in the slower stage")
     options = parser.parse_args()
-    if min(options.batches, options.repeats) < 1:
-        parser.error(f"--batches {options.batches} --repeats {options.repeats}, expected at least 1 of each")
     slower_s = options.slower_ms / 1000
     with tempfile.TemporaryDirectory() as name:
         items = write_images(Path(name), options.batches * BATCH)

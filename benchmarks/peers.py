@@ -17,7 +17,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from measuring import Parity, Spread, answered, extract_steadily, interleave, print_table, run_way, save_features
+from measuring import (
+    Parity,
+    Spread,
+    answered,
+    extract_steadily,
+    interleave,
+    one_or_more,
+    print_table,
+    run_way,
+    save_features,
+)
 from photos import SETS, add_options, list_images
 from weights import read_model, recipe, write_weights
 
@@ -271,7 +281,7 @@ def _print(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser, images=256)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=one_or_more, default=3)
     parser.add_argument("--backbones", nargs="+", default=BACKBONES)
     parser.add_argument("--ways", nargs="+", default=[*OURS, *PEERS], choices=[*OURS, *PEERS])
     options = parser.parse_args()

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from measuring import HERE, Spread, print_table
+from measuring import HERE, Spread, one_or_more, print_table
 from PIL import Image, ImageEnhance, ImageOps
 
 FOLDER = HERE / ".photos"  # beside these scripts, git-ignored
@@ -126,14 +126,8 @@ def list_images(folder: Path) -> list[Path]:
 
 def add_options(parser: argparse.ArgumentParser, *, images: int) -> None:
     """Add the options that say which images."""
-    parser.add_argument("--images", type=_one_or_more, default=images)
+    parser.add_argument("--images", type=one_or_more, default=images)
     parser.add_argument("--set", choices=SETS, default="photos", help="elpv needs `pip install --no-deps elpv-dataset`")
-
-
-def _one_or_more(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a number of 1 or more")
-    return int(text)
 
 
 def main() -> None:

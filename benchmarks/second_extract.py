@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from measuring import Spread, print_table, say
+from measuring import Spread, one_or_more, print_table, say
 from photos import make_photos
 from PIL import Image, ImageOps
 
@@ -102,7 +102,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, float], list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=one_or_more, default=3)
     parser.add_argument("--backbone", default="timm:test_resnet", help="random weights: only time is measured")
     parser.add_argument("--scratch", help="folder for copies of the photos and the cache (default: the system's)")
     options = parser.parse_args()

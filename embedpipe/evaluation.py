@@ -155,16 +155,17 @@ def _manifest(
 
 def _warn_of_known(run: Classifier, cache: Cache, samples: Sequence[Sample]) -> None:
     """Warn of images that the head was fitted or chosen on, where the cache still knows which these were."""
+    used: set[bytes] = set()
     with suppress(EmbedpipeError):
         used = {one.key for one in cache.read_dataset(run.dataset).samples if one.split in ("train", "val")}
-        known = [one for one in samples if one.key in used]
-        if known:
-            warnings.warn(
-                f"{len(known)} of {len(samples)} images are in train or val of {run.name} (first: {known[0].path}): "
-                "the scores are no estimate of what it does on new images",
-                EmbedpipeWarning,
-                stacklevel=3,
-            )
+    known = [one for one in samples if one.key in used]
+    if known:
+        warnings.warn(
+            f"{len(known)} of {len(samples)} images are in train or val of {run.name} (first: {known[0].path}): "
+            "the scores are no estimate of what it does on new images",
+            EmbedpipeWarning,
+            stacklevel=3,
+        )
 
 
 def _check(manifest: Manifest, run: Classifier, labels: list[str], split: str) -> None:

@@ -191,7 +191,7 @@ def test_a_key_twice_in_a_config_is_refused(run: Run, photos: Path) -> None:
 def test_an_input_that_no_memory_holds_is_refused(run: Run, photos: Path) -> None:
     ended = run("extract", photos, "--backbone", "timm:test_resnet", "--weights", "none", "--image-size", 100_000)
     assert ended.code == 2
-    assert "images of 100000 x 100000, expected at most 134217728 pixels" in ended.err
+    assert "images of 100000 x 100000, expected at most 178956970 pixels" in ended.err
 
 
 def test_shared_options_before_and_after_the_command(run: Run, photos: Path) -> None:

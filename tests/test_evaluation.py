@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import shutil
 import warnings
 from pathlib import Path
 
@@ -36,6 +38,13 @@ def test_images_that_the_head_was_fitted_on_are_told(head: ep.Classifier) -> Non
         warnings.simplefilter("error")
         ep.evaluate(head, "others")
         ep.evaluate(head)
+        with (head.folder / "predictions.csv").open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["split"] == "test"]
+        for row in rows:
+            copy = Path("apart") / row["label"] / Path(row["path"]).name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(row["path"], copy)
+        assert ep.evaluate(head, "apart").metrics["n"] == len(rows) > 0
 
 
 def test_rows_of_the_confusion_matrix_are_true_classes(head: ep.Classifier) -> None:

@@ -20,9 +20,10 @@ from embedpipe.backbones._headless import Headless, PassThrough, Tap
 from embedpipe.backbones._tapping import choose_taps, is_same
 from embedpipe.backbones._trace import Trace, trace
 from embedpipe.errors import UsageError
+from embedpipe.images import MAX_PIXELS
 from embedpipe.provenance import digest_arrays
 
-SCHEMA, MOST_PIXELS = 1, 2**27
+SCHEMA = 1
 Images = Callable[[Any], Tensor]
 
 
@@ -154,9 +155,9 @@ def describe_transform(transform: Images) -> Any:
 
 def trace_or_explain(model: nn.Module, image_size: tuple[int, int], name: str) -> Trace:
     """Return the model's trace."""
-    if image_size[0] * image_size[1] > MOST_PIXELS:
+    if image_size[0] * image_size[1] > MAX_PIXELS:
         raise UsageError(
-            f"images of {image_size[0]} x {image_size[1]}, expected at most {MOST_PIXELS} pixels",
+            f"images of {image_size[0]} x {image_size[1]}, expected at most {MAX_PIXELS} pixels",
             hint="give a smaller --image-size",
         )
     try:

@@ -2,24 +2,21 @@
 
 Four rows of the result take 13 rows of the image, 7 even and 6 odd ones of the kernel's. Their sums, one for each point of
 Toom and Cook's, are convolved along the row alone, with sums of the kernel's rows; from these come the four rows. In float32 a
-result differs from the direct sum by up to 1e-6 of the largest.
+result differs from the direct sum by up to 2e-6 of the largest.
 
-Source: Lavin and Gray, Fast algorithms for convolutional neural networks, CVPR 2016, section 4.1; for the points, Barabasz and
-others, Error analysis and improving the accuracy of Winograd convolution for deep neural networks, 2020.
+Source: Lavin and Gray, Fast algorithms for convolutional neural networks, CVPR 2016, section 4.1.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from embedpipe.executors._strips import CHANNELS, ODD, POINTS, REACH, SIDE, TAPS, WIDE, convolve, convolve_and_pool
+from embedpipe.executors._strips import BY_EVEN, BY_ODD, CHANNELS, REACH, SIDE, TAPS, WIDE, convolve, convolve_and_pool
 from embedpipe.executors._suiting import Places
 
 OURS = Places(stride=(2, 2), padding=(3, 3))
-Matrix = NDArray[np.float64]
 
 
 class Stem(nn.Module):
@@ -39,10 +36,8 @@ class Stem(nn.Module):
         self.pools = False
         outputs, self._relu = len(weight), relu
         self._bias = np.zeros(outputs, np.float32) if bias is None else bias.numpy()
-        even, odd = Turned.of(POINTS, 4), Turned.of(POINTS[:ODD], 3)
-        self._even, self._odd = even.pixels.astype(np.float32), odd.pixels.astype(np.float32)
         kernel = weight.double().permute(2, 3, 1, 0).reshape(TAPS, REACH, outputs).numpy()
-        pairs = [np.tensordot(even.kernel, kernel[0::2], 1), np.tensordot(odd.kernel, kernel[1::2], 1)]
+        pairs = [np.tensordot(BY_EVEN.kernel, kernel[0::2], 1), np.tensordot(BY_ODD.kernel, kernel[1::2], 1)]
         lines = np.concatenate([*map(np.concatenate, zip(*pairs, strict=False)), pairs[0][-1]]).astype(np.float32)
         self._weights = np.ascontiguousarray(lines.reshape(-1, outputs // WIDE, WIDE).transpose(1, 0, 2))
 
@@ -52,33 +47,8 @@ class Stem(nn.Module):
         count, height, width, _ = pixels.shape
         step, run = (4, convolve_and_pool) if self.pools else (2, convolve)
         found = torch.empty(count, height // step, width // step, len(self._bias))
-        run(pixels.numpy(), self._even, self._odd, self._weights, self._bias, self._relu, found.numpy())
+        run(pixels.numpy(), self._weights, self._bias, self._relu, found.numpy())
         return found.permute(0, 3, 1, 2)
-
-
-class Turned:
-    """Toom and Cook's matrices for four results of a kernel with so many taps, by n points of which one is infinity.
-
-    pixels : (n, n)       B^T, of as many pixels in a row
-    kernel : (n, taps)    G
-    """
-
-    def __init__(self, pixels: Matrix, kernel: Matrix) -> None:
-        self.pixels, self.kernel = pixels, kernel
-
-    @classmethod
-    def of(cls, points: tuple[float, ...], taps: int) -> Turned:
-        finite = [point for point in points if np.isfinite(point)]
-        pixels, kernel = np.zeros((len(points), len(points))), np.zeros((len(points), taps))
-        for number, point in enumerate(points):
-            others = [other for other in finite if other != point]
-            polynomial = np.polynomial.polynomial.polyfromroots(others)
-            pixels[number, : len(polynomial)] = polynomial
-            if np.isfinite(point):
-                kernel[number] = point ** np.arange(taps) / np.prod([point - other for other in others])
-            else:
-                kernel[number, -1] = 1
-        return cls(pixels, kernel)
 
 
 def is_stem(weight: Tensor, places: Places, size: tuple[int, ...]) -> bool:

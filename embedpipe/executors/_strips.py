@@ -6,13 +6,16 @@ the kernel's even rows and F(4, 3) of its odd ones.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embedpipe.compiling import BYTES, LANES, Memory, Vector, compiled, inlined
 
+Matrix = NDArray[np.float64]
 IMAGES, MATRIX, WEIGHTS = "float32[:,:,:,::1]", "float32[:,::1]", "float32[:,:,::1]"
 CHANNELS, TAPS = 3, 7  # of an image, of the kernel
 SIDE, EDGE = 4, 3  # rows and pixels at a time, pixels around an image
@@ -23,6 +26,38 @@ STRIP = 4  # times four pixels: while the weights of a sum are in the cache
 NEXT, LINE = 2 * CHANNELS * BYTES, WIDE * BYTES  # bytes from a pixel to the next, of its outputs
 SUM = SIDE * LINE  # bytes of a sum of four pixels
 POINTS = (0.0, 1.0, -1.0, 2.0, -2.0, np.inf, 0.5)  # of Toom and Cook
+
+
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """Toom and Cook's matrices for four results of a kernel with so many taps, by n points of which one is infinity.
+
+    pixels : (n, n)       B^T, of as many pixels in a row
+    kernel : (n, taps)    G
+
+    Source: Blahut, Fast Algorithms for Signal Processing, 5.2.
+    """
+
+    pixels: Matrix
+    kernel: Matrix
+
+    @classmethod
+    def of(cls, points: tuple[float, ...], taps: int) -> Turned:
+        finite = [point for point in points if np.isfinite(point)]
+        pixels, kernel = np.zeros((len(points), len(points))), np.zeros((len(points), taps))
+        for number, point in enumerate(points):
+            others = [other for other in finite if other != point]
+            polynomial = np.polynomial.polynomial.polyfromroots(others)
+            pixels[number, : len(polynomial)] = polynomial
+            if np.isfinite(point):
+                kernel[number] = point ** np.arange(taps) / np.prod([point - other for other in others])
+            else:
+                kernel[number, -1] = 1
+        return cls(pixels, kernel)
+
+
+BY_EVEN, BY_ODD = Turned.of(POINTS, 4), Turned.of(POINTS[:ODD], 3)
+FROM_EVEN, FROM_ODD = BY_EVEN.pixels.astype(np.float32), BY_ODD.pixels.astype(np.float32)
 
 
 def _multiply(memory: Memory, rows: list[Any], weights: Any, target: Any) -> None:
@@ -69,14 +104,14 @@ def _largest(memory: Memory, above: Any, here: Any, below: Any, left: Any, right
     memory[target] = found
 
 
-@compiled(f"void({IMAGES}, int64, int64, {MATRIX}, {MATRIX}, {MATRIX})")
-def _lift(images: np.ndarray, image: int, top: int, even: np.ndarray, odd: np.ndarray, rows: np.ndarray) -> None:
+@compiled(f"void({IMAGES}, int64, int64, {MATRIX})")
+def _lift(images: np.ndarray, image: int, top: int, rows: np.ndarray) -> None:
     """Fill rows (13, 3 (W + 6)): sums of the even, then of the odd, rows of an image (N, H, W, 3) from `top` on."""
     height, length = images.shape[1], CHANNELS * images.shape[2]
     pixels = images.reshape(images.shape[0], height, length)
     edge = CHANNELS * EDGE
     for number in range(EVEN + ODD):
-        first, matrix, row = (0, even, number) if number < EVEN else (1, odd, number - EVEN)
+        first, matrix, row = (0, FROM_EVEN, number) if number < EVEN else (1, FROM_ODD, number - EVEN)
         rows[number, :] = 0
         for k in range(matrix.shape[1]):
             y, share = top + first + 2 * k, matrix[row, k]
@@ -85,20 +120,11 @@ def _lift(images: np.ndarray, image: int, top: int, even: np.ndarray, odd: np.nd
                     rows[number, edge + x] += share * pixels[image, y, x]
 
 
-@compiled(f"void({IMAGES}, {MATRIX}, {MATRIX}, {WEIGHTS}, float32[::1], int64, {IMAGES})")
-def convolve(
-    images: np.ndarray,
-    even: np.ndarray,
-    odd: np.ndarray,
-    weights: np.ndarray,
-    bias: np.ndarray,
-    relu: int,
-    found: np.ndarray,
-) -> None:
+@compiled(f"void({IMAGES}, {WEIGHTS}, float32[::1], int64, {IMAGES})")
+def convolve(images: np.ndarray, weights: np.ndarray, bias: np.ndarray, relu: int, found: np.ndarray) -> None:
     """Fill found (N, H / 2, W / 2, O) from images (N, H, W, 3): H and W are multiples of 8, O is one of 64.
 
-    even : (7, 7); odd : (6, 6)     B^T of the sums of even and of odd rows
-    weights : (O / 64, 273, 64)     the kernel, as `Stem` turns it
+    weights : (O / 64, 273, 64)    the kernel, as `Stem` turns it
     """
     _, height, width, outputs = found.shape
     rows = np.empty((EVEN + ODD, CHANNELS * (images.shape[2] + 2 * EDGE)), np.float32)
@@ -107,7 +133,7 @@ def convolve(
     lifted = rows.ctypes.data
     for image in range(len(found)):
         for top in range(0, height, SIDE):
-            _lift(images, image, 2 * top - EDGE, even, odd, rows)
+            _lift(images, image, 2 * top - EDGE, rows)
             for part in range(len(weights)):
                 given, shift = weights[part].ctypes.data, bias.ctypes.data + part * LINE
                 for left in range(0, width, STRIP * SIDE):
@@ -144,18 +170,10 @@ def pool(images: np.ndarray, found: np.ndarray) -> None:
                     _largest(rows[0] + k, here + k, rows[1] + k, left, right, target + k)
 
 
-@compiled(f"void({IMAGES}, {MATRIX}, {MATRIX}, {WEIGHTS}, float32[::1], int64, {IMAGES})")
-def convolve_and_pool(
-    images: np.ndarray,
-    even: np.ndarray,
-    odd: np.ndarray,
-    weights: np.ndarray,
-    bias: np.ndarray,
-    relu: int,
-    found: np.ndarray,
-) -> None:
+@compiled(f"void({IMAGES}, {WEIGHTS}, float32[::1], int64, {IMAGES})")
+def convolve_and_pool(images: np.ndarray, weights: np.ndarray, bias: np.ndarray, relu: int, found: np.ndarray) -> None:
     """Fill found (N, H / 4, W / 4, O) as `convolve` and `pool` do, image by image: what lies between stays in the cache."""
     room = np.empty((1, images.shape[1] // 2, images.shape[2] // 2, found.shape[3]), np.float32)
     for n in range(len(images)):
-        convolve(images[n : n + 1], even, odd, weights, bias, relu, room)
+        convolve(images[n : n + 1], weights, bias, relu, room)
         pool(room, found[n : n + 1])

@@ -9,8 +9,18 @@ torch.Size([3, 224, 224])
 """
 
 from embedpipe.images._batches import ALL, Batch, Failed, image_batches
-from embedpipe.images._decode import DECODER, decode_image
+from embedpipe.images._decode import DECODER, MAX_PIXELS, decode_image
 from embedpipe.images._isolation import start_decoders
 from embedpipe.images._transform import Transform
 
-__all__ = ["ALL", "DECODER", "Batch", "Failed", "Transform", "decode_image", "image_batches", "start_decoders"]
+__all__ = [
+    "ALL",
+    "DECODER",
+    "MAX_PIXELS",
+    "Batch",
+    "Failed",
+    "Transform",
+    "decode_image",
+    "image_batches",
+    "start_decoders",
+]
