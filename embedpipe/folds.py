@@ -140,7 +140,7 @@ def assign_folds(y: Int64, tie: Int64, *, folds: int, seed: int) -> Int64:
     if not 2 <= folds <= len(parts):
         raise UsageError(
             f"{folds} folds of {len(parts)} separate images (copies and groups stay together), expected 2 to {len(parts)}",
-            hint="ask for fewer --folds, or extract more images",
+            hint="ask for as many --folds, or extract more images",
         )
     order = np.random.default_rng(seed % 2**64).permutation(len(parts)).tolist()
     counts: list[Counter[int]] = [Counter() for _ in range(folds)]
