@@ -39,6 +39,10 @@ class Points:
     def __getitem__(self, which: Tensor) -> Points:
         return Points(*(getattr(self, one.name)[which] for one in fields(self)))
 
+    def put(self, which: Tensor, points: Points) -> None:
+        for one in fields(self):
+            getattr(self, one.name)[which] = getattr(points, one.name)
+
     @property
     def gap(self) -> Tensor:
         """A bound (L,) on what is left to gain, relative to the objective."""

@@ -22,12 +22,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from embedpipe.heads._directions import PRODUCTS, Points, dot, find_direction
 from embedpipe.heads._problem import Float64, Problem, Solution, narrow
+from embedpipe.heads._starts import Solved
 from embedpipe.heads._sweeps import MANY_CLASSES, Metric, Sweeps
 
 TOLERANCE = 4e-7  # of the bound on what is left to gain, relative to the objective
@@ -37,7 +37,6 @@ STEPS, HALVINGS = 100, 40  # at most, in a minimisation, in a line search
 TOGETHER = 12  # so many l2 at a time
 STRIDES = (11, TOGETHER), (5, TOGETHER), (2, TOGETHER), (1, TOGETHER)  # every eleventh l2 first, from nothing
 MANY_STRIDES = (2, 1), (1, TOGETHER)  # every second l2 first, one after the other
-REACH, SIDE, BEFORE = 3.5, 4, 3  # of a curve: in log l2; known points to each side; before, where none are after
 STEEP = 1e-4  # an l2 from which many classes do not start from nothing
 TOP, RUNG, LOOSE = 1e-2, 5.0, 0.1  # but come down: from here, by such a factor, each so near its optimum
 FAR = 1.0  # a gap from which no step reaches the optimum
@@ -72,8 +71,8 @@ def polish(problem: Problem, solution: Solution, l2: float) -> Solution:
     W, b = torch.from_numpy(start.weight)[None], torch.from_numpy(start.bias)[None]
     at = torch.tensor([l2], dtype=torch.float64)
     metric = _metrics.get(problem)
-    W, b = minimise(sweeps, at, W, b, metric, tolerance=POLISHED, steps=POLISHING, products=POLISHING_PRODUCTS)
-    return _out_of(Solution(W[0].numpy(), b[0].numpy()), basis)
+    points = minimise(sweeps, at, W, b, metric, tolerance=POLISHED, steps=POLISHING, products=POLISHING_PRODUCTS)
+    return _out_of(Solution(points.W[0].numpy(), points.b[0].numpy()), basis)
 
 
 def _into(solution: Solution, basis: Float64 | None) -> Solution:
@@ -91,31 +90,34 @@ class _Way:
         self.sweeps, self.metric, self.l2 = sweeps, metric, torch.tensor(l2s, dtype=torch.float64)
         self.W = torch.from_numpy(start.weight).repeat(len(l2s), 1, 1)
         self.b = torch.from_numpy(start.bias).repeat(len(l2s), 1)
-        self.known: list[int] = []
+        self.open = set(range(len(l2s)))
+        self.solved = Solved(metric, sweeps.dtype)
 
     def come_down(self) -> None:
         """Start from larger l2 that are solved loosely, one after the other."""
-        l2, l2s, found = TOP, [], []
+        l2, last = TOP, float(self.l2[0])
+        solved = Solved(self.metric, self.sweeps.dtype)
         W, b = self.W[:1], self.b[:1]
-        while l2 > self.l2[0]:
-            l2s.append(l2)
-            found.append(minimise(self.sweeps, self.l2.new_tensor([l2]), W, b, self.metric, tolerance=LOOSE))
-            l2 = max(l2 / RUNG, float(self.l2[0]))
-            known = (torch.cat(parts) for parts in zip(*found, strict=True))
-            W, b = _curve(self.l2.new_tensor(l2s), self.l2.new_tensor(l2), *known)
+        while l2 > last:
+            points = minimise(self.sweeps, self.l2.new_tensor([l2]), W, b, self.metric, tolerance=LOOSE)
+            solved.add(l2, points.W[0], points.b[0], float(points.spread.mean()))
+            l2 = max(l2 / RUNG, last)
+            W, b = solved.start(l2)
         self.W[:], self.b[:] = W, b
 
     def solve(self, stride: int, most: int) -> None:
         """Solve every so many, the first and the last among them, at most so many at a time."""
-        wanted = sorted({*range(0, len(self.l2), stride), len(self.l2) - 1} - {*self.known})
+        wanted = sorted({*range(0, len(self.l2), stride), len(self.l2) - 1} & self.open)
         most = min(most, self.sweeps.most)
         for first in range(0, len(wanted), most):
             some = wanted[first : first + most]
-            for number in some if self.known else ():
-                known = self.W[self.known], self.b[self.known]
-                self.W[[number]], self.b[[number]] = _curve(self.l2[self.known], self.l2[number], *known)
-            self.W[some], self.b[some] = minimise(self.sweeps, self.l2[some], self.W[some], self.b[some], self.metric)
-            self.known = sorted({*self.known, *some})
+            for number in some if self.solved else ():
+                self.W[[number]], self.b[[number]] = self.solved.start(float(self.l2[number]))
+            points = minimise(self.sweeps, self.l2[some], self.W[some], self.b[some], self.metric)
+            self.W[some], self.b[some] = points.W, points.b
+            for number, W, b, spread in zip(some, self.W[some], self.b[some], points.spread.mean(1), strict=True):
+                self.solved.add(float(self.l2[number]), W, b, float(spread))
+            self.open -= {*some}
 
 
 def minimise(
@@ -128,27 +130,26 @@ def minimise(
     tolerance: float = TOLERANCE,
     steps: int | None = None,
     products: int = PRODUCTS,
-) -> tuple[Tensor, Tensor]:
-    """Minimise the objective for L values of l2 from W (L, K, D), b (L, K); return such weights and biases."""
+) -> Points:
+    """Minimise the objective for L values of l2 from W (L, K, D), b (L, K); return where that ends."""
     W, b = sweeps.level(W, b)
-    points, left = _points(sweeps, l2, _short(W), b.clone(), far=not W.any()), torch.arange(len(l2))
-    metric, worn = metric or sweeps.measure(len(l2) // 2), 0
+    whole = points = _points(sweeps, l2, _short(W), b.clone(), far=not W.any())
+    metric, worn, left = metric or sweeps.measure(len(l2) // 2), 0, torch.arange(len(l2))
     for _ in range(steps or STEPS):
-        W[left], b[left] = points.W, points.b
         open_ = points.gap > tolerance
         if not open_.any():
-            return W, b
+            return whole
         points, left, which = points[open_], left[open_], open_.nonzero()[:, 0]
         dW, db, took = find_direction(sweeps, points, which, metric, tolerance=tolerance, most=products)
         worn += took > WORN and sweeps.rows < MANY_CLASSES
         shape = _short if _may_be_short(points, metric, tolerance) else torch.clone
         before = points.gap
         points, moved = _step(sweeps, points, dW, db, shape)
+        whole.put(left, points)
         if not moved or bool(((before <= TOLERANCE) & (points.gap > before / 4)).all()):
             break
         if worn == 1:  # once: the weights of the rows hardly change any more
             metric, worn = sweeps.measure(len(points.l2) // 2), 2
-    W[left], b[left] = points.W, points.b
     worst = float(points.gap.max())
     if worst > 2 * max(tolerance, TOLERANCE):
         warnings.warn(
@@ -156,7 +157,7 @@ def minimise(
             RuntimeWarning,
             stacklevel=2,
         )
-    return W, b
+    return whole
 
 
 def _points(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, *, far: bool = False) -> Points:
@@ -198,27 +199,3 @@ def _step(
     length = torch.where(good, length, torch.zeros_like(length))
     new = _points(sweeps, points.l2, points.W + length[:, None, None] * dW, points.b + length[:, None] * db)
     return new, bool((length > 0).any())
-
-
-def _curve(l2: Tensor, at: Tensor, W: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weights (1, K, D) and bias (1, K) on the polynomial in log l2 through known ones (L, K, D) and (L, K), l2 falling.
-
-    It goes through as many to each side; beyond the last, through the last ones; where these are far, they are the last.
-    """
-    away = l2.log() - at.log()
-    before, after = (away > 0).nonzero()[:, 0].tolist(), (away <= 0).nonzero()[:, 0].tolist()
-    side = min(len(before), len(after), SIDE - 1) + 1
-    near = [*before[-side:], *after[:side]] if before and after else [*before[-BEFORE:], *after[:1]]
-    least = [*before[-2:], *after[:2]] if before and after else [*before[-1:], *after[:1]]
-    near = [number for number in near if number in least or abs(away[number]) <= REACH]
-    shares = _lagrange(away[near], away.new_zeros(()))
-    return torch.tensordot(shares, W[near], 1)[None], torch.tensordot(shares, b[near], 1)[None]
-
-
-def _lagrange(places: Tensor, at: Tensor) -> Tensor:
-    """Return the share of each known value in the polynomial through them, at another place."""
-    apart = places[:, None] - places[None]
-    np.fill_diagonal(apart.numpy(), 1.0)
-    towards = (at - places[None]).repeat(len(places), 1)
-    np.fill_diagonal(towards.numpy(), 1.0)
-    return (towards / apart).prod(1)

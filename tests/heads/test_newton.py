@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from embedpipe.heads import L2_GRID, fit_linear
-from embedpipe.heads._newton import _curve, polish, solve_path
+from embedpipe.heads._newton import polish, solve_path
 from embedpipe.heads._problem import Chunked, Problem, Solution
+from embedpipe.heads._starts import Solved
 from embedpipe.heads._sweeps import Metric, Sweeps
 
 
@@ -172,15 +174,28 @@ def test_many_classes_come_down_to_a_small_l2(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_starts_lie_on_a_curve_in_log_l2() -> None:
-    l2 = torch.logspace(0, -4, 9, dtype=torch.float64)
-    W, b = (l2.log() ** 3)[:, None, None], (l2.log() ** 2)[:, None]
-    between = l2.new_tensor(10**-2.25)
-    found = _curve(l2, between, W, b)
-    np.testing.assert_allclose(found[0].item(), between.log().item() ** 3)
-    np.testing.assert_allclose(found[1].item(), between.log().item() ** 2)
-    beyond = l2.new_tensor(10**-4.5)
-    np.testing.assert_allclose(_curve(l2, beyond, W, b)[1].item(), beyond.log().item() ** 2)  # through three
-    assert _curve(l2, l2.new_tensor(1e-9), W, b)[1].item() == b[-1].item()  # too far for a curve
+    solved = Solved(Metric(torch.ones(1), torch.eye(1), torch.zeros(1)), torch.float64)
+    for l2 in torch.logspace(0, -4, 9, dtype=torch.float64):
+        solved.add(float(l2), (l2.log() ** 3).reshape(1, 1), (l2.log() ** 2).reshape(1), 1e9)  # the penalty is small
+    for l2, found in ((10**-2.25, solved.start(10**-2.25)), (10**-4.5, solved.start(10**-4.5))):
+        np.testing.assert_allclose(found[1].item(), math.log(l2) ** 2)  # beyond the last through three
+    np.testing.assert_allclose(solved.start(10**-2.25)[0].item(), math.log(10**-2.25) ** 3)
+    assert solved.start(1e-9)[1].item() == pytest.approx(math.log(1e-4) ** 2)  # too far for a curve
+
+
+def test_starts_of_a_large_penalty_lie_where_least_squares_would_have_them() -> None:
+    """There exactly; of classes, where p (1 - p) changes, far nearer than a polynomial through the weights."""
+    basis, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    spectrum, spread, c = torch.logspace(0, -3, 5, dtype=torch.float64), 0.25, torch.arange(5.0, dtype=torch.float64)
+
+    def ridge(l2: float) -> Tensor:
+        return ((c / (spectrum + l2 / spread)) @ basis.T)[None]
+
+    solved = Solved(Metric(spectrum, basis, torch.zeros(5)), torch.float64)
+    for l2 in (100.0, 10.0):
+        solved.add(l2, ridge(l2), torch.zeros(1), spread)
+    for l2 in (30.0, 1.0):
+        np.testing.assert_allclose(solved.start(l2)[0][0], ridge(l2), rtol=1e-12)
 
 
 def test_polishing_ends_where_rounding_hides_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
