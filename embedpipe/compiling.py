@@ -71,6 +71,15 @@ class Memory:
         spread = ir.Constant(ir.VectorType(SHORT, LANES), [0] * LANES)
         return Vector(self._builder, self._builder.shuffle_vector(first, first, spread))
 
+    def halves(self, place: Any) -> tuple[Vector, Vector]:
+        """Return the even and the odd ones of 32 bfloat16 at a place."""
+        whole = ir.VectorType(SHORT, LANES)
+        both = self._builder.load(self._pointer(place, whole), align=BYTES)
+        even = self._builder.shl(both, ir.Constant(whole, [16] * LANES))
+        odd = self._builder.and_(both, ir.Constant(whole, [0xFFFF0000] * LANES))
+        one, other = (Vector(self._builder, self._builder.bitcast(half, SIXTEEN)) for half in (even, odd))
+        return one, other
+
     def _pointer(self, place: Any, kind: Any = SIXTEEN) -> Any:
         """Return where a place is: an address, or an address and pairs of how many steps of how many bytes."""
         address, *steps = place if isinstance(place, tuple) else (place,)

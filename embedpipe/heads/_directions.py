@@ -21,6 +21,7 @@ from embedpipe.heads._sweeps import Metric, Sweeps
 
 PRODUCTS = 60  # at most
 SHARE = 0.2  # of the gradient, squared, that may be left; less near the optimum, where the model holds
+FEW = 0.05  # of the gradient, squared, that a few products leave
 MOST_CLASSES = 32  # whose Hessians are measured in the span of their weights; of more that costs what it saves
 
 
@@ -69,7 +70,8 @@ def find_direction(
     enough = 0.2 * tolerance * 2 * points.objective
     first = points.left(points.grad_W, points.grad_b)
     wanted = torch.maximum(enough, first * (0.3 * points.gap).clamp(max=SHARE))
-    turn, precondition = sweeps.turn_to(metric), Preconditioner(sweeps, points, metric)
+    far = bool((wanted > FEW * first).all())
+    turn, precondition = sweeps.turn_to(metric), Preconditioner(sweeps, points, metric, None if far else which)
     l2 = points.l2.to(turn.dtype)[:, None, None]
     rest_V, rest_c = turn.gradient(-points.grad_W.to(turn.dtype), -points.grad_b.to(turn.dtype))
     dV, dc = torch.zeros_like(rest_V), torch.zeros_like(rest_c)
@@ -105,17 +107,24 @@ def dot(W: Tensor, b: Tensor, V: Tensor, c: Tensor) -> Tensor:
 class Preconditioner:
     """Nearly the inverse of the Hessians of L problems, in the basis of the metric."""
 
-    def __init__(self, sweeps: Sweeps, points: Points, metric: Metric) -> None:
+    def __init__(self, sweeps: Sweeps, points: Points, metric: Metric, which: Tensor | None) -> None:
+        """Measure what stands in for the Hessians; `which` problems of the last `value` they are, where a few products are not enough."""
         dtype = sweeps.dtype
         self._level, self._spread = sweeps.level, points.spread.to(dtype)
         self._inverse = (1 / (points.spread[:, :, None] * metric.spectrum + points.l2[:, None, None])).to(dtype)
         self._span: Tensor | None = None
+        self._middles: Tensor | None = None
+        if sweeps.rows > MOST_CLASSES and which is not None and points.W.any():
+            self._middles = sweeps.middles(which, metric)
         if sweeps.rows <= MOST_CLASSES and points.W.any():
             self._span = _span(sweeps.turn_to(metric).weights(points.W))
             self._more = _correction(sweeps, points, metric, self._span).to(dtype)
 
     def __call__(self, V: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         weight, bias = V * self._inverse, c / self._spread
+        if self._middles is not None:
+            weight = weight - self._middles * self._inverse * c[..., None]
+            bias = bias - (self._middles * weight).sum(2)
         if self._span is not None:
             along = torch.cat([V, c[:, :, None]], 2) @ self._span
             more = (self._more @ along[..., None])[..., 0] @ self._span.mT

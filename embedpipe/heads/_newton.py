@@ -25,6 +25,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from embedpipe.heads._beside import Beside
 from embedpipe.heads._directions import PRODUCTS, Points, dot, find_direction
 from embedpipe.heads._problem import Float64, Problem, Solution, narrow
 from embedpipe.heads._starts import Solved
@@ -36,9 +37,10 @@ POLISHING, POLISHING_PRODUCTS = 3, 20
 STEPS, HALVINGS = 100, 40  # at most, in a minimisation, in a line search
 TOGETHER = 12  # so many l2 at a time
 STRIDES = (11, TOGETHER), (5, TOGETHER), (2, TOGETHER), (1, TOGETHER)  # every eleventh l2 first, from nothing
-MANY_STRIDES = (2, 1), (1, TOGETHER)  # every second l2 first, one after the other
 STEEP = 1e-4  # an l2 from which many classes do not start from nothing
 TOP, RUNG, LOOSE = 1e-2, 5.0, 0.1  # but come down: from here, by such a factor, each so near its optimum
+UNSEEN = 0.25  # of what may be left, that a gradient may be off by
+INHERITED = 0.005  # at most, for others to start from: a curve beyond the last optima makes it many times as much
 FAR = 1.0  # a gap from which no step reaches the optimum
 WORN = 20  # products for a step: the metric is measured again
 LEAST_SPREAD = 1e-12  # of a class that every sample is already sure about
@@ -53,11 +55,11 @@ def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = 
     many = sweeps.rows >= MANY_CLASSES
     steep = many and not start and l2s[0] <= STEEP
     _metrics[problem] = metric = sweeps.measure()
-    sweeps.shorten(metric, l2s[0] if len(l2s) == 1 and not steep else None)
+    sweeps.shorten(metric, l2s[-1], turned=steep or len(l2s) > 1)
     way = _Way(sweeps, metric, _into(start, basis) if start else small.blind, l2s)
     if steep:
         way.come_down()
-    for stride, most in MANY_STRIDES if many else STRIDES:
+    for stride, most in [(1, 1)] if many else STRIDES:
         way.solve(stride, most)
     return [_out_of(Solution(W.numpy(), b.numpy()), basis) for W, b in zip(way.W, way.b, strict=True)]
 
@@ -102,7 +104,7 @@ class _Way:
             points = minimise(self.sweeps, self.l2.new_tensor([l2]), W, b, self.metric, tolerance=LOOSE)
             solved.add(l2, points.W[0], points.b[0], float(points.spread.mean()))
             l2 = max(l2 / RUNG, last)
-            W, b = solved.start(l2)
+            W, b, _ = solved.start(l2)
         self.W[:], self.b[:] = W, b
 
     def solve(self, stride: int, most: int) -> None:
@@ -110,14 +112,17 @@ class _Way:
         wanted = sorted({*range(0, len(self.l2), stride), len(self.l2) - 1} & self.open)
         most = min(most, self.sweeps.most)
         for first in range(0, len(wanted), most):
-            some = wanted[first : first + most]
-            for number in some if self.solved else ():
-                self.W[[number]], self.b[[number]] = self.solved.start(float(self.l2[number]))
-            points = minimise(self.sweeps, self.l2[some], self.W[some], self.b[some], self.metric)
-            self.W[some], self.b[some] = points.W, points.b
-            for number, W, b, spread in zip(some, self.W[some], self.b[some], points.spread.mean(1), strict=True):
-                self.solved.add(float(self.l2[number]), W, b, float(spread))
-            self.open -= {*some}
+            self._solve(wanted[first : first + most])
+
+    def _solve(self, some: list[int]) -> None:
+        beside = None
+        for number in some if self.solved else ():
+            self.W[[number]], self.b[[number]], beside = self.solved.start(float(self.l2[number]))
+        points = minimise(self.sweeps, self.l2[some], self.W[some], self.b[some], self.metric, beside=beside)
+        self.W[some], self.b[some] = points.W, points.b
+        for number, W, b, spread in zip(some, self.W[some], self.b[some], points.spread.mean(1), strict=True):
+            self.solved.add(float(self.l2[number]), W, b, float(spread), self.sweeps.last)
+        self.open -= {*some}
 
 
 def minimise(
@@ -130,10 +135,15 @@ def minimise(
     tolerance: float = TOLERANCE,
     steps: int | None = None,
     products: int = PRODUCTS,
+    beside: Beside | None = None,
 ) -> Points:
-    """Minimise the objective for L values of l2 from W (L, K, D), b (L, K); return where that ends."""
+    """Minimise the objective for L values of l2 from W (L, K, D), b (L, K); return where that ends.
+
+    beside : Beside, optional    what is known of points near the start
+    """
     W, b = sweeps.level(W, b)
-    whole = points = _points(sweeps, l2, _short(W), b.clone(), far=not W.any())
+    start = W if beside and beside.shares else _short(W)
+    whole = points = _points(sweeps, l2, start, b.clone(), far=not W.any(), beside=beside)
     metric, worn, left = metric or sweeps.measure(len(l2) // 2), 0, torch.arange(len(l2))
     for _ in range(steps or STEPS):
         open_ = points.gap > tolerance
@@ -160,9 +170,13 @@ def minimise(
     return whole
 
 
-def _points(sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, *, far: bool = False) -> Points:
-    loss, grad_W, grad_b, spread = sweeps.value(W, b, far=far)
+def _points(
+    sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, *, far: bool = False, beside: Beside | None = None
+) -> Points:
+    loss, grad_W, grad_b, spread = sweeps.value(W, b, far=far, beside=beside)
     objective = loss + l2 / 2 * W.square().sum((1, 2))
+    if sweeps.doubt > UNSEEN * TOLERANCE * float(2 * l2[0] * objective[0]):  # of one problem
+        return _points(sweeps, l2, W, b, far=far)
     return Points(l2, W, b, objective, grad_W + l2[:, None, None] * W, grad_b, spread.clamp_min(LEAST_SPREAD))
 
 
@@ -188,9 +202,11 @@ def _step(
     slope = dot(points.grad_W, points.grad_b, dW, db)
     length = torch.ones_like(slope)
     far = bool((points.gap > FAR).all())
+    inherited = INHERITED * TOLERANCE * float((2 * points.l2 * points.objective).min())
+    beside = Beside([sweeps.last]) if sweeps.last and sweeps.doubt <= inherited else None
     for _ in range(HALVINGS):
         W = shape(points.W + length[:, None, None] * dW)
-        new = _points(sweeps, points.l2, W, points.b + length[:, None] * db, far=far)
+        new = _points(sweeps, points.l2, W, points.b + length[:, None] * db, far=far, beside=beside)
         good = new.objective <= points.objective + 1e-4 * length * slope + sweeps.noise * points.objective
         good |= new.gap <= TOLERANCE
         if good.all():

@@ -14,13 +14,14 @@ Source: Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, 3
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from embedpipe.heads._beside import Beside, Record
 from embedpipe.heads._sweeps import Metric
 
 REACH, SIDE, BEFORE = 3.5, 4, 3  # of a curve: in log l2; known points to each side; before, where none are after
@@ -34,6 +35,7 @@ class _Optimum:
     W: Tensor
     b: Tensor
     spread: float
+    record: Record | None
 
     @property
     def penalty(self) -> float:
@@ -49,27 +51,33 @@ class Solved:
         self._all: list[_Optimum] = []
         self._basis, self._spectrum = metric.basis.to(dtype), metric.spectrum.to(dtype)
         self._middle = float(metric.spectrum.mean())
-        self._free: dict[_Optimum, Tensor] = {}  # of those whose penalty is large: c (K, D)
+        self._free: dict[float, Tensor] = {}  # by l2, of those whose penalty is large: c (K, D)
 
     def __len__(self) -> int:
         return len(self._all)
 
-    def add(self, l2: float, W: Tensor, b: Tensor, spread: float) -> None:
-        found = _Optimum(l2, W, b, spread)
+    def add(self, l2: float, W: Tensor, b: Tensor, spread: float, record: Record | None = None) -> None:
+        found = _Optimum(l2, W, b, spread, record)
         self._all.append(found)
         self._all.sort(key=lambda one: -one.l2)
+        for number, old in enumerate(self._all[:-BEFORE]):
+            self._all[number] = replace(old, record=None)
         if found.penalty > self._middle:
-            self._free[found] = W.to(self._basis.dtype) @ self._basis * (self._spectrum + found.penalty)
+            self._free[l2] = W.to(self._basis.dtype) @ self._basis * (self._spectrum + found.penalty)
 
-    def start(self, l2: float) -> tuple[Tensor, Tensor]:
-        """Return weights (1, K, D) and bias (1, K)."""
+    def start(self, l2: float) -> tuple[Tensor, Tensor, Beside | None]:
+        """Return weights (1, K, D), bias (1, K), and what is known beside them."""
         near, shares = self._near(l2)
         b = _along([one.b for one in near], shares)
+        records = [one.record for one in near if one.record]
         penalty = l2 / math.exp(sum(share * math.log(one.spread) for one, share in zip(near, shares, strict=True)))
-        if penalty > self._middle and all(one in self._free for one in near):
-            free = _along([self._free[one] for one in near], shares)
-            return (free / (self._spectrum + penalty) @ self._basis.T).double()[None], b[None]
-        return _along([one.W for one in near], shares)[None], b[None]
+        if least_squares := penalty > self._middle and all(one.l2 in self._free for one in near):
+            free = _along([self._free[one.l2] for one in near], shares)
+            W = (free / (self._spectrum + penalty) @ self._basis.T).double()
+        else:
+            W = _along([one.W for one in near], shares)
+        beside = Beside(records, None if least_squares else shares) if len(records) == len(near) else None
+        return W[None], b[None], beside
 
     def _near(self, l2: float) -> tuple[list[_Optimum], list[float]]:
         """Return the optima that a curve goes through, and the share of each.

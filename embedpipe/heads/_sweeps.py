@@ -11,8 +11,10 @@ does to a gradient averages out. Weights are float64, and count so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,7 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from embedpipe.heads._beside import Beside, Record
 from embedpipe.heads._problem import Chunked, Problem, blocks, some_of
+
+if TYPE_CHECKING:
+    from embedpipe.heads._entries import Entries
 
 KEPT_BYTES = 2**29  # of probabilities; more are computed again for every product
 SMALL = 2**22  # features of a problem that is carried in float64
@@ -33,9 +39,16 @@ LEAST_ROWS = 512  # in a block: sums over blocks cost less than products
 COLUMNS = 256  # of logits that are looked at together, about: more would not fill products better
 PROBES = 1024  # rows that are enough to measure what few weights see
 ROUNDING = 1e-5  # times the mean eigenvalue: an l2 that makes nothing of what bfloat16 adds to the Hessian
+GRAM_ROWS = 4096  # at a time: their sum costs less than their products
 READ_ROWS = 512  # at most at a time, where they are read from the cache: fresh memory costs more than they do
 METRIC_ROWS = 16  # times the width: rows that are enough to measure a metric
 MANY_CLASSES = 24  # fill matrix products alone
+RECORDS = (
+    12  # of one value for each row and class, that memory must hold: those of three optima, and two points on the way
+)
+TESTS = 16  # directions
+LARGE = 2**30  # products in a sweep, from which the pairs that count are looked for
+CHUNK = 128  # of which the width is a multiple then
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +116,10 @@ class Sweeps:
         self._kept_bytes = kept_bytes
         self._bytes: int = self.n * self.rows * self.dtype.itemsize
         self._kept: Tensor | None = None  # probabilities (L, K, N) of the last `value`
+        self._few: tuple[Tensor, Entries | None] | None = None  # of them
         self._at: tuple[Tensor, Tensor] | None = None  # and its weights
+        self.last: Record | None = None  # what it found
+        self.doubt = 0.0  # how far its gradient is off, squared, about
         self._short = self.dtype  # of what is multiplied where few digits will do
         self._copy: Tensor | None = None  # of the rows, in that
         self._turned: tuple[Metric, Tensor] | None = None  # rows in the basis of a metric, bfloat16
@@ -114,32 +130,76 @@ class Sweeps:
         """How many problems can be carried at once, with their probabilities kept."""
         return max(1, self._kept_bytes // self._bytes)
 
-    def value(self, W: Tensor, b: Tensor, *, far: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def value(
+        self, W: Tensor, b: Tensor, *, far: bool = False, beside: Beside | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return loss (L,), its gradients (L, K, D) and (L, K), and the mean of p (1 - p), (L, K).
 
-        far : bool    from the optimum: few digits will do
+        far : bool                 from the optimum: few digits will do
+        beside : Beside, optional  what is known of points nearby: `doubt` then says what the gradient may be off by
         """
         dtype = self._short if far else self.dtype
         many = len(W)
         loss, spread = W.new_zeros(many), W.new_zeros(many, self.rows)
         grad_W, grad_b = W.new_zeros(many, self.rows, self.width), W.new_zeros(many, self.rows)
-        self._kept, self._at = None, (W, b)
+        self._kept, self._at, self.last, self.doubt = None, (W, b), None, 0.0
         if many * self._bytes <= self._kept_bytes:
             self._kept = torch.empty(many, self.rows, self.n, dtype=self.dtype)
+        recorded = torch.empty(2, self.rows, self.n, dtype=self.dtype) if many == 1 and self.records else None
         weights = self._weights.to(self.dtype)
         parts = [(some, _split(W[some], b[some], dtype)) for some in self._together(many)]
         for rows, x in self._blocks(many, dtype):
             weight = weights[rows]
             for some, split in parts:
-                p, each, error = self._answers(_logits(x, *split).to(self.dtype), rows)
+                on_curve = beside is not None and beside.shares is not None
+                logits = beside.logits(rows)[None] if beside and on_curve else _logits(x, *split).to(self.dtype)
+                if recorded is not None:
+                    recorded[0, :, rows] = logits[0]
+                p, each, error = self._answers(logits, rows)
                 if self._kept is not None:
                     self._kept[some, :, rows] = p
                 loss[some] += each @ weight
                 spread[some] += p.mul_(1 - p) @ weight
                 error = error.mul_(weight)
-                grad_W[some] += (error.flatten(0, 1).to(x.dtype) @ x).view_as(grad_W[some])
+                if recorded is not None:
+                    recorded[1, :, rows] = error[0]
+                if beside is None:
+                    grad_W[some] += (error.flatten(0, 1).to(x.dtype) @ x).view_as(grad_W[some])
                 grad_b[some] += error.sum(2)
+        if recorded is not None:
+            if beside:
+                grad_W[0], self.doubt = self._gradient_beside(recorded[1], beside)
+            self.last = Record(recorded[0], recorded[1], grad_W[0])
         return loss, grad_W, grad_b, spread
+
+    @property
+    def records(self) -> bool:
+        """Whether what is found is recorded, for points beside: of one problem, where memory holds some."""
+        return self._turned is not None and RECORDS * self._bytes <= self._kept_bytes
+
+    def _gradient_beside(self, error: Tensor, beside: Beside) -> tuple[Tensor, float]:
+        """Return the gradient (K, D) of what rows are wrong by (K, N), and how far off it is, squared, about."""
+        assert self._turned
+        metric, copy = self._turned
+        total, change = torch.zeros(self.rows, self.width, dtype=self.dtype), torch.zeros(self.rows, dtype=self.dtype)
+        blend = beside.blend(error)
+        for rows, x in self._blocks(1, copy=copy):
+            apart = error[:, rows] - blend.error(rows)
+            total += apart.to(x.dtype) @ x
+            change += apart.sum(1)
+        grad = (
+            blend.gradient + (total @ metric.basis.to(self.dtype).T).double() + change.double()[:, None] * metric.mean
+        )
+        directions, along = self._tests
+        off = (error @ along).double() - grad @ directions
+        return grad, float(off.square().sum()) / directions.shape[1]
+
+    @cached_property
+    def _tests(self) -> tuple[Tensor, Tensor]:
+        """Random directions (D, n), and the rows along them (N, n)."""
+        directions = torch.randn(self.width, TESTS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        along = torch.cat([x @ directions.to(self.dtype) for _, x in self._blocks(1)])
+        return directions, along
 
     def curve(
         self, V: Tensor, c: Tensor, which: Tensor, metric: Metric, *, rough: bool = False
@@ -150,27 +210,75 @@ class Sweeps:
 
         rough : bool    few digits will do
         """
-        stored, copy = self._turned if self._turned and self._kept is not None else (None, None)
-        turn = self._turn_between(stored, metric)
+        if self._turned and self._turned[0] is metric and (entries := self._entries):
+            few_W, few_b = entries.curve(V[0], c[0], metric.spectrum.to(self.dtype))
+            return few_W[None], few_b[None]
+        turn, dtype, copy = self._rows_for(metric)
         W, b = turn.vector(V, c)
-        dtype = self._short if copy is None else copy.dtype
-        hess_W, hess_b = torch.zeros_like(W), torch.zeros_like(b)
-        weights = self._weights.to(self.dtype)
         split = _round if rough or copy is not None else _split
-        parts = [(some, split(W[some], b[some], dtype)) for some in self._together(len(W))]
-        for rows, x in self._blocks(len(W), dtype, copy):
-            for some, short in parts:
-                along = _logits(x, *short).to(self.dtype)
-                p = self._recall(x, rows, which[some])
-                if self._apart:
-                    along *= p - p * p
-                else:
-                    along -= (p * along).sum(1, keepdim=True)
-                    along *= p
-                along *= weights[rows]
-                hess_W[some] += (along.flatten(0, 1).to(x.dtype) @ x).view_as(hess_W[some])
-                hess_b[some] += along.sum(2)
-        return turn.gradient(hess_W, hess_b)
+
+        def times_hessian(x: Tensor, rows: slice, some: slice) -> Tensor:
+            along = _logits(x, *split(W[some], b[some], dtype)).to(self.dtype)
+            p = self._recall(x, rows, which[some])
+            if self._apart:
+                return along.mul_(p - p * p)
+            along -= (p * along).sum(1, keepdim=True)
+            return along.mul_(p)
+
+        return turn.gradient(*self._sums(len(W), dtype, copy, times_hessian))
+
+    def middles(self, which: Tensor, metric: Metric) -> Tensor:
+        """Return the mean of the rows for each class (L, K, D), each counting with its p (1 - p), in the basis of the metric."""
+        if self._turned and self._turned[0] is metric and (entries := self._entries):
+            return entries.middles()[None]
+        turn, dtype, copy = self._rows_for(metric)
+
+        def spread(x: Tensor, rows: slice, some: slice) -> Tensor:
+            p = self._recall(x, rows, which[some])
+            return p - p * p
+
+        total, count = turn.gradient(*self._sums(len(which), dtype, copy, spread))
+        return total / count.clamp_min(torch.finfo(count.dtype).tiny)[..., None]
+
+    def _rows_for(self, metric: Metric) -> tuple[Turn, torch.dtype, Tensor | None]:
+        """Return how rows that are at hand are turned into the basis of the metric, their precision, and these rows, if kept."""
+        stored, copy = self._turned if self._turned and self._kept is not None else (None, None)
+        return self._turn_between(stored, metric), self._short if copy is None else copy.dtype, copy
+
+    def _sums(
+        self, many: int, dtype: torch.dtype, copy: Tensor | None, share: Callable[[Tensor, slice, slice], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sum (L, K, D) of all rows, each as much as it counts, times what share(x, rows, some) gives it; and of that."""
+        total = torch.zeros(many, self.rows, self.width, dtype=self.dtype)
+        count, weights = torch.zeros(many, self.rows, dtype=self.dtype), self._weights.to(self.dtype)
+        for rows, x in self._blocks(many, dtype, copy):
+            for some in self._together(many):
+                shares = share(x, rows, some).mul_(weights[rows])
+                total[some] += (shares.flatten(0, 1).to(x.dtype) @ x).view_as(total[some])
+                count[some] += shares.sum(2)
+        return total, count
+
+    @property
+    def _entries(self) -> Entries | None:
+        """The pairs of a row and a class that make up nearly all of the Hessian, where they are few, and worth it."""
+        if self._kept is None or len(self._kept) > 1 or self._turned is None or not self._compiled:
+            return None
+        if self._few is None or self._few[0] is not self._kept:
+            weights = self._weights.to(self.dtype)
+            found = self._compiled.of(self._kept[0], weights, self._turned[1], apart=self._apart)
+            self._few = self._kept, found
+        return self._few[1]
+
+    @cached_property
+    def _compiled(self) -> type[Entries] | None:
+        """What counts with few pairs; numba is an extra, and takes seconds to load."""
+        if self.n * self.width * self.rows < LARGE or self.width % CHUNK:
+            return None
+        with suppress(ImportError, RuntimeError):  # numba is not installed, or has nowhere to keep what it compiles
+            from embedpipe.heads._entries import Entries
+
+            return Entries
+        return None
 
     def turn_to(self, metric: Metric) -> Turn:
         """Return how rows are turned into the basis of a metric."""
@@ -210,26 +318,28 @@ class Sweeps:
         rows, shares = _draw(self._weights, PROBES)
         return torch.from_numpy(self._X[rows]), shares.to(self.dtype)
 
-    def shorten(self, metric: Metric, l2: float | None) -> None:
+    def shorten(self, metric: Metric, least: float, *, turned: bool) -> None:
         """Multiply bfloat16 from now on where few digits will do, if that is quicker.
 
-        For many l2 (None) the rows are turned into the basis of the metric: in that of the features a vector rounded to bfloat16
-        drowns what varies little. For one they are rounded as they are, if it drowns what that adds to the Hessian, and vectors
-        are taken as sums of two. Where memory does not hold a copy, many l2 do without, and of one the blocks are rounded as
-        they come, to the same numbers.
+        For many l2 the rows are turned into the basis of the metric: in that of the features a vector rounded to bfloat16 drowns
+        what varies little. For one they are rounded as they are, if it drowns what that adds to the Hessian, and vectors are taken
+        as sums of two. Where memory does not hold a copy, many l2 do without, and of one the blocks are rounded as they come, to
+        the same numbers.
+
+        least : float    the smallest l2
         """
         fits = self.n * self.width * torch.bfloat16.itemsize <= self._kept_bytes and isinstance(self._X, np.ndarray)
-        worth = fits if l2 is None else l2 > ROUNDING * float(metric.spectrum.mean())
-        if not (worth and has_bfloat16() and self.dtype == torch.float32):
+        drowned = ROUNDING * float(metric.spectrum.mean())
+        if not ((fits if turned else least > drowned) and has_bfloat16() and self.dtype == torch.float32):
             return
         rows = torch.from_numpy(np.empty((self.n, self.width) if fits else 0, np.int16)).view(torch.bfloat16)
-        if l2 is not None:
+        if not turned:
             self._short, self._copy = torch.bfloat16, rows.copy_(torch.from_numpy(self._X)) if fits else None
             return
-        turn = self.turn_to(metric)
-        assert turn.matrix is not None
+        short = least > drowned / self.rows  # the Hessian of each of many classes counts few rows, the penalty more
+        mean, basis = metric.mean.to(self.dtype), metric.basis.to(torch.bfloat16 if short else self.dtype)
         for some, x in self._blocks(1):
-            rows[some] = torch.addmm(turn.shift, x, turn.matrix)
+            rows[some] = (x - mean).to(basis.dtype) @ basis
         self._turned = metric, rows
 
     def measure(self, which: int | None = None) -> Metric:
@@ -248,7 +358,9 @@ class Sweeps:
         enough = METRIC_ROWS * self.width
         if self.n <= 2 * enough:
             counts /= counts.sum()
-            return _metric(lambda: ((x, counts[rows]) for rows, x in self._blocks(1)), self.width)
+            size = READ_ROWS if isinstance(self._X, Chunked) else GRAM_ROWS
+            parts = [slice(first, first + size) for first in range(0, self.n, size)]
+            return _metric(lambda: ((self._read(rows, self.dtype), counts[rows]) for rows in parts), self.width)
         drawn, shares = _draw(counts, enough)
         X = some_of(self._X, drawn)
         return _metric(
@@ -360,6 +472,6 @@ def _metric(parts: Callable[[], Iterable[tuple[Tensor, Tensor]]], width: int) ->
     gram = torch.zeros(width, width, dtype=torch.float64)
     for x, counts in parts():
         centred = (x - mean.to(x.dtype)).mul_(counts.sqrt().to(x.dtype)[:, None])
-        gram += centred.T @ centred
+        gram += torch.from_numpy(centred.numpy().T @ centred.numpy())  # of one and the same: half of the products
     spectrum, basis = (part.double() for part in torch.linalg.eigh(gram.to(centred.dtype)))
     return Metric(spectrum.clamp_min(0), basis, mean)

@@ -78,19 +78,19 @@ def test_products_in_bfloat16_lead_to_the_same_optimum(monkeypatch: pytest.Monke
     """With every processor, though only some gain by it; weights differ by less than what ends the minimisation."""
     X, y = hard(30_000, 150, 3)
     problem, l2s = even(standardised(X).astype(np.float32), y, 3), sorted(L2_GRID, reverse=True)[::4]
-    paths, turned = [], []
+    paths, have = [], []
     made = Sweeps.shorten
 
-    def shorten(self: Sweeps, metric: Metric, l2: float | None) -> None:
-        made(self, metric, l2)
-        turned.append(self._turned is not None)
+    def shorten(self: Sweeps, metric: Metric, least: float, *, turned: bool) -> None:
+        made(self, metric, least, turned=turned)
+        have.append(self._turned is not None)
 
     monkeypatch.setattr(Sweeps, "shorten", shorten)
     for known in (True, False):
         monkeypatch.setattr("embedpipe.heads._sweeps.has_bfloat16", lambda known=known: known)
         paths.append(solve_path(problem, l2s))
         assert max(gap(problem, one, l2) for one, l2 in zip(paths[-1], l2s, strict=True)) <= 1e-6
-    assert turned == [True, False]
+    assert have == [True, False]
     for one, other in zip(*paths, strict=True):
         np.testing.assert_allclose(one.weight, other.weight, atol=2e-3 * np.abs(one.weight).max())
 
