@@ -21,7 +21,7 @@ from embedpipe.heads._sweeps import Metric, Sweeps
 
 PRODUCTS = 60  # at most
 SHARE = 0.2  # of the gradient, squared, that may be left; less near the optimum, where the model holds
-FEW = 0.05  # of the gradient, squared, that a few products leave
+FEW = 0.02  # of the gradient, squared, that a few products leave
 MOST_CLASSES = 32  # whose Hessians are measured in the span of their weights; of more that costs what it saves
 
 

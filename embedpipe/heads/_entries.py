@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from embedpipe.compiling import BYTES, LANES, Memory, compiled, inlined
-from embedpipe.heads._sweeps import CHUNK
+from embedpipe.heads._trail import CHUNK
 
 KEPT = 0.98  # of all p (1 - p)
 MOST = 0.35  # of all pairs, from which matrix products of all of them are quicker

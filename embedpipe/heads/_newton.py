@@ -25,13 +25,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from embedpipe.heads._beside import Beside
 from embedpipe.heads._directions import PRODUCTS, Points, dot, find_direction
 from embedpipe.heads._problem import Float64, Problem, Solution, narrow
 from embedpipe.heads._starts import Solved
 from embedpipe.heads._sweeps import MANY_CLASSES, Metric, Sweeps
+from embedpipe.heads._trail import Beside, Trail
 
-TOLERANCE = 4e-7  # of the bound on what is left to gain, relative to the objective
+TOLERANCE = 6e-7  # of the bound on what is left to gain, relative to the objective
 POLISHED = 1e-10  # what is left to gain after `polish`, where rounding and so many steps and products for each allow it
 POLISHING, POLISHING_PRODUCTS = 3, 20
 STEPS, HALVINGS = 100, 40  # at most, in a minimisation, in a line search
@@ -40,7 +40,6 @@ STRIDES = (11, TOGETHER), (5, TOGETHER), (2, TOGETHER), (1, TOGETHER)  # every e
 STEEP = 1e-4  # an l2 from which many classes do not start from nothing
 TOP, RUNG, LOOSE = 1e-2, 5.0, 0.1  # but come down: from here, by such a factor, each so near its optimum
 UNSEEN = 0.25  # of what may be left, that a gradient may be off by
-INHERITED = 0.005  # at most, for others to start from: a curve beyond the last optima makes it many times as much
 FAR = 1.0  # a gap from which no step reaches the optimum
 WORN = 20  # products for a step: the metric is measured again
 LEAST_SPREAD = 1e-12  # of a class that every sample is already sure about
@@ -51,8 +50,8 @@ _metrics: WeakKeyDictionary[Problem, Metric] = WeakKeyDictionary()  # as `solve_
 def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = None) -> list[Solution]:
     """Minimise the objective for every l2, falling."""
     small, basis = narrow(problem)
-    sweeps = Sweeps(small, kept_bytes=problem.memory_bytes // 2)
-    many = sweeps.rows >= MANY_CLASSES
+    many = small.rows >= MANY_CLASSES
+    sweeps = (Trail if many else Sweeps)(small, kept_bytes=problem.memory_bytes // 2)
     steep = many and not start and l2s[0] <= STEEP
     _metrics[problem] = metric = sweeps.measure()
     sweeps.shorten(metric, l2s[-1], turned=steep or len(l2s) > 1)
@@ -120,8 +119,9 @@ class _Way:
             self.W[[number]], self.b[[number]], beside = self.solved.start(float(self.l2[number]))
         points = minimise(self.sweeps, self.l2[some], self.W[some], self.b[some], self.metric, beside=beside)
         self.W[some], self.b[some] = points.W, points.b
+        last = self.sweeps.last if isinstance(self.sweeps, Trail) else None
         for number, W, b, spread in zip(some, self.W[some], self.b[some], points.spread.mean(1), strict=True):
-            self.solved.add(float(self.l2[number]), W, b, float(spread), self.sweeps.last)
+            self.solved.add(float(self.l2[number]), W, b, float(spread), last)
         self.open -= {*some}
 
 
@@ -173,11 +173,14 @@ def minimise(
 def _points(
     sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, *, far: bool = False, beside: Beside | None = None
 ) -> Points:
-    loss, grad_W, grad_b, spread = sweeps.value(W, b, far=far, beside=beside)
-    objective = loss + l2 / 2 * W.square().sum((1, 2))
-    if sweeps.doubt > UNSEEN * TOLERANCE * float(2 * l2[0] * objective[0]):  # of one problem
-        return _points(sweeps, l2, W, b, far=far)
-    return Points(l2, W, b, objective, grad_W + l2[:, None, None] * W, grad_b, spread.clamp_min(LEAST_SPREAD))
+    penalty = l2 / 2 * W.square().sum((1, 2))
+    if beside and isinstance(sweeps, Trail):
+        unseen = UNSEEN * TOLERANCE * 2 * float(l2[0])
+        found = sweeps.value_beside(W, b, beside, lambda loss: unseen * (loss + float(penalty[0])))
+    else:
+        found = sweeps.value(W, b, far=far)
+    loss, grad_W, grad_b, spread = found
+    return Points(l2, W, b, loss + penalty, grad_W + l2[:, None, None] * W, grad_b, spread.clamp_min(LEAST_SPREAD))
 
 
 def _short(W: Tensor) -> Tensor:
@@ -202,11 +205,9 @@ def _step(
     slope = dot(points.grad_W, points.grad_b, dW, db)
     length = torch.ones_like(slope)
     far = bool((points.gap > FAR).all())
-    inherited = INHERITED * TOLERANCE * float((2 * points.l2 * points.objective).min())
-    beside = Beside([sweeps.last]) if sweeps.last and sweeps.doubt <= inherited else None
     for _ in range(HALVINGS):
         W = shape(points.W + length[:, None, None] * dW)
-        new = _points(sweeps, points.l2, W, points.b + length[:, None] * db, far=far, beside=beside)
+        new = _points(sweeps, points.l2, W, points.b + length[:, None] * db, far=far)
         good = new.objective <= points.objective + 1e-4 * length * slope + sweeps.noise * points.objective
         good |= new.gap <= TOLERANCE
         if good.all():

@@ -21,10 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from embedpipe.heads._beside import Beside, Record
 from embedpipe.heads._sweeps import Metric
+from embedpipe.heads._trail import KNOWN, Beside, Record
 
-REACH, SIDE, BEFORE = 3.5, 4, 3  # of a curve: in log l2; known points to each side; before, where none are after
+REACH, SIDE, BEFORE = 3.5, 4, KNOWN  # of a curve: in log l2; known points to each side; before, where none are after
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class Solved:
         found = _Optimum(l2, W, b, spread, record)
         self._all.append(found)
         self._all.sort(key=lambda one: -one.l2)
-        for number, old in enumerate(self._all[:-BEFORE]):
+        for number, old in enumerate(self._all[:-KNOWN]):
             self._all[number] = replace(old, record=None)
         if found.penalty > self._middle:
             self._free[l2] = W.to(self._basis.dtype) @ self._basis * (self._spectrum + found.penalty)

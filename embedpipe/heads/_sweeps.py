@@ -11,10 +11,8 @@ does to a gradient averages out. Weights are float64, and count so.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,11 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from embedpipe.heads._beside import Beside, Record
 from embedpipe.heads._problem import Chunked, Problem, blocks, some_of
-
-if TYPE_CHECKING:
-    from embedpipe.heads._entries import Entries
 
 KEPT_BYTES = 2**29  # of probabilities; more are computed again for every product
 SMALL = 2**22  # features of a problem that is carried in float64
@@ -116,10 +110,7 @@ class Sweeps:
         self._kept_bytes = kept_bytes
         self._bytes: int = self.n * self.rows * self.dtype.itemsize
         self._kept: Tensor | None = None  # probabilities (L, K, N) of the last `value`
-        self._few: tuple[Tensor, Entries | None] | None = None  # of them
         self._at: tuple[Tensor, Tensor] | None = None  # and its weights
-        self.last: Record | None = None  # what it found
-        self.doubt = 0.0  # how far its gradient is off, squared, about
         self._short = self.dtype  # of what is multiplied where few digits will do
         self._copy: Tensor | None = None  # of the rows, in that
         self._turned: tuple[Metric, Tensor] | None = None  # rows in the basis of a metric, bfloat16
@@ -130,76 +121,32 @@ class Sweeps:
         """How many problems can be carried at once, with their probabilities kept."""
         return max(1, self._kept_bytes // self._bytes)
 
-    def value(
-        self, W: Tensor, b: Tensor, *, far: bool = False, beside: Beside | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def value(self, W: Tensor, b: Tensor, *, far: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return loss (L,), its gradients (L, K, D) and (L, K), and the mean of p (1 - p), (L, K).
 
-        far : bool                 from the optimum: few digits will do
-        beside : Beside, optional  what is known of points nearby: `doubt` then says what the gradient may be off by
+        far : bool    from the optimum: few digits will do
         """
         dtype = self._short if far else self.dtype
         many = len(W)
         loss, spread = W.new_zeros(many), W.new_zeros(many, self.rows)
         grad_W, grad_b = W.new_zeros(many, self.rows, self.width), W.new_zeros(many, self.rows)
-        self._kept, self._at, self.last, self.doubt = None, (W, b), None, 0.0
+        self._kept, self._at = None, (W, b)
         if many * self._bytes <= self._kept_bytes:
             self._kept = torch.empty(many, self.rows, self.n, dtype=self.dtype)
-        recorded = torch.empty(2, self.rows, self.n, dtype=self.dtype) if many == 1 and self.records else None
         weights = self._weights.to(self.dtype)
-        parts = [(some, _split(W[some], b[some], dtype)) for some in self._together(many)]
+        parts = [(some, split(W[some], b[some], dtype)) for some in self._together(many)]
         for rows, x in self._blocks(many, dtype):
             weight = weights[rows]
             for some, split in parts:
-                on_curve = beside is not None and beside.shares is not None
-                logits = beside.logits(rows)[None] if beside and on_curve else _logits(x, *split).to(self.dtype)
-                if recorded is not None:
-                    recorded[0, :, rows] = logits[0]
-                p, each, error = self._answers(logits, rows)
+                p, each, error = self._answers(logits_of(x, *split).to(self.dtype), rows)
                 if self._kept is not None:
                     self._kept[some, :, rows] = p
                 loss[some] += each @ weight
                 spread[some] += p.mul_(1 - p) @ weight
                 error = error.mul_(weight)
-                if recorded is not None:
-                    recorded[1, :, rows] = error[0]
-                if beside is None:
-                    grad_W[some] += (error.flatten(0, 1).to(x.dtype) @ x).view_as(grad_W[some])
+                grad_W[some] += (error.flatten(0, 1).to(x.dtype) @ x).view_as(grad_W[some])
                 grad_b[some] += error.sum(2)
-        if recorded is not None:
-            if beside:
-                grad_W[0], self.doubt = self._gradient_beside(recorded[1], beside)
-            self.last = Record(recorded[0], recorded[1], grad_W[0])
         return loss, grad_W, grad_b, spread
-
-    @property
-    def records(self) -> bool:
-        """Whether what is found is recorded, for points beside: of one problem, where memory holds some."""
-        return self._turned is not None and RECORDS * self._bytes <= self._kept_bytes
-
-    def _gradient_beside(self, error: Tensor, beside: Beside) -> tuple[Tensor, float]:
-        """Return the gradient (K, D) of what rows are wrong by (K, N), and how far off it is, squared, about."""
-        assert self._turned
-        metric, copy = self._turned
-        total, change = torch.zeros(self.rows, self.width, dtype=self.dtype), torch.zeros(self.rows, dtype=self.dtype)
-        blend = beside.blend(error)
-        for rows, x in self._blocks(1, copy=copy):
-            apart = error[:, rows] - blend.error(rows)
-            total += apart.to(x.dtype) @ x
-            change += apart.sum(1)
-        grad = (
-            blend.gradient + (total @ metric.basis.to(self.dtype).T).double() + change.double()[:, None] * metric.mean
-        )
-        directions, along = self._tests
-        off = (error @ along).double() - grad @ directions
-        return grad, float(off.square().sum()) / directions.shape[1]
-
-    @cached_property
-    def _tests(self) -> tuple[Tensor, Tensor]:
-        """Random directions (D, n), and the rows along them (N, n)."""
-        directions = torch.randn(self.width, TESTS, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-        along = torch.cat([x @ directions.to(self.dtype) for _, x in self._blocks(1)])
-        return directions, along
 
     def curve(
         self, V: Tensor, c: Tensor, which: Tensor, metric: Metric, *, rough: bool = False
@@ -210,15 +157,12 @@ class Sweeps:
 
         rough : bool    few digits will do
         """
-        if self._turned and self._turned[0] is metric and (entries := self._entries):
-            few_W, few_b = entries.curve(V[0], c[0], metric.spectrum.to(self.dtype))
-            return few_W[None], few_b[None]
         turn, dtype, copy = self._rows_for(metric)
         W, b = turn.vector(V, c)
-        split = _round if rough or copy is not None else _split
+        cut = _round if rough or copy is not None else split
 
         def times_hessian(x: Tensor, rows: slice, some: slice) -> Tensor:
-            along = _logits(x, *split(W[some], b[some], dtype)).to(self.dtype)
+            along = logits_of(x, *cut(W[some], b[some], dtype)).to(self.dtype)
             p = self._recall(x, rows, which[some])
             if self._apart:
                 return along.mul_(p - p * p)
@@ -229,8 +173,6 @@ class Sweeps:
 
     def middles(self, which: Tensor, metric: Metric) -> Tensor:
         """Return the mean of the rows for each class (L, K, D), each counting with its p (1 - p), in the basis of the metric."""
-        if self._turned and self._turned[0] is metric and (entries := self._entries):
-            return entries.middles()[None]
         turn, dtype, copy = self._rows_for(metric)
 
         def spread(x: Tensor, rows: slice, some: slice) -> Tensor:
@@ -258,28 +200,6 @@ class Sweeps:
                 count[some] += shares.sum(2)
         return total, count
 
-    @property
-    def _entries(self) -> Entries | None:
-        """The pairs of a row and a class that make up nearly all of the Hessian, where they are few, and worth it."""
-        if self._kept is None or len(self._kept) > 1 or self._turned is None or not self._compiled:
-            return None
-        if self._few is None or self._few[0] is not self._kept:
-            weights = self._weights.to(self.dtype)
-            found = self._compiled.of(self._kept[0], weights, self._turned[1], apart=self._apart)
-            self._few = self._kept, found
-        return self._few[1]
-
-    @cached_property
-    def _compiled(self) -> type[Entries] | None:
-        """What counts with few pairs; numba is an extra, and takes seconds to load."""
-        if self.n * self.width * self.rows < LARGE or self.width % CHUNK:
-            return None
-        with suppress(ImportError, RuntimeError):  # numba is not installed, or has nowhere to keep what it compiles
-            from embedpipe.heads._entries import Entries
-
-            return Entries
-        return None
-
     def turn_to(self, metric: Metric) -> Turn:
         """Return how rows are turned into the basis of a metric."""
         return self._turn_between(None, metric)
@@ -303,7 +223,7 @@ class Sweeps:
         float64 (L, K, r, r), and how many rows of one weight would tell as much (L, K)
         """
         x, shares = self._probes
-        logits = _logits(x, W.to(x.dtype), b.to(x.dtype))
+        logits = logits_of(x, W.to(x.dtype), b.to(x.dtype))
         p = logits.sigmoid() if self._apart else logits.softmax(1)
         counts = (p - p * p) * shares
         weight, bias = self.turn_to(metric).vector(span[:, :-1].mT, span[:, -1])
@@ -426,7 +346,7 @@ class Sweeps:
             return part if len(which) == len(part) else part[which]
         assert self._at is not None
         W, b = self._at
-        return self._answers(_logits(x, *_split(W[which], b[which], self.dtype)), rows)[0]
+        return self._answers(logits_of(x, *split(W[which], b[which], self.dtype)), rows)[0]
 
 
 def has_bfloat16() -> bool:
@@ -445,7 +365,7 @@ def _draw(counts: Tensor, most: int) -> tuple[NDArray[np.int64], Tensor]:
     return drawn, torch.from_numpy(times / most)
 
 
-def _split(W: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def split(W: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return W (L, K, D), b (L, K) in fewer digits; what these cannot hold, if anything, apart: W (2, L, K, D), b (2, L, K)."""
     high, top = W.to(dtype), b.to(dtype)
     low = (W - high).to(dtype)
@@ -456,10 +376,8 @@ def _round(W: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return W.to(dtype), b.to(dtype)
 
 
-def _logits(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+def logits_of(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
     """Return W x + b, (L, K, n), for rows x (n, D) and what `_split` returns."""
-    if not W.any():
-        return b[..., None].repeat(1, 1, len(x))
     found = torch.addmm(b.reshape(-1, 1), W.flatten(0, -2), x.T).view(*b.shape, len(x))
     return found if b.ndim == 2 else found[0].float().add_(found[1])
 
