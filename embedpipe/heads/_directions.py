@@ -3,7 +3,8 @@
 What stands in for the Hessian's inverse: for every class the covariance of the features times the mean of p (1 - p), plus l2,
 inverted in one eigenbasis for all classes and l2. But each class weighs rows by its own p (1 - p), which change along the weights
 alone: of Gaussian features the Hessian of a class and that covariance differ nowhere else (Stein's lemma). So in the span of the
-weights, and for the bias, the Hessian of each class itself takes the covariance's place, measured on some rows.
+weights, and for the bias, the Hessian of each class itself takes the covariance's place, measured on some rows. Of many classes
+that would cost what it saves; there the covariance is taken around the mean of the rows that count for each class.
 
 Source: Nocedal and Wright, Numerical Optimization, 5.1 (preconditioning) and 7.1 (inexact Newton).
 
@@ -27,7 +28,10 @@ MOST_CLASSES = 32  # whose Hessians are measured in the span of their weights; o
 
 @dataclass(frozen=True, eq=False)
 class Points:
-    """L problems, each at its weights: float64 l2 (L,), W (L, K, D), b (L, K), objective (L,), its gradients, mean p (1 - p)."""
+    """L problems, each at its weights: float64 l2 (L,), W (L, K, D), b (L, K), objective (L,), its gradients, mean p (1 - p).
+
+    reach : (L, K)    squared length of the middle of the rows that count for a class: what its bias lacks, the weights feel
+    """
 
     l2: Tensor
     W: Tensor
@@ -36,6 +40,7 @@ class Points:
     grad_W: Tensor
     grad_b: Tensor
     spread: Tensor
+    reach: Tensor
 
     def __getitem__(self, which: Tensor) -> Points:
         return Points(*(getattr(self, one.name)[which] for one in fields(self)))
@@ -51,7 +56,9 @@ class Points:
 
     def left(self, W: Tensor, b: Tensor) -> Tensor:
         """Return the bound (L,) on what a gradient leaves to gain, times 2."""
-        return W.square().sum((1, 2)) / self.l2 + (b.square() / self.spread).sum(1)
+        return W.square().sum((1, 2)) / self.l2 + (b.square() * (1 / self.spread + self.reach / self.l2[:, None])).sum(
+            1
+        )
 
 
 def find_direction(
@@ -108,15 +115,21 @@ class Preconditioner:
     """Nearly the inverse of the Hessians of L problems, in the basis of the metric."""
 
     def __init__(self, sweeps: Sweeps, points: Points, metric: Metric, which: Tensor | None) -> None:
-        """Measure what stands in for the Hessians; `which` problems of the last `value` they are, where a few products are not enough."""
+        """Measure what stands in for the Hessians.
+
+        which : int64 (L,)    numbers of the problems in the last `value`; None where a few products are enough as it is
+        """
         dtype = sweeps.dtype
         self._level, self._spread = sweeps.level, points.spread.to(dtype)
         self._inverse = (1 / (points.spread[:, :, None] * metric.spectrum + points.l2[:, None, None])).to(dtype)
         self._span: Tensor | None = None
         self._middles: Tensor | None = None
-        if sweeps.rows > MOST_CLASSES and which is not None and points.W.any():
+        if not points.W.any():
+            return
+        if sweeps.rows > MOST_CLASSES and which is not None:
             self._middles = sweeps.middles(which, metric)
-        if sweeps.rows <= MOST_CLASSES and points.W.any():
+            sweeps.reach = self._middles.square().sum(2).double()
+        elif sweeps.rows <= MOST_CLASSES:
             self._span = _span(sweeps.turn_to(metric).weights(points.W))
             self._more = _correction(sweeps, points, metric, self._span).to(dtype)
 

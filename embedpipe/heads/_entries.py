@@ -29,7 +29,9 @@ PAIR = 2 * LANES  # bfloat16 in a vector, of which float32 takes two: the even o
 STEP, LINE = BYTES * LANES, CHUNK * BYTES
 HALF = CHUNK * 2  # bytes of as many bfloat16
 
-Float32, Int32, Int64 = NDArray[np.float32], NDArray[np.int32], NDArray[np.int64]
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
 LIST, ROWS, MATRIX = "float32[::1]", "int32[:,::1]", "float32[:,::1]"
 PLACES = "int64[::1], int32[::1]"
 

@@ -5,8 +5,8 @@ preconditions it. Where that takes many products, the covariance is measured aga
 classes that is the Hessian itself. The penalty stays on the weights.
 
 Of few classes many l2 are solved together, which fills matrix products: first a few that lie far apart, then those between, and
-so on, each from a curve through its neighbours. Many classes fill products alone: every second l2 is solved, falling, from the
-curve through those before it, since with a small l2 many steps are short when they start from nothing.
+so on, each from a curve through its neighbours (`_starts`). Many classes fill products alone: one l2 is solved after the other,
+falling, and what was found for the last ones saves products for the next (`_trail`, `_entries`).
 
 The objective is l2-strongly convex in the weights, so its squared gradient / (2 l2) bounds what is left to gain. That bound,
 relative to the objective, is at most TOLERANCE for every solution, or a warning says so.
@@ -31,7 +31,7 @@ from embedpipe.heads._starts import Solved
 from embedpipe.heads._sweeps import MANY_CLASSES, Metric, Sweeps
 from embedpipe.heads._trail import Beside, Trail
 
-TOLERANCE = 6e-7  # of the bound on what is left to gain, relative to the objective
+TOLERANCE = 4e-7  # of the bound on what is left to gain, relative to the objective
 POLISHED = 1e-10  # what is left to gain after `polish`, where rounding and so many steps and products for each allow it
 POLISHING, POLISHING_PRODUCTS = 3, 20
 STEPS, HALVINGS = 100, 40  # at most, in a minimisation, in a line search
@@ -180,7 +180,9 @@ def _points(
     else:
         found = sweeps.value(W, b, far=far)
     loss, grad_W, grad_b, spread = found
-    return Points(l2, W, b, loss + penalty, grad_W + l2[:, None, None] * W, grad_b, spread.clamp_min(LEAST_SPREAD))
+    gradients = grad_W + l2[:, None, None] * W, grad_b
+    reach = sweeps.reach.expand_as(b).clone()
+    return Points(l2, W, b, loss + penalty, *gradients, spread.clamp_min(LEAST_SPREAD), reach)
 
 
 def _short(W: Tensor) -> Tensor:

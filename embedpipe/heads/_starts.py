@@ -105,4 +105,5 @@ def _lagrange(places: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _along(values: list[Tensor], shares: list[float]) -> Tensor:
     """Return the sum of so much of each."""
-    return torch.tensordot(torch.tensor(shares, dtype=values[0].dtype), torch.stack(values), 1)
+    total: Tensor = torch.tensordot(torch.tensor(shares, dtype=values[0].dtype), torch.stack(values), 1)
+    return total

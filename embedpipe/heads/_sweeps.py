@@ -107,6 +107,9 @@ class Sweeps:
         self._labels = self._y[None] if self._y.ndim == 1 else self._y.T  # (K, N) where every logit stands for itself
         self._apart = problem.apart
         self._weights = torch.from_numpy(problem.sample_weight)
+        self.reach = torch.zeros(
+            1, self.rows, dtype=torch.float64
+        )  # of `middles` when last measured: their squared length
         self._kept_bytes = kept_bytes
         self._bytes: int = self.n * self.rows * self.dtype.itemsize
         self._kept: Tensor | None = None  # probabilities (L, K, N) of the last `value`
@@ -137,8 +140,8 @@ class Sweeps:
         parts = [(some, split(W[some], b[some], dtype)) for some in self._together(many)]
         for rows, x in self._blocks(many, dtype):
             weight = weights[rows]
-            for some, split in parts:
-                p, each, error = self._answers(logits_of(x, *split).to(self.dtype), rows)
+            for some, digits in parts:
+                p, each, error = self._answers(logits_of(x, *digits).to(self.dtype), rows)
                 if self._kept is not None:
                     self._kept[some, :, rows] = p
                 loss[some] += each @ weight
@@ -190,7 +193,7 @@ class Sweeps:
     def _sums(
         self, many: int, dtype: torch.dtype, copy: Tensor | None, share: Callable[[Tensor, slice, slice], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Return the sum (L, K, D) of all rows, each as much as it counts, times what share(x, rows, some) gives it; and of that."""
+        """Return the sum (L, K, D) of rows, each as much as it counts times what share(x, rows, some) gives it; and of that."""
         total = torch.zeros(many, self.rows, self.width, dtype=self.dtype)
         count, weights = torch.zeros(many, self.rows, dtype=self.dtype), self._weights.to(self.dtype)
         for rows, x in self._blocks(many, dtype, copy):
@@ -242,9 +245,9 @@ class Sweeps:
         """Multiply bfloat16 from now on where few digits will do, if that is quicker.
 
         For many l2 the rows are turned into the basis of the metric: in that of the features a vector rounded to bfloat16 drowns
-        what varies little. For one they are rounded as they are, if it drowns what that adds to the Hessian, and vectors are taken
-        as sums of two. Where memory does not hold a copy, many l2 do without, and of one the blocks are rounded as they come, to
-        the same numbers.
+        what varies little. For one they are rounded as they are, if it drowns what that adds to the Hessian, and vectors are
+        taken as sums of two. Where memory does not hold a copy, many l2 do without, and of one the blocks are rounded as they
+        come, to the same numbers.
 
         least : float    the smallest l2
         """

@@ -43,12 +43,16 @@ Values = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """Of one point: logits and what each row is wrong by, times its weight (K, N); the gradient (K, D) and the loss."""
+    """Of one point: logits and what each row is wrong by, times its weight (K, N); the gradient (K, D) and the loss.
+
+    exact : bool    the logits are a product of their own, and may be added up again
+    """
 
     logits: Tensor
     error: Tensor
     gradient: Tensor
     loss: float
+    exact: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +64,11 @@ class Beside:
 
     records: Sequence[Record]
     shares: Sequence[float] | None = None
+
+    @property
+    def on_curve(self) -> bool:
+        """Whether logits follow from those of the records. Once: errors would grow along the way."""
+        return self.shares is not None and all(record.exact for record in self.records)
 
     def logits(self, rows: slice) -> Tensor:
         """Return the logits (K, n) of weights that lie on the curve."""
@@ -95,7 +104,9 @@ class Trail(Sweeps):
         weights, spread, grad_b = self._weights.to(self.dtype), W.new_zeros(1, self.rows), W.new_zeros(1, self.rows)
         logits, error = (torch.empty(self.rows, self.n, dtype=self.dtype) for _ in range(2))
         self._kept, self._at, loss = torch.empty(1, self.rows, self.n, dtype=self.dtype), (W, b), 0.0
-        for rows, z in self._logits(W, b, beside, allowed):
+        on_curve = beside is not None and beside.on_curve
+        short = None if beside is None or on_curve else self._short_weights(W, b, allowed(beside.records[-1].loss / 2))
+        for rows, z in self._logits(W, b, beside if on_curve else None, short):
             logits[:, rows] = z[0]
             p, each, wrong = self._answers(z, rows)
             self._kept[:, :, rows] = p
@@ -106,17 +117,17 @@ class Trail(Sweeps):
         gradient = self._gradient_beside(error, beside, allowed(loss)) if beside else None
         if gradient is None:
             gradient = self._gradient(error)
-        self.last = Record(logits, error, gradient, loss)
+        self.last = Record(logits, error, gradient, loss, exact=not on_curve and short is None)
         return W.new_tensor([loss]), gradient[None], grad_b, spread
 
     def _logits(
-        self, W: Tensor, b: Tensor, beside: Beside | None, allowed: Callable[[float], float]
+        self, W: Tensor, b: Tensor, beside: Beside | None, short: tuple[Tensor, Tensor] | None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Yield logits (1, K, n) of all rows, by blocks."""
-        if beside and beside.shares:
+        """Yield logits (1, K, n) of all rows, by blocks: from what is known beside them, or by bfloat16, or in full."""
+        if beside:
             for rows, _ in self._blocks(1):
                 yield rows, beside.logits(rows)[None]
-        elif beside and (short := self._short_weights(W, b, allowed(beside.records[-1].loss / 2))):
+        elif short:
             assert self._turned
             for rows, x in self._blocks(1, copy=self._turned[1]):
                 yield rows, (short[0] @ x.T).to(self.dtype)[None] + short[1][:, None]
