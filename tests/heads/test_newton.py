@@ -113,7 +113,7 @@ def test_one_l2_in_bfloat16_leads_to_the_same_optimum(l2: float, monkeypatch: py
 
 
 def test_the_hessians_of_single_classes_save_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the span of the weights: a third at least, on classes that overlap."""
+    """In the span of the weights: a quarter at least of what is left with their middles, on classes that overlap."""
     random = np.random.default_rng(0)
     y = random.integers(6, size=6000)
     X = (0.2 * random.normal(size=(6, 100))[y] + random.normal(size=(6000, 100))) * np.logspace(0, -2, 100)
@@ -129,7 +129,7 @@ def test_the_hessians_of_single_classes_save_products(monkeypatch: pytest.Monkey
         monkeypatch.setattr("embedpipe.heads._directions.MOST_CLASSES", most)
         products.append(0)
         solve_path(problem, [1e-4])
-    assert products[1] < 0.67 * products[0]
+    assert products[1] < 0.75 * products[0]
 
 
 @pytest.mark.parametrize(("n_classes", "values", "curves"), [(10, 140, 600), (30, 130, 1450)])

@@ -186,3 +186,16 @@ def test_a_path_whose_records_do_not_fit_in_memory_does_without(monkeypatch: pyt
     solutions = solve_path(tight, l2s)
     assert max(gap(problem, found, l2) for l2, found in zip(l2s, solutions, strict=True)) <= 1e-6
     assert "beside" not in counts
+
+
+def test_middles_save_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many classes: a seventh at least."""
+    problem, products = problem_of(), []
+    made = Trail.middles
+    for measured in (True, False):
+        monkeypatch.setattr(Trail, "middles", made if measured else lambda self, *_: torch.zeros(1, CLASSES, WIDTH))
+        with monkeypatch.context() as patch:
+            counts = counted(patch)
+            solve_path(problem, sorted(L2_GRID, reverse=True)[16:32])
+        products.append(counts["few"] + counts["all"])
+    assert products[0] < 0.86 * products[1]
