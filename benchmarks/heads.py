@@ -67,34 +67,41 @@ def ours(shape: Sequence[int], l2s: Sequence[float]) -> dict[str, Any]:
 
 
 class _counted:
-    """Count the sweeps: by kind, and by how many rows of weights they carry."""
+    """Count the sweeps: by kind, and by how many rows of weights they carry; also those that need fewer products than others."""
 
     def __enter__(self) -> dict[tuple[str, int], int]:
         from embedpipe.heads._sweeps import Sweeps
+        from embedpipe.heads._trail import Trail
 
-        self.kept = {name: getattr(Sweeps, name) for name in ("value", "curve")}
+        names = {"value": "value", "value_beside": "value", "curve": "curve"}
+        self.kept = [(cls, name, vars(cls)[name]) for cls in (Sweeps, Trail) for name in names if name in vars(cls)]
         counts: dict[tuple[str, int], int] = {}
-        for name, method in self.kept.items():
+        within: list[str] = []  # a sweep that another one is made of counts once
+
+        for cls, name, method in self.kept:
 
             def counting(sweeps: Any, W: Any, *rest: Any, name: str = name, method: Any = method, **more: Any) -> Any:
-                key = (name, W.shape[0] * W.shape[1])
-                counts[key] = counts.get(key, 0) + 1
-                return method(sweeps, W, *rest, **more)
+                if not within:
+                    key = (names[name], W.shape[0] * W.shape[1])
+                    counts[key] = counts.get(key, 0) + 1
+                within.append(name)
+                try:
+                    return method(sweeps, W, *rest, **more)
+                finally:
+                    within.pop()
 
-            setattr(Sweeps, name, counting)
+            setattr(cls, name, counting)
         return counts
 
     def __exit__(self, *_: object) -> None:
-        from embedpipe.heads._sweeps import Sweeps
-
-        for name, method in self.kept.items():
-            setattr(Sweeps, name, method)
+        for cls, name, method in self.kept:
+            setattr(cls, name, method)
 
 
 def _bounds(X: np.ndarray, counts: dict[tuple[str, int], int]) -> dict[str, float]:
-    """Return what the matrix products of all sweeps take alone: as they are, and as if all were float32 and of the widest shape.
+    """Return what the matrix products of all sweeps take alone: in whole, and as if all were float32 and of the widest shape.
 
-    Those with the Hessian are bfloat16 where the processor knows it.
+    Those with the Hessian are bfloat16 where the processor knows it. Of many classes a sweep may need fewer, or only part.
     """
     import torch
 

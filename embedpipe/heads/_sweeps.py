@@ -33,6 +33,7 @@ LEAST_ROWS = 512  # in a block: sums over blocks cost less than products
 COLUMNS = 256  # of logits that are looked at together, about: more would not fill products better
 PROBES = 1024  # rows that are enough to measure what few weights see
 ROUNDING = 1e-5  # times the mean eigenvalue: an l2 that makes nothing of what bfloat16 adds to the Hessian
+WIDE = 1024  # features, from which numpy sums up squares sooner than torch
 GRAM_ROWS = 4096  # at a time: their sum costs less than their products
 READ_ROWS = 512  # at most at a time, where they are read from the cache: fresh memory costs more than they do
 METRIC_ROWS = 16  # times the width: rows that are enough to measure a metric
@@ -130,7 +131,7 @@ class Sweeps:
         far : bool    from the optimum: few digits will do
         """
         dtype = self._short if far else self.dtype
-        many = len(W)
+        many, blank = len(W), not W.any()
         loss, spread = W.new_zeros(many), W.new_zeros(many, self.rows)
         grad_W, grad_b = W.new_zeros(many, self.rows, self.width), W.new_zeros(many, self.rows)
         self._kept, self._at = None, (W, b)
@@ -141,7 +142,8 @@ class Sweeps:
         for rows, x in self._blocks(many, dtype):
             weight = weights[rows]
             for some, digits in parts:
-                p, each, error = self._answers(logits_of(x, *digits).to(self.dtype), rows)
+                logits = b[some, :, None].repeat(1, 1, len(x)) if blank else logits_of(x, *digits)
+                p, each, error = self._answers(logits.to(self.dtype), rows)
                 if self._kept is not None:
                     self._kept[some, :, rows] = p
                 loss[some] += each @ weight
@@ -393,6 +395,9 @@ def _metric(parts: Callable[[], Iterable[tuple[Tensor, Tensor]]], width: int) ->
     gram = torch.zeros(width, width, dtype=torch.float64)
     for x, counts in parts():
         centred = (x - mean.to(x.dtype)).mul_(counts.sqrt().to(x.dtype)[:, None])
-        gram += torch.from_numpy(centred.numpy().T @ centred.numpy())  # of one and the same: half of the products
+        if width < WIDE:
+            gram += centred.T @ centred
+        else:
+            gram += torch.from_numpy(centred.numpy().T @ centred.numpy())  # of one and the same: half of the products
     spectrum, basis = (part.double() for part in torch.linalg.eigh(gram.to(centred.dtype)))
     return Metric(spectrum.clamp_min(0), basis, mean)
