@@ -14,8 +14,9 @@ from embedpipe.heads import L2_GRID, _entries, _trail
 from embedpipe.heads._entries import Entries
 from embedpipe.heads._newton import solve_path
 from embedpipe.heads._problem import Problem
-from embedpipe.heads._sweeps import Sweeps
-from embedpipe.heads._trail import Beside, Trail
+from embedpipe.heads._starts import Solved
+from embedpipe.heads._sweeps import Metric, Sweeps
+from embedpipe.heads._trail import Beside, Record, Trail
 from tests.heads.test_newton import even, gap, hard, standardised
 
 N, WIDTH, CLASSES = 17_000, 256, 40  # large enough to be swept in float32
@@ -101,6 +102,20 @@ def test_what_follows_from_points_nearby_is_what_a_sweep_finds() -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
+def test_logits_that_were_added_up_are_not_added_up_again() -> None:
+    trail = trail_of(problem_of())
+    (W, b), (dW, db) = some_weights(0), some_weights(1, scale=0.003)
+    records = []
+    for step in range(3):
+        trail.value(W + step * dW, b + step * db)
+        records.append(trail.last)
+    for exact in (True, False):
+        beside = Beside(records[-3:], [1.0, -3.0, 3.0])  # type: ignore[arg-type]
+        assert beside.on_curve is exact
+        trail.value_beside(W + 3 * dW, b + 3 * db, beside, lambda _: 1.0)
+        records.append(trail.last)
+
+
 @pytest.mark.parametrize("broken", ["rows", "record"])
 def test_a_gradient_that_is_off_is_found_out_and_taken_anew(broken: str) -> None:
     trail = trail_of(problem_of())
@@ -157,6 +172,11 @@ def test_pairs_make_up_the_hessian(apart: bool, n: int, monkeypatch: pytest.Monk
         np.testing.assert_allclose(
             entries.left + _spread(entries, CLASSES, weights), q.sum(1), rtol=1e-4
         )  # what is left out is known
+        off = [
+            float((entries.curve(V, c, spectrum)[0] - shares @ x).norm())
+            for spectrum in (torch.ones(WIDTH), torch.zeros(WIDTH))
+        ]
+        assert kept == 1 or off[0] < off[1]
     monkeypatch.setattr(_entries, "MOST", 0.1)
     assert Entries.of(p, weights, rows, apart=apart) is None
 
@@ -168,6 +188,17 @@ def _spread(entries: Entries, n_classes: int, weights: Tensor) -> Tensor:
         p = torch.from_numpy(entries.p[some])
         total[place % n_classes] += (weights[entries.members[some]] * (p - p * p)).sum()
     return total
+
+
+def test_records_are_kept_of_the_last_optima_alone() -> None:
+    solved = Solved(Metric(torch.ones(2), torch.eye(2), torch.zeros(2)), torch.float32)
+    record = Record(torch.zeros(3, 5), torch.zeros(3, 5), torch.zeros(3, 2), 1.0, exact=True)
+    W, b = torch.zeros(3, 2, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for l2 in (1.0, 0.5, 0.25, 0.125):
+        solved.add(l2, W, b, 1e9, record)
+    assert [one.record is None for one in solved._all] == [True, False, False, False]
+    for l2, known in ((0.1, True), (0.7, False)):
+        assert (solved.start(l2)[2] is not None) is known
 
 
 def test_without_numba_a_path_ends_at_the_same_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
