@@ -77,7 +77,10 @@ class Entries:
         if starts[-1] > room - TOGETHER:
             return None
         some = slice(0, starts[-1])
-        left = ((p - p * p) @ weights - torch.from_numpy(spread)).clamp_min(0)
+        whole = (p - p * p) @ weights
+        left = (whole - torch.from_numpy(spread)).clamp_min(0)
+        if left.sum() > 2 * (1 - KEPT) * whole.sum():  # the sample told wrong
+            return None
         return cls(rows, weights.numpy(), starts, members[some], kept[some], left, apart)
 
     def curve(self, V: Tensor, c: Tensor, spectrum: Tensor) -> tuple[Tensor, Tensor]:

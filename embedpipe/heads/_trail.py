@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from embedpipe.heads._entries import Entries
 
 KNOWN = 3  # optima that are known beside a point, at most
-RECORDS = (
-    4 + 2 * KNOWN + 2
-)  # of a number for each row and class that memory must hold: of two points on the way, and the optima
+RECORDS = 2 * (KNOWN + 3)  # of a number for each row and class that memory must hold: of optima, and points on the way
 SAMPLE, SIDE_BY_SIDE = 2**17, 32  # pairs of row and class, about, by which a blend is chosen; as the memory gives them
 SAMPLE_ROWS = 256  # on which few digits are tried
 CAUTION = 0.01  # of the error that is allowed, for what is judged by these
@@ -79,7 +77,7 @@ class Beside:
         """Return the shares of the records that come nearest to what rows are wrong by (K, N), judged by some rows."""
         near = torch.stack([_some(record.error) for record in self.records]).double()
         squares = near @ near.T
-        squares += 1e-12 * squares.diagonal().diag()
+        squares += (1e-12 * squares.diagonal() + torch.finfo(squares.dtype).tiny).diag()
         return tuple(torch.linalg.solve(squares, near @ _some(error).double()).tolist())
 
 
