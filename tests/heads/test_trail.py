@@ -88,31 +88,21 @@ def some_weights(seed: int, *, scale: float = 0.3) -> tuple[Tensor, Tensor]:
 
 
 def test_what_follows_from_points_nearby_is_what_a_sweep_finds() -> None:
+    """On a curve logits are added up, once: not those that were added up before."""
     trail = trail_of(problem_of())
     (W, b), (dW, db) = some_weights(0), some_weights(1, scale=0.003)
-    records = []
+    records: list[Record] = []
     for step in range(3):
         trail.value(W + step * dW, b + step * db)
+        assert trail.last
         records.append(trail.last)
-    shares = [1.0, -3.0, 3.0]
-    on_curve = trail.value_beside(W + 3 * dW, b + 3 * db, Beside(records, shares), lambda _: 1.0)  # type: ignore[arg-type]
-    again = trail.value(W + 3 * dW, b + 3 * db)
-    assert trail.last
-    for found, expected in zip(on_curve, again, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-
-
-def test_logits_that_were_added_up_are_not_added_up_again() -> None:
-    trail = trail_of(problem_of())
-    (W, b), (dW, db) = some_weights(0), some_weights(1, scale=0.003)
-    records = []
-    for step in range(3):
-        trail.value(W + step * dW, b + step * db)
-        records.append(trail.last)
+    expected = trail.value(W + 3 * dW, b + 3 * db)
     for exact in (True, False):
-        beside = Beside(records[-3:], [1.0, -3.0, 3.0])  # type: ignore[arg-type]
+        beside = Beside(records[-3:], [1.0, -3.0, 3.0])
         assert beside.on_curve is exact
-        trail.value_beside(W + 3 * dW, b + 3 * db, beside, lambda _: 1.0)
+        found = trail.value_beside(W + 3 * dW, b + 3 * db, beside, lambda _, exact=exact: float(exact))
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
         records.append(trail.last)
 
 
