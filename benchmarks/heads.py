@@ -174,18 +174,22 @@ WAYS = {"ours": ours, "scikit-learn": scikit_learn, "folds": folds}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=int, nargs=3, default=(50_000, 512, 10), metavar=("N", "D", "C"))
+    parser.add_argument("--shape", type=one_or_more, nargs=3, default=(50_000, 512, 10), metavar=("N", "D", "C"))
     parser.add_argument("--repeats", type=one_or_more, default=1)
     parser.add_argument("--intelex", action="store_true", help="scikit-learn-intelex too, which has no warm start")
     parser.add_argument(
         "--only", nargs="+", metavar="WORD", help="the ways that have one of these words in their names"
     )
-    parser.add_argument("--cold", type=int, default=COLD, help="how many of the 45 are fitted from nothing")
+    parser.add_argument("--cold", type=one_or_more, default=COLD, help="how many of the 45 are fitted from nothing")
     parser.add_argument("--folds", type=int, help="cross-validate with so many folds, nothing else")
     parser.add_argument(
         "--tol", type=float, default=TOLERANCE, help="where scikit-learn stops; at its own, far off for small l2"
     )
     options = parser.parse_args()
+    if options.shape[2] < 2:
+        parser.error(f"--shape has C = {options.shape[2]}, expected two classes or more")
+    if options.folds is not None and options.folds < 2:
+        parser.error(f"--folds is {options.folds}, expected 2 or more")
     if options.folds:
         return compare_folds(options)
     grid = l2_grid()

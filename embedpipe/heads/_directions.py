@@ -23,7 +23,7 @@ from embedpipe.heads._sweeps import Metric, Sweeps
 PRODUCTS = 60  # at most
 SHARE = 0.2  # of the gradient, squared, that may be left; less near the optimum, where the model holds
 FEW = 0.02  # of the gradient, squared, that a few products leave
-MOST_CLASSES = 32  # whose Hessians are measured in the span of their weights; of more that costs what it saves
+MOST_CLASSES = 23  # whose Hessians are measured in the span of their weights; of more that costs what it saves
 
 
 @dataclass(frozen=True, eq=False)

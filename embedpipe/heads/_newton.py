@@ -156,6 +156,8 @@ def minimise(
         before = points.gap
         points, moved = _step(sweeps, points, dW, db, shape)
         whole.put(left, points)
+        if bool((points.gap > before / 2).any()) and sweeps.distrust():
+            continue
         if not moved or bool(((before <= TOLERANCE) & (points.gap > before / 4)).all()):
             break
         if worn == 1:  # once: the weights of the rows hardly change any more

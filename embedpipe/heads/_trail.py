@@ -206,6 +206,12 @@ class Trail(Sweeps):
             self._few = self._kept, found
         return self._few[1] if self._few else None
 
+    def distrust(self) -> bool:
+        counted = bool(self._few and self._few[1])
+        if counted:
+            self._compiled, self._few = None, None
+        return counted
+
     @cached_property
     def _compiled(self) -> type[Entries] | None:
         """What counts with few pairs; numba is an extra, and takes a while to load."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,16 @@ def test_a_path_with_few_products_ends_where_nothing_is_left_to_gain(
     assert counts["near"] > 0.8 * len(l2s)
     assert counts["short"] > 5
     assert counts["few"] > counts["all"]
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_where_pairs_do_not_do_all_are_counted(labels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps gain little then; with the whole Hessian the path ends at its optima."""
+    problem, counts = problem_of(n_classes=24, labels=labels), counted(monkeypatch)
+    l2s = sorted(L2_GRID, reverse=True)
+    solutions = solve_path(problem, l2s)
+    assert max(gap(problem, found, l2) for l2, found in zip(l2s, solutions, strict=True)) <= 1e-6
+    assert counts["few"] > 0
 
 
 def trail_of(problem: Problem) -> Trail:
@@ -213,7 +224,7 @@ def test_without_numba_a_path_ends_at_the_same_optimum(monkeypatch: pytest.Monke
 def test_a_path_whose_records_do_not_fit_in_memory_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
     problem, counts = problem_of(), counted(monkeypatch)
     l2s = sorted(L2_GRID, reverse=True)[::8]
-    tight = even(problem.X, problem.y, CLASSES, memory_bytes=2 * 4 * N * CLASSES)  # type: ignore[arg-type]
+    tight = replace(problem, memory_bytes=2 * 4 * N * CLASSES)
     solutions = solve_path(tight, l2s)
     assert max(gap(problem, found, l2) for l2, found in zip(l2s, solutions, strict=True)) <= 1e-6
     assert "beside" not in counts
