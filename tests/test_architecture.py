@@ -136,3 +136,26 @@ def test_functions_stay_short() -> None:
                 if size > 60:
                     long.append(f"{path.name}:{node.name} {size}")
     assert not long
+
+
+def test_every_constant_is_used() -> None:
+    """A constant that only its own line names is dead, even where another file has one of that name."""
+    trees = {path: ast.parse(path.read_text()) for path in FILES}
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    taken = {(one.module, alias.name) for one in nodes if isinstance(one, ast.ImportFrom) for alias in one.names}
+    asked = {one.attr for one in nodes if isinstance(one, ast.Attribute)}
+    dead = []
+    for path, tree in trees.items():
+        module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+        read = {one.id for one in ast.walk(tree) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load)}
+        for name in constants_of(tree) - read - asked:
+            if (module, name) not in taken and not name.startswith("__"):
+                dead.append(f"{path.relative_to(PACKAGE)}: {name}")
+    assert not dead
+
+
+def constants_of(tree: ast.Module) -> set[str]:
+    """Return the names, with a capital, that assignments at the top of a module give."""
+    assignments = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    inside = [one for node in assignments for one in ast.walk(node) if isinstance(one, ast.Name)]
+    return {one.id for one in inside if isinstance(one.ctx, ast.Store) and not one.id.islower()}

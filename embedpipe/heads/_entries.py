@@ -22,11 +22,12 @@ from embedpipe.heads._trail import CHUNK
 
 KEPT = 0.98  # of all p (1 - p)
 MOST = 0.35  # of all pairs, from which matrix products of all of them are quicker
+SPARE = 0.1  # of all pairs, room beyond these: a sample tells how many there are
 SAMPLE = 2**16  # pairs, about, that tell where to cut
 BLOCK_BYTES = 2**19  # of rows at a time, which the cache holds
 TOGETHER = 4  # rows
 PAIR = 2 * LANES  # bfloat16 in a vector, of which float32 takes two: the even ones and the odd ones
-STEP, LINE = BYTES * LANES, CHUNK * BYTES
+STEP = BYTES * LANES
 HALF = CHUNK * 2  # bytes of as many bfloat16
 
 Float32 = NDArray[np.float32]
@@ -70,7 +71,7 @@ class Entries:
         n_classes, n = p.shape
         size = max(TOGETHER, BLOCK_BYTES // (2 * rows.shape[1]))
         places = n_classes * -(-n // size)
-        room = int((MOST + 0.1) * p.numel()) + places * TOGETHER
+        room = int((MOST + SPARE) * p.numel()) + places * TOGETHER
         starts, members, kept = np.zeros(places + 1, np.int64), np.empty(room, np.int32), np.empty(room, np.float32)
         spread = np.zeros(n_classes, np.float32)
         choose(p.numpy(), weights.numpy(), float(counts[place]), size, starts, members, kept, spread)

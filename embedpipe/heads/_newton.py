@@ -119,9 +119,8 @@ class _Way:
             self.W[[number]], self.b[[number]], beside = self.solved.start(float(self.l2[number]))
         points = minimise(self.sweeps, self.l2[some], self.W[some], self.b[some], self.metric, beside=beside)
         self.W[some], self.b[some] = points.W, points.b
-        last = self.sweeps.last if isinstance(self.sweeps, Trail) else None
         for number, W, b, spread in zip(some, self.W[some], self.b[some], points.spread.mean(1), strict=True):
-            self.solved.add(float(self.l2[number]), W, b, float(spread), last)
+            self.solved.add(float(self.l2[number]), W, b, float(spread), self.sweeps.last)
         self.open -= {*some}
 
 
@@ -176,7 +175,7 @@ def _points(
     sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, *, far: bool = False, beside: Beside | None = None
 ) -> Points:
     penalty = l2 / 2 * W.square().sum((1, 2))
-    if beside and isinstance(sweeps, Trail):
+    if beside:
         unseen = UNSEEN * TOLERANCE * 2 * float(l2[0])
         found = sweeps.value_beside(W, b, beside, lambda loss: unseen * (loss + float(penalty[0])))
     else:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,13 +23,13 @@ from torch.nn.functional import softplus
 
 from embedpipe.heads._problem import Chunked, Problem, blocks, some_of
 
+if TYPE_CHECKING:
+    from embedpipe.heads._trail import Beside, Record
+
 KEPT_BYTES = 2**29  # of probabilities; more are computed again for every product
 SMALL = 2**22  # features of a problem that is carried in float64
-BLOCK_NUMBERS, BLOCK_BYTES, BLOCK_ROWS = (
-    2**18,
-    2**23,
-    4096,
-)  # of logits and of features in a block, which stays in cache
+BLOCK_NUMBERS, BLOCK_BYTES = 2**18, 2**23  # of logits and of features in a block, which stays in cache
+BLOCK_ROWS = 4096  # in a block at most
 LEAST_ROWS = 512  # in a block: sums over blocks cost less than products
 COLUMNS = 256  # of logits that are looked at together, about: more would not fill products better
 PROBES = 1024  # rows that are enough to measure what few weights see
@@ -38,12 +39,8 @@ GRAM_ROWS = 4096  # at a time: their sum costs less than their products
 READ_ROWS = 512  # at most at a time, where they are read from the cache: fresh memory costs more than they do
 METRIC_ROWS = 16  # times the width: rows that are enough to measure a metric
 MANY_CLASSES = 24  # fill matrix products alone
-RECORDS = (
-    12  # of one value for each row and class, that memory must hold: those of three optima, and two points on the way
-)
-TESTS = 16  # directions
-LARGE = 2**30  # products in a sweep, from which the pairs that count are looked for
-CHUNK = 128  # of which the width is a multiple then
+
+Values = tuple[Tensor, Tensor, Tensor, Tensor]  # as `value` returns them
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +95,8 @@ class Sweeps:
     K = C for classes, 1 for two classes, and the number of labels where y is (N, K) of 0 and 1.
     """
 
+    last: Record | None = None  # of the last `value`, where that is remembered
+
     def __init__(self, problem: Problem, *, kept_bytes: int = KEPT_BYTES) -> None:
         small = len(problem.X) * problem.X.shape[1] <= SMALL
         self._X = problem.array.astype(np.float64) if small else problem.X
@@ -125,7 +124,7 @@ class Sweeps:
         """How many problems can be carried at once, with their probabilities kept."""
         return max(1, self._kept_bytes // self._bytes)
 
-    def value(self, W: Tensor, b: Tensor, *, far: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def value(self, W: Tensor, b: Tensor, *, far: bool = False) -> Values:
         """Return loss (L,), its gradients (L, K, D) and (L, K), and the mean of p (1 - p), (L, K).
 
         far : bool    from the optimum: few digits will do
@@ -152,6 +151,10 @@ class Sweeps:
                 grad_W[some] += (error.flatten(0, 1).to(x.dtype) @ x).view_as(grad_W[some])
                 grad_b[some] += error.sum(2)
         return loss, grad_W, grad_b, spread
+
+    def value_beside(self, W: Tensor, b: Tensor, beside: Beside | None, allowed: Callable[[float], float]) -> Values:
+        """Return what `value` does; `Trail` does with less where something is known beside."""
+        return self.value(W, b)
 
     def curve(
         self, V: Tensor, c: Tensor, which: Tensor, metric: Metric, *, rough: bool = False

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from embedpipe.heads._sweeps import Metric, Sweeps, logits_of, split
+from embedpipe.heads._sweeps import Metric, Sweeps, Values, logits_of, split
 
 if TYPE_CHECKING:
     from embedpipe.heads._entries import Entries
@@ -35,8 +35,6 @@ CAUTION = 0.01  # of the error that is allowed, for what is judged by these
 TESTS = 16  # directions
 LARGE = 2**30  # products in a sweep, from which the pairs that count are looked for
 CHUNK = 128  # of which the width is a multiple then
-
-Values = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +80,8 @@ class Beside:
 
 
 class Trail(Sweeps):
-    """Sweeps that remember the last one; `last` is None where there is no room for that, or no bfloat16."""
+    """Sweeps that remember the last one, where there is room for that, and bfloat16."""
 
-    last: Record | None = None
     _long = False  # once logits of few digits have been seen not to do: l2 falls
     _few: tuple[Tensor, Entries | None] | None = None  # pairs that count, of the probabilities that are kept
 
