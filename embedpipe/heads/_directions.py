@@ -18,12 +18,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from embedpipe.heads._sweeps import Metric, Sweeps
+from embedpipe.heads._sweeps import MANY_CLASSES, Metric, Sweeps
 
 PRODUCTS = 60  # at most
 SHARE = 0.2  # of the gradient, squared, that may be left; less near the optimum, where the model holds
 FEW = 0.02  # of the gradient, squared, that a few products leave
-MOST_CLASSES = 23  # whose Hessians are measured in the span of their weights; of more that costs what it saves
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +50,9 @@ class Points:
 
     @property
     def gap(self) -> Tensor:
-        """A bound (L,) on what is left to gain, relative to the objective."""
-        return self.left(self.grad_W, self.grad_b) / (2 * self.objective)
+        """A bound (L,) on what is left to gain, relative to the objective; infinite where numbers have overflown."""
+        found = self.left(self.grad_W, self.grad_b) / (2 * self.objective)
+        return torch.where(self.objective.isfinite() & found.isfinite(), found, torch.inf)
 
     def left(self, W: Tensor, b: Tensor) -> Tensor:
         """Return the bound (L,) on what a gradient leaves to gain, times 2."""
@@ -91,7 +91,10 @@ def find_direction(
     for products in range(1, most + 1):  # noqa: B007
         hess_V, hess_c = sweeps.level(*sweeps.curve(way_V[active], way_c[active], which[active], metric, rough=rough))
         hess_V += l2[active] * way_V[active]
-        share = size[active] / dot(way_V[active], way_c[active], hess_V, hess_c)
+        bend = dot(way_V[active], way_c[active], hess_V, hess_c)
+        sound = (bend > 0) & (size[active] > 0)  # else rounding hides what is left
+        active, hess_V, hess_c = active[sound], hess_V[sound], hess_c[sound]
+        share = size[active] / bend[sound]
         dV[active] += share[:, None, None] * way_V[active]
         dc[active] += share[:, None] * way_c[active]
         rest_V[active] -= share[:, None, None] * hess_V
@@ -126,10 +129,9 @@ class Preconditioner:
         self._middles: Tensor | None = None
         if not points.W.any():
             return
-        if sweeps.rows > MOST_CLASSES and which is not None:
+        if sweeps.rows >= MANY_CLASSES and which is not None:
             self._middles = sweeps.middles(which, metric)
-            sweeps.reach = self._middles.square().sum(2).double()
-        elif sweeps.rows <= MOST_CLASSES:
+        elif sweeps.rows < MANY_CLASSES:
             self._span = _span(sweeps.turn_to(metric).weights(points.W))
             self._more = _correction(sweeps, points, metric, self._span).to(dtype)
 

@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from embedpipe.heads._directions import PRODUCTS, Points, dot, find_direction
-from embedpipe.heads._problem import Float64, Problem, Solution, narrow
+from embedpipe.heads._problem import Float64, Problem, Solution, centred, narrow
 from embedpipe.heads._starts import Solved
 from embedpipe.heads._sweeps import MANY_CLASSES, Metric, Sweeps
 from embedpipe.heads._trail import Beside, Trail
@@ -49,39 +50,53 @@ _metrics: WeakKeyDictionary[Problem, Metric] = WeakKeyDictionary()  # as `solve_
 
 def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = None) -> list[Solution]:
     """Minimise the objective for every l2, falling."""
-    small, basis = narrow(problem)
+    small, ground = _ground(problem)
     many = small.rows >= MANY_CLASSES
     sweeps = (Trail if many else Sweeps)(small, kept_bytes=problem.memory_bytes // 2)
     steep = many and not start and l2s[0] <= STEEP
     _metrics[problem] = metric = sweeps.measure()
     sweeps.shorten(metric, l2s[-1], turned=steep or len(l2s) > 1)
-    way = _Way(sweeps, metric, _into(start, basis) if start else small.blind, l2s)
+    way = _Way(sweeps, metric, ground.enter(start) if start else small.blind, l2s)
     if steep:
         way.come_down()
     for stride, most in [(1, 1)] if many else STRIDES:
         way.solve(stride, most)
-    return [_out_of(Solution(W.numpy(), b.numpy()), basis) for W, b in zip(way.W, way.b, strict=True)]
+    return [ground.leave(W, b) for W, b in zip(way.W, way.b, strict=True)]
 
 
 def polish(problem: Problem, solution: Solution, l2: float) -> Solution:
     """Take the last steps to an optimum, so far that weights do not tell which way they came: through memory or in chunks,
     with which other l2.
     """
-    small, basis = narrow(problem)
-    sweeps, start = Sweeps(small, kept_bytes=problem.memory_bytes // 2), _into(solution, basis)
+    small, ground = _ground(problem)
+    sweeps, start = Sweeps(small, kept_bytes=problem.memory_bytes // 2), ground.enter(solution)
     W, b = torch.from_numpy(start.weight)[None], torch.from_numpy(start.bias)[None]
     at = torch.tensor([l2], dtype=torch.float64)
     metric = _metrics.get(problem)
     points = minimise(sweeps, at, W, b, metric, tolerance=POLISHED, steps=POLISHING, products=POLISHING_PRODUCTS)
-    return _out_of(Solution(points.W[0].numpy(), points.b[0].numpy()), basis)
+    return ground.leave(points.W[0], points.b[0])
 
 
-def _into(solution: Solution, basis: Float64 | None) -> Solution:
-    return solution if basis is None else Solution(solution.weight @ basis, solution.bias)
+@dataclass(frozen=True, eq=False)
+class _Ground:
+    """Where a problem is solved: around the middle (D,) of its rows, in the span (D, r) of these where they are few."""
+
+    middle: Float64
+    basis: Float64 | None
+
+    def enter(self, solution: Solution) -> Solution:
+        weight = solution.weight if self.basis is None else solution.weight @ self.basis
+        return Solution(weight, solution.bias + solution.weight @ self.middle)
+
+    def leave(self, W: Tensor, b: Tensor) -> Solution:
+        weight = W.numpy() if self.basis is None else W.numpy() @ self.basis.T
+        return Solution(weight, b.numpy() - weight @ self.middle)
 
 
-def _out_of(solution: Solution, basis: Float64 | None) -> Solution:
-    return solution if basis is None else Solution(solution.weight @ basis.T, solution.bias)
+def _ground(problem: Problem) -> tuple[Problem, _Ground]:
+    around, middle = centred(problem)
+    small, basis = narrow(around)
+    return small, _Ground(middle, basis)
 
 
 class _Way:
@@ -153,16 +168,16 @@ def minimise(
         worn += took > WORN and sweeps.rows < MANY_CLASSES
         shape = _short if _may_be_short(points, metric, tolerance) else torch.clone
         before = points.gap
-        points, moved = _step(sweeps, points, dW, db, shape)
+        points, moved = _step(sweeps, points, dW, db, shape, tolerance)
         whole.put(left, points)
-        if bool((points.gap > before / 2).any()) and sweeps.distrust():
+        if bool(((points.gap > before / 2) & (before < FAR)).any()) and sweeps.distrust():
             continue
         if not moved or bool(((before <= TOLERANCE) & (points.gap > before / 4)).all()):
             break
         if worn == 1:  # once: the weights of the rows hardly change any more
             metric, worn = sweeps.measure(len(points.l2) // 2), 2
     worst = float(points.gap.max())
-    if worst > 2 * max(tolerance, TOLERANCE):
+    if worst > max(tolerance, TOLERANCE):
         warnings.warn(
             f"newton has not converged at l2 = {points.l2.min():g}: up to {worst:.1e} of the objective may be left",
             RuntimeWarning,
@@ -182,8 +197,7 @@ def _points(
         found = sweeps.value(W, b, far=far)
     loss, grad_W, grad_b, spread = found
     gradients = grad_W + l2[:, None, None] * W, grad_b
-    reach = sweeps.reach.expand_as(b).clone()
-    return Points(l2, W, b, loss + penalty, *gradients, spread.clamp_min(LEAST_SPREAD), reach)
+    return Points(l2, W, b, loss + penalty, *gradients, spread.clamp_min(LEAST_SPREAD), sweeps.reach(W, b))
 
 
 def _short(W: Tensor) -> Tensor:
@@ -199,23 +213,26 @@ def _may_be_short(points: Points, metric: Metric, tolerance: float) -> bool:
 
 
 def _step(
-    sweeps: Sweeps, points: Points, dW: Tensor, db: Tensor, shape: Callable[[Tensor], Tensor]
+    sweeps: Sweeps, points: Points, dW: Tensor, db: Tensor, shape: Callable[[Tensor], Tensor], tolerance: float
 ) -> tuple[Points, bool]:
     """Return the points after a step along (dW, db), halved for each problem until it gains; and whether any moved.
 
-    shape : W -> W    what weights are made into before they are looked at
+    shape : W -> W       what weights are made into before they are looked at
+    tolerance : float    of the gap: such a point is good, whatever rounding says of the gain
     """
     slope = dot(points.grad_W, points.grad_b, dW, db)
+    down = slope < 0  # else rounding has the say, or numbers have overflown
+    slope, dW, db = (torch.where(down.view(-1, *[1] * (one.ndim - 1)), one, 0) for one in (slope, dW, db))
     length = torch.ones_like(slope)
     far = bool((points.gap > FAR).all())
     for _ in range(HALVINGS):
         W = shape(points.W + length[:, None, None] * dW)
         new = _points(sweeps, points.l2, W, points.b + length[:, None] * db, far=far)
         good = new.objective <= points.objective + 1e-4 * length * slope + sweeps.noise * points.objective
-        good |= new.gap <= TOLERANCE
+        good |= new.gap <= tolerance
         if good.all():
-            return new, True
+            return new, bool(down.any())
         length = torch.where(good, length, length / 4)
     length = torch.where(good, length, torch.zeros_like(length))
     new = _points(sweeps, points.l2, points.W + length[:, None, None] * dW, points.b + length[:, None] * db)
-    return new, bool((length > 0).any())
+    return new, bool((down & (length > 0)).any())

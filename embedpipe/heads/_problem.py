@@ -24,10 +24,10 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 MEMORY_BYTES = 2**30  # that a solver may take beside the features
-BLOCK_ROWS, BLOCK_NUMBERS = (
-    4096,
-    2**20,
-)  # rows taken to float64 at a time, and numbers: fresh memory costs more than they do
+MADE_NUMBERS = 2**23  # that may be made of a block of rows
+BLOCK_ROWS, BLOCK_NUMBERS = 4096, 2**20  # taken to float64 at a time: fresh memory costs more than they do
+MIDDLE_ROWS = 4096  # that tell where the middle of all is
+OFF = 0.1  # of the squared spread of rows: a squared middle that is taken off
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +122,8 @@ class Problem:
     def blind(self) -> Solution:
         """The optimum as l2 grows without bound: no weights, the class frequencies in the bias."""
         if self.apart:
-            share = self.sample_weight @ self.y.reshape(len(self.y), -1)
-            bias = np.log(share / (1 - share))
+            labels = self.y.reshape(len(self.y), -1)
+            bias = np.log(self.sample_weight @ labels) - np.log(self.sample_weight @ (1 - labels))
         else:
             bias = np.log(np.bincount(self.y, self.sample_weight, self.n_classes))
             bias -= bias.mean()
@@ -137,6 +137,29 @@ class Problem:
     def objective(self, solution: Solution, l2: float) -> float:
         weights = self.sample_weight
         return objective(solution.weight, solution.bias, self.X, self.y, l2=l2, sample_weight=weights)
+
+
+def centred(problem: Problem) -> tuple[Problem, Float64]:
+    """Return a problem whose rows lie around 0, and the middle (D,) that was taken off; 0 where that would change little.
+
+    Some rows tell where the middle is, about. Far from 0 every weight would move all logits, and be tied to the bias.
+    """
+    some = np.arange(0, len(problem.X), -(-len(problem.X) // MIDDLE_ROWS))
+    x, weights = problem.X[some].astype(np.float64), problem.sample_weight[some]
+    middle = weights @ x / weights.sum()
+    spread = weights @ np.square(x - middle) / weights.sum()
+    if not middle @ middle > OFF * spread.sum():
+        return problem, np.zeros_like(middle)
+
+    def around(rows: Float32) -> Float32:
+        return np.asarray(rows - middle, dtype=np.float32)
+
+    if isinstance(problem.X, Chunked):
+        return replace(problem, X=problem.X.changed(around), moments=None), middle
+    X = np.empty_like(problem.X)
+    for rows in blocks(X):
+        X[rows] = around(problem.X[rows])
+    return replace(problem, X=X, moments=None), middle
 
 
 def narrow(problem: Problem) -> tuple[Problem, Float64 | None]:
@@ -195,9 +218,9 @@ def affine(X: NDArray[np.floating] | Chunked, weight: NDArray[np.floating], bias
     return out
 
 
-def blocks(X: Any) -> Iterator[slice]:
-    """Cut rows (N, D) into slices of at most BLOCK_ROWS and about BLOCK_NUMBERS."""
-    size = min(BLOCK_ROWS, max(256, BLOCK_NUMBERS // X.shape[1]))
+def blocks(X: Any, more: int = 0) -> Iterator[slice]:
+    """Cut rows (N, D) into slices of at most BLOCK_ROWS and about BLOCK_NUMBERS; `more` numbers are made of each row."""
+    size = min(BLOCK_ROWS, max(256, BLOCK_NUMBERS // X.shape[1]), max(1, MADE_NUMBERS // max(1, more)))
     return (slice(start, start + size) for start in range(0, len(X), size))
 
 

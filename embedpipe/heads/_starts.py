@@ -24,6 +24,7 @@ from torch import Tensor
 from embedpipe.heads._sweeps import Metric
 from embedpipe.heads._trail import KNOWN, Beside, Record
 
+SAME = 1e-6  # a distance in log l2 that makes no difference
 REACH, SIDE, BEFORE = 3.5, 4, KNOWN  # of a curve: in log l2; known points to each side; before, where none are after
 
 
@@ -58,6 +59,7 @@ class Solved:
 
     def add(self, l2: float, W: Tensor, b: Tensor, spread: float, record: Record | None = None) -> None:
         found = _Optimum(l2, W, b, spread, record)
+        self._all = [one for one in self._all if abs(math.log(one.l2 / l2)) > SAME]
         self._all.append(found)
         self._all.sort(key=lambda one: -one.l2)
         for number, old in enumerate(self._all[:-KNOWN]):
@@ -85,6 +87,9 @@ class Solved:
         As many to each side; beyond the last, the last ones; where these are far, the last alone.
         """
         away = [math.log(one.l2 / l2) for one in self._all]
+        same = [one for one, distance in zip(self._all, away, strict=True) if abs(distance) <= SAME]
+        if same:
+            return same, [1.0]
         before = [number for number, distance in enumerate(away) if distance > 0]
         after = [number for number, distance in enumerate(away) if distance <= 0]
         side = min(len(before), len(after), SIDE - 1) + 1

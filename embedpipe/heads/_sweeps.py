@@ -36,6 +36,7 @@ PROBES = 1024  # rows that are enough to measure what few weights see
 ROUNDING = 1e-5  # times the mean eigenvalue: an l2 that makes nothing of what bfloat16 adds to the Hessian
 WIDE = 1024  # features, from which numpy sums up squares sooner than torch
 GRAM_ROWS = 4096  # at a time: their sum costs less than their products
+LINEAR = 40  # a logit from which log(1 + e^z) is z; e^89 is too large for float32
 READ_ROWS = 512  # at most at a time, where they are read from the cache: fresh memory costs more than they do
 METRIC_ROWS = 16  # times the width: rows that are enough to measure a metric
 MANY_CLASSES = 24  # fill matrix products alone
@@ -107,9 +108,6 @@ class Sweeps:
         self._labels = self._y[None] if self._y.ndim == 1 else self._y.T  # (K, N) where every logit stands for itself
         self._apart = problem.apart
         self._weights = torch.from_numpy(problem.sample_weight)
-        self.reach = torch.zeros(
-            1, self.rows, dtype=torch.float64
-        )  # of `middles` when last measured: their squared length
         self._kept_bytes = kept_bytes
         self._bytes: int = self.n * self.rows * self.dtype.itemsize
         self._kept: Tensor | None = None  # probabilities (L, K, N) of the last `value`
@@ -190,6 +188,20 @@ class Sweeps:
         total, count = turn.gradient(*self._sums(len(which), dtype, copy, spread))
         return total / count.clamp_min(torch.finfo(count.dtype).tiny)[..., None]
 
+    def reach(self, W: Tensor, b: Tensor) -> Tensor:
+        """Return the squared length of the middles (L, K), about: at W, b, measured on some rows."""
+        x, shares = self._probes
+        p = self._probable(W, b)
+        counts = (p - p * p) * shares
+        middles = counts @ x / counts.sum(2, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        return middles.square().sum(2).double()
+
+    def _probable(self, W: Tensor, b: Tensor) -> Tensor:
+        """Return probabilities (L, K, n) of some rows."""
+        x, _ = self._probes
+        logits = logits_of(x, W.to(x.dtype), b.to(x.dtype))
+        return logits.sigmoid() if self._apart else logits.softmax(1)
+
     def _rows_for(self, metric: Metric) -> tuple[Turn, torch.dtype, Tensor | None]:
         """Return how rows that are at hand are turned into the basis of the metric, their precision, and these rows, if kept."""
         stored, copy = self._turned if self._turned and self._kept is not None else (None, None)
@@ -231,8 +243,7 @@ class Sweeps:
         float64 (L, K, r, r), and how many rows of one weight would tell as much (L, K)
         """
         x, shares = self._probes
-        logits = logits_of(x, W.to(x.dtype), b.to(x.dtype))
-        p = logits.sigmoid() if self._apart else logits.softmax(1)
+        p = self._probable(W, b)
         counts = (p - p * p) * shares
         weight, bias = self.turn_to(metric).vector(span[:, :-1].mT, span[:, -1])
         along = x @ weight.mT + bias[:, None]
@@ -339,7 +350,7 @@ class Sweeps:
         if self._apart:
             signs = 1 - 2 * self._labels[:, rows].to(logits.dtype)
             against = logits * signs
-            return logits.sigmoid(), softplus(against, threshold=700).sum(1), against.sigmoid_().mul_(signs)
+            return logits.sigmoid(), softplus(against, threshold=LINEAR).sum(1), against.sigmoid_().mul_(signs)
         truth = self._y[rows].expand(len(logits), 1, -1)
         top, own = logits.amax(1, keepdim=True), logits.gather(1, truth)
         p = logits.sub_(top).exp_()
@@ -358,7 +369,7 @@ class Sweeps:
             return part if len(which) == len(part) else part[which]
         assert self._at is not None
         W, b = self._at
-        return self._answers(logits_of(x, *split(W[which], b[which], self.dtype)), rows)[0]
+        return self._answers(logits_of(x, *split(W[which], b[which], x.dtype)).to(self.dtype), rows)[0]
 
 
 def has_bfloat16() -> bool:
@@ -389,7 +400,7 @@ def _round(W: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def logits_of(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """Return W x + b, (L, K, n), for rows x (n, D) and what `_split` returns."""
+    """Return W x + b, (L, K, n), for rows x (n, D) and what `split` returns."""
     found = torch.addmm(b.reshape(-1, 1), W.flatten(0, -2), x.T).view(*b.shape, len(x))
     return found if b.ndim == 2 else found[0].float().add_(found[1])
 

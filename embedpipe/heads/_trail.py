@@ -82,6 +82,7 @@ class Beside:
 class Trail(Sweeps):
     """Sweeps that remember the last one, where there is room for that, and bfloat16."""
 
+    _reach: Tensor | None = None  # of the last middles
     _long = False  # once logits of few digits have been seen not to do: l2 falls
     _few: tuple[Tensor, Entries | None] | None = None  # pairs that count, of the probabilities that are kept
 
@@ -191,7 +192,13 @@ class Trail(Sweeps):
 
     def middles(self, which: Tensor, metric: Metric) -> Tensor:
         entries = self._entries(metric)
-        return entries.middles()[None] if entries else super().middles(which, metric)
+        found = entries.middles()[None] if entries else super().middles(which, metric)
+        self._reach = found.square().sum(2).double()
+        return found
+
+    def reach(self, W: Tensor, b: Tensor) -> Tensor:
+        """Return that of the middles when last measured; before, the penalty is so large that it counts nothing."""
+        return torch.zeros_like(b) if self._reach is None else self._reach.expand_as(b).clone()
 
     def _entries(self, metric: Metric) -> Entries | None:
         """Return the pairs of a row and a class that make up nearly all of the Hessian, where they are few, and worth it."""

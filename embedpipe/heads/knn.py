@@ -54,7 +54,7 @@ class KnnHead:
         """Return the shares of the votes, float64 (N, C), rows sum to 1."""
         queries = check_width(X, self.feature_dim)
         shares = np.zeros((len(queries), len(self.classes)))
-        for rows in blocks(queries):
+        for rows in blocks(queries, len(self.features)):
             cosine = unit_rows(queries[rows]) @ self.features.T
             near = np.argpartition(-cosine, self.k - 1, axis=1)[:, : self.k]
             score = np.take_along_axis(cosine, near, axis=1).astype(np.float64) / self.temperature

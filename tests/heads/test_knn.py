@@ -7,6 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from embedpipe.errors import NonFiniteFeatures, UsageError
 from embedpipe.heads import fit_knn
+from embedpipe.heads.knn import unit_rows
 
 X, Y = load_digits(return_X_y=True)
 TEN = tuple("0123456789")
@@ -44,3 +45,12 @@ def test_wrong_arguments_are_told() -> None:
         fit_knn(X[:0], Y[:0], classes=TEN)
     with pytest.raises(NonFiniteFeatures):
         fit_knn(X + np.nan, Y, classes=TEN)
+
+
+def test_queries_are_answered_a_few_at_a_time_where_training_images_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = fit_knn(X[:600], Y[:600], classes=TEN)
+    whole, asked = head.predict_proba(X[600:800]), []
+    monkeypatch.setattr("embedpipe.heads._problem.MADE_NUMBERS", 7 * 600)
+    monkeypatch.setattr("embedpipe.heads.knn.unit_rows", lambda rows: asked.append(len(rows)) or unit_rows(rows))
+    np.testing.assert_allclose(head.predict_proba(X[600:800]), whole, atol=1e-6)
+    assert max(asked) == 7

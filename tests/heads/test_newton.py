@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,94 @@ def test_one_l2_in_bfloat16_leads_to_the_same_optimum(l2: float, monkeypatch: py
     np.testing.assert_allclose(found[0].weight, found[2].weight, atol=1e-5 * most)
 
 
+@pytest.mark.parametrize("n_classes", [2, 4, 30])
+def test_one_l2_in_bfloat16_needs_no_memory_for_probabilities(n_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedpipe.heads._sweeps.has_bfloat16", lambda: True)
+    X, y = hard(45_000, 100, n_classes)
+    problem = even(standardised(X).astype(np.float32), y, n_classes, memory_bytes=10**6)
+    [found] = solve_path(problem, [1e-3])
+    assert gap(problem, found, 1e-3) <= 1e-6
+
+
+@pytest.mark.parametrize("seed", [23, 137, 186, 231])
+def test_what_weights_feel_of_a_bias_is_counted(seed: int) -> None:
+    """Of classes and labels that are rare, with weights of many sizes, on few rows."""
+    random = np.random.default_rng(seed)
+    c, width = int(random.integers(2, 24)), int(random.integers(2, 60))
+    n = int(random.integers(max(2 * c, 60), 700))
+    y = random.choice(c, n, p=random.dirichlet(np.full(c, 10 ** random.uniform(-2, 0))))
+    y[:c] = np.arange(c)
+    X = random.normal(size=(n, width)) + random.uniform(0, 2) * random.normal(size=(c, width))[y]
+    X = np.maximum(X, 0) if random.random() < 0.3 else X
+    X = X**3 if random.random() < 0.3 else X
+    weights = 10 ** random.uniform(-random.uniform(0, 10), 0, n) if random.random() < 0.5 else np.ones(n)
+    if random.random() < 0.25:
+        y = (random.random((n, c)) < 10 ** random.uniform(-2, -0.3)).astype(np.int64)
+        y[0], y[1] = 1, 0
+    problem = Problem(standardised(X).astype(np.float32), y, weights / weights.sum(), c)
+    l2s = sorted(L2_GRID, reverse=True)
+    assert max(gap(problem, found, l2) for found, l2 in zip(solve_path(problem, l2s), l2s, strict=True)) <= 1e-6
+
+
+@pytest.mark.parametrize("l2s", [sorted(L2_GRID, reverse=True)[::4], [1e-5]])
+def test_logits_that_float32_cannot_raise_e_to_are_no_optimum(l2s: list[float]) -> None:
+    """Of one row far away, with the wrong label; an infinite loss is nothing to be content with."""
+    random, y = np.random.default_rng(0), np.arange(70_000) % 2
+    X = random.normal(size=(70_000, 64)) + 1.2 * random.normal(size=(2, 64))[y]
+    X[7] *= 60
+    y[7] = 1 - y[7]
+    problem = even(standardised(X).astype(np.float32), y, 2)
+    assert max(gap(problem, found, l2) for found, l2 in zip(solve_path(problem, l2s), l2s, strict=True)) <= 1e-6
+
+
+@pytest.mark.parametrize("n_classes", [2, 3, 30])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_rows_far_from_zero_are_solved_around_their_middle(n_classes: int, chunked: bool) -> None:
+    X, y = hard(600, 40, n_classes)
+    Z, l2s = standardised(X).astype(np.float32), sorted(L2_GRID, reverse=True)[::4]
+    Z[:, :2] += 100, -50
+    Z += 10
+    features = Chunked(Z.shape, lambda rows: Z[rows]) if chunked else Z
+    found = solve_path(even(features, y, n_classes), l2s)  # type: ignore[arg-type]
+    middle = Z.mean(axis=0, dtype=np.float64)
+    around = even(Z - middle, y, n_classes)
+    for one, l2 in zip(found, l2s, strict=True):
+        assert gap(around, Solution(one.weight, one.bias + one.weight @ middle), l2) <= 1e-6
+    [again] = solve_path(even(features, y, n_classes), l2s[-1:], found[-1])  # type: ignore[arg-type]
+    np.testing.assert_allclose(again.weight, found[-1].weight, atol=1e-6 * np.abs(again.weight).max())
+    np.testing.assert_allclose(again.bias, found[-1].bias, rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e6, 1e8])
+def test_a_feature_beyond_all_others_is_solved_or_told(scale: float) -> None:
+    """Rounding may hide the others from it; never is the answer no number."""
+    random, y = np.random.default_rng(0), np.arange(800) % 10
+    X = random.normal(size=(800, 40)) + random.normal(size=(10, 40))[y]
+    X[:, 0] *= scale
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = solve_path(even(X.astype(np.float32), y, 10), sorted(L2_GRID, reverse=True))
+    assert all("newton has not converged" in str(one.message) for one in told)
+    assert bool(told) == (scale > 1e6)
+    assert all(np.isfinite(one.weight).all() and np.isfinite(one.bias).all() for one in found)
+
+
+@pytest.mark.parametrize("n_classes", [4, 26])
+def test_l2_that_are_nearly_the_same_are_as_good_as_one(n_classes: int) -> None:
+    X, y = hard(500, 20, n_classes)
+    problem = even(standardised(X).astype(np.float32), y, n_classes)
+    l2s = [1e-2, 1e-3, 1e-3 * (1 - 1e-12), float(np.nextafter(1e-3, 0)), 1e-3 * (1 - 1e-9), 1e-4]
+    l2s.sort(reverse=True)
+    assert max(gap(problem, found, l2) for found, l2 in zip(solve_path(problem, l2s), l2s, strict=True)) <= 1e-6
+
+
+def test_a_class_of_next_to_no_weight_has_a_bias() -> None:
+    y, weights = np.ones(100_000, np.int64), np.full(100_000, 1.0)
+    y[0], weights[0] = 0, 2e-12
+    problem = Problem(np.zeros((100_000, 1), np.float32), y, weights / weights.sum(), 2)
+    np.testing.assert_allclose(problem.blind.bias, np.log(99_999 / 2e-12))
+
+
 def test_the_hessians_of_single_classes_save_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the span of the weights: a quarter at least of what is left with their middles, on classes that overlap."""
     random = np.random.default_rng(0)
@@ -126,7 +215,7 @@ def test_the_hessians_of_single_classes_save_products(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Sweeps, "curve", curve)
     for most in (0, 32):
-        monkeypatch.setattr("embedpipe.heads._directions.MOST_CLASSES", most)
+        monkeypatch.setattr("embedpipe.heads._directions.MANY_CLASSES", most)
         products.append(0)
         solve_path(problem, [1e-4])
     assert products[1] < 0.75 * products[0]
