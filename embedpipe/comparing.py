@@ -149,6 +149,9 @@ def compare(
             f"no sample of {chosen} in common by {by} and label: {counts}",
             hint="compare runs that were fitted on the same data set, or name another --split",
         )
+    most = max(len(table) for table in tables)
+    if len(common) < most:
+        warnings.warn(f"{len(common)} of {most} images of {chosen} are in all runs", EmbedpipeWarning, stacklevel=2)
     answers = [_answers(table, common) for table in tables]
     compared = [_compared(run, len(table), *one) for run, table, one in zip(read, tables, answers, strict=True)]
     keys = list(dict.fromkeys(name for name, _, _ in common)) if by == "content" else []
@@ -174,7 +177,7 @@ def _read(run: Classifier | PathLike, runs_dir: Path) -> Run:
     if report.get("task", "single") != "single":
         raise UsageError(
             f"{folder.name} is a run of {report['task']} targets, expected single labels",
-            hint="evaluate each run on the same data",
+            hint="read the scores of each in its metrics.json: the intervals say what is more than chance",
         )
     reference = record.get("reference") or {}
     spec = None if reference.get("beside") else reference.get("spec")

@@ -173,14 +173,14 @@ def show_size(count: int) -> str:
     return f"{count} B"
 
 
-def parse_amount(text: str, units: Mapping[str, int], flag: str, example: str) -> float:
+def parse_amount(text: str | float, units: Mapping[str, int], flag: str, example: str) -> float:
     """Return what a user wrote as a number and a unit, such as 10GB of `BYTES`.
 
     Raises
     ------
     UsageError    anything else
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     unit = match[2].upper() if match else "?"
     if match is None or unit not in units:
         raise UsageError(f"{flag}: found {text!r}; expected a number and a unit such as {example}")

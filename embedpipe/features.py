@@ -236,10 +236,11 @@ def _only_complete(cache: Cache, manifest: Manifest, backbone: str | None, layer
     complete = [one for one in fitting if _holds(manifest, one)]
     if complete:
         return _pick(cache, manifest, complete)
-    asked = "".join(f" and {kind} {name}" for kind, name in (("backbone", backbone), ("layer", layer)) if name)
+    given = [(kind, name) for kind, name in (("backbone", backbone), ("layer", layer)) if name]
+    asked, flags = " and ".join(map(" ".join, given)), "".join(f" --{kind} {name}" for kind, name in given)
     raise UsageError(
-        f"no space holds the features of every image of {manifest.name}{asked and f' with{asked[4:]}'}",
-        hint=f"run `embedpipe extract {manifest.sources[0].argument}`",
+        f"no space holds the features of every image of {manifest.name}{asked and f' with {asked}'}",
+        hint=f"run `embedpipe extract {manifest.sources[0].argument}{flags}`",
     )
 
 

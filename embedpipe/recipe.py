@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from embedpipe.manifest import Sample
 
 Array = NDArray[Any]
+CLASS_WEIGHTS = ("none", "balanced")
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,16 @@ class Recipe:
     widths: tuple[int, ...] = ()
     max_bytes: float = math.inf
     task: str = "single"
+
+    def __post_init__(self) -> None:
+        """Refuse what would be taken for something else.
+
+        Raises
+        ------
+        UsageError    a weighting of classes that there is not
+        """
+        if self.class_weight not in CLASS_WEIGHTS:
+            raise UsageError(f"class_weight {self.class_weight!r}, expected {' or '.join(CLASS_WEIGHTS)}")
 
     @property
     def chooses(self) -> bool:
@@ -159,10 +170,24 @@ def check_task(features: FeatureSet, *options: str) -> None:
         )
 
 
+def check_neighbours(recipe: Recipe) -> None:
+    """Refuse options, as they are typed, that a kNN head has no use for."""
+    idle = {
+        "--l2": recipe.l2 != "auto",
+        "--class-weight": recipe.class_weight != "none",
+        "--no-standardize": not recipe.standardize,
+    }
+    if recipe.solver == "knn" and any(idle.values()):
+        option = next(name for name, given in idle.items() if given)
+        raise UsageError(f"--solver knn has no use for {option}", hint=f"leave out {option}, or take another solver")
+
+
 def check_classes(features: FeatureSet) -> None:
     """Refuse a train split without two classes, labels or numbers; warn of classes that it lacks."""
     name, task = features.manifest.name, features.manifest.task
     labels = {sample.label or "" for sample in features.samples("train", labelled=True)}
+    if not labels:
+        raise UsageError(f"the train split of {name} has no images", hint="move images into train/")
     if task != "single" and len(labels) < 2:
         raise UsageError(
             f"the train split of {name} has the same target everywhere, expected at least 2",

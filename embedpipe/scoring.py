@@ -245,10 +245,10 @@ def answer(row: np.ndarray, classes: Sequence[str], task: str) -> tuple[str, flo
     -------
     single        the most probable class
     multilabel    the labels with a probability of 0.5 and more, joined by "|", and the least of these; "" and None for none
-    regression    the number, and None
+    regression    the number, with as few digits as tell it from all others, and None
     """
     if task == "regression":
-        return f"{row[0]:.9g}", None
+        return repr(float(row[0])), None
     if task == "single":
         return classes[int(row.argmax())], float(row.max())
     likely = np.flatnonzero(row >= THRESHOLD)

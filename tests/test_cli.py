@@ -215,6 +215,15 @@ def test_the_same_order_holds_for_what_commands_share(run: Run, photos: Path, mo
     assert found == ["after", "from-config", "from-environment", "from-flag"]
 
 
+def test_a_variable_that_no_option_has_is_told(run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDPIPE_EXTRACT_BACKBONE", "timm:test_resnet")
+    monkeypatch.setenv("EMBEDPIPE_EXTRACT_WIEGHTS", "none")
+    assert "did you mean EMBEDPIPE_EXTRACT_WEIGHTS" in run("extract", photos).line
+    assert run("cache", "ls").code == 0  # other commands have other variables
+    monkeypatch.setenv("EMBEDPIPE_CACHE_LS_JASON", "1")
+    assert run("cache", "ls").code == 2
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [

@@ -10,6 +10,7 @@ In this order:
 3. The cheapest of `linear-head`, `earlier-layer`, `several-layers` and fine-tuning to which no dearer one is expected to add a
    point. One with a lower end of its interval below a point does not count. Fine-tuning is `finetune-all` where even the best
    heads err on a quarter of the images, else `finetune` from the first layer whose head is nearly as good as the best.
+   Where no head beats always naming the largest class, fine-tuning is not expected to add anything: it may, but nothing shows it.
 4. `more-data` where that leaves the linear head, it errs on more than 5 %, and twice the images are worth a point (lower end).
 
 Gains of layers are measured. The gain of fine-tuning cannot be known without doing it: REMOVED says which share of the
@@ -57,6 +58,11 @@ def decide(evidence: Evidence) -> list[Choice]:
         f"a head on {evidence.last.layers[0]} is right on {evidence.last.accuracy:.1%} of the images, and nothing dearer is "
         "expected to add a point"
     )
+    if not evidence.beats_chance:
+        reason = (
+            f"no head is right more often than always naming the largest class ({evidence.chance:.1%}), so nothing shows that "
+            "these labels can be learnt from these images: look at some of them first"
+        )
     linear = Choice("linear-head", evidence.last.layers, reason, 0.0, (0.0, 0.0))
     earlier = _head_choice("earlier-layer", evidence.best, evidence)
     several = _head_choice("several-layers", evidence.several, evidence)
@@ -116,7 +122,7 @@ def _finetuning(evidence: Evidence) -> list[Choice]:
     n, errors = evidence.n_judged, 1 - evidence.last.accuracy
     least = 1 - max(evidence.best.accuracy, evidence.several.accuracy)
     kind = kind_of(evidence)
-    low, middle, high = REMOVED[kind]
+    low, middle, high = REMOVED[kind] if evidence.beats_chance else (0.0, 0.0, REMOVED[kind][2])
     fewest, most = wilson_interval(errors * n, n)
     gain, interval = middle * errors, (low * fewest, high * most)
     reason = (

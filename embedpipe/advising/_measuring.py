@@ -119,6 +119,12 @@ class Evidence:
         """The layer with the best head; the later one of equals."""
         return max(reversed(self.layers), key=lambda one: one.accuracy)
 
+    @property
+    def beats_chance(self) -> bool:
+        """Whether a head is right more often, beyond chance, than always naming the largest class."""
+        accuracy = max(self.best.accuracy, self.several.accuracy)
+        return wilson_interval(accuracy * self.n_judged, self.n_judged)[0] > self.chance
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -192,7 +192,9 @@ def _line(fields: Mapping[str, Any]) -> bytes:
 
 
 def _pick(text: str, names: Sequence[str], kind: str) -> str:
-    fits = [name for name in names if name == text] or [n for n in names if n.startswith(text)]
+    ways = (str.__eq__, lambda name, wanted: name.rpartition("-")[0] == wanted, str.startswith)
+    found = [[name for name in names if way(name, text)] for way in ways]  # whole, without its digest, by its beginning
+    fits = next((some for some in found if len(some) == 1), found[-1])
     if len(fits) == 1:
         return fits[0]
     if fits:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -194,6 +195,7 @@ def command(deed: Callable[..., Any] | None, *, example: str) -> Callable[[Calla
         @functools.wraps(body)
         @click.pass_context
         def run(ctx: click.Context, /, **values: Any) -> None:
+            _check_environment(ctx)
             shared = {name: _shared_value(ctx, name) for name in (*SHARED, *PRESENTATION)}
             for name in shared:
                 values.pop(name, None)
@@ -235,6 +237,22 @@ def _shared_value(ctx: click.Context, name: str) -> Any:
             if context.get_parameter_source(name) is rank:
                 return context.params[name]
     return chain[0].params[name]
+
+
+def _check_environment(ctx: click.Context) -> None:
+    """Refuse a variable of this command that is no option of it.
+
+    Raises
+    ------
+    UsageError    with the nearest one
+    """
+    prefix = f"{ctx.auto_envvar_prefix}_"
+    known = [f"{prefix}{(param.name or '').upper()}" for param in ctx.command.params]
+    for name in sorted(os.environ):
+        if name.startswith(prefix) and name not in known:
+            close = nearest(name, known)
+            hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known)}"
+            raise UsageError(f"unknown variable {name} in the environment", hint=hint)
 
 
 def _line_of(ctx: click.Context | None) -> list[click.Context]:

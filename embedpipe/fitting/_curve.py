@@ -23,14 +23,14 @@ Shots = int | float  # images a class, or a share of them
 Labelled = tuple[NDArray[Any] | Chunked, Int64]  # X float32 (N, D), y int64 (N,)
 
 
-def parse_shots(shots: str | Sequence[str | int]) -> dict[str | int, Shots]:
+def parse_shots(shots: str | int | Sequence[str | int]) -> dict[str | int, Shots]:
     """Return what is asked for, in its order: images a class (5) by the number, a share of train (0.1) by its text "10%".
 
     Raises
     ------
     UsageError    neither a count from 1 up nor a percentage up to 100
     """
-    texts = [shots] if isinstance(shots, str) else shots
+    texts = [shots] if isinstance(shots, str | int) else shots
     parts = [part.strip() for text in texts for part in str(text).split(",")]
     return dict(_parse(part) for part in parts)
 

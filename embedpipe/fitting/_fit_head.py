@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from embedpipe.recipe import Fitted, Recipe
 
 PathLike = str | os.PathLike[str]
+PLACES = ("features", "cache_dir", "runs_dir")  # arguments that do not shape a head
 POINT = {  # of l2_path, by task
     "single": ("l2", "val_accuracy", "objective"),
     "multilabel": ("l2", "val_log_loss", "objective"),
@@ -30,7 +31,7 @@ POINT = {  # of l2_path, by task
 
 
 def fit_head(
-    features: FeatureSet | str | None = None,
+    features: FeatureSet | PathLike | None = None,
     *,
     solver: Literal["auto", "newton", "lbfgs", "sklearn", "ridge", "knn"] = "auto",
     l2: float | Literal["auto"] = "auto",
@@ -102,11 +103,12 @@ def fit_head(
     UsageError          nothing extracted, no labels, fewer than two classes, no validation samples
     NonFiniteFeatures   NaN or inf in the features
     """
+    given = locals()
     from embedpipe.classifier import Classifier, Reference, save_run
     from embedpipe.disk import BYTES, parse_amount
     from embedpipe.fitting._curve import parse_shots
     from embedpipe.leaks import find_leaks
-    from embedpipe.recipe import Recipe, check_classes, check_labelled, check_task
+    from embedpipe.recipe import Recipe, check_classes, check_labelled, check_neighbours, check_task
     from embedpipe.runs import new_run
     from embedpipe.scoring import calibrated
 
@@ -119,6 +121,7 @@ def fit_head(
     check_classes(features)
     task = features.manifest.task
     recipe = Recipe(features.classes, solver, l2, standardize, class_weight, features.widths, most, task)
+    check_neighbours(recipe)
     others = {"--shots": asked_shots, "--folds": folds, "--calibrate": calibrate, "--compare-layers": compare_layers}
     check_task(features, *_single_only(features, recipe, others))
     features, choice = _choose(features, recipe, compare=compare_layers)
@@ -130,6 +133,7 @@ def fit_head(
         fitted = replace(fitted, head=calibrated(fitted.head, features, unseen_val=not refit))
     classifier = Classifier(fitted.head, Reference.of(features.spaces), _backbone=features.backbone)
     scored = _predict(features, fitted, recipe)
+    report["options"] = {name: value for name, value in given.items() if name not in PLACES}
     report |= {"dataset": features.dataset, "task": task, "classes": list(features.classes)}
     report["leaks"] = find_leaks(features, scored, max_bytes=most)
     if asked_shots:
@@ -143,13 +147,13 @@ def fit_head(
         return save_run(run, "fit-head", classifier, features, scored, report, seconds=seconds)
 
 
-def _open(features: FeatureSet | str | None, cache_dir: Path, asked: dict[str, Any]) -> FeatureSet:
+def _open(features: FeatureSet | PathLike | None, cache_dir: Path, asked: dict[str, Any]) -> FeatureSet:
     from embedpipe.cache import Cache
     from embedpipe.features import FeatureSet, open_features
 
     if isinstance(features, FeatureSet):
         return features.reopened(**asked) if any(asked.values()) else features
-    return open_features(Cache(cache_dir), features, **asked)
+    return open_features(Cache(cache_dir), None if features is None else os.fspath(features), **asked)
 
 
 def _single_only(features: FeatureSet, recipe: Recipe, others: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def read_head(folder: Path, kind: str) -> tuple[dict[str, Any], Arrays]:
-    """Read record and arrays of a head of one kind.
+def read_head(folder: Path, kind: str, names: Sequence[str]) -> tuple[dict[str, Any], Arrays]:
+    """Read record and arrays, of these names, of a head of one kind.
 
     Raises
     ------
@@ -77,7 +77,23 @@ def read_head(folder: Path, kind: str) -> tuple[dict[str, Any], Arrays]:
         raise ModelMismatch(f"{folder / ARRAYS} is damaged: {exc}", hint="fit it again") from exc
     if digest_arrays(arrays) != record.get("digest"):
         raise ModelMismatch(f"{folder / ARRAYS} is not what {RECORD} describes", hint="fit the head again")
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise ModelMismatch(f"{folder / ARRAYS} has no {missing[0]}, expected a {kind} head", hint="fit the head again")
     return record, arrays
+
+
+def entry(record: Mapping[str, Any], name: str, kind: type) -> Any:
+    """Return an entry of a record.
+
+    Raises
+    ------
+    ModelMismatch    it is not there, or of another type
+    """
+    found = record.get(name)
+    if not isinstance(found, kind) or isinstance(found, bool):
+        raise ModelMismatch(f"{RECORD} has {name} {found!r}, expected {kind.__name__}", hint="fit the head again")
+    return found
 
 
 def _read(path: Path) -> bytes:

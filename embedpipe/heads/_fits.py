@@ -130,7 +130,7 @@ def fit_path(
     X_val and y_val may be None or empty where l2 is a number, and with the solver ridge, which then asks its leave-one-out
     accuracy or error. All else as in `fit_linear`.
     """
-    values = _falling(grid if l2 == "auto" else [float(l2)])
+    values = _falling(grid if isinstance(l2, str) and l2 == "auto" else [l2])
     validation = _validation(X_val, y_val, len(classes), task)
     name, solve_path = _solver(solver, task, chunked=isinstance(X, Chunked))
     if validation is None and len(values) > 1 and name != "ridge":
@@ -166,6 +166,8 @@ def _solver(name: str, task: str = "single", *, chunked: bool = False) -> tuple[
     ------
     UsageError    no such solver, or it does not do the task, or takes no features that are read in chunks
     """
+    if task not in SOLVERS_OF:
+        raise UsageError(f"no task {task!r}, expected {', '.join(SOLVERS_OF)}")
     able = SOLVERS_OF[task]
     if name == "auto":
         name = able[0]
@@ -197,10 +199,12 @@ def _solver(name: str, task: str = "single", *, chunked: bool = False) -> tuple[
     )
 
 
-def _falling(l2s: Sequence[float]) -> list[float]:
-    wrong = [l2 for l2 in l2s if not (math.isfinite(l2) and l2 > 0)]
+def _falling(l2s: Sequence[Any]) -> list[float]:
+    wrong = [l2 for l2 in l2s if not (isinstance(l2, int | float | np.number) and math.isfinite(l2) and l2 > 0)]
     if wrong or not len(l2s):
-        raise UsageError(f"l2 = {wrong[0] if wrong else 'nothing'}, expected a positive number")
+        raise UsageError(
+            f"l2 = {wrong[0]!r}, expected a positive number" if wrong else "no l2, expected a positive number"
+        )
     return sorted({float(l2) for l2 in l2s}, reverse=True)
 
 

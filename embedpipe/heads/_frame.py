@@ -21,6 +21,7 @@ from embedpipe.heads.linear import LinearHead
 STD_FLOOR = 0.01  # of the median std, so that dead features are not blown up
 FAR = 1e30  # float32 ends at 3.4e38
 NO_WEIGHT = 1e-12  # of the largest sample weight: less moves no digit of the loss
+SMALLEST = 1e-100  # std of targets, whose square is a number yet
 ABSENT_MARGIN = 20.0  # logits below the winner; e^-20 = 2e-9
 
 
@@ -77,7 +78,8 @@ class Frame:
         if self.is_one_logit:
             half = np.array([[-0.5], [0.5]])
             rows = Solution(half * solution.weight, half[:, 0] * solution.bias)
-        weight = np.zeros((len(self.classes), len(self.mean)), dtype=np.float32)
+        dtype = np.float64 if self.task == "regression" else np.float32
+        weight = np.zeros((len(self.classes), len(self.mean)), dtype=dtype)
         weight[self.present] = rows.weight / self.std
         bias = self.asked.certain.copy()
         # with the rounded weights, so that rounding acts on x - mean and not on x
@@ -86,7 +88,6 @@ class Frame:
         if len(absent) and self.task == "single":
             winning = affine(self.problem.X, rows.weight, rows.bias).max(axis=1)
             bias[absent] = winning.min() - ABSENT_MARGIN
-        dtype = np.float64 if self.task == "regression" else np.float32
         return LinearHead(weight, bias.astype(dtype), self.classes, provenance, self.task)
 
     @property
@@ -187,6 +188,11 @@ def _ask(y: Any, weights: Float64, n_classes: int, task: str) -> Asked:
             raise UsageError("training targets: one value, expected several", hint="add images with another target")
         offset = np.average(y, weights=weights)
         scale = np.sqrt(np.average((y - offset) ** 2, weights=weights))
+        if not SMALLEST <= scale <= 1 / SMALLEST:
+            raise UsageError(
+                f"training targets vary by {np.ptp(y):.1g}, expected from {SMALLEST:g} to {1 / SMALLEST:g}",
+                hint="give them in another unit",
+            )
         return Asked((y - offset) / scale, np.zeros(1, np.int64), certain, float(offset), float(scale))
     if task == "multilabel":
         counts = y.sum(axis=0)
@@ -243,7 +249,7 @@ def check_labelled(X: ArrayLike | Chunked, y: ArrayLike, n_classes: int, task: s
     """
     with np.errstate(over="ignore"):
         features = X if isinstance(X, Chunked) else np.asarray(X, dtype=np.float32)
-    labels = np.asarray(y, dtype=np.float64 if task == "regression" else np.int64)
+    labels = _numbers(y, np.float64 if task == "regression" else np.int64)
     columns = (n_classes,) if task == "multilabel" else ()
     if features.ndim != 2 or features.shape[1] == 0 or labels.shape != (len(features), *columns):
         raise UsageError(f"X {features.shape} and y {labels.shape}, expected (N, D) and {('N', *columns)}")
@@ -258,6 +264,24 @@ def check_labelled(X: ArrayLike | Chunked, y: ArrayLike, n_classes: int, task: s
             row = rows.start + int(bad[0])
             raise NonFiniteFeatures(f"NaN or infinity in row {row} of the features", hint="extract it again", row=row)
     return features, labels
+
+
+def _numbers(y: ArrayLike, dtype: type) -> Any:
+    """Return targets as numbers, of classes whole ones.
+
+    Raises
+    ------
+    UsageError    texts, or a part of a class
+    """
+    given = np.asarray(y)
+    try:
+        numbers: Any = given.astype(dtype)
+    except (TypeError, ValueError) as exc:
+        raise UsageError(f"y of {given.dtype}, expected {dtype.__name__}", hint="give each class a number") from exc
+    if dtype is np.int64 and given.dtype.kind == "f" and (given != numbers).any():
+        row = int((given != numbers).nonzero()[0][0])
+        raise UsageError(f"label {given[row]} in row {row}, expected a whole number", row=row)
+    return numbers
 
 
 def _check_weights(sample_weight: ArrayLike | None, n: int) -> Float64:

@@ -169,17 +169,18 @@ def minimise(
         shape = _short if _may_be_short(points, metric, tolerance) else torch.clone
         before = points.gap
         points, moved = _step(sweeps, points, dW, db, shape, tolerance)
-        whole.put(left, points)
+        keep = (before > TOLERANCE) | (points.gap < before)  # a step may gain, and prove less
+        whole.put(left[keep], points[keep])
         if bool(((points.gap > before / 2) & (before < FAR)).any()) and sweeps.distrust():
             continue
         if not moved or bool(((before <= TOLERANCE) & (points.gap > before / 4)).all()):
             break
         if worn == 1:  # once: the weights of the rows hardly change any more
             metric, worn = sweeps.measure(len(points.l2) // 2), 2
-    worst = float(points.gap.max())
+    worst = float(whole.gap.max())
     if worst > max(tolerance, TOLERANCE):
         warnings.warn(
-            f"newton has not converged at l2 = {points.l2.min():g}: up to {worst:.1e} of the objective may be left",
+            f"newton has not converged at l2 = {float(whole.l2[whole.gap.argmax()]):g}: up to {worst:.1e} of the objective may be left",
             RuntimeWarning,
             stacklevel=2,
         )

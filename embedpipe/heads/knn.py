@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from embedpipe.errors import UsageError
-from embedpipe.heads._files import read_head, save_head
+from embedpipe.heads._files import entry, read_head, save_head
 from embedpipe.heads._frame import check_labelled
 from embedpipe.heads._problem import Float32, Float64, Int64, blocks
 from embedpipe.heads.linear import check_width
@@ -81,14 +81,14 @@ class KnnHead:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> KnnHead:
         """Read what `save` wrote; raises as `LinearHead.load` does."""
-        record, arrays = read_head(Path(folder), cls.kind)
+        record, arrays = read_head(Path(folder), cls.kind, ("features", "labels"))
         return cls(
             arrays["features"],
             arrays["labels"],
-            tuple(record["classes"]),
-            record["k"],
-            record["temperature"],
-            record["provenance"],
+            tuple(entry(record, "classes", list)),
+            entry(record, "k", int),
+            entry(record, "temperature", float),
+            entry(record, "provenance", dict),
         )
 
 

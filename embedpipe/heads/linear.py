@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from embedpipe.errors import ModelMismatch
-from embedpipe.heads._files import read_head, save_head
+from embedpipe.heads._files import entry, read_head, save_head
 from embedpipe.heads._problem import Chunked, Float32, Float64, affine, log_normaliser
 from embedpipe.manifest import TASKS
 
@@ -26,8 +26,8 @@ class LinearHead:
 
     Parameters
     ----------
-    weight : float32 (C, D)      two classes: the rows -w/2 and +w/2 of their one logit
-    bias : float32 (C,)          of numbers float64: they may be large
+    weight : float32 (C, D)      two classes: the rows -w/2 and +w/2 of their one logit; of numbers float64: they may be large
+    bias : float32 (C,)          of numbers float64
     classes : tuple of str       row c scores classes[c]
     provenance : dict            JSON-able: how it was fitted, on what
     task : str                   what the logits mean. "single": softmax over classes; "multilabel": a sigmoid for each label;
@@ -95,10 +95,12 @@ class LinearHead:
         UsageError       no head in the folder
         ModelMismatch    another kind of head, or damaged files
         """
-        record, arrays = read_head(Path(folder), cls.kind)
-        classes = tuple(record["classes"])
+        record, arrays = read_head(Path(folder), cls.kind, ("weight", "bias"))
+        classes, provenance = tuple(entry(record, "classes", list)), entry(record, "provenance", dict)
         task = record.get("task", "single")  # older heads have none
-        return cls(arrays["weight"], arrays["bias"], classes, record["provenance"], task)
+        head = cls(arrays["weight"], arrays["bias"], classes, provenance, task)
+        check_width(arrays["weight"], entry(record, "feature_dim", int))
+        return head
 
 
 def check_width(X: ArrayLike | Chunked, feature_dim: int) -> Any:

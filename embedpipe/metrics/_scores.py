@@ -129,7 +129,7 @@ def log_loss(probabilities: NDArray[np.float64], y: NDArray[np.int64]) -> float:
 
 def losses(probabilities: NDArray[np.float64], y: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the negative log probability of each truth, float64 (N,), in nats; finite also for probability 0."""
-    return np.asarray(-np.log(np.clip(probabilities[np.arange(len(y)), y], LEAST_PROBABILITY, 1.0)))
+    return np.abs(np.log(np.clip(probabilities[np.arange(len(y)), y], LEAST_PROBABILITY, 1.0)))
 
 
 def top_k_accuracy(probabilities: NDArray[np.float64], y: NDArray[np.int64], k: int) -> float:

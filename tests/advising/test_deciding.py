@@ -42,6 +42,17 @@ def test_a_linear_head_where_nothing_adds_a_point() -> None:
     assert sorted(actions(PLAIN)[1:]) == ["earlier-layer", "finetune", "finetune-all", "more-data", "several-layers"]
 
 
+def test_nothing_is_promised_where_no_head_beats_chance() -> None:
+    """On noise: fine-tuning may help, and nothing shows it."""
+    noise = [head(*one.layers, accuracy=0.33) for one in PLAIN.layers]
+    lost = replace(PLAIN, n_classes=3, chance=0.34, layers=tuple(noise), several=noise[-1])
+    assert actions(replace(lost, chance=0.2))[0] == "finetune-all"
+    first, *rest = decide(lost)
+    assert first.action == "linear-head"
+    assert "nothing shows that these labels can be learnt" in first.reason
+    assert all(choice.ci95 and choice.ci95[0] <= 0 for choice in rest if choice.action.startswith("finetune"))
+
+
 def test_layers_are_taken_for_a_gain_beyond_its_interval_only() -> None:
     better = replace(PLAIN, several=head("blocks.1", "penultimate", accuracy=0.96))
     assert actions(better)[0] == "several-layers"

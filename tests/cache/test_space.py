@@ -235,6 +235,15 @@ def test_spaces_are_found_by_a_unique_prefix(cache: Cache, space: Space) -> None
         cache.find_space("tim-resnet18")
 
 
+def test_a_name_without_its_digest_goes_before_longer_ones(cache: Cache, space: Space) -> None:
+    keys, X = rows(2)
+    longer = cache.open_space({**SPEC, "layer": "layer4"}, name=f"{space.folder.name.rpartition('-')[0]}-d")
+    for one in (space, longer):
+        write(one, keys, X)
+    assert cache.find_space(space.folder.name.rpartition("-")[0]) == space
+    assert cache.find_space(longer.folder.name.rpartition("-")[0]) == longer
+
+
 def test_a_file_of_another_space_is_refused(cache: Cache, space: Space) -> None:
     keys, X = rows(2)
     other = cache.open_space({**SPEC, "layer": "layer4"}, name="timm-resnet18")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -45,6 +47,35 @@ def test_copies_of_training_images_are_counted(features: ep.FeatureSet) -> None:
     assert leaks["duplicates_of_train"] == {"val": 1, "test": 2}
     assert leaks["leaked"] == {"val": 1, "test": 2}
     assert leaks["accuracy_without_leaks"]["test"]["n"] == report["metrics"]["test"]["n"] - 2
+
+
+def test_a_run_says_what_it_was_asked_for(features: ep.FeatureSet) -> None:
+    done = ep.fit_head(features, class_weight="balanced", refit=True, shots=2)
+    assert done.folder is not None
+    options = json.loads((done.folder / "run.json").read_text())["report"]["options"]
+    assert (options["class_weight"], options["refit"], options["l2"], options["shots"]) == ("balanced", True, "auto", 2)
+    assert not {"features", "cache_dir", "given"} & set(options)
+
+
+def test_a_data_set_is_named_by_its_path_too(features: ep.FeatureSet) -> None:
+    assert ep.fit_head(Path("data"), l2=0.1).report["dataset"] == features.dataset
+
+
+@pytest.mark.parametrize(
+    ("option", "found"),
+    [
+        ({"class_weight": {"red": 2}}, "class_weight {'red': 2}, expected none or balanced"),
+        ({"l2": None}, "l2 = None, expected a positive number"),
+        ({"solver": "knn", "l2": 0.1}, "--solver knn has no use for --l2"),
+        ({"solver": "knn", "class_weight": "balanced"}, "--solver knn has no use for --class-weight"),
+        ({"solver": "knn", "standardize": False}, "--solver knn has no use for --no-standardize"),
+    ],
+)
+def test_options_that_would_be_taken_for_something_else(
+    option: dict[str, Any], found: str, features: ep.FeatureSet
+) -> None:
+    with pytest.raises(UsageError, match=re.escape(found)):
+        ep.fit_head(features, **option)
 
 
 def test_the_path_is_drawn(features: ep.FeatureSet) -> None:

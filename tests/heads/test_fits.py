@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,6 +154,22 @@ def test_wrong_arguments_are_told(change: dict[str, object], found: str) -> None
     arguments: dict[str, object] = {"X": X, "y": y, "classes": TEN[:3], "l2": 1.0, **change}
     with pytest.raises(UsageError, match=found):
         fit_linear(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"l2": "auto"}, "l2 = 'auto', expected a positive number"),
+        ({"l2": None}, "l2 = None, expected a positive number"),
+        ({"task": "ranks"}, "no task 'ranks', expected single, multilabel, regression"),
+        ({"y": np.arange(30) % 3 + 0.5}, "label 0.5 in row 0, expected a whole number"),
+        ({"y": ["a"] * 30}, "y of <U1, expected int64"),
+    ],
+)
+def test_what_is_no_number_and_no_task_is_told(change: dict[str, Any], found: str) -> None:
+    wanted = {"X": np.random.default_rng(0).normal(size=(30, 2)), "y": np.arange(30) % 3, "l2": 0.1, **change}
+    with pytest.raises(UsageError, match=found):
+        fit_linear(**wanted, classes=("a", "b", "c"))
 
 
 def test_class_weights_balance() -> None:

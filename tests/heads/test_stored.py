@@ -75,6 +75,27 @@ def test_damaged_files_are_refused(file: str, content: bytes, tmp_path: Path) ->
         load_head(tmp_path)
 
 
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize(
+    "change",
+    [{"classes": None}, {"classes": "abc"}, {"provenance": []}, {"feature_dim": "x"}, {"kind": "other"}, {"k": "3"}],
+)
+def test_records_that_do_not_describe_the_arrays_are_refused(
+    change: dict[str, object], kind: int, tmp_path: Path
+) -> None:
+    heads()[kind].save(tmp_path)
+    record = json.loads((tmp_path / "head.json").read_text())
+    if change == {"kind": "other"}:
+        change = {"kind": "linear" if kind else "knn"}
+    elif kind == 0 and "k" in change:
+        change = {"feature_dim": 5}
+    elif kind == 1 and "feature_dim" in change:
+        change = {"temperature": None}
+    (tmp_path / "head.json").write_text(json.dumps({**record, **change}))
+    with pytest.raises(ModelMismatch, match="expected"):
+        load_head(tmp_path)
+
+
 def test_a_head_of_another_kind_and_a_missing_one_are_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no head\.json"):
         load_head(tmp_path)

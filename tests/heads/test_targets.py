@@ -102,6 +102,18 @@ def test_l2_of_numbers_is_chosen_on_val_or_by_leaving_each_out() -> None:
     assert left_out[alone.l2] == pytest.approx(float(np.sqrt(np.mean(np.square(misses)))), rel=1e-3)
 
 
+@pytest.mark.parametrize("unit", [1e-90, 1e-40, 1e37, 1e41, 1e90])
+def test_numbers_of_any_unit_give_the_same_head(unit: float) -> None:
+    X, _, y = features()
+    X_val, _, y_val = features(1)
+    plain, other = (
+        fit_path(X, y * scale, X_val, y_val * scale, classes=("target",), task="regression") for scale in (1.0, unit)
+    )
+    assert other.l2 == plain.l2
+    np.testing.assert_allclose(other.head.predict_proba(X_val) / unit, plain.head.predict_proba(X_val), rtol=1e-9)
+    assert [one.val_rmse for one in other.points] == pytest.approx([(one.val_rmse or 0) * unit for one in plain.points])
+
+
 @pytest.mark.parametrize(
     ("task", "solver"), [("multilabel", "lbfgs"), ("multilabel", "sklearn"), ("regression", "newton")]
 )
@@ -123,6 +135,8 @@ def test_targets_that_do_not_fit_are_refused() -> None:
     for target, message in (
         (np.where(y > 100, np.inf, y), "expected a finite number"),
         (0 * y, "one value, expected several"),
+        (1e-200 * y, "vary by .*e-19., expected from 1e-100 to 1e.100"),
+        (np.array([*"ab"] * (N // 2)), "y of <U1, expected float64"),
     ):
         with pytest.raises(UsageError, match=message):
             fit_linear(X, target, classes=("target",), l2=0.1, task="regression")
