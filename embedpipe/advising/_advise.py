@@ -132,7 +132,7 @@ def advise(
     features = replace(open_layers(cache, dataset, **asked, progress=progress), backbone=given)
     evidence = measure(features, seed=seed)
     choices = decide(evidence)
-    chosen, *others = (_option(one, features, evidence, cache, epochs) for one in choices)
+    chosen, *others = (_option(one, features, evidence, cache, Path(runs_dir), epochs) for one in choices)
     budget = Budget(epochs, cache.root, Path(runs_dir), seed, progress)
     tried = try_out(choices, features, evidence, budget) if verify else None
     spec = features.space.spec
@@ -144,11 +144,14 @@ def advise(
     return advice
 
 
-def _option(choice: Choice, features: FeatureSet, evidence: Evidence, cache: Any, epochs: int) -> Option:
+def _option(
+    choice: Choice, features: FeatureSet, evidence: Evidence, cache: Any, runs_dir: Path, epochs: int
+) -> Option:
     gain = None if choice.gain is None else 100 * choice.gain
     interval = None if choice.ci95 is None else [100 * end for end in choice.ci95]
     cost = _minutes(choice, features, evidence, epochs)
-    commands = tuple(shlex.join(["embedpipe", *words]) for words in _words(choice, features, evidence, cache, epochs))
+    words = _words(choice, features, evidence, cache, runs_dir, epochs)
+    commands = tuple(shlex.join(["embedpipe", *line]) for line in words)
     return Option(choice.action, choice.layers, choice.reason, gain, interval, cost, commands)
 
 
@@ -167,14 +170,18 @@ def _minutes(choice: Choice, features: FeatureSet, evidence: Evidence, epochs: i
     return pace.minutes(n_train=evidence.n_train, n_val=evidence.n_val, epochs=epochs)
 
 
-def _words(choice: Choice, features: FeatureSet, evidence: Evidence, cache: Any, epochs: int) -> list[list[str]]:
+def _words(
+    choice: Choice, features: FeatureSet, evidence: Evidence, cache: Any, runs_dir: Path, epochs: int
+) -> list[list[str]]:
     """Return the arguments of each command that an action takes."""
     from embedpipe.advising._verifying import training_options
 
-    data = [features.dataset, *_flags("cache", cache.root)]
+    kept = _flags("cache", cache.root)
+    places = [*kept, *_flags("runs", runs_dir)]
+    data = [features.dataset, *places]
     last = _which(features, evidence.last.layers, cache)
     extract = ["extract", *(source.absolute for source in features.manifest.sources), *_loader_flags(features)]
-    again = [[*extract, *_flags("cache", cache.root)], ["advise", *data]]
+    again = [[*extract, *kept], ["advise", *data]]
     if choice.action == "more-data":
         return again
     if choice.action.startswith("fix-"):
@@ -184,7 +191,7 @@ def _words(choice: Choice, features: FeatureSet, evidence: Evidence, cache: Any,
     options = ["--unfreeze", *(choice.layers or ("all",)), "--epochs", str(epochs)]
     trained = training_options(choice, evidence.n_train).items()
     options += [word for k, v in trained for word in (f"--{k.replace('_', '-')}", str(v))]
-    options += _flags("cache", cache.root)
+    options += places
     return [["fit-head", *data, *last], ["finetune", *options]]
 
 

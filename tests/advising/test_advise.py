@@ -110,6 +110,9 @@ def test_the_command_extracts_what_is_lacking_and_keeps_the_splits(run: Run, pho
         ended = run(*words, "--json") if words[0] != "advise" else None
         assert ended is None or ended.code == 0, line
         assert words[0] != "extract" or ended is None or ended.data["computed"] == 0
+    elsewhere = run("advise", "--epochs", 1, "--runs-dir", "elsewhere", "--json").data["alternatives"]
+    for line in [line for one in elsewhere for line in one["commands"]]:
+        assert ("--runs-dir elsewhere" in line) is not line.startswith("embedpipe extract")
 
 
 def test_verify_tries_all_and_compares_on_val_where_there_is_no_test(run: Run, tmp_path: Path) -> None:
