@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from embedpipe.manifest import Failure, Manifest, Sample
     from embedpipe.pipeline import Progress
 
+SHOWN = 8  # classes that a message names
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -184,6 +186,12 @@ def _check(manifest: Manifest, run: Classifier, labels: list[str], split: str) -
     strange = sorted({name for label in labels for name in names_of(label, run.task)} - set(run.classes))
     if strange:
         raise UsageError(
-            f"{manifest.name} has the class {strange[0]!r}, expected {', '.join(run.classes[:8])}",
+            f"{manifest.name} has the class {strange[0]!r}, expected {_shown(run.classes)}",
             hint="evaluate on images of the classes that the head knows",
         )
+
+
+def _shown(classes: Sequence[str]) -> str:
+    """Return the first classes, and how many there are beside."""
+    more = len(classes) - SHOWN
+    return ", ".join(classes[:SHOWN]) + (f" and {more} more" if more > 0 else "")

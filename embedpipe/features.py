@@ -236,6 +236,9 @@ def _only_complete(cache: Cache, manifest: Manifest, backbone: str | None, layer
     complete = [one for one in fitting if _holds(manifest, one)]
     if complete:
         return _pick(cache, manifest, complete)
+    siblings = [one for one in feature_spaces(cache) if _fits(one, backbone, None) and _holds(manifest, one)]
+    if layer and siblings:
+        raise _lacking(manifest, siblings[0], layer)
     given = [(kind, name) for kind, name in (("backbone", backbone), ("layer", layer)) if name]
     asked, flags = " and ".join(map(" ".join, given)), "".join(f" --{kind} {name}" for kind, name in given)
     raise UsageError(

@@ -10,13 +10,12 @@ import math
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from embedpipe.errors import EmbedpipeWarning
-from embedpipe.metrics import wilson_interval
 from embedpipe.neighbours import LEAST_ROWS, copy_ratio, find_neighbours, unit_rows
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 SHOWN = 20  # pairs and groups that are named
 MOST_WORK = 2e11  # multiply-adds of a search for near copies: a few seconds on one core
 SCALE_ROWS = 2000  # of train, evenly spaced, that measure how near rows are
+MAIN = {"single": "accuracy", "multilabel": "mean_average_precision", "regression": "r2"}  # score, by task
 STEPS = ("train", "val", "test")  # what comes earlier shapes the head that is scored on what comes later
 
 
@@ -66,8 +66,8 @@ def find_leaks(features: FeatureSet, scored: Mapping[str, Scored], *, max_bytes:
         near_ratio, near_skipped                    how near is near (`embedpipe.neighbours`); why it was left out
         groups_across_splits : int; groups : [{group, splits: {name: count}}], the first 20
         leaked : {split: count}                     images with any of these, each once
-        accuracy_without_leaks : {split: {accuracy, accuracy_ci95, n}}; accuracy null where nothing is left; single labels
-                                                    only, else {}
+        accuracy_without_leaks : {split: {accuracy, accuracy_ci95, n}}; accuracy null where nothing is left; of single labels
+        score_without_leaks : {split: {mean_average_precision or r2, its ci95, n}}; of several labels, or of numbers
         pairs : [{path, split, kind, twin, similarity}], the first 20
     """
     exact = find_exact(features.samples())
@@ -85,11 +85,9 @@ def find_leaks(features: FeatureSet, scored: Mapping[str, Scored], *, max_bytes:
         "groups_across_splits": len(groups),
         "groups": [{"group": name, "splits": dict(counts)} for name, counts in list(groups.items())[:SHOWN]],
         "leaked": {split: sum(sample.split == split for sample in leaked) for split in others},
-        "accuracy_without_leaks": {
-            split: _without(scored[split], features.classes, leaked)
-            for split in others
-            if split in scored and scored[split].task == "single"
-        },
+        "accuracy_without_leaks": {},
+        "score_without_leaks": {},
+        **_all_without(scored, features.classes, leaked),
         "pairs": [_pair(features, leak) for leak in found[:SHOWN]],
     }
     _warn(report)
@@ -167,14 +165,21 @@ def _count(leaks: Sequence[Leak], twin_split: str, splits: Sequence[str]) -> dic
     return {split: counts[split] for split in splits}
 
 
+def _all_without(scored: Mapping[str, Scored], classes: Sequence[str], leaked: set[Sample]) -> dict[str, Any]:
+    """Return what val and test score without leaks, under the name that the task gives it."""
+    some = {split: one for split, one in scored.items() if split in STEPS[1:]}
+    name = "accuracy" if all(one.task == "single" for one in some.values()) else "score"
+    return {f"{name}_without_leaks": {split: _without(one, classes, leaked) for split, one in some.items()}}
+
+
 def _without(scored: Scored, classes: Sequence[str], leaked: set[Sample]) -> dict[str, Any]:
-    """Return the accuracy on the samples that are no leaks, with its interval."""
-    right = scored.probabilities.argmax(axis=1) == scored.labels(classes)
-    kept = np.array([sample not in leaked for sample in scored.samples], dtype=bool)
-    correct, n = int(right[kept].sum()), int(kept.sum())
-    if not n:
-        return {"accuracy": None, "accuracy_ci95": None, "n": 0}
-    return {"accuracy": correct / n, "accuracy_ci95": list(wilson_interval(correct, n)), "n": n}
+    """Return the score of the samples that are no leaks, with its interval."""
+    kept = [row for row, sample in enumerate(scored.samples) if sample not in leaked]
+    name, samples = MAIN[scored.task], tuple(scored.samples[row] for row in kept)
+    metrics = (
+        replace(scored, samples=samples, probabilities=scored.probabilities[kept]).metrics(classes) if kept else {}
+    )
+    return {name: metrics.get(name), f"{name}_ci95": metrics.get(f"{name}_ci95"), "n": len(kept)}
 
 
 def _pair(features: FeatureSet, leak: Leak) -> dict[str, Any]:
@@ -187,8 +192,9 @@ def _warn(report: Mapping[str, Any]) -> None:
     """Say in one line which splits leak, and what they score without."""
     parts = []
     for split, count in report["leaked"].items():
-        accuracy = report["accuracy_without_leaks"].get(split, {}).get("accuracy")
-        without = "" if accuracy is None else f" (accuracy without them {accuracy:.4f})"
+        found = {**report["accuracy_without_leaks"], **report["score_without_leaks"]}.get(split, {})
+        name, value = next(iter(found.items()), ("", None))
+        without = "" if value is None else f" ({name.replace('_', ' ')} without them {value:.4f})"
         parts += [f"{count} of {split}{without}"] if count else []
     if parts:
         warnings.warn(

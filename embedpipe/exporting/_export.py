@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from embedpipe.heads import LinearHead
 
 TOLERANCE = 1e-4  # of the largest logit, or of 1
+PROBABILITIES = {
+    "single": "softmax of the logits",
+    "multilabel": "sigmoid of each logit, a label for itself",
+    "regression": "none: the logit is the number",
+}
 IMAGES = 8
 
 
@@ -155,7 +160,8 @@ def _describe(classifier: Classifier) -> dict[str, Any]:
     return {
         "input": {"name": "images", "dtype": "float32", "shape": ["N", 3, *backbone.image_size]},
         "output": {"name": "logits", "dtype": "float32", "shape": ["N", len(classifier.classes)]},
-        "probabilities": "softmax of the logits",
+        "task": classifier.head.task,
+        "probabilities": PROBABILITIES[classifier.head.task],
         "steps": transform.describe() if isinstance(transform, Transform) else [repr(transform)],
         "transform": backbone.spec["transform"],
         "backbone": backbone.name,

@@ -36,7 +36,10 @@ class Scale:
         """Measure training features (N, D) of blocks of these widths."""
         if sum(widths) != X.shape[1]:
             raise UsageError(f"blocks of {sum(widths)} features together, expected {X.shape[1]}")
-        mean, std = measure(X) if standardize else (np.zeros(X.shape[1]), np.ones(X.shape[1]))
+        mean, std = np.zeros(X.shape[1]), np.ones(X.shape[1])
+        for end, width in zip(np.cumsum(widths), widths, strict=True) if standardize else ():
+            columns = slice(end - width, end)
+            mean[columns], std[columns] = measure(X[:, columns])  # apart: one may be of another scale
         return cls(mean, np.repeat(block_scales(widths), widths) / std)
 
     def __call__(self, X: ArrayLike) -> Float32:
@@ -48,7 +51,7 @@ class Scale:
 
     def fold(self, head: LinearHead, widths: Sequence[int]) -> LinearHead:
         """Return a head on scaled features as one on raw features."""
-        weight = (head.weight * self.factor).astype(np.float32)
+        weight = (head.weight * self.factor).astype(head.weight.dtype)
         bias = head.bias - weight.astype(np.float64) @ self.mean  # of the rounded weights: rounding acts on x - mean
         provenance = {**head.provenance, "blocks": list(widths), "scales": block_scales(widths).tolist()}
         return replace(head, weight=weight, bias=bias.astype(head.bias.dtype), provenance=provenance)
@@ -76,6 +79,7 @@ def fit_blocks(
     features, labels = check_labelled(_in_memory(X), y, len(classes), options.get("task", "single"))
     scale = Scale.of(features, widths, standardize=standardize)
     held_out = None if X_val is None else scale(_in_memory(X_val))
+    options["gram"] = None  # would be that of features that are not scaled
     path = fit_path(scale(features), labels, held_out, y_val, standardize=False, **options)
     return replace(path, head=_said(scale.fold(path.head, widths), standardize))
 
@@ -88,6 +92,7 @@ def fit_blocks_once(
         return fit_linear(X, y, standardize=standardize, **options)
     features, labels = check_labelled(_in_memory(X), y, len(options["classes"]), options.get("task", "single"))
     scale = Scale.of(features, widths, standardize=standardize)
+    options["gram"] = None
     return _said(scale.fold(fit_linear(scale(features), labels, standardize=False, **options), widths), standardize)
 
 

@@ -30,6 +30,7 @@ class Points:
     """L problems, each at its weights: float64 l2 (L,), W (L, K, D), b (L, K), objective (L,), its gradients, mean p (1 - p).
 
     reach : (L, K)    squared length of the middle of the rows that count for a class: what its bias lacks, the weights feel
+    noise : (L,)      how far rounding may have moved the objective, relative to it
     """
 
     l2: Tensor
@@ -40,6 +41,7 @@ class Points:
     grad_b: Tensor
     spread: Tensor
     reach: Tensor
+    noise: Tensor
 
     def __getitem__(self, which: Tensor) -> Points:
         return Points(*(getattr(self, one.name)[which] for one in fields(self)))

@@ -91,6 +91,7 @@ def entry(record: Mapping[str, Any], name: str, kind: type) -> Any:
     ModelMismatch    it is not there, or of another type
     """
     found = record.get(name)
+    found = float(found) if kind is float and type(found) is int else found
     if not isinstance(found, kind) or isinstance(found, bool):
         raise ModelMismatch(f"{RECORD} has {name} {found!r}, expected {kind.__name__}", hint="fit the head again")
     return found

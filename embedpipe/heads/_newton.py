@@ -51,12 +51,17 @@ _metrics: WeakKeyDictionary[Problem, Metric] = WeakKeyDictionary()  # as `solve_
 def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = None) -> list[Solution]:
     """Minimise the objective for every l2, falling."""
     small, ground = _ground(problem)
+    first = small.blind
+    if start:
+        given, l2 = ground.enter(start), l2s[0]
+        start = start if small.objective(given, l2) < small.objective(first, l2) else None  # from afar it is no help
+        first = given if start else first
     many = small.rows >= MANY_CLASSES
     sweeps = (Trail if many else Sweeps)(small, kept_bytes=problem.memory_bytes // 2)
     steep = many and not start and l2s[0] <= STEEP
     _metrics[problem] = metric = sweeps.measure()
     sweeps.shorten(metric, l2s[-1], turned=steep or len(l2s) > 1)
-    way = _Way(sweeps, metric, ground.enter(start) if start else small.blind, l2s)
+    way = _Way(sweeps, metric, first, l2s)
     if steep:
         way.come_down()
     for stride, most in [(1, 1)] if many else STRIDES:
@@ -158,7 +163,7 @@ def minimise(
     W, b = sweeps.level(W, b)
     start = W if beside and beside.shares else _short(W)
     whole = points = _points(sweeps, l2, start, b.clone(), far=not W.any(), beside=beside)
-    metric, worn, left = metric or sweeps.measure(len(l2) // 2), 0, torch.arange(len(l2))
+    metric, worn, slow, left = metric or sweeps.measure(len(l2) // 2), 0, 0, torch.arange(len(l2))
     for _ in range(steps or STEPS):
         open_ = points.gap > tolerance
         if not open_.any():
@@ -171,7 +176,8 @@ def minimise(
         points, moved = _step(sweeps, points, dW, db, shape, tolerance)
         keep = (before > TOLERANCE) | (points.gap < before)  # a step may gain, and prove less
         whole.put(left[keep], points[keep])
-        if bool(((points.gap > before / 2) & (before < FAR)).any()) and sweeps.distrust():
+        slow += (gains_little := bool(((points.gap > before / 2) & (before < FAR)).any()))
+        if gains_little and sweeps.distrust(slow):
             continue
         if not moved or bool(((before <= TOLERANCE) & (points.gap > before / 4)).all()):
             break
@@ -179,8 +185,9 @@ def minimise(
             metric, worn = sweeps.measure(len(points.l2) // 2), 2
     worst = float(whole.gap.max())
     if worst > max(tolerance, TOLERANCE):
+        l2_of_worst = float(whole.l2[whole.gap.argmax()])
         warnings.warn(
-            f"newton has not converged at l2 = {float(whole.l2[whole.gap.argmax()]):g}: up to {worst:.1e} of the objective may be left",
+            f"newton has not converged at l2 = {l2_of_worst:g}: up to {worst:.1e} of the objective may be left",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -198,7 +205,8 @@ def _points(
         found = sweeps.value(W, b, far=far)
     loss, grad_W, grad_b, spread = found
     gradients = grad_W + l2[:, None, None] * W, grad_b
-    return Points(l2, W, b, loss + penalty, *gradients, spread.clamp_min(LEAST_SPREAD), sweeps.reach(W, b))
+    noise = torch.full_like(loss, sweeps.noise(far=far))
+    return Points(l2, W, b, loss + penalty, *gradients, spread.clamp_min(LEAST_SPREAD), sweeps.reach(W, b), noise)
 
 
 def _short(W: Tensor) -> Tensor:
@@ -222,14 +230,14 @@ def _step(
     tolerance : float    of the gap: such a point is good, whatever rounding says of the gain
     """
     slope = dot(points.grad_W, points.grad_b, dW, db)
-    down = slope < 0  # else rounding has the say, or numbers have overflown
+    down = (slope < 0) & slope.isfinite() & dW.isfinite().flatten(1).all(1)  # else rounding has the say, or overflow
     slope, dW, db = (torch.where(down.view(-1, *[1] * (one.ndim - 1)), one, 0) for one in (slope, dW, db))
     length = torch.ones_like(slope)
     far = bool((points.gap > FAR).all())
     for _ in range(HALVINGS):
         W = shape(points.W + length[:, None, None] * dW)
         new = _points(sweeps, points.l2, W, points.b + length[:, None] * db, far=far)
-        good = new.objective <= points.objective + 1e-4 * length * slope + sweeps.noise * points.objective
+        good = new.objective <= points.objective + 1e-4 * length * slope + points.noise * points.objective
         good |= new.gap <= tolerance
         if good.all():
             return new, bool(down.any())

@@ -156,6 +156,9 @@ def centred(problem: Problem) -> tuple[Problem, Float64]:
 
     if isinstance(problem.X, Chunked):
         return replace(problem, X=problem.X.changed(around), moments=None), middle
+    if problem.X.nbytes > problem.memory_bytes / 2:
+        whole = problem.X
+        return replace(problem, X=Chunked(whole.shape, lambda rows: around(whole[rows])), moments=None), middle
     X = np.empty_like(problem.X)
     for rows in blocks(X):
         X[rows] = around(problem.X[rows])

@@ -32,6 +32,7 @@ BLOCK_NUMBERS, BLOCK_BYTES = 2**18, 2**23  # of logits and of features in a bloc
 BLOCK_ROWS = 4096  # in a block at most
 LEAST_ROWS = 512  # in a block: sums over blocks cost less than products
 COLUMNS = 256  # of logits that are looked at together, about: more would not fill products better
+SLOW = 3  # steps that gain little, before bfloat16 is given up
 PROBES = 1024  # rows that are enough to measure what few weights see
 ROUNDING = 1e-5  # times the mean eigenvalue: an l2 that makes nothing of what bfloat16 adds to the Hessian
 WIDE = 1024  # features, from which numpy sums up squares sooner than torch
@@ -281,9 +282,15 @@ class Sweeps:
             rows[some] = (x - mean).to(basis.dtype) @ basis
         self._turned = metric, rows
 
-    def distrust(self) -> bool:
-        """Multiply by the whole Hessian from now on, since steps gain little; return whether that is news."""
-        return False
+    def distrust(self, slow: int) -> bool:
+        """Do without what is only nearly the Hessian from now on, since steps gain little; return whether that is news.
+
+        slow : int    such steps so far; one or two may lie in the problem
+        """
+        if slow < SLOW or (self._short == self.dtype and self._turned is None):
+            return False
+        self._short, self._copy, self._turned = self.dtype, None, None
+        return True
 
     def measure(self, which: int | None = None) -> Metric:
         """Return the covariance of the features: each row counts with its p (1 - p), summed, in one problem of the last `value`.
@@ -316,10 +323,9 @@ class Sweeps:
             return W, b
         return W - W.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
 
-    @property
-    def noise(self) -> float:
-        """How far rounding may move an objective, relative to it."""
-        return torch.finfo(self.dtype).eps
+    def noise(self, *, far: bool) -> float:
+        """Return how far rounding may move an objective, relative to it."""
+        return torch.finfo(self._short if far else self.dtype).eps
 
     def _together(self, many: int) -> list[slice]:
         """Cut so many problems into those whose logits are looked at together."""

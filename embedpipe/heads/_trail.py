@@ -210,11 +210,11 @@ class Trail(Sweeps):
             self._few = self._kept, found
         return self._few[1] if self._few else None
 
-    def distrust(self) -> bool:
+    def distrust(self, slow: int) -> bool:
         counted = bool(self._few and self._few[1])
         if counted:
             self._compiled, self._few = None, None
-        return counted
+        return counted or super().distrust(slow)
 
     @cached_property
     def _compiled(self) -> type[Entries] | None:

@@ -117,8 +117,15 @@ def test_copies_are_leaks_whatever_the_task(run: Run, digits: Path) -> None:
     (digits / "120.png").write_bytes((digits / "000.png").read_bytes())
     run("extract", digits / "value.csv", "--backbone", "timm:test_resnet", "--weights", "none")
     ended = run("fit-head", "--json")
-    assert ended.data["leaks"]["duplicates_of_train"] == {"val": 0, "test": 1}
-    assert any(text.endswith("by group: 1 of test") for text in ended.envelope["warnings"])
+    leaks = ended.data["leaks"]
+    assert leaks["duplicates_of_train"] == {"val": 0, "test": 1}
+    without = leaks["score_without_leaks"]["test"]
+    assert (without["n"], leaks["accuracy_without_leaks"]) == (29, {})
+    rows = [row for row in predictions(ended.data["run"], "test") if not row["path"].endswith("120.png")]
+    truth, said = ([float(row[name]) for row in rows] for name in ("label", "predicted"))
+    assert without["r2"] == pytest.approx(r2_score(truth, said))
+    told = f"1 of test (r2 without them {without['r2']:.4f})"
+    assert any(text.endswith(told) for text in ended.envelope["warnings"])
 
 
 def test_numbers(run: Run, digits: Path) -> None:
@@ -195,3 +202,15 @@ def test_stored_tables_say_their_task_to_plain_h5py(run: Run, digits: Path, tabl
         assert run("cache", "export", "--format", format, "--out", f"x.{format}").code == 0
     with h5py.File("x.h5") as file:
         assert file["labels"].shape == ((DIGITS, 3) if table == "several.csv" else (DIGITS,))
+
+
+@pytest.mark.parametrize(
+    ("table", "words"), [("several.csv", "sigmoid of each logit"), ("value.csv", "none: the logit is the number")]
+)
+def test_an_export_says_what_its_logits_mean(run: Run, digits: Path, table: str, words: str) -> None:
+    run("extract", digits / table, "--backbone", "timm:test_resnet", "--weights", "none")
+    fitted = run("fit-head", "--json").data
+    run("export", fitted["run"], "--format", "timm", "--output", "out")
+    said = json.loads(Path("out/preprocessing.json").read_text())
+    assert said["task"] == fitted["task"]
+    assert said["probabilities"].startswith(words)

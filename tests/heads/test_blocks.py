@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from embedpipe.errors import NonFiniteFeatures, UsageError
-from embedpipe.heads import block_scales, fit_blocks, fit_blocks_once, fit_linear, fit_path
+from embedpipe.heads import Gram, block_scales, fit_blocks, fit_blocks_once, fit_linear, fit_path
 
 CLASSES = ("a", "b", "c")
 RNG = np.random.default_rng(0)
@@ -47,6 +47,26 @@ def test_one_block_is_an_ordinary_head() -> None:
     plain = fit_path(X, Y, X, Y, classes=CLASSES, l2=0.1).head
     np.testing.assert_array_equal(one.weight, plain.weight)
     assert one.provenance == plain.provenance
+
+
+def test_a_block_of_another_scale_counts_as_much() -> None:
+    small = np.hstack([NARROW * np.float32(1e-4), WIDE])
+    options = {"classes": CLASSES, "widths": (3, 300), "l2": 0.1}
+    plain, scaled = fit_blocks_once(X, Y, **options), fit_blocks_once(small, Y, **options)
+    np.testing.assert_allclose(scaled.predict_proba(small), plain.predict_proba(X), atol=1e-3)
+
+
+@pytest.mark.parametrize("unit", [1e-60, 1e60])
+def test_numbers_of_any_unit(unit: float) -> None:
+    options = {"classes": ("target",), "widths": (3, 300), "l2": 0.1, "task": "regression"}
+    plain, other = (fit_blocks_once(X, NARROW[:, 0].astype(np.float64) * scale, **options) for scale in (1.0, unit))
+    np.testing.assert_allclose(other.predict_proba(X) / unit, plain.predict_proba(X), rtol=1e-6)
+
+
+def test_a_gram_of_raw_features_is_not_that_of_scaled_ones() -> None:
+    options = {"classes": CLASSES, "widths": (3, 300), "l2": 0.1, "solver": "ridge"}
+    plain = fit_blocks_once(X, Y, **options)
+    np.testing.assert_array_equal(fit_blocks_once(X, Y, gram=Gram.of(X, Y, 3), **options).weight, plain.weight)
 
 
 def test_what_does_not_fit() -> None:

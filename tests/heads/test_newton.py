@@ -13,8 +13,8 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from embedpipe.heads import L2_GRID, fit_linear
-from embedpipe.heads._newton import polish, solve_path
-from embedpipe.heads._problem import Chunked, Problem, Solution
+from embedpipe.heads._newton import _points, _step, polish, solve_path
+from embedpipe.heads._problem import Chunked, Problem, Solution, centred
 from embedpipe.heads._starts import Solved
 from embedpipe.heads._sweeps import Metric, Sweeps
 
@@ -183,6 +183,47 @@ def test_a_feature_beyond_all_others_is_solved_or_told(scale: float) -> None:
     assert all("newton has not converged" in str(one.message) for one in told)
     assert bool(told) == (scale > 1e6)
     assert all(np.isfinite(one.weight).all() and np.isfinite(one.bias).all() for one in found)
+
+
+def test_a_direction_beyond_all_numbers_moves_nothing() -> None:
+    X, y = hard(200, 20, 3)
+    sweeps, l2 = Sweeps(even(standardised(X), y, 3)), torch.tensor([1e-3, 1e-2], dtype=torch.float64)
+    W, b = torch.zeros(2, 3, 20, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
+    points = _points(sweeps, l2, W, b)
+    lengths = torch.tensor([1e308, 1e-3], dtype=torch.float64)
+    dW = -points.grad_W / points.grad_W.abs().amax((1, 2), keepdim=True) * lengths[:, None, None]
+    found, moved = _step(sweeps, points, dW * torch.tensor([10.0, 1.0])[:, None, None], 0 * b, torch.clone, 4e-7)
+    assert moved
+    assert torch.equal(found.W[0], points.W[0])
+    assert found.objective[1] < points.objective[1]
+
+
+def test_where_bfloat16_does_not_do_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On features of few directions, for one small l2 of many classes."""
+    monkeypatch.setattr("embedpipe.heads._sweeps.has_bfloat16", lambda: True)
+    random, y = np.random.default_rng(0), np.arange(20_000) % 30
+    hidden = random.normal(size=(20_000, 64)) + 2 * random.normal(size=(30, 64))[y]
+    y = np.where(random.random(20_000) < 0.03, random.integers(30, size=20_000), y)
+    problem = even(standardised(hidden @ random.normal(size=(64, 256))).astype(np.float32), y, 30)
+    [found] = solve_path(problem, [1e-6])
+    assert gap(problem, found, 1e-6) <= 1e-6
+
+
+def test_a_start_from_afar_is_left() -> None:
+    X, y = hard(90_000, 50, 3)
+    problem = even(standardised(X).astype(np.float32), y, 3)
+    for far in (1e4, np.nan):
+        start = Solution(far * np.random.default_rng(0).normal(size=(3, 50)), np.zeros(3))
+        [found] = solve_path(problem, [1e-3], start)
+        assert gap(problem, found, 1e-3) <= 1e-6
+
+
+def test_a_copy_around_the_middle_is_made_where_memory_holds_it() -> None:
+    X, y = hard(500, 30, 3)
+    for memory, kind in ((2**20, np.ndarray), (1000, Chunked)):
+        around, middle = centred(even(X + np.float32(1e3), y, 3, memory_bytes=memory))
+        assert isinstance(around.X, kind)
+        np.testing.assert_allclose(around.X[:7], X[:7] + 1e3 - middle, atol=1e-3)
 
 
 @pytest.mark.parametrize("n_classes", [4, 26])

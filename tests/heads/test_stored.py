@@ -31,6 +31,12 @@ def test_a_loaded_head_is_the_saved_one(kind: int, tmp_path: Path) -> None:
     assert np.array_equal(loaded.predict_proba(X), head.predict_proba(X))
 
 
+def test_a_temperature_may_be_a_whole_number(tmp_path: Path) -> None:
+    head = fit_knn(X, Y, classes=CLASSES, temperature=1)
+    head.save(tmp_path)
+    assert np.array_equal(load_head(tmp_path).logits(X), head.logits(X))
+
+
 def test_files_are_read_with_numpy_and_json_alone(tmp_path: Path) -> None:
     head = heads()[0]
     head.save(tmp_path)
