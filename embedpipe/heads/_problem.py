@@ -26,7 +26,7 @@ Int64 = NDArray[np.int64]
 MEMORY_BYTES = 2**30  # that a solver may take beside the features
 MADE_NUMBERS = 2**23  # that may be made of a block of rows
 BLOCK_ROWS, BLOCK_NUMBERS = 4096, 2**20  # taken to float64 at a time: fresh memory costs more than they do
-MIDDLE_ROWS = 4096  # that tell where the middle of all is
+MIDDLE_ROWS = 1024  # that tell where the middle of all is
 OFF = 0.1  # of the squared spread of rows: a squared middle that is taken off
 
 
