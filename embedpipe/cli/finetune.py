@@ -36,6 +36,11 @@ def finetune(session: Session, run: str | None, schedule: str | None, **options:
         tell_source(report["cut"], report["activations"]),
         swept + scores(report["metrics"], report["chosen_on"]),
     ]
+    if report["best_epoch"] == 0:
+        lr = report["options"]["lr"]
+        lines.append(
+            f"no epoch is better on val than what it began with, which stays: try --lr {lr / 10:g}, it was {lr:g}"
+        )
     session.finish(report, "\n".join(lines))
 
 

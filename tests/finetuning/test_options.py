@@ -106,6 +106,14 @@ def test_models_that_cannot_checkpoint_and_transforms_of_ones_own(tmp_path: Path
         ep.finetune(head, **{**FAST, "unfreeze": "all"}, augment="standard")
 
 
+def test_where_no_epoch_is_better_it_says_what_to_try(head: ep.Classifier, run: Run, tmp_path: Path) -> None:
+    where = ["--cache-dir", tmp_path / "cache", "--runs-dir", tmp_path / "runs"]
+    told = "no epoch is better on val than what it began with, which stays: try --lr 0.2, it was 2"
+    wild = run("finetune", "--unfreeze", "layer4", "--epochs", 1, "--lr", 2, *where)
+    assert "best epoch 0 of 1" in wild.out
+    assert told in wild.out
+
+
 def test_on_the_command_line(head: ep.Classifier, run: Run, tmp_path: Path) -> None:
     warnings.simplefilter("ignore")
     where = ("--runs-dir", tmp_path / "runs", "--cache-dir", tmp_path / "cache", "--json")
