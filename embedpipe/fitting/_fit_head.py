@@ -108,7 +108,7 @@ def fit_head(
     from embedpipe.disk import BYTES, parse_amount
     from embedpipe.fitting._curve import parse_shots
     from embedpipe.leaks import find_leaks
-    from embedpipe.recipe import Recipe, check_classes, check_labelled, check_neighbours, check_task
+    from embedpipe.recipe import Recipe
     from embedpipe.runs import new_run
     from embedpipe.scoring import calibrated
 
@@ -117,13 +117,10 @@ def fit_head(
     most = parse_amount(max_memory, BYTES, "--max-memory", "4GB")
     asked: dict[str, Any] = {"space": space, "backbone": backbone, "layer": layer, "every": compare_layers}
     features = _open(features, Path(cache_dir), asked)
-    check_labelled(features)
-    check_classes(features)
     task = features.manifest.task
     recipe = Recipe(features.classes, solver, l2, standardize, class_weight, features.widths, most, task)
-    check_neighbours(recipe)
     others = {"--shots": asked_shots, "--folds": folds, "--calibrate": calibrate, "--compare-layers": compare_layers}
-    check_task(features, *_single_only(features, recipe, others))
+    _check(features, recipe, others)
     features, choice = _choose(features, recipe, compare=compare_layers)
     recipe = replace(recipe, widths=features.widths)
     fitted, report = _fit(features, recipe, refit=refit)
@@ -148,18 +145,27 @@ def fit_head(
 
 
 def _open(features: FeatureSet | PathLike | None, cache_dir: Path, asked: dict[str, Any]) -> FeatureSet:
+    """Return the features that are asked for, of images that a head can be fitted on."""
     from embedpipe.cache import Cache
     from embedpipe.features import FeatureSet, open_features
+    from embedpipe.recipe import check_classes, check_labelled
 
     if isinstance(features, FeatureSet):
-        return features.reopened(**asked) if any(asked.values()) else features
-    return open_features(Cache(cache_dir), None if features is None else os.fspath(features), **asked)
+        found = features.reopened(**asked) if any(asked.values()) else features
+    else:
+        found = open_features(Cache(cache_dir), None if features is None else os.fspath(features), **asked)
+    check_labelled(found)
+    check_classes(found)
+    return found
 
 
-def _single_only(features: FeatureSet, recipe: Recipe, others: dict[str, Any]) -> list[str]:
-    """Return what is asked for, as it is typed, and makes sense for single labels only."""
+def _check(features: FeatureSet, recipe: Recipe, others: dict[str, Any]) -> None:
+    """Refuse what is asked for, as it is typed, and the solver or the task has no use for."""
+    from embedpipe.recipe import check_neighbours, check_task
+
+    check_neighbours(recipe)
     given = {"--class-weight": recipe.class_weight == "balanced", **others, "a head on several layers": features.beside}
-    return [option for option, value in given.items() if value]
+    check_task(features, *[option for option, value in given.items() if value])
 
 
 def _choose(features: FeatureSet, recipe: Recipe, *, compare: bool) -> tuple[FeatureSet, dict[str, Any]]:
