@@ -51,17 +51,15 @@ _metrics: WeakKeyDictionary[Problem, Metric] = WeakKeyDictionary()  # as `solve_
 def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = None) -> list[Solution]:
     """Minimise the objective for every l2, falling."""
     small, ground = _ground(problem)
-    first = small.blind
-    if start:
-        given, l2 = ground.enter(start), l2s[0]
-        start = start if small.objective(given, l2) < small.objective(first, l2) else None  # from afar it is no help
-        first = given if start else first
+    given = ground.enter(start) if start else None
+    if given and not small.objective(given, l2s[0]) < small.objective(small.blind, l2s[0]):
+        given = None  # from afar a start is no help
     many = small.rows >= MANY_CLASSES
     sweeps = (Trail if many else Sweeps)(small, kept_bytes=problem.memory_bytes // 2)
-    steep = many and not start and l2s[0] <= STEEP
+    steep = many and not given and l2s[0] <= STEEP
     _metrics[problem] = metric = sweeps.measure()
     sweeps.shorten(metric, l2s[-1], turned=steep or len(l2s) > 1)
-    way = _Way(sweeps, metric, first, l2s)
+    way = _Way(sweeps, metric, given or small.blind, l2s)
     if steep:
         way.come_down()
     for stride, most in [(1, 1)] if many else STRIDES:

@@ -197,7 +197,7 @@ class Trail(Sweeps):
         return found
 
     def reach(self, W: Tensor, b: Tensor) -> Tensor:
-        """Return that of the middles when last measured; before, the penalty is so large that it counts nothing."""
+        """Return that of the middles when last measured, 0 before: it counts where the penalty is small, late on a path."""
         return torch.zeros_like(b) if self._reach is None else self._reach.expand_as(b).clone()
 
     def _entries(self, metric: Metric) -> Entries | None:

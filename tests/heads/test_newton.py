@@ -57,7 +57,7 @@ def gap(problem: Problem, found: Solution, l2: float) -> float:
     return float(np.square(gradient).sum() / (2 * l2) / problem.objective(found, l2))
 
 
-def even(X: np.ndarray, y: np.ndarray, n_classes: int, **more: int) -> Problem:
+def even(X: np.ndarray | Chunked, y: np.ndarray, n_classes: int, **more: int) -> Problem:
     return Problem(X, y, np.full(len(X), 1 / len(X)), n_classes, **more)
 
 
@@ -104,7 +104,7 @@ def test_one_l2_in_bfloat16_leads_to_the_same_optimum(l2: float, monkeypatch: py
     found = []
     for known, features in ((True, Z), (True, Chunked(Z.shape, lambda rows: Z[rows])), (False, Z)):
         monkeypatch.setattr("embedpipe.heads._sweeps.has_bfloat16", lambda known=known: known)
-        problem = even(features, y, 3)  # type: ignore[arg-type]
+        problem = even(features, y, 3)
         [solution] = solve_path(problem, [l2])
         assert gap(even(Z, y, 3), solution, l2) <= 1e-6
         found.append(polish(problem, solution, l2))
@@ -161,12 +161,12 @@ def test_rows_far_from_zero_are_solved_around_their_middle(n_classes: int, chunk
     Z[:, :2] += 100, -50
     Z += 10
     features = Chunked(Z.shape, lambda rows: Z[rows]) if chunked else Z
-    found = solve_path(even(features, y, n_classes), l2s)  # type: ignore[arg-type]
+    found = solve_path(even(features, y, n_classes), l2s)
     middle = Z.mean(axis=0, dtype=np.float64)
     around = even(Z - middle, y, n_classes)
     for one, l2 in zip(found, l2s, strict=True):
         assert gap(around, Solution(one.weight, one.bias + one.weight @ middle), l2) <= 1e-6
-    [again] = solve_path(even(features, y, n_classes), l2s[-1:], found[-1])  # type: ignore[arg-type]
+    [again] = solve_path(even(features, y, n_classes), l2s[-1:], found[-1])
     np.testing.assert_allclose(again.weight, found[-1].weight, atol=1e-6 * np.abs(again.weight).max())
     np.testing.assert_allclose(again.bias, found[-1].bias, rtol=1e-6)
 
@@ -378,7 +378,7 @@ def test_features_that_are_read_in_chunks_give_the_same_weights() -> None:
         return part
 
     for l2 in (1e-1, 1e-3):
-        problems = even(Z, y, 4), even(Chunked(Z.shape, read), y, 4)  # type: ignore[arg-type]
+        problems = even(Z, y, 4), even(Chunked(Z.shape, read), y, 4)
         whole, chunked = (polish(one, solve_path(one, [l2])[0], l2) for one in problems)
         np.testing.assert_allclose(whole.weight, chunked.weight, atol=1e-5)
     assert most <= 4096
