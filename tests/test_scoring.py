@@ -13,8 +13,8 @@ from embedpipe.errors import EmbedpipeWarning, UsageError
 from embedpipe.heads import LinearHead
 from embedpipe.manifest import Sample
 from embedpipe.metrics import fit_temperature, log_loss, soften
-from embedpipe.scoring import Scored, read_predictions, report_scores, worst_classes
-from tests.conftest import COLOURS, TINY, Run, write_photo
+from embedpipe.scoring import Scored, answer, read_predictions, report_scores, worst_classes
+from tests.conftest import COLOURS, TINY, Run, write_photo, write_photos
 
 
 @pytest.fixture
@@ -163,3 +163,26 @@ def test_what_val_has_chosen_is_said(run: Run, tmp_path: Path) -> None:
     assert refitted["chosen_on"] == "val"
     tuned = run("finetune", chosen["run"], "--unfreeze", "none", "--epochs", 1, "--json").data
     assert tuned["chosen_on"] == "val"
+
+
+def test_a_number_is_told_with_all_its_digits() -> None:
+    for value in (1.7e12 + 3, 0.1, 1e-300):
+        assert float(answer(np.array([value]), ("target",), "regression")[0]) == value
+
+
+def test_the_loss_of_certain_answers_is_no_less_than_nothing() -> None:
+    assert str(log_loss(np.eye(2), np.arange(2))) == "0.0"
+
+
+def test_a_layer_that_is_not_cached_is_told_with_the_whole_command(run: Run, photos: Path) -> None:
+    run("extract", photos, *TINY)
+    line = run("fit-head", "--layer", "layer3").line
+    assert f"embedpipe extract {photos} --backbone timm:test_resnet --weights none --layer layer3" in line
+
+
+def test_a_train_split_without_images_is_told(run: Run, tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", classes=("red",))
+    rows = [f"{path},{k},val" for k, path in enumerate(sorted(photos.rglob("*.png")))]
+    Path("t.csv").write_text("\n".join(["path,target,split", *rows]))
+    run("extract", "t.csv", *TINY, "--allow-outside")
+    assert "the train split of t has no images" in run("fit-head").line
