@@ -11,6 +11,7 @@ import pytest
 
 import embedpipe as ep
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, UsageError
+from embedpipe.evaluation import _shown
 from tests.conftest import write_photo, write_photos
 
 
@@ -72,3 +73,8 @@ def test_what_cannot_be_scored(head: ep.Classifier) -> None:
         ep.evaluate(head, "torn", strict=True)
     with pytest.raises(UsageError, match=r"found 'photos/red/000\.png', expected a list of paths"):
         head.predict_proba("photos/red/000.png")
+
+
+def test_classes_that_are_not_named_are_counted() -> None:
+    assert _shown("abc") == "a, b, c"
+    assert _shown("abcdefghij") == "a, b, c, d, e, f, g, h and 2 more"

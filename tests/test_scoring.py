@@ -12,7 +12,7 @@ import embedpipe as ep
 from embedpipe.errors import EmbedpipeWarning, UsageError
 from embedpipe.heads import LinearHead
 from embedpipe.manifest import Sample
-from embedpipe.metrics import fit_temperature, log_loss, soften
+from embedpipe.metrics import fit_temperature, log_loss, losses, soften
 from embedpipe.scoring import Scored, answer, read_predictions, report_scores, worst_classes
 from tests.conftest import COLOURS, TINY, Run, write_photo, write_photos
 
@@ -171,7 +171,7 @@ def test_a_number_is_told_with_all_its_digits() -> None:
 
 
 def test_the_loss_of_certain_answers_is_no_less_than_nothing() -> None:
-    assert str(log_loss(np.eye(2), np.arange(2))) == "0.0"
+    assert not np.signbit(losses(np.eye(2), np.arange(2))).any()
 
 
 def test_a_layer_that_is_not_cached_is_told_with_the_whole_command(run: Run, photos: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from embedpipe.heads import L2_GRID, fit_linear
+from embedpipe.heads._directions import Points, find_direction
 from embedpipe.heads._newton import _points, _step, polish, solve_path
 from embedpipe.heads._problem import Chunked, Problem, Solution, centred
 from embedpipe.heads._starts import Solved
@@ -196,6 +198,49 @@ def test_a_direction_beyond_all_numbers_moves_nothing() -> None:
     assert moved
     assert torch.equal(found.W[0], points.W[0])
     assert found.objective[1] < points.objective[1]
+
+
+def test_rounding_of_a_point_far_off_stops_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 may have found its objective a thousandth too low."""
+    monkeypatch.setattr("embedpipe.heads._sweeps.has_bfloat16", lambda: True)
+    X, y = hard(45_000, 100, 3)
+    sweeps, l2 = Sweeps(even(standardised(X).astype(np.float32), y, 3)), torch.tensor([1e-3], dtype=torch.float64)
+    sweeps.shorten(sweeps.measure(), 1e-3, turned=False)
+    W, b = torch.zeros(1, 3, 100, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
+    for far in (True, False):
+        points = _points(sweeps, l2, W, b, far=far)
+        low = replace(points, objective=points.objective * 0.999)
+        _, moved = _step(sweeps, low, -1e-6 * points.grad_W, 0 * b, torch.clone, 4e-7)
+        assert moved is far
+
+
+def test_what_is_no_number_is_no_optimum() -> None:
+    nothing = torch.zeros(3, dtype=torch.float64)
+    objective = torch.tensor([1.0, torch.inf, torch.nan], dtype=torch.float64)
+    weights, biases = nothing.view(3, 1, 1), nothing.view(3, 1)
+    points = Points(nothing + 1, weights, biases, objective, weights, biases, biases + 1, biases, nothing)
+    assert points.gap.tolist() == [0.0, torch.inf, torch.inf]
+
+
+def test_a_gradient_whose_square_is_nothing_gives_no_direction() -> None:
+    X, y = hard(200, 20, 3)
+    sweeps, l2 = Sweeps(even(standardised(X), y, 3)), torch.tensor([1e-3], dtype=torch.float64)
+    W, b = torch.ones(1, 3, 20, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
+    points = replace(_points(sweeps, l2, W, b), grad_W=1e-200 * W, grad_b=b)
+    dW, db, _ = find_direction(sweeps, points, torch.arange(1), sweeps.measure(), tolerance=4e-7)
+    assert torch.equal(dW, 0 * W)
+    assert torch.equal(db, b)
+
+
+@pytest.mark.parametrize(("l2", "n_classes"), [(1e-28, 2), (1e-28, 3), (1e-28, 30), (1e-300, 3)])
+def test_a_penalty_that_rounding_hides_is_told(l2: float, n_classes: int) -> None:
+    random = np.random.default_rng(0)
+    with pytest.warns(RuntimeWarning, match="newton has not converged"):
+        [found] = solve_path(
+            even(random.normal(size=(60, 20)).astype(np.float32), np.arange(60) % n_classes, n_classes), [l2]
+        )
+    assert np.isfinite(found.weight).all()
+    assert np.isfinite(found.bias).all()
 
 
 def test_where_bfloat16_does_not_do_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
