@@ -1,6 +1,6 @@
-"""Folders and files that survive a kill and a power cut. Any room may enter.
+"""Durable writes: files and folders that appear complete or not at all, even after a kill or a power cut.
 
->>> publish(Path("runs/notes.txt"), b"whole or not at all")
+>>> publish(Path("runs/notes.txt"), b"complete or absent")
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -21,50 +20,46 @@ from embedpipe.errors import EmbedpipeError, StorageError, UsageError
 PathLike = str | os.PathLike[str]
 
 TEMPORARY = ".tmp-"
-FOREIGN = (errno.EACCES, errno.EPERM, errno.EINVAL)  # a folder that cannot be read or synced holds none that we made
+UNSYNCABLE = (errno.EACCES, errno.EPERM, errno.EINVAL)  # errors of folders that this process cannot have created
 BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 BYTES |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 
 @contextmanager
-def storage_errors(path: Path, doing: str, *, missing_ok: bool = False) -> Iterator[None]:
-    """Turn an OSError into a StorageError; with `missing_ok`, FileNotFoundError passes."""
+def storage_errors(path: Path, action: str, *, missing_ok: bool = False) -> Iterator[None]:
+    """Turn an OSError into a StorageError; with `missing_ok`, re-raise FileNotFoundError unchanged."""
     try:
         yield
     except OSError as exc:
-        passes = isinstance(exc, FileNotFoundError) and missing_ok
-        if passes or isinstance(exc, EmbedpipeError):
+        if isinstance(exc, EmbedpipeError) or (missing_ok and isinstance(exc, FileNotFoundError)):
             raise
-        raise StorageError(
-            f"could not {doing} {path}: {exc.strerror or exc}",
-            hint="free some space or check the permissions, then run the same command again",
-            path=str(path),
-        ) from exc
+        hint = "free some space or check the permissions, then run the same command again"
+        raise StorageError(f"could not {action} {path}: {exc.strerror or exc}", hint=hint, path=str(path)) from exc
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, each one durable before anything is put into it.
+    """Create a folder and its parents, and fsync each parent before anything is written into the new folder.
 
-    A folder that is there is made durable too: whoever made it may have been killed before doing so.
+    The parent of an existing folder is synced too: the process that created the folder may have been killed before.
 
     Raises
     ------
-    StorageError    no permission, or a file stands in the way
+    StorageError    no permission, or a file has the name of the folder
     """
     with storage_errors(folder, "make the folder"):
         if not folder.is_dir():
             make_folder(folder.parent)
             folder.mkdir(exist_ok=True)
         try:
-            sync_folder(folder.parent)
+            sync_path(folder.parent)
         except OSError as exc:
-            if exc.errno not in FOREIGN:
+            if exc.errno not in UNSYNCABLE:
                 raise
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def sync_path(path: Path) -> None:
+    """Fsync a file, or a folder so that the renames in it survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -72,17 +67,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def publish(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
-    """Write a file whole: temporary name, its content, fsync, rename, fsync of the folder.
+    """Write a file atomically: write a temporary file, fsync it, rename it, fsync the folder.
 
-    The final name is the only mark of being done.
+    A file under its final name is always complete.
 
     Parameters
     ----------
-    content : bytes, or a function that writes them to a stream
+    content : bytes, or a function that writes them to a binary stream
 
     Raises
     ------
-    StorageError    disk full, permission, input/output; no trace of the attempt is left
+    StorageError    disk full, no permission or an input/output error; the temporary file is removed
     """
     make_folder(path.parent)
     with storage_errors(path, "write"):
@@ -97,76 +92,62 @@ def publish(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-        sync_folder(path.parent)
+        sync_path(path.parent)
 
 
 @contextmanager
 def whole_folder(final: Path, *, hidden: Path | None = None, what: str = "folder") -> Iterator[Path]:
-    """Give a folder to fill; it appears as `final` when the block ends well, and not at all otherwise.
+    """Yield a temporary folder to fill; rename it to `final` if the block succeeds, remove it if the block raises.
 
     Parameters
     ----------
-    hidden : Path    where it is filled; what a killed process left there goes. Default: a new name
-    what : str       to call it by in an error
+    hidden : Path    name of the temporary folder, emptied first; default: a new name next to `final`
+    what : str       what the folder is called in error messages
 
     Raises
     ------
-    StorageError    disk full, permission, input/output
+    StorageError    disk full, no permission or an input/output error
     """
-    folder = hidden or final.with_name(f"{TEMPORARY}{secrets.token_hex(3)}-{final.name}")
+    folder = hidden or final.with_name(f"{TEMPORARY}{os.urandom(3).hex()}-{final.name}")
     make_folder(final.parent)
     with storage_errors(final, f"write the {what}"):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         try:
             yield folder
-            _sync_tree(folder)
+            for path in (*folder.rglob("*"), folder):
+                sync_path(path)
             folder.rename(final)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        sync_folder(final.parent)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-    for path in [*folder.rglob("*/"), folder]:
-        sync_folder(path)
+        sync_path(final.parent)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left; only for the holder of a proved lock."""
+    """Remove temporary files of killed writers; call it only while holding a verified lock."""
     with storage_errors(folder, "sweep"):
         for leftover in folder.glob(f"{TEMPORARY}*"):
             leftover.unlink(missing_ok=True)
 
 
 def check_free_space(folder: Path, needed_bytes: int) -> None:
-    """Refuse a plan that the disk cannot hold.
+    """Check that the disk of a folder, which need not exist yet, has enough free space.
 
     Raises
     ------
-    StorageError    less than `needed_bytes` are free; both figures are in the message
+    StorageError    fewer than `needed_bytes` are free; the message gives both numbers
     """
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
     with storage_errors(folder, "read the free space of"):
         free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        raise StorageError(
-            f"{show_size(free_bytes)} are free in {folder}, {show_size(needed_bytes)} are needed",
-            hint="free some space, or name another place with --cache-dir",
-            free_bytes=free_bytes,
-            needed_bytes=needed_bytes,
-        )
+        message = f"{show_size(free_bytes)} are free in {folder}, {show_size(needed_bytes)} are needed"
+        raise StorageError(message, hint="free some space, or choose another folder with --cache-dir")
 
 
 def show_size(count: int) -> str:
-    """Return bytes as a text."""
+    """Format a number of bytes, such as "1.5 MB"."""
     for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
         if count >= 10**power:
             return f"{count / 10**power:.1f} {unit}"
@@ -174,14 +155,13 @@ def show_size(count: int) -> str:
 
 
 def parse_amount(text: str | float, units: Mapping[str, int], flag: str, example: str) -> float:
-    """Return what a user wrote as a number and a unit, such as 10GB of `BYTES`.
+    """Parse a number with an optional unit, such as "10GB" with the units of `BYTES`.
 
     Raises
     ------
-    UsageError    anything else
+    UsageError    `text` has another form
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
-    unit = match[2].upper() if match else "?"
-    if match is None or unit not in units:
-        raise UsageError(f"{flag}: found {text!r}; expected a number and a unit such as {example}")
-    return float(match[1]) * units[unit]
+    if match is None or match[2].upper() not in units:
+        raise UsageError(f"{flag}: got {text!r}, expected a number and a unit such as {example}")
+    return float(match[1]) * units[match[2].upper()]

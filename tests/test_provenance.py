@@ -21,7 +21,7 @@ def test_nan_has_no_canonical_form() -> None:
         canonical_json({"a": float("nan")})
 
 
-def test_a_digest_sees_names_types_shapes_and_bytes() -> None:
+def test_digests_cover_names_dtypes_shapes_and_bytes() -> None:
     base = {"w": np.arange(6, dtype=np.float32)}
     others = [
         {"v": base["w"]},
@@ -42,7 +42,7 @@ def test_a_digest_sees_names_types_shapes_and_bytes() -> None:
     )
 
 
-def test_errors_have_two_parents_and_keep_their_facts() -> None:
+def test_errors_have_two_parents_and_keep_their_attributes() -> None:
     busy = CacheBusy("found a writer, expected none", hint="wait", pid=7)
     assert isinstance(busy, BlockingIOError)
     assert isinstance(busy, EmbedpipeError)
@@ -55,11 +55,11 @@ def test_nearest() -> None:
     assert nearest("qqqq", ["resnet18"]) == []
 
 
-def test_differing_fields_are_dotted_and_tell_old_and_new() -> None:
+def test_differing_fields_are_dotted_with_old_and_new_values() -> None:
     old = {"a": 1, "t": {"size": (96, 96), "mean": [0.5]}, "gone": None, "w": "0" * 64}
     new = {"a": 1.0, "t": {"size": [64, 64], "mean": [0.5]}, "w": "f" * 64}
     assert [str(one) for one in differing_fields(old, new)] == [
-        "a: 1 -> 1.0",  # the fingerprint tells them apart, so this does
+        "a: 1 -> 1.0",  # their fingerprints differ too
         "gone: null -> (absent)",
         "t.size: [96, 96] -> [64, 64]",
         f"w: {'0' * 12} -> {'f' * 12}",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from embedpipe.cache._lock import WriterLock
 from embedpipe.cache._meta import FILE
-from embedpipe.disk import TEMPORARY, storage_errors, sync_folder
+from embedpipe.disk import TEMPORARY, storage_errors, sync_path
 from embedpipe.errors import StorageError
 
 LEFTOVER_S = 3600.0  # a younger temporary file may be one that is being written
@@ -53,7 +53,7 @@ def remove_space(folder: Path, *, dry_run: bool) -> None:
         with storage_errors(folder, "remove"):
             hidden = folder.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
             folder.rename(hidden)
-            sync_folder(folder.parent)
+            sync_path(folder.parent)
             shutil.rmtree(hidden)
     finally:
         lock.release()

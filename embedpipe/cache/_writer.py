@@ -27,7 +27,7 @@ from embedpipe.cache._packing import Array, pack
 from embedpipe.cache._space import Space
 from embedpipe.cache._structure import Bytes
 from embedpipe.cache._view import CHUNK_BYTES, SpaceView
-from embedpipe.disk import make_folder, publish, storage_errors, sweep, sync_folder
+from embedpipe.disk import make_folder, publish, storage_errors, sweep, sync_path
 from embedpipe.errors import CacheMismatch, NonFiniteFeatures
 
 ALWAYS_MERGED_BYTES = 1 << 30
@@ -141,7 +141,7 @@ class SpaceWriter:
         """Make durable what killed writers named; sweep what they left if the lock excludes."""
         folder, shards = self._space.folder, self._space.shards_folder
         with storage_errors(shards, "sync"):
-            sync_folder(shards)
+            sync_path(shards)
         if self._lock.proved:
             sweep(folder)
             sweep(shards)

@@ -176,5 +176,5 @@ def test_features_that_do_not_fit_in_memory_give_the_same_head(photos: Path, tmp
     np.testing.assert_allclose(again[0].head.weight, again[1].head.weight, atol=1e-5 * most)
     with pytest.raises(UsageError, match="lbfgs holds all features in memory"):
         ep.fit_head(features, runs_dir=tmp_path, max_memory="1B", solver="lbfgs")
-    with pytest.raises(UsageError, match="--max-memory: found 'lots'; expected a number and a unit such as 4GB"):
+    with pytest.raises(UsageError, match="--max-memory: got 'lots', expected a number and a unit such as 4GB"):
         ep.fit_head(features, runs_dir=tmp_path, max_memory="lots")
