@@ -23,6 +23,8 @@ A message says what was found and what was expected, the hint what to do. The fa
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Collection
 from typing import Any
 
 
@@ -94,3 +96,31 @@ class CacheBusy(EmbedpipeError, BlockingIOError):
 
 class EmbedpipeWarning(UserWarning):
     pass
+
+
+def check_removed_option(
+    flag: str, value: object, *, harmless: Collection[object] = (), reason: str, hint: str = ""
+) -> None:
+    """Warn about an option that no longer has an effect, or refuse a value that no longer exists.
+
+    The parameter of a removed option stays in the signature for one version, with None as its default.
+
+    Parameters
+    ----------
+    flag : str           as a user types it, such as "--pixels"
+    value : object       what the user passed; None: nothing, so nothing happens
+    harmless : values    those that ask for what happens anyway
+    reason : str         what happens now, a clause that follows a colon
+    hint : str           what to do; default: leave the option out
+
+    Raises
+    ------
+    UsageError    `value` is not None and not harmless
+    """
+    if value is None:
+        return
+    if value in harmless:
+        warnings.warn(f"{flag} is no longer used: {reason}", EmbedpipeWarning, stacklevel=3)
+        return
+    expected = " or ".join([f"no {flag}", *(f"{flag} {one}" for one in harmless)])
+    raise UsageError(f"{flag} {value} was removed: {reason}; expected {expected}", hint=hint or f"leave {flag} out")
