@@ -27,7 +27,7 @@ BACKBONE: dict[str, Any] = {"backbone": "timm:tf_efficientnet_lite0", "weights":
 def prepared(name: str) -> Any:
     """Write a data set into the current folder, extract it and fit its head."""
     import embedpipe as ep
-    from embedpipe.demo import write_digits
+    from embedpipe.commands.demo import write_digits
 
     if name == "digits":
         write_digits(data := Path("digits"), SPLITS)
@@ -96,7 +96,7 @@ def _test(runs: list[dict[str, Any]]) -> str:
 
 def _gain(runs: list[dict[str, Any]], head: Any) -> str:
     """Return the mean gain, and the paired interval of the first seed."""
-    from embedpipe.comparing import compare
+    from embedpipe.commands.compare import compare
 
     before = head.report["metrics"]["test"]["accuracy"]
     mean = 100 * (sum(run["metrics"]["test"]["accuracy"] for run in runs) / len(runs) - before)

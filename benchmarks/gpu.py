@@ -39,7 +39,7 @@ def extract(data: str, backbone: str, precision: str, executor: str) -> dict[str
 
 def forward(data: str, backbone: str, precision: str, executor: str) -> dict[str, Any]:
     """Run images that are decoded already, copies to the device and back included."""
-    from embedpipe.forwarding import plan_forward, settle
+    from embedpipe.inference import plan_forward, settle
 
     settings = {"device": "cuda", "batch_size": "auto", "workers": "auto", "precision": precision, "executor": executor}
     runner = settle(load(backbone), plan_forward(**settings), _items(data), work=1_000_000)

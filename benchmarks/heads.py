@@ -155,8 +155,7 @@ def scikit_learn(
 
 def folds(shape: Sequence[int], count: int, shared: bool) -> dict[str, Any]:
     """Cross-validate `ridge`, with one Gram for all folds or a new one for each fit."""
-    from embedpipe.folds import cross_fit
-    from embedpipe.recipe import Recipe
+    from embedpipe.selection import Recipe, cross_fit
 
     class Alone(Recipe):
         def gram(self, *_: Any, **__: Any) -> None:

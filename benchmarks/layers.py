@@ -22,8 +22,8 @@ from measuring import print_table, say
 
 import embedpipe as ep
 from embedpipe.cache import Cache
+from embedpipe.data import Sample
 from embedpipe.features import open_features
-from embedpipe.manifest import Sample
 
 T_975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by number of splits
 

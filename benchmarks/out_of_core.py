@@ -29,8 +29,8 @@ SPEC = {"source": "random", "architecture": "normal", "layer": "penultimate", "v
 def write_cache(folder: Path, rows: int, width: int) -> None:
     """Write features of `rows` images that do not exist, in one space, and their sample table."""
     from embedpipe.cache import Cache
-    from embedpipe.manifest import Manifest, Sample
-    from embedpipe.manifest._source import Source
+    from embedpipe.data import Manifest, Sample
+    from embedpipe.data._source import Source
 
     random, cache = np.random.default_rng(0), Cache(folder)
     keys = [hashlib.sha256(str(row).encode()).digest() for row in range(rows)]

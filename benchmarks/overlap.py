@@ -74,8 +74,8 @@ def measure(items: Sequence[tuple[bytes, Path]], decode_s: float, forward_s: flo
     from torch import nn
 
     import embedpipe as ep
-    from embedpipe.forwarding import Forward, Runner, stream_rows
     from embedpipe.images import image_batches
+    from embedpipe.inference import Forward, Runner, stream_rows
 
     module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     slow = Slow(decode_s * WORKERS / BATCH)

@@ -33,7 +33,7 @@ def load(backbone: str, layers: list[str] | None = None) -> list[Any]:
 
 def open_runner(data: str, backbones: list[str], executor: str, *, streams: int) -> Any:
     """Return a warm runner of one thread a stream."""
-    from embedpipe.forwarding import plan_forward, settle
+    from embedpipe.inference import plan_forward, settle
 
     loaded = [one for backbone in backbones for one in load(backbone)]
     plan = plan_forward(device="cpu", batch_size="auto", workers="auto", executor=executor)
@@ -75,7 +75,7 @@ def _decode_share(share: tuple[list[tuple[bytes, Path]], list[Any]]) -> float:
 
 def forward(data: str, backbones: list[str], executor: str, cores: int = 1) -> dict[str, Any]:
     """Run images that are decoded already through the backbones, one thread a stream, as many streams as cores."""
-    from embedpipe.forwarding._plan import torch_threads
+    from embedpipe.inference._settings import torch_threads
 
     runner = open_runner(data, backbones, executor, streams=cores)
     batches = _held(data, runner)

@@ -16,44 +16,44 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from embedpipe.advising import Advice, advise
-    from embedpipe.auditing import Audit, audit
     from embedpipe.backbones import Backbone, Layer, list_models, load_backbone
-    from embedpipe.caretaking import collect_garbage, describe_space, export_features, list_cache, remove_from_cache
     from embedpipe.classifier import Classifier
-    from embedpipe.comparing import Comparison, compare
+    from embedpipe.commands.advise import Advice, advise
+    from embedpipe.commands.audit import Audit, audit
+    from embedpipe.commands.cache import collect_garbage, describe_space, export_features, list_cache, remove_from_cache
+    from embedpipe.commands.compare import Comparison, compare
+    from embedpipe.commands.evaluate import Evaluation, evaluate
+    from embedpipe.commands.export import Exported, export
+    from embedpipe.commands.extract import extract
+    from embedpipe.commands.finetune import finetune
+    from embedpipe.commands.fit_head import fit_head
+    from embedpipe.commands.predict import Prediction, predict
+    from embedpipe.commands.verify import explain_reuse, verify_cache
     from embedpipe.errors import EmbedpipeError
-    from embedpipe.evaluation import Evaluation, evaluate
-    from embedpipe.exporting import Exported, export
-    from embedpipe.extraction import extract
     from embedpipe.features import FeatureSet
-    from embedpipe.finetuning import finetune
-    from embedpipe.fitting import fit_head
     from embedpipe.heads import LinearHead
     from embedpipe.images import Transform
-    from embedpipe.prediction import Prediction, predict
-    from embedpipe.proving import explain_reuse, verify_cache
 
-_ROOMS = {
-    "advising": ("Advice", "advise"),
-    "auditing": ("Audit", "audit"),
+_MODULES = {
     "backbones": ("Backbone", "Layer", "list_models", "load_backbone"),
-    "caretaking": ("collect_garbage", "describe_space", "export_features", "list_cache", "remove_from_cache"),
     "classifier": ("Classifier",),
-    "comparing": ("Comparison", "compare"),
+    "commands.advise": ("Advice", "advise"),
+    "commands.audit": ("Audit", "audit"),
+    "commands.cache": ("collect_garbage", "describe_space", "export_features", "list_cache", "remove_from_cache"),
+    "commands.compare": ("Comparison", "compare"),
+    "commands.evaluate": ("Evaluation", "evaluate"),
+    "commands.export": ("Exported", "export"),
+    "commands.extract": ("extract",),
+    "commands.finetune": ("finetune",),
+    "commands.fit_head": ("fit_head",),
+    "commands.predict": ("Prediction", "predict"),
+    "commands.verify": ("explain_reuse", "verify_cache"),
     "errors": ("EmbedpipeError",),
-    "evaluation": ("Evaluation", "evaluate"),
-    "exporting": ("Exported", "export"),
-    "extraction": ("extract",),
     "features": ("FeatureSet",),
-    "finetuning": ("finetune",),
-    "fitting": ("fit_head",),
     "heads": ("LinearHead",),
     "images": ("Transform",),
-    "prediction": ("Prediction", "predict"),
-    "proving": ("explain_reuse", "verify_cache"),
 }
-_HOMES = {name: room for room, names in _ROOMS.items() for name in names}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = sorted(_HOMES)
 
 

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embedpipe.cache import Cache, Space, dataset_name
+from embedpipe.data import SPLITS, Manifest, Sample
 from embedpipe.errors import UsageError
 from embedpipe.heads import Chunked
-from embedpipe.manifest import SPLITS, Manifest, Sample
 from embedpipe.provenance import canonical_json
 
 if TYPE_CHECKING:

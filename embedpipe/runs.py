@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedpipe.disk import TEMPORARY, PathLike, make_folder, sweep, whole_folder
 from embedpipe.errors import CacheBusy, ModelMismatch, UsageError
 from embedpipe.provenance import nearest
+from embedpipe.storage import TEMPORARY, PathLike, make_folder, sweep, whole_folder
 
 UNFINISHED = ".unfinished-"
 

@@ -1,4 +1,4 @@
-"""The floors and doors of the house: imports go down only, and heavy libraries enter by few doors."""
+"""The layers: imports go down only, and each heavy library is imported by few modules."""
 
 from __future__ import annotations
 
@@ -9,120 +9,120 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "embedpipe"
 
-FLOORS = [
-    {"errors", "compiling", "disk", "places", "provenance", "metrics", "neighbours", "training"},
-    {"manifest", "images", "runs"},
+# From the bottom up. A package imports what stands below its layer; within a layer, what stands before it in ORDER.
+LAYERS = [
+    {"errors", "provenance", "storage", "compiling"},
+    {"data", "images", "evaluation", "training"},
     {"backbones", "cache", "heads"},
-    {"executors", "forwarding", "drift", "pipeline", "recall", "features", "network", "scoring", "recipe"},
-    {"classifier", "ranking", "folds", "leaks"},
-    {
-        "extraction",
-        "fitting",
-        "finetuning",
-        "prediction",
-        "evaluation",
-        "comparing",
-        "auditing",
-        "exporting",
-        "caretaking",
-        "proving",
-    },
-    {"config", "demo", "advising"},
-    {"cli"},
+    {"inference", "features", "runs", "classifier", "selection"},
+    {"commands"},
+    {"config", "cli"},
     {"__main__", "__init__"},
 ]
-# On these floors rooms may use their neighbours, in this order: the first knows none of the others.
-STAIRS = [["errors", "disk"], ["errors", "places"], ["errors", "training"], ["errors", "metrics"]]
-STAIRS += [["executors", "forwarding"], ["forwarding", "drift"], ["forwarding", "pipeline"], ["drift", "pipeline"]]
-DOORS = {
+ORDER = [
+    ("errors", "storage"),
+    ("data", "images"),
+    ("inference", "classifier"),
+    ("features", "classifier"),
+    ("runs", "classifier"),
+    ("features", "selection"),
+    ("classifier", "selection"),
+    ("config", "cli"),
+]
+COMPOSED = {"advise", "demo"}  # commands that run other commands
+LIBRARIES = {
     "h5py": {"cache"},
     "timm": {"backbones/_timm.py", "training/_layers.py"},
     "torchvision": {"backbones/_torchvision.py", "training/_mixing.py"},
-    "sklearn": {"heads/_sklearn.py", "metrics", "demo.py"},
+    "sklearn": {"heads/_sklearn.py", "evaluation", "commands/demo.py"},
     "yaml": {"config.py"},
     "pydantic": {"config.py"},
     "click": {"cli"},
     "rich_click": {"cli"},
-    "rich": {"cli", "demo.py"},
-    "PIL": {"images", "demo.py", "backbones"},
+    "rich": {"cli", "commands/demo.py"},
+    "PIL": {"images", "commands/demo.py", "backbones"},
     "sqlite3": {"cache"},
-    "pyarrow": {"cache", "places/_parquet.py", "manifest/_parquet.py"},
-    "fsspec": {"places/_remote.py"},
-    "datasets": {"places/_hub.py", "manifest/_hub.py"},
-    "tarfile": {"manifest/_tar.py"},
-    "openvino": {"executors/_openvino.py"},
+    "pyarrow": {"cache", "data"},
+    "fsspec": {"data/_remote.py"},
+    "datasets": {"data"},
+    "tarfile": {"data/_tar.py"},
+    "openvino": {"inference/_openvino.py"},
     "numba": {"compiling.py"},
     "onnx": set(),  # torch's exporter uses it and onnxscript
-    "onnxruntime": {"exporting/_onnx.py"},
+    "onnxruntime": {"commands/export/_onnx.py"},
     "pickle": {
         "backbones/_state.py",
         "backbones/weights.py",
-        "finetuning/_unfinished.py",
+        "commands/finetune/_unfinished.py",
     },  # the error; an unpickler of arrays
     "joblib": set(),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
+MODULES = {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES}
 
 
-def room_of(path: Path) -> str:
+def package_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imports_of(path: Path) -> list[tuple[str, bool]]:
-    """Every imported module of a file, with whether it is for type checking only."""
-    found: list[tuple[str, bool]] = []
-
-    def walk(node: ast.AST, typing_only: bool) -> None:
-        for child in ast.iter_child_nodes(node):
-            inside = typing_only or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
-            if isinstance(child, ast.Import):
-                found.extend((alias.name, inside) for alias in child.names)
-            elif isinstance(child, ast.ImportFrom):
-                module = child.module or ""
-                names = [f"embedpipe.{a.name}" for a in child.names] if module == "embedpipe" else [module]
-                found.extend((name, inside) for name in names)
-            walk(child, inside)
-
-    walk(ast.parse(path.read_text()), False)
-    return found
+def modules_of(path: Path) -> set[str]:
+    """Every module of embedpipe that a file imports, by its dotted name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            both = [(node.module, f"{node.module}.{alias.name}") for alias in node.names]
+            found |= {longer if longer in MODULES else module for module, longer in both}
+    return {name for name in found if name.split(".")[0] == "embedpipe"}
 
 
-def floor_of(room: str) -> int:
-    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+def layer_of(package: str) -> int:
+    return next(number for number, packages in enumerate(LAYERS) if package in packages)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_go_down_only(path: Path) -> None:
-    here = room_of(path)
-    for name, typing_only in imports_of(path):
-        parts = name.split(".")
-        if parts[0] != "embedpipe" or len(parts) == 1 or parts[1] == here or here == "__init__":
-            continue
-        there = parts[1]
-        same_floor = floor_of(there) == floor_of(here) and (typing_only or [there, here] in STAIRS)
-        assert floor_of(there) < floor_of(here) or same_floor, f"{here} imports {name}, which is not below it"
+    here = package_of(path)
+    for name in modules_of(path):
+        there = name.split(".")[1] if "." in name else here
+        if there != here and here != "__init__":
+            below = layer_of(there) < layer_of(here) or (there, here) in ORDER
+            assert below, f"{here} imports {name}, which is not below it"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_heavy_libraries_enter_by_their_doors(path: Path) -> None:
+def test_private_modules_are_imported_by_their_package_alone(path: Path) -> None:
+    here = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+    for name in modules_of(path):
+        owner, _, private = name.partition("._")
+        assert not private or here.startswith(f"{owner}."), f"{here} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_heavy_libraries_are_imported_by_few_modules(path: Path) -> None:
     place = path.relative_to(PACKAGE).as_posix()
-    for name, _ in imports_of(path):
-        doors = DOORS.get(name.split(".")[0])
-        assert doors is None or any(place == d or place.startswith(f"{d}/") for d in doors), f"{place} imports {name}"
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    for name in names:
+        allowed = LIBRARIES.get(name.split(".")[0])
+        assert allowed is None or any(place == d or place.startswith(f"{d}/") for d in allowed), (
+            f"{place} imports {name}"
+        )
 
 
-def test_every_room_stands_on_a_floor() -> None:
-    rooms = {room_of(path) for path in FILES}
-    assert rooms == set().union(*FLOORS)
+def test_every_package_has_a_layer() -> None:
+    assert {package_of(path) for path in FILES} == set().union(*LAYERS)
 
 
-def test_no_deed_imports_a_deed() -> None:
-    """Only the doors combine deeds; `__init__` is the Python door."""
-    deeds = FLOORS[5]
-    for path in FILES:
-        if room_of(path) in deeds:
-            named = {name.split(".")[1] for name, _ in imports_of(path) if name.startswith("embedpipe.")}
-            assert not (named & deeds) - {room_of(path)}
+def test_commands_do_not_import_commands() -> None:
+    """Two commands are made of others."""
+    for name, path in MODULES.items():
+        command = name.split(".")[2] if name.startswith("embedpipe.commands.") else None
+        if command and command not in COMPOSED:
+            others = {one for one in modules_of(path) if one.startswith("embedpipe.commands.")}
+            assert {one.split(".")[2] for one in others} <= {command}, f"{name} imports {others}"
 
 
 def test_functions_stay_short() -> None:

@@ -27,9 +27,9 @@ from embedpipe.backbones._saving import DESCRIPTION, load_model
 from embedpipe.backbones._state import fill, headless_state, read_weights
 from embedpipe.backbones._trace import Weightless
 from embedpipe.backbones.weights import package_for
-from embedpipe.disk import PathLike
 from embedpipe.errors import UsageError, WeightsUnavailable
 from embedpipe.images import Transform
+from embedpipe.storage import PathLike
 
 
 def load_backbone(

@@ -24,9 +24,9 @@ from embedpipe.backbones._backbone import Backbone
 from embedpipe.backbones._libraries import LIBRARIES
 from embedpipe.backbones._state import State, fill, read_weights
 from embedpipe.backbones._trace import Weightless
-from embedpipe.disk import PathLike
 from embedpipe.errors import ModelMismatch, StorageError
 from embedpipe.images import Transform
+from embedpipe.storage import PathLike
 
 SCHEMA = 1
 FIELDS = {

@@ -15,12 +15,12 @@ from embedpipe.cache._datasets import dataset_name, read_table, reads, write_tab
 from embedpipe.cache._meta import FILE, read_meta
 from embedpipe.cache._space import Space
 from embedpipe.cache._structure import damaged
-from embedpipe.disk import publish, storage_errors
 from embedpipe.errors import CacheMismatch, UsageError
 from embedpipe.provenance import canonical_json, fingerprint, nearest
+from embedpipe.storage import publish, storage_errors
 
 if TYPE_CHECKING:
-    from embedpipe.manifest import Manifest
+    from embedpipe.data import Manifest
 
 EXTRACT_FIRST = "run `embedpipe extract DATA` first"
 

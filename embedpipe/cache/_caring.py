@@ -11,8 +11,8 @@ from pathlib import Path
 
 from embedpipe.cache._lock import WriterLock
 from embedpipe.cache._meta import FILE
-from embedpipe.disk import TEMPORARY, storage_errors, sync_path
 from embedpipe.errors import StorageError
+from embedpipe.storage import TEMPORARY, storage_errors, sync_path
 
 LEFTOVER_S = 3600.0  # a younger temporary file may be one that is being written
 

@@ -14,10 +14,10 @@ import numpy as np
 from embedpipe.cache._features import KEY_BYTES, key_matrix, text_column, texts_of
 from embedpipe.cache._sealed import FORMAT_VERSION, Sealed, open_sealed, write_sealed
 from embedpipe.cache._structure import damaged
-from embedpipe.disk import publish
+from embedpipe.storage import publish
 
 if TYPE_CHECKING:
-    from embedpipe.manifest import Manifest
+    from embedpipe.data import Manifest
 
 TEXTS = ("path", "label", "split", "group")
 OPTIONAL = ("part",)  # absent where every image is a whole file
@@ -83,7 +83,7 @@ def read_table(path: Path) -> Manifest:
 
 
 def _manifest_of(table: Sealed) -> Manifest:
-    from embedpipe.manifest import TASKS, Manifest, Sample, Source, root_of
+    from embedpipe.data import TASKS, Manifest, Sample, Source, root_of
 
     columns = {name: texts_of(table.arrays[name]) for name in TEXTS}
     task = table.attrs.get("task", "single")
@@ -114,7 +114,7 @@ def _manifest_of(table: Sealed) -> Manifest:
 
 def reads(path: Path, source: str) -> bool:
     """Whether the table is that of the folder, file or URL `source`."""
-    from embedpipe.manifest import absolute_argument
+    from embedpipe.data import absolute_argument
 
     table = open_sealed(path, SCHEMA, optional=OPTIONAL)
     return absolute_argument(source) in _column(table, "sources/absolute")

@@ -21,8 +21,8 @@ from embedpipe.cache._packing import Array
 from embedpipe.cache._sealed import build_head, seal
 from embedpipe.cache._structure import Large
 from embedpipe.cache._view import CHUNK_BYTES, SpaceView
+from embedpipe.data import Manifest, Sample
 from embedpipe.errors import UsageError
-from embedpipe.manifest import Manifest, Sample
 from embedpipe.provenance import canonical_json
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import platformdirs
 
-from embedpipe.disk import PathLike
-from embedpipe.places import Place
+from embedpipe.data import Place
+from embedpipe.storage import PathLike
 
 RACY_NS = 2_000_000_000  # younger files may change again within one tick of their mtime
 BATCH = 1000

@@ -10,8 +10,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from embedpipe.disk import storage_errors
 from embedpipe.errors import CacheBusy
+from embedpipe.storage import storage_errors
 
 NAMED_S, LOOKS = 0.05, 10  # a holder has written its name by then; how often to look for it
 LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)

@@ -9,8 +9,8 @@ from typing import Any
 
 from embedpipe.cache._sealed import FORMAT_VERSION, check_version
 from embedpipe.cache._structure import damaged
-from embedpipe.disk import publish, storage_errors
 from embedpipe.provenance import fingerprint
+from embedpipe.storage import publish, storage_errors
 
 FILE = "meta.json"
 

@@ -26,9 +26,9 @@ from typing import IO, Any
 import numpy as np
 
 from embedpipe.cache._structure import Bytes, Large, Schema, check_extent, damaged, structure
-from embedpipe.disk import storage_errors
 from embedpipe.errors import CacheMismatch
 from embedpipe.provenance import canonical_json
+from embedpipe.storage import storage_errors
 
 FORMAT_VERSION = 1
 USER_BLOCK = 512

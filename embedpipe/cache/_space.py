@@ -15,9 +15,9 @@ import numpy as np
 from embedpipe.cache._caring import mark_used
 from embedpipe.cache._meta import Meta, read_meta
 from embedpipe.cache._structure import damaged
-from embedpipe.disk import storage_errors
 from embedpipe.errors import StorageError
 from embedpipe.provenance import fingerprint
+from embedpipe.storage import storage_errors
 
 if TYPE_CHECKING:
     from embedpipe.cache._view import SpaceView

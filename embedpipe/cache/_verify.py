@@ -10,9 +10,8 @@ from pathlib import Path
 from embedpipe.cache._cache import Cache
 from embedpipe.cache._features import FeatureFile
 from embedpipe.cache._index import KeyIndex
+from embedpipe.data import Manifest, Place
 from embedpipe.errors import CacheMismatch
-from embedpipe.manifest import Manifest
-from embedpipe.places import Place
 
 DAMAGE = "damage"
 

@@ -27,8 +27,8 @@ from embedpipe.cache._packing import Array, pack
 from embedpipe.cache._space import Space
 from embedpipe.cache._structure import Bytes
 from embedpipe.cache._view import CHUNK_BYTES, SpaceView
-from embedpipe.disk import make_folder, publish, storage_errors, sweep, sync_path
 from embedpipe.errors import CacheMismatch, NonFiniteFeatures
+from embedpipe.storage import make_folder, publish, storage_errors, sweep, sync_path
 
 ALWAYS_MERGED_BYTES = 1 << 30
 MERGED_SHARE = 0.05

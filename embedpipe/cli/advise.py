@@ -7,8 +7,8 @@ from typing import Any
 
 import rich_click as click
 
-from embedpipe import advising
 from embedpipe.cli._build import Session, command
+from embedpipe.commands import advise as advising
 
 
 @command(advising.advise, example="embedpipe advise --verify --epochs 5")

@@ -6,8 +6,8 @@ from typing import Any
 
 import rich_click as click
 
-from embedpipe import auditing
 from embedpipe.cli._build import Session, command
+from embedpipe.commands import audit as auditing
 
 SHOWN = 20
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import rich_click as click
 
-from embedpipe import caretaking, proving
 from embedpipe.cli._build import Session, Verbs, command, shared_options
-from embedpipe.disk import show_size
+from embedpipe.commands import cache as caretaking
+from embedpipe.commands import verify as proving
 from embedpipe.errors import CacheMismatch
+from embedpipe.storage import show_size
 
 
 @command(caretaking.list_cache, example="embedpipe cache ls")

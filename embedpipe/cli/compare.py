@@ -6,8 +6,8 @@ from typing import Any
 
 import rich_click as click
 
-from embedpipe import comparing
 from embedpipe.cli._build import Session, command
+from embedpipe.commands import compare as comparing
 
 
 @command(comparing.compare, example="embedpipe compare HEAD_RUN FINETUNED_RUN")

@@ -14,7 +14,7 @@ from embedpipe.cli._build import Session, command
 @click.option("--quick", is_flag=True, help="A few images and epochs: shows the way, not the accuracy.")
 def demo(session: Session, folder: str, quick: bool) -> None:
     """Guided first run: digits on disk, extract, fit-head, finetune, predict. Needs no network."""
-    from embedpipe.demo import run_demo
+    from embedpipe.commands.demo import run_demo
 
     say = session.note if session.json else click.echo
     session.finish(run_demo(Path(folder), quick=quick, say=say), "")

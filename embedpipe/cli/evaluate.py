@@ -6,8 +6,8 @@ from typing import Any
 
 import rich_click as click
 
-from embedpipe import evaluation
 from embedpipe.cli._build import Session, command, scores
+from embedpipe.commands import evaluate as evaluation
 
 
 @command(evaluation.evaluate, example="embedpipe evaluate RUN holdout/ --confusion confusion.csv")

@@ -6,8 +6,8 @@ from typing import Any
 
 import rich_click as click
 
-from embedpipe import exporting
 from embedpipe.cli._build import Session, command
+from embedpipe.commands import export as exporting
 
 
 @command(exporting.export, example="embedpipe export RUN --format onnx --output classifier/")

@@ -7,9 +7,9 @@ from typing import Any
 
 import rich_click as click
 
-from embedpipe import extraction
 from embedpipe.cli._build import Session, command
-from embedpipe.disk import show_size
+from embedpipe.commands import extract as extraction
+from embedpipe.storage import show_size
 
 
 @command(extraction.extract, example="embedpipe extract data/ --backbone timm:resnet50")

@@ -9,10 +9,10 @@ from typing import Any
 
 import rich_click as click
 
-from embedpipe import finetuning
 from embedpipe.cli._build import Session, command, scores
+from embedpipe.commands import finetune as finetuning
 from embedpipe.config import read_schedule
-from embedpipe.disk import show_size
+from embedpipe.storage import show_size
 
 
 @command(finetuning.finetune, example="embedpipe finetune --unfreeze layer4")

@@ -7,8 +7,8 @@ from typing import Any
 
 import rich_click as click
 
-from embedpipe import fitting
 from embedpipe.cli._build import Session, command, scores, worst
+from embedpipe.commands import fit_head as fitting
 
 
 @command(fitting.fit_head, example="embedpipe fit-head --layer all --folds 5")

@@ -6,8 +6,8 @@ from typing import Any
 
 import rich_click as click
 
-from embedpipe import prediction
 from embedpipe.cli._build import Session, command
+from embedpipe.commands import predict as prediction
 from embedpipe.errors import UsageError
 from embedpipe.runs import csv_text
 

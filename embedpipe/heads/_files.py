@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
-from embedpipe.disk import publish
 from embedpipe.errors import ModelMismatch, StorageError, UsageError
 from embedpipe.provenance import digest_arrays
+from embedpipe.storage import publish
 
 ARRAYS, RECORD, FORMAT_VERSION = "head.safetensors", "head.json", 1
 Arrays = dict[str, NDArray[Any]]

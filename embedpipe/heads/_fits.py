@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from embedpipe.errors import UsageError
+from embedpipe.evaluation import binary_log_loss, score
 from embedpipe.heads._frame import Frame, check_labelled, make_frame
 from embedpipe.heads._gram import Gram
 from embedpipe.heads._problem import MEMORY_BYTES, Chunked, Problem, Solution
 from embedpipe.heads.linear import LinearHead
-from embedpipe.metrics import binary_log_loss, score
 from embedpipe.provenance import nearest
 
 L2_GRID: tuple[float, ...] = tuple(float(l2) for l2 in np.logspace(-6, 2, 45))

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from embedpipe.data import TASKS
 from embedpipe.errors import ModelMismatch
 from embedpipe.heads._files import entry, read_head, save_head
 from embedpipe.heads._problem import Chunked, Float32, Float64, affine, log_normaliser
-from embedpipe.manifest import TASKS
 
 
 @dataclass(frozen=True, eq=False)

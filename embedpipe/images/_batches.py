@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 from PIL import Image
 
+from embedpipe.data import Place
 from embedpipe.errors import DecodeError
 from embedpipe.images._isolation import Decoders, Loaded
 from embedpipe.images._transform import Transform
-from embedpipe.places import Place
 
 if TYPE_CHECKING:
     import torch

@@ -26,9 +26,9 @@ from typing import Any
 
 import numpy as np
 
+from embedpipe.data import Place
 from embedpipe.errors import EmbedpipeError
 from embedpipe.images._serving import HEADER, PIXELS, STAGES
-from embedpipe.places import Place
 
 Loaded = np.ndarray | tuple[str, str]
 

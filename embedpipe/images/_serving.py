@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from embedpipe.data import Place
 from embedpipe.errors import DecodeError
 from embedpipe.images._decode import decode_image
 from embedpipe.images._transform import Resample, Transform
-from embedpipe.places import Place
 
 HEADER = struct.Struct("<III")
 PIXELS = 0

@@ -10,9 +10,8 @@ import h5py
 import pytest
 
 from embedpipe.cache import Cache, dataset_name
+from embedpipe.data import Manifest, Place, Sample, Source
 from embedpipe.errors import CacheMismatch, UsageError
-from embedpipe.manifest import Manifest, Sample, Source
-from embedpipe.places import Place
 
 
 def manifest(folder: Path, name: str = "data") -> Manifest:

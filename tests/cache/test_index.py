@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from embedpipe.cache import KeyIndex
-from embedpipe.places import Place
+from embedpipe.data import Place
 
 
 def old_file(path: Path, data: bytes) -> Path:

@@ -11,8 +11,8 @@ import pytest
 
 from embedpipe.cache import Cache, Space
 from embedpipe.cache._datasets import read_table
+from embedpipe.data import Manifest, Sample, Source
 from embedpipe.errors import CacheMismatch
-from embedpipe.manifest import Manifest, Sample, Source
 
 from .conftest import SPEC, rows, write
 

@@ -10,8 +10,7 @@ import pytest
 from embedpipe.cache import Cache, Space, prove_files, prove_latest, prove_space
 from embedpipe.cache._features import key_matrix, write_features
 from embedpipe.cache._sealed import USER_BLOCK, seal
-from embedpipe.manifest import Manifest, Sample, Source
-from embedpipe.places import Place
+from embedpipe.data import Manifest, Place, Sample, Source
 
 from .conftest import SPEC, rows, write
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from embedpipe.cache import Space, SpaceWriter
-from embedpipe.disk import publish
+from embedpipe.storage import publish
 from tests.faults._proving import OPTIONS, features_of, keys_of, open_space
 
 

@@ -19,8 +19,8 @@ import numpy as np
 
 import embedpipe
 from embedpipe.cache import Cache, Space
+from embedpipe.data import Manifest, Sample, Source
 from embedpipe.errors import EmbedpipeError
-from embedpipe.manifest import Manifest, Sample, Source
 from embedpipe.runs import new_run
 
 PACKAGE = Path(embedpipe.__file__).parent

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from embedpipe.cache import Cache, Space
+from embedpipe.commands.verify import verify_cache
+from embedpipe.data import Manifest, Sample, Source
 from embedpipe.errors import CacheMismatch
-from embedpipe.manifest import Manifest, Sample, Source
-from embedpipe.proving import verify_cache
 
 from ._proving import SPEC, features_of, keys_of
 from ._tier import tier

@@ -19,8 +19,8 @@ from embedpipe.backbones import load_backbone, save_model
 from embedpipe.cache import Cache
 from embedpipe.cache._datasets import write_table
 from embedpipe.cache._sealed import seal
+from embedpipe.data import Manifest, Sample, Source
 from embedpipe.errors import CacheMismatch, ModelMismatch
-from embedpipe.manifest import Manifest, Sample, Source
 from embedpipe.provenance import fingerprint
 from tests.cache.test_hostile import CRAFTS, KEYS, X, forge, replace
 from tests.conftest import TINY, Run, write_photo
@@ -438,7 +438,7 @@ READ_EACH = """
 import sys, glob
 from embedpipe.cache import KeyIndex
 from embedpipe.errors import UsageError
-from embedpipe.manifest import read_manifest
+from embedpipe.data import read_manifest
 for name in sorted(glob.glob(sys.argv[1] + "/data/*.csv") + glob.glob(sys.argv[1] + "/data/*.jsonl")):
     try:
         read_manifest([name], key_of=KeyIndex().key_of)

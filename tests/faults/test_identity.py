@@ -16,10 +16,9 @@ import torch
 from PIL import Image
 
 from embedpipe.backbones import Backbone, load_backbone
-from embedpipe.forwarding import Forward
 from embedpipe.images import Transform
 from embedpipe.images import _transform as transforms
-from embedpipe.pipeline import space_spec
+from embedpipe.inference import Forward, space_spec
 from embedpipe.provenance import fingerprint
 from tests.conftest import TINY, Run, write_photos
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from embedpipe.cache import Cache, KeyIndex
-from embedpipe.manifest import read_manifest
+from embedpipe.data import read_manifest
 from tests.conftest import TINY, Run
 
 from ._tracing import looked_at, opened, trace
@@ -163,7 +163,7 @@ SCAN = """
 import sys
 from pathlib import Path
 from embedpipe.cache import KeyIndex
-from embedpipe.manifest import read_manifest
+from embedpipe.data import read_manifest
 index = KeyIndex(Path(sys.argv[1]) / "index.sqlite")
 print(len(read_manifest([sys.argv[1] + "/photos"], key_of=index.key_of).samples), index.hashed)
 index.close()

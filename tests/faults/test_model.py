@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from embedpipe.cache import Cache, KeyIndex
-from embedpipe.caretaking import collect_garbage
+from embedpipe.commands.cache import collect_garbage
+from embedpipe.commands.verify import verify_cache
+from embedpipe.data import read_manifest
 from embedpipe.errors import CacheMismatch, Stopped
-from embedpipe.manifest import read_manifest
-from embedpipe.proving import verify_cache
 
 from ._proving import OPTIONS, SPEC, features_of, fork, read_all, wait
 from ._tier import tier

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
 from embedpipe.errors import NonFiniteFeatures, UsageError
+from embedpipe.evaluation import score
 from embedpipe.heads import LinearHead, class_weights, fit_linear, fit_path, objective
-from embedpipe.metrics import score
 
 TEN = tuple("0123456789")
 X_DIGITS, Y_DIGITS = load_digits(return_X_y=True)

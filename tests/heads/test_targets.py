@@ -11,8 +11,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import average_precision_score, r2_score
 
 from embedpipe.errors import ModelMismatch, UsageError
+from embedpipe.evaluation import score_multilabel, score_regression
 from embedpipe.heads import Chunked, LinearHead, fit_linear, fit_path, load_head
-from embedpipe.metrics import score_multilabel, score_regression
 
 N, D = 200, 30
 NAMES = ("even", "big", "round")

@@ -194,5 +194,5 @@ def test_decoder_names_library_and_version() -> None:
 
 
 def test_torch_is_not_imported_with_the_room() -> None:
-    code = "import sys, embedpipe.images, embedpipe.manifest; sys.exit('torch' in sys.modules)"
+    code = "import sys, embedpipe.images, embedpipe.data; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from embedpipe.data import Place
 from embedpipe.errors import EmbedpipeError
 from embedpipe.images import Transform, decode_image, image_batches, start_decoders
 from embedpipe.images import _isolation as isolation
 from embedpipe.images._isolation import Decoder, Decoders, close_decoders
-from embedpipe.places import Place
 
 TRANSFORM = Transform((16, 16), 16)
 
@@ -137,7 +137,7 @@ def test_decoders_stay_for_the_next_image_and_leave_when_told(good: Path) -> Non
 @pytest.mark.parametrize("busy", [False, True])
 def test_none_outlives_its_parent(slow: Path, good: Path, busy: bool) -> None:
     code = (
-        "import sys; from embedpipe.places import Place\n"
+        "import sys; from embedpipe.data import Place\n"
         "from embedpipe.images._isolation import Decoder\n"
         "decoder = Decoder()\n"
         "decoder.load(Place.of(sys.argv[1]), key=None, transforms=[None])\n"

@@ -14,10 +14,10 @@ import fsspec
 import numpy as np
 import pytest
 
+from embedpipe.data import Place
 from embedpipe.images import Transform, decode_image, image_batches
 from embedpipe.images import _isolation as isolation
 from embedpipe.images._isolation import Decoder, close_decoders
-from embedpipe.places import Place
 from tests.conftest import write_photo
 
 TRANSFORM = Transform((16, 16), 16)

@@ -1,0 +1,185 @@
+"""audit: images whose label, content or place in the data set deserve a look, from cached features alone.
+
+Every label is predicted out of fold, and every neighbourhood looked at.
+
+>>> audit("pets").counts
+{'label': 12, 'outlier': 3, 'duplicate': 5}
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from embedpipe.errors import EmbedpipeWarning
+from embedpipe.storage import PathLike
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from embedpipe.features import FeatureSet
+    from embedpipe.selection import OutOfFold
+
+KINDS = ("label", "outlier", "duplicate")
+HEADER = ("path", "split", "label", "suggested", "score", "kind", "twin")
+MOST_WORK = 5e12  # multiply-adds of a search for neighbours: a minute or two on one core
+
+
+@dataclass(frozen=True)
+class Issue:
+    """One image that deserves a look.
+
+    suggested : str or None    another label: what heads say, or what the twin is called
+    score : float              the higher the worse. label: 0.5 to 1; outlier: 1 and more; duplicate: cosine to the twin
+    kind : str                 "label", "outlier" or "duplicate"
+    twin : str or None         path of the image that this one is a copy of
+    """
+
+    path: str
+    split: str
+    label: str
+    suggested: str | None
+    score: float
+    kind: str
+    twin: str | None = None
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The issues of a data set, by kind, the worst first; `csv` is the file that lists them."""
+
+    dataset: str
+    n: int
+    folds: int
+    issues: tuple[Issue, ...]
+    csv: Path
+
+    @property
+    def counts(self) -> dict[str, int]:
+        found = Counter(issue.kind for issue in self.issues)
+        return {kind: found[kind] for kind in KINDS}
+
+    def to_dict(self) -> dict[str, Any]:
+        issues = [asdict(issue) for issue in self.issues]
+        known = {"dataset": self.dataset, "n": self.n, "folds": self.folds}
+        return {**known, "issues": issues, "counts": self.counts, "csv": str(self.csv)}
+
+
+def audit(
+    dataset: FeatureSet | str | None = None,
+    *,
+    folds: int = 5,
+    l2: float | Literal["auto"] = "auto",
+    space: str | None = None,
+    backbone: str | None = None,
+    layer: str | None = None,
+    cache_dir: PathLike = "cache",
+    runs_dir: PathLike = "runs",
+    seed: int = 0,
+) -> Audit:
+    """List suspected label errors, outliers and copies among all labelled images.
+
+    Every image is judged by a head that has not seen it. Nothing is changed or removed.
+
+    Parameters
+    ----------
+    dataset : FeatureSet, or name, id or path of a data set
+        Default: the data set extracted last.
+    folds : int
+        Heads to fit, each on all folds but one.
+    l2 : float or auto
+        Strength of the penalty; auto chooses it inside each fold.
+    space : str
+        Which space, when the data set has features in several: its folder's name or a prefix.
+    backbone : str
+        Take the space of this backbone.
+    layer : str
+        Take the space of this layer.
+
+    Raises
+    ------
+    UsageError           nothing extracted, no labels, fewer than two classes, or fewer images than folds
+    NonFiniteFeatures    NaN or inf in the features
+    """
+    from embedpipe.cache import Cache
+    from embedpipe.data import SPLITS
+    from embedpipe.features import FeatureSet, open_features
+    from embedpipe.runs import new_run
+    from embedpipe.selection import Recipe, check_labelled, check_task, out_of_fold
+
+    features = dataset
+    if not isinstance(features, FeatureSet):
+        features = open_features(Cache(Path(cache_dir)), features, space=space, backbone=backbone, layer=layer)
+    check_labelled(features)
+    check_task(features, "audit")
+    done = out_of_fold(features, Recipe(features.classes, l2=l2), folds=folds, splits=SPLITS, seed=seed)
+    issues = (*_label_issues(features, done), *_neighbour_issues(features, done))
+    with new_run(Path(runs_dir), "audit") as run:
+        found = Audit(features.dataset, len(done.samples), folds, issues, run.final / "audit.csv")
+        run.write_csv("audit.csv", [HEADER, *map(_row, issues)])
+        run.write_json("run.json", {"verb": "audit", "dataset": features.dataset, "report": found.to_dict()})
+    return found
+
+
+def _label_issues(features: FeatureSet, done: OutOfFold) -> Iterator[Issue]:
+    from embedpipe.evaluation import find_label_errors
+
+    found = find_label_errors(done.probabilities, done.labels)
+    for row, guess, score in zip(found.rows.tolist(), found.suggested.tolist(), found.score.tolist(), strict=True):
+        yield _issue(features, done, row, kind="label", score=score, suggested=features.classes[guess])
+
+
+def _neighbour_issues(features: FeatureSet, done: OutOfFold) -> list[Issue]:
+    """Return outliers and copies; one of each set of images with the same bytes is looked at, the others are copies of it."""
+    first: dict[bytes, int] = {}
+    copies: list[tuple[int, int, float]] = []
+    for row, sample in enumerate(done.samples):
+        if first.setdefault(sample.key, row) != row:
+            copies.append((row, first[sample.key], 1.0))
+    rows = list(first.values())
+    near, far = _search(features, tuple(done.samples[row] for row in rows))
+    copies += [(rows[row], rows[twin], score) for row, twin, score in sorted(near, key=lambda pair: -pair[2])]
+    outliers = sorted(((rows[i], score) for i, score in far.items()), key=lambda pair: -pair[1])
+    return [
+        *(_issue(features, done, row, kind="outlier", score=score) for row, score in outliers),
+        *(_copy(features, done, row, twin=twin, score=score) for row, twin, score in copies),
+    ]
+
+
+def _search(features: FeatureSet, samples: tuple[Any, ...]) -> tuple[list[tuple[int, int, float]], dict[int, float]]:
+    """Return near copies and outliers among different images; none, and a warning, for too few or too many."""
+    import numpy as np
+
+    from embedpipe.evaluation import LEAST_ROWS, copy_ratio, find_neighbours, kth_distance, outlying, unit_rows
+
+    n, dim = len(samples), features.feature_dim
+    if n < LEAST_ROWS or n * n * dim > MOST_WORK:
+        bounds = f"expected {LEAST_ROWS} to {int((MOST_WORK / dim) ** 0.5)}"
+        text = f"outliers and near copies are not looked for among {n} images of {dim} features, {bounds}"
+        warnings.warn(text, EmbedpipeWarning, stacklevel=4)
+        return [], {}
+    X = features.read(samples)
+    X = X - X.mean(axis=0, dtype=np.float64).astype(np.float32)
+    unit = unit_rows(X)
+    found = find_neighbours(unit, unit, own=np.arange(n))
+    return list(found.pairs(copy_ratio(found, n))), outlying(kth_distance(X))
+
+
+def _issue(
+    features: FeatureSet, done: OutOfFold, row: int, *, kind: str, score: float, suggested: str | None = None
+) -> Issue:
+    sample = done.samples[row]
+    return Issue(features.manifest.name_of(sample), sample.split, sample.label or "", suggested, score, kind)
+
+
+def _copy(features: FeatureSet, done: OutOfFold, row: int, *, twin: int, score: float) -> Issue:
+    one, other = _issue(features, done, row, kind="duplicate", score=score), done.samples[twin]
+    suggested = other.label if other.label != one.label else None
+    return replace(one, suggested=suggested, twin=features.manifest.name_of(other))
+
+
+def _row(one: Issue) -> tuple[str, ...]:
+    return one.path, one.split, one.label, one.suggested or "", f"{one.score:.4f}", one.kind, one.twin or ""

@@ -1,0 +1,95 @@
+"""Place: a file or URL, and where in it."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import IO
+
+from embedpipe.data._hub_images import HUB, hub_version, read_hub_row
+from embedpipe.data._parquet_images import read_parquet_row
+from embedpipe.data._remote import is_url, open_url, read_url, url_version
+
+ROW = "row "
+
+
+@dataclass(frozen=True)
+class Place:
+    """One image's bytes.
+
+    path : str    absolute path of a file, a URL, or hf:NAME[:CONFIG]/SPLIT
+    part : str    where in it they are: "" all of it, "OFFSET+SIZE" a range of bytes, "row GROUP:ROW COLUMN" of a Parquet
+                  file, "row ROW COLUMN" of a split; "/NAME" may follow, for people
+    """
+
+    path: str
+    part: str = ""
+
+    @classmethod
+    def of(cls, place: Place | str | os.PathLike[str]) -> Place:
+        """Return a place as it is, and that of a file by its path."""
+        return place if isinstance(place, Place) else cls(os.path.abspath(place))
+
+    def __str__(self) -> str:
+        return f"{self.path}[{self.part}]" if self.part else self.path
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is no file of this machine."""
+        return is_url(self.path) or self.path.startswith(HUB)
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether any process can read it, with nothing but a path and a range."""
+        return not self.is_remote and not self.part.startswith(ROW)
+
+    def read(self) -> bytes:
+        """Return the bytes.
+
+        Raises
+        ------
+        OSError       they cannot be read, or are fewer than they were
+        UsageError    a library that reads them is not installed
+        """
+        location = self.part.partition("/")[0]
+        if self.path.startswith(HUB):
+            return read_hub_row(self.path, location)
+        if location.startswith(ROW):
+            version = self.version() or f"of minute {time.monotonic() // 60}"
+            return read_parquet_row(lambda: open_file(self.path), f"{self.path} {version}", location)
+        offset, size = map(int, location.split("+")) if location else (0, -1)
+        data = read_url(self.path, offset, size) if is_url(self.path) else _read_file(self.path, offset, size)
+        if size >= 0 and len(data) != size:
+            raise OSError("changed while reading")
+        return data
+
+    def version(self) -> str | None:
+        """Return what changes with the file, the URL or the split; None where nothing tells.
+
+        Raises
+        ------
+        OSError    it cannot be asked
+        """
+        if self.path.startswith(HUB):
+            return hub_version(self.path)
+        if is_url(self.path):
+            return url_version(self.path)
+        status = os.stat(self.path)
+        return f"{status.st_size} {status.st_mtime_ns} {status.st_ino} {status.st_ctime_ns}"
+
+
+def open_file(path: str) -> IO[bytes]:
+    """Open a file or a URL for reading and seeking.
+
+    Raises
+    ------
+    OSError    it cannot be opened
+    """
+    return open_url(path) if is_url(path) else open(path, "rb")
+
+
+def _read_file(path: str, offset: int, size: int) -> bytes:
+    with open(path, "rb") as stream:
+        stream.seek(offset)
+        return stream.read(size)

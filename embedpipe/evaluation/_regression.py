@@ -1,0 +1,87 @@
+"""Scores of a predicted number.
+
+>>> score_regression([1.0, 2.0, 3.5], [1.0, 2.0, 3.0])["mae"]
+0.1666...
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from embedpipe.errors import UsageError
+from embedpipe.evaluation._intervals import mean_interval
+
+
+def score_regression(predicted: ArrayLike, y: ArrayLike) -> dict[str, Any]:
+    """Score predicted numbers against the truth.
+
+    Parameters
+    ----------
+    predicted : float (N,)
+    y : float (N,)
+
+    Returns
+    -------
+    dict
+        `r2` = 1 - sum of squared errors / sum of squares around the mean of y, `mae`, `rmse` in the unit of y, each
+        with its 95 % interval, `spearman`'s rank correlation (ties have their mean rank), `n`. `r2` and `spearman` are
+        None where a side is constant, intervals for one sample.
+
+    Raises
+    ------
+    UsageError    shapes that do not fit, no sample, or values that are not finite
+    """
+    guess, truth = _checked(predicted, y)
+    squares, errors = (guess - truth) ** 2, np.abs(guess - truth)
+    mse = mean_interval(squares)
+    r2, r2_interval = _r2(squares, truth)
+    return {
+        "r2": r2,
+        "r2_ci95": r2_interval,
+        "mae": float(errors.mean()),
+        "mae_ci95": _positive(mean_interval(errors)),
+        "rmse": sqrt(squares.mean()),
+        "rmse_ci95": mse and [sqrt(one) for one in _positive(mse) or mse],
+        "spearman": _correlation(_ranks(guess), _ranks(truth)),
+        "n": len(truth),
+    }
+
+
+def _r2(squares: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float | None, list[float] | None]:
+    """Return R2 and its interval: that of the mean of its linear terms, never above 1."""
+    around = (y - y.mean()) ** 2
+    if not around.any():
+        return None, None
+    r2 = float(1 - squares.sum() / around.sum())
+    interval = mean_interval(r2 - (squares - (1 - r2) * around) / around.mean())
+    return r2, interval and [min(1.0, one) for one in interval]
+
+
+def _positive(interval: list[float] | None) -> list[float] | None:
+    return interval and [max(0.0, one) for one in interval]
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
+    a, b = a - a.mean(), b - b.mean()
+    size = float((a @ a) * (b @ b))
+    return float(a @ b) / sqrt(size) if size else None
+
+
+def _checked(predicted: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    guess, truth = np.asarray(predicted, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if guess.ndim != 1 or guess.shape != truth.shape or not guess.size:
+        raise UsageError(
+            f"predictions {guess.shape} and values {truth.shape}, expected both (N,) with at least one sample"
+        )
+    if not (np.isfinite(guess).all() and np.isfinite(truth).all()):
+        raise UsageError("a value is not finite, expected numbers")
+    return guess, truth

@@ -1,0 +1,137 @@
+"""OpenVINO: the module's graph, compiled for this CPU. The graph is kept beside the cache, for the next start."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import threading
+import uuid
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from embedpipe.errors import UsageError
+from embedpipe.provenance import canonical_json
+from embedpipe.storage import storage_errors
+
+if TYPE_CHECKING:
+    from embedpipe.backbones import Joint
+
+
+def has_openvino() -> bool:
+    """Tell whether OpenVINO is installed."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+class OpenVino:
+    """A `Session` of OpenVINO, fp32, with one thread a call.
+
+    Parameters
+    ----------
+    joints : list of Joint
+    batch_size : int          images a call, always
+    streams : int             calls at a time
+    graphs : Path or None     folder where converted graphs are kept
+    renew : bool              convert again, whatever is kept
+
+    Raises
+    ------
+    UsageError    OpenVINO is not installed
+    RuntimeError  it cannot convert a model
+    """
+
+    def __init__(
+        self, joints: Sequence[Joint], *, batch_size: int, streams: int, graphs: Path | None = None, renew: bool = False
+    ) -> None:
+        if not has_openvino():
+            raise UsageError("the executor openvino is not installed", hint="pip install 'embedpipe[openvino]'")
+        import openvino
+
+        core = openvino.Core()
+        options: dict[str, Any] = {
+            "NUM_STREAMS": streams,
+            "INFERENCE_NUM_THREADS": streams,
+            "ENABLE_CPU_PINNING": False,
+        }
+        options |= {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
+        self._compiled = []
+        for joint in joints:
+            graph = _graph(core, joint, graphs, renew)
+            graph.reshape([batch_size, *joint.example(1).shape[1:]])
+            self._compiled.append(core.compile_model(graph, "CPU", options))
+        self._own = threading.local()
+
+    def __call__(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
+        if not hasattr(self._own, "requests"):
+            self._own.requests = [compiled.create_infer_request() for compiled in self._compiled]
+        given = self._own.requests[joint].infer([images], share_inputs=True)
+        return [np.array(features) for features in given.to_tuple()]
+
+
+def _graph(core: Any, joint: Joint, graphs: Path | None, renew: bool) -> Any:
+    """Return the graph of a joint: the kept one, or one converted now and kept.
+
+    It is always read from a file: a graph fresh from conversion gives other last bits than the same graph read again.
+    """
+    if graphs is None:
+        with TemporaryDirectory() as folder:
+            return _graph(core, joint, Path(folder), renew)
+    kept = graphs / graph_name([joint])
+    if not renew:
+        with suppress(RuntimeError, OSError):  # not there, or damaged
+            graph = core.read_model(kept / "graph.xml")
+            os.utime(kept)  # the time of the last use, for `cache gc`
+            return graph
+    _convert(joint, kept)
+    return core.read_model(kept / "graph.xml")
+
+
+def _convert(joint: Joint, folder: Path) -> None:
+    """Write the graph of a joint where the next start finds it, whole or not at all.
+
+    Raises
+    ------
+    StorageError    the disk is full or refuses
+    """
+    import openvino
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tracing: shapes become constants, as they should
+        graph = openvino.convert_model(joint.cpu(), example_input=joint.example(2))
+    fresh = folder.with_name(f".tmp-{uuid.uuid4().hex}")
+    with storage_errors(folder, "write to"):
+        fresh.mkdir(parents=True)
+        try:
+            openvino.save_model(graph, fresh / "graph.xml", compress_to_fp16=False)
+            shutil.rmtree(folder, ignore_errors=True)
+            _rename(fresh, folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _rename(fresh: Path, folder: Path) -> None:
+    try:
+        os.rename(fresh, folder)
+    except OSError:
+        if not (folder / "graph.xml").exists():  # else another process was quicker with the same graph
+            raise
+
+
+def graph_name(joints: Sequence[Joint]) -> str:
+    """Return the name of the graph of joints: of all that shapes it."""
+    versions = [_version(library) for library in ("openvino", "torch")]
+    return hashlib.sha256(canonical_json([versions, [joint.spec for joint in joints]]).encode()).hexdigest()[:24]
+
+
+def _version(library: str) -> str:
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(library)
+    return "absent"

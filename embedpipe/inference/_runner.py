@@ -1,0 +1,212 @@
+"""Runner: batches of images to rows of several backbones, and which layer is at fault when numbers break."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from embedpipe.images import ALL, Batch, Transform
+from embedpipe.inference._executor import Session
+from embedpipe.inference._fused import Fused
+from embedpipe.inference._openvino import OpenVino
+from embedpipe.inference._settings import Forward
+from embedpipe.inference._torch import Torch
+
+if TYPE_CHECKING:
+    from embedpipe.backbones import Backbone, Joint
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Features of one batch from one backbone.
+
+    backbone : int                     which of the runner's
+    keys : list of bytes               (n)
+    features : float32|float16 (n, D)
+    failures : list                    (key, stage, reason) each
+    """
+
+    backbone: int
+    keys: list[bytes]
+    features: np.ndarray
+    failures: list[tuple[bytes, str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.keys) + len(self.failures)
+
+
+class Runner:
+    """Images to features of several backbones, on the device and in the precision of `forward`.
+
+    What backbones have in common, a decode or a model, runs once.
+
+    Parameters
+    ----------
+    session : Session    instead of the one that `forward` names; its joints are those of `backbones.join`
+    graphs : Path        folder where converted graphs are kept
+
+    Attributes
+    ----------
+    windows : list       what the backbones want of an image: one array of each is taken by `__call__`
+    decode_s, forward_s : float    seconds of work in decoders and in the session so far, summed over threads
+    difference : float   from eager torch, of the largest feature, where another executor was tried on a batch
+    """
+
+    def __init__(
+        self,
+        backbones: Sequence[Backbone],
+        forward: Forward,
+        *,
+        session: Session | None = None,
+        graphs: Path | None = None,
+    ) -> None:
+        from embedpipe.backbones import join
+
+        self.backbones, self.forward = list(backbones), forward
+        self.decode_s = self.forward_s = self.difference = 0.0
+        self.joints, self._joint = join(backbones)
+        windows = [_window_of(backbone.transform) for backbone in backbones]
+        self.windows = list(dict.fromkeys(windows))
+        self._window = [self.windows.index(window) for window in windows]
+        self._lock, self._parts = threading.Lock(), 1
+        self.session = session or open_session(self.joints, forward, graphs)
+
+    def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return float32 (n, D) for each backbone, of one array of images for each window; n is a multiple of the batch size.
+
+        Raises
+        ------
+        MemoryError    the device cannot hold one image
+        """
+        start = time.monotonic()
+        passes = dict.fromkeys(zip(self._joint, self._window, strict=True))
+        features = {(joint, window): self._in_parts(joint, images[window]) for joint, window in passes}
+        with self._lock:
+            self.forward_s += time.monotonic() - start
+        return [
+            features[joint, window][self.joints[joint].output_of(backbone)]
+            for backbone, joint, window in zip(self.backbones, self._joint, self._window, strict=True)
+        ]
+
+    def _in_parts(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
+        """Run batch by batch, each in as many parts as the device can hold; once halved, batches stay so."""
+        size, parts = self.forward.batch_size, self._parts
+        try:
+            cuts = range(0, len(images), -(-size // parts))
+            done = [self.session(joint, images[cut : cut + cuts.step]) for cut in cuts]
+        except MemoryError:
+            if parts >= size:
+                raise
+            self._parts = 2 * parts
+            return self._in_parts(joint, images)
+        return done[0] if len(done) == 1 else [np.concatenate(features) for features in zip(*done, strict=True)]
+
+    def examples(self, size: int | None = None) -> list[np.ndarray]:
+        """Return black images, a whole batch or `size`, for each window."""
+        of = [self._joint[self._window.index(window)] for window in range(len(self.windows))]
+        return [self.joints[joint].example(size or self.forward.batch_size).numpy() for joint in of]
+
+    def pad(self, images: Sequence[np.ndarray], size: int | None = None) -> list[np.ndarray]:
+        """Return whole batches for each window, filled up, or images filled up to `size`, with black ones."""
+        batch = self.forward.batch_size
+        return [_pad(one, size or max(1, -(-len(one) // batch)) * batch) for one in images]
+
+    def rows_of(self, batch: Batch[bytes]) -> list[Rows]:
+        """Return the rows of each backbone in the stored dtype; those that are not finite are failures."""
+        with self._lock:
+            self.decode_s += batch.decode_s
+        padded = self.pad(batch.images)
+        features = self(padded) if batch.keys else [np.empty((0, b.feature_dim), np.float32) for b in self.backbones]
+        return [self._rows(n, batch, padded, part) for n, part in enumerate(features)]
+
+    def _rows(self, number: int, batch: Batch[bytes], padded: Sequence[np.ndarray], features: np.ndarray) -> Rows:
+        window = self._window[number]
+        failures = [(f.key, f.stage, f.reason) for f in batch.failures if f.transform in (ALL, window)]
+        failed = {key for key, _, _ in failures}
+        with np.errstate(over="ignore"):
+            stored = features[: len(batch)].astype(self.forward.store_dtype)
+        finite = np.isfinite(stored).all(axis=1)
+        good = [row for row, key in enumerate(batch.keys) if key not in failed and finite[row]]
+        broken = [row for row, key in enumerate(batch.keys) if key not in failed and not finite[row]]
+        if broken:
+            reasons = self._explain(number, padded)
+            failures += [(batch.keys[row], "forward", reasons[row]) for row in broken]
+        return Rows(number, [batch.keys[row] for row in good], stored[good], failures)
+
+    def _explain(self, number: int, images: Sequence[np.ndarray]) -> list[str]:
+        """Return for each image why its features are not finite: the first layer at fault, or the stored dtype."""
+        joint, batch = self.joints[self._joint[number]], images[self._window[number]]
+        faults = find_faults(joint, lambda: open_torch([joint], self.forward, folded=False)(0, batch), len(batch))
+        return [self._reason(faults.get(row)) for row in range(len(batch))]
+
+    def _reason(self, layer: str | None) -> str:
+        precision, stored = self.forward.precision, self.forward.store_dtype
+        if layer is None:
+            return f"a feature is too large for {stored}; try --store-dtype float32"
+        hint = "are the weights damaged?" if precision == "fp32" else "try --precision fp32"
+        return f"the output of layer {layer!r} is not finite in {precision}; {hint}"
+
+
+def open_session(joints: Sequence[Joint], forward: Forward, graphs: Path | None = None) -> Session:
+    """Return a session of the executor that `forward` names."""
+    if forward.executor == "openvino":
+        return OpenVino(joints, batch_size=forward.batch_size, streams=forward.streams, graphs=graphs)
+    if forward.executor == "fused":
+        return Fused(joints, batch_size=forward.batch_size)
+    return open_torch(joints, forward, compiled=forward.executor == "compile")
+
+
+def open_torch(joints: Sequence[Joint], forward: Forward, *, compiled: bool = False, folded: bool = True) -> Torch:
+    """Return a session of torch."""
+    return Torch(
+        joints,
+        device=forward.device,
+        precision=forward.precision,
+        channels_last=forward.channels_last,
+        compiled=compiled,
+        folded=folded,
+    )
+
+
+def find_faults(joint: Joint, run: Callable[[], object], size: int) -> dict[int, str]:
+    """Return, for images of a batch of `size` whose numbers break while it is run, the first layer at fault."""
+    import torch
+
+    faults: dict[int, str] = {}
+
+    def note(name: str, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple | list) else output
+        if isinstance(first, torch.Tensor) and first.shape[:1] == (size,):
+            bad = ~first.isfinite().flatten(1).all(dim=1) if first.ndim > 1 else ~first.isfinite()
+            for row in bad.nonzero().flatten().tolist():
+                faults.setdefault(row, name)
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda _module, _inputs, output: note(name, output)
+
+    named = [(name, module) for name, module in joint.headless.model.named_modules() if name]
+    handles = [module.register_forward_hook(hook(name)) for name, module in named]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return faults
+
+
+def _window_of(transform: Any) -> Any:
+    """Return what a decoder does of a transform: joints that normalise differently may share it."""
+    return transform.geometry if isinstance(transform, Transform) else transform
+
+
+def _pad(images: np.ndarray, size: int) -> np.ndarray:
+    """Fill a batch up to its full size with black images: a row's bits depend on the size of its batch."""
+    if len(images) == size:
+        return images
+    return np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), images.dtype)])

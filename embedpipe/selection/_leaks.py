@@ -1,0 +1,204 @@
+"""Leaks: images of val and test that training has seen: copies by content, near copies by features, and shared groups.
+
+>>> find_leaks(features, scored)["leaked"]
+{'val': 0, 'test': 3}
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from embedpipe.errors import EmbedpipeWarning
+from embedpipe.evaluation import LEAST_ROWS, copy_ratio, find_neighbours, unit_rows
+
+if TYPE_CHECKING:
+    from embedpipe.classifier import Scored
+    from embedpipe.data import Sample
+    from embedpipe.features import FeatureSet
+
+SHOWN = 20  # pairs and groups that are named
+MOST_WORK = 2e11  # multiply-adds of a search for near copies: a few seconds on one core
+SCALE_ROWS = 2000  # of train, evenly spaced, that measure how near rows are
+MAIN = {"single": "accuracy", "multilabel": "mean_average_precision", "regression": "r2"}  # score, by task
+STEPS = ("train", "val", "test")  # what comes earlier shapes the head that is scored on what comes later
+
+
+@dataclass(frozen=True)
+class Leak:
+    """An image and its twin in an earlier split; kind "exact", "near" or "group"; the cosine of their features, if known."""
+
+    sample: Sample
+    twin: Sample
+    kind: str
+    similarity: float | None = None
+
+
+@dataclass(frozen=True)
+class NearCopies:
+    """What a search for near copies found, the ratio that it went by (`neighbours.copy_ratio`), and why it was left out."""
+
+    leaks: tuple[Leak, ...] = ()
+    ratio: float | None = None
+    skipped: str | None = None
+
+
+def find_leaks(features: FeatureSet, scored: Mapping[str, Scored], *, max_bytes: float = math.inf) -> dict[str, Any]:
+    """Report images of val and test that are in train too, and the accuracy without them; warn where there are any.
+
+    Parameters
+    ----------
+    scored : mapping of str to Scored    predictions for each split
+    max_bytes : float                    that the search for near copies may take; where features need more there is none
+
+    Returns
+    -------
+    dict
+        duplicates_of_train : {split: count}        the very bytes
+        duplicates_of_val : {"test": count}
+        near_duplicates_of_train : {split: count}   almost the same features; null where not looked for
+        near_ratio, near_skipped                    how near is near (`embedpipe.evaluation`); why it was left out
+        groups_across_splits : int; groups : [{group, splits: {name: count}}], the first 20
+        leaked : {split: count}                     images with any of these, each once
+        accuracy_without_leaks : {split: {accuracy, accuracy_ci95, n}}; accuracy null where nothing is left; of single labels
+        score_without_leaks : {split: {mean_average_precision or r2, its ci95, n}}; of several labels, or of numbers
+        pairs : [{path, split, kind, twin, similarity}], the first 20
+    """
+    exact = find_exact(features.samples())
+    near = find_near(features, max_bytes=max_bytes)
+    groups = find_groups(features.samples())
+    found = (*exact, *near.leaks, *group_leaks(features.samples(), groups))
+    leaked = {leak.sample for leak in found}
+    others = [split for split in features.splits if split in STEPS[1:]]
+    report = {
+        "duplicates_of_train": _count(exact, "train", others),
+        "duplicates_of_val": _count(exact, "val", [split for split in others if split == "test"]),
+        "near_duplicates_of_train": None if near.skipped else _count(near.leaks, "train", others),
+        "near_ratio": near.ratio,
+        "near_skipped": near.skipped,
+        "groups_across_splits": len(groups),
+        "groups": [{"group": name, "splits": dict(counts)} for name, counts in list(groups.items())[:SHOWN]],
+        "leaked": {split: sum(sample.split == split for sample in leaked) for split in others},
+        "accuracy_without_leaks": {},
+        "score_without_leaks": {},
+        **_all_without(scored, features.classes, leaked),
+        "pairs": [_pair(features, leak) for leak in found[:SHOWN]],
+    }
+    _warn(report)
+    return report
+
+
+def find_exact(samples: Sequence[Sample]) -> tuple[Leak, ...]:
+    """Return the images of val and test whose very content is in an earlier split, train before val."""
+    seen: dict[bytes, Sample] = {}
+    leaks = []
+    for split in STEPS:
+        mine = [sample for sample in samples if sample.split == split]
+        leaks += [Leak(sample, seen[sample.key], "exact", 1.0) for sample in mine if sample.key in seen]
+        for sample in mine:
+            seen.setdefault(sample.key, sample)
+    return tuple(leaks)
+
+
+def find_near(features: FeatureSet, *, max_bytes: float = math.inf) -> NearCopies:
+    """Return the images of val and test with almost the features of one in train, and other bytes.
+
+    The similarity is the cosine of features that are centred by the mean of train; `embedpipe.evaluation` says when it is near.
+    """
+    train = features.samples("train")
+    known = {sample.key for sample in train}
+    others = tuple(s for s in features.samples() if s.split in STEPS[1:] and s.key not in known)
+    skipped = _why_not(len(train), len(others), features.feature_dim)
+    if not features.fits(max_bytes):
+        skipped = "the features are more than --max-memory holds"
+    if skipped or not others:
+        return NearCopies(skipped=skipped)
+    X = features.read(train)
+    mean = X.mean(axis=0, dtype=np.float64).astype(np.float32)
+    base = unit_rows(X - mean)
+    own = np.unique(np.linspace(0, len(base) - 1, SCALE_ROWS).astype(np.int64))
+    ratio = copy_ratio(find_neighbours(base[own], base, own=own), len(others))
+    found = find_neighbours(unit_rows(features.read(others) - mean), base)
+    rows = np.flatnonzero(found.copies(ratio))
+    rows = rows[np.argsort(found.first[rows], kind="stable")]
+    similarity = found.similarity
+    leaks = tuple(Leak(others[i], train[found.nearest[i]], "near", float(similarity[i])) for i in rows)
+    return NearCopies(leaks, ratio)
+
+
+def _why_not(n_train: int, n_others: int, dim: int) -> str | None:
+    if n_train < LEAST_ROWS:
+        return f"{n_train} training images, at least {LEAST_ROWS} are needed to know how alike different images are"
+    if n_train * n_others * dim > MOST_WORK:
+        return f"{n_train} x {n_others} images of {dim} features, at most {MOST_WORK:.0e} products are computed"
+    return None
+
+
+def find_groups(samples: Sequence[Sample]) -> dict[str, Counter[str]]:
+    """Return the groups that are in several splits, with their count in each, by name."""
+    splits: dict[str, Counter[str]] = defaultdict(Counter)
+    for sample in samples:
+        if sample.group:
+            splits[sample.group][sample.split] += 1
+    return {name: counts for name, counts in sorted(splits.items()) if len(counts) > 1}
+
+
+def group_leaks(samples: Sequence[Sample], groups: Mapping[str, Counter[str]]) -> list[Leak]:
+    """Return the images whose group is in an earlier split too."""
+    first: dict[str, Sample] = {}
+    for split in STEPS:
+        for sample in samples:
+            if sample.split == split and sample.group and sample.group in groups:
+                first.setdefault(sample.group, sample)
+    twins = [(sample, first[sample.group]) for sample in samples if sample.group in first]
+    return [Leak(sample, twin, "group") for sample, twin in twins if sample.split != twin.split]
+
+
+def _count(leaks: Sequence[Leak], twin_split: str, splits: Sequence[str]) -> dict[str, int]:
+    counts = Counter(leak.sample.split for leak in leaks if leak.twin.split == twin_split)
+    return {split: counts[split] for split in splits}
+
+
+def _all_without(scored: Mapping[str, Scored], classes: Sequence[str], leaked: set[Sample]) -> dict[str, Any]:
+    """Return what val and test score without leaks, under the name that the task gives it."""
+    some = {split: one for split, one in scored.items() if split in STEPS[1:]}
+    name = "accuracy" if all(one.task == "single" for one in some.values()) else "score"
+    return {f"{name}_without_leaks": {split: _without(one, classes, leaked) for split, one in some.items()}}
+
+
+def _without(scored: Scored, classes: Sequence[str], leaked: set[Sample]) -> dict[str, Any]:
+    """Return the score of the samples that are no leaks, with its interval."""
+    kept = [row for row, sample in enumerate(scored.samples) if sample not in leaked]
+    name, samples = MAIN[scored.task], tuple(scored.samples[row] for row in kept)
+    metrics = (
+        replace(scored, samples=samples, probabilities=scored.probabilities[kept]).metrics(classes) if kept else {}
+    )
+    return {name: metrics.get(name), f"{name}_ci95": metrics.get(f"{name}_ci95"), "n": len(kept)}
+
+
+def _pair(features: FeatureSet, leak: Leak) -> dict[str, Any]:
+    name = features.manifest.name_of
+    where = {"path": name(leak.sample), "split": leak.sample.split, "kind": leak.kind}
+    return {**where, "twin": name(leak.twin), "twin_split": leak.twin.split, "similarity": leak.similarity}
+
+
+def _warn(report: Mapping[str, Any]) -> None:
+    """Say in one line which splits leak, and what they score without."""
+    parts = []
+    for split, count in report["leaked"].items():
+        found = {**report["accuracy_without_leaks"], **report["score_without_leaks"]}.get(split, {})
+        name, value = next(iter(found.items()), ("", None))
+        without = "" if value is None else f" ({name.replace('_', ' ')} without them {value:.4f})"
+        parts += [f"{count} of {split}{without}"] if count else []
+    if parts:
+        warnings.warn(
+            f"images that an earlier split has too, as copies, near copies or by group: {', '.join(parts)}",
+            EmbedpipeWarning,
+            stacklevel=4,
+        )

@@ -1,0 +1,141 @@
+"""Learning curves: heads on a few training images a class, or on a share of them, scored on val and test.
+
+>>> learning_curve(recipe, parse_shots("1,5,10%"), train, {"val": val, "test": test}, repeats=5, seed=0)[0]["metrics"]
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from embedpipe.errors import EmbedpipeWarning, UsageError
+from embedpipe.heads import Chunked, some_of
+
+if TYPE_CHECKING:
+    from embedpipe.selection._head_configuration import Recipe
+
+Int64 = NDArray[np.int64]
+Shots = int | float  # images a class, or a share of them
+Labelled = tuple[NDArray[Any] | Chunked, Int64]  # X float32 (N, D), y int64 (N,)
+
+
+def parse_shots(shots: str | int | Sequence[str | int]) -> dict[str | int, Shots]:
+    """Return what is asked for, in its order: images a class (5) by the number, a share of train (0.1) by its text "10%".
+
+    Raises
+    ------
+    UsageError    neither a count from 1 up nor a percentage up to 100
+    """
+    texts = [shots] if isinstance(shots, str | int) else shots
+    parts = [part.strip() for text in texts for part in str(text).split(",")]
+    return dict(_parse(part) for part in parts)
+
+
+def _parse(text: str) -> tuple[str | int, Shots]:
+    share = text.endswith("%")
+    try:
+        value: Shots = float(text[:-1]) / 100 if share else int(text)
+    except ValueError:
+        value = 0
+    if not (0 < value <= 1 if share else value >= 1):
+        raise UsageError(
+            f"--shots {text!r}, expected numbers of images a class or percentages",
+            hint="for example --shots 1,5,10,50%",
+        )
+    return text if share else int(value), value
+
+
+def learning_curve(
+    recipe: Recipe,
+    shots: Mapping[str | int, Shots],
+    train: Labelled,
+    others: Mapping[str, Labelled],
+    *,
+    repeats: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """Fit heads on small draws of train and report their mean accuracy.
+
+    A repeat puts the training images of each class into one random order, and every draw is a beginning of it: the images of
+    1 shot are among those of 5, and the draws of 5 are the same whatever else is asked for. l2 is chosen on the whole of val;
+    test is only reported. What uses all of train is fitted once.
+
+    Parameters
+    ----------
+    shots : mapping          what `parse_shots` returns
+    train : X (N, D), y (N,)
+    others : mapping of split to X, y
+    repeats : int            draws of each size
+
+    Returns
+    -------
+    list of dict
+        shots, n_train, repeats, l2 (of each repeat), short (classes with fewer images, which use all they have),
+        metrics : {split: {accuracy (mean), accuracy_ci95 (t interval over the repeats; null for one repeat)}}
+
+    Raises
+    ------
+    UsageError    repeats below 1
+    """
+    if repeats < 1:
+        raise UsageError(f"--repeats {repeats}, expected 1 or more")
+    X, y = train
+    counts = np.bincount(y, minlength=len(recipe.classes))
+    places = [place_in_class(y, np.random.default_rng((seed % 2**64, repeat))) for repeat in range(repeats)]
+    val = others.get("val", (X[:0], y[:0]))
+    curve = []
+    for name, amount in shots.items():
+        wanted = take(counts, amount)
+        draws = [np.flatnonzero(place < wanted[y]) for place in places[: 1 if (wanted == counts).all() else None]]
+        heads = [recipe.choose(some_of(X, draw), y[draw], *val) for draw in draws]
+        accuracy = {split: [_accuracy(one.head, *pair) for one in heads] for split, pair in others.items()}
+        short = [c for c, count in zip(recipe.classes, counts.tolist(), strict=True) if count < amount]
+        point = {"shots": name, "n_train": len(draws[0]), "repeats": len(draws), "l2": [one.l2 for one in heads]}
+        metrics = {split: summarise(values) for split, values in accuracy.items()}
+        curve.append({**point, "short": short if isinstance(amount, int) else [], "metrics": metrics})
+    _warn(curve)
+    return curve
+
+
+def place_in_class(y: Int64, rng: np.random.Generator) -> Int64:
+    """Return the place of each row in a random order of its class, int64 (N,), from 0."""
+    order = rng.permutation(len(y))
+    order = order[np.argsort(y[order], kind="stable")]
+    counts = np.bincount(y)
+    place = np.empty(len(y), np.int64)
+    place[order] = np.arange(len(y)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return place
+
+
+def take(counts: Int64, amount: Shots) -> Int64:
+    """Return how many images each class gives, int64 (C,): the same number, or the same share and at least one."""
+    if isinstance(amount, int):
+        return np.minimum(counts, amount)
+    return np.asarray(np.minimum(counts, np.maximum(1, np.rint(amount * counts).astype(np.int64))))
+
+
+def summarise(values: Sequence[float]) -> dict[str, Any]:
+    """Return the mean of some accuracies and its 95 % t interval, within [0, 1]; no interval for one value."""
+    from scipy.special import stdtrit
+
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return {"accuracy": mean, "accuracy_ci95": None}
+    half = float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(n))
+    return {"accuracy": mean, "accuracy_ci95": [max(0.0, mean - half), min(1.0, mean + half)]}
+
+
+def _accuracy(head: Any, X: NDArray[Any] | Chunked, y: Int64) -> float:
+    return float(np.mean(head.predict_proba(X).argmax(axis=1) == y))
+
+
+def _warn(curve: Sequence[Mapping[str, Any]]) -> None:
+    short = [f"{len(point['short'])} class(es) have fewer than {point['shots']}" for point in curve if point["short"]]
+    if short:
+        warnings.warn(
+            f"--shots: {', '.join(short)} training images and use all they have", EmbedpipeWarning, stacklevel=4
+        )
