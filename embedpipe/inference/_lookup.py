@@ -25,14 +25,12 @@ class Target:
 
     loader : dict             how the backbone was named; recorded beside the rows so that a head can load it again
     splits : tuple or None    splits whose samples are wanted; None: all
-    share : float             what a row is expected to take of the bytes of its numbers, where rows are packed
     """
 
     space: Space
     backbone: Backbone
     loader: Mapping[str, Any] = field(default_factory=dict)
     splits: tuple[str, ...] | None = None
-    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -131,4 +129,4 @@ def ahead_of(manifest: Manifest, founds: Iterable[Lookup]) -> dict[bytes, Place]
 def row_bytes(target: Target) -> int:
     """Return what a row takes on the disk, its key included."""
     itemsize: int = np.dtype(target.space.spec["stored_dtype"]).itemsize
-    return round(target.backbone.feature_dim * itemsize * target.share) + KEY_BYTES
+    return target.backbone.feature_dim * itemsize + KEY_BYTES

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from embedpipe.backbones import cut_before, unfreeze_parameters
-from embedpipe.cache import Cache, Packing, try_packing
+from embedpipe.cache import Cache
 from embedpipe.classifier import Network
-from embedpipe.commands.finetune._activations import Activations, Form, Place, fill, read, spaces_of
+from embedpipe.commands.finetune._activations import Activations, Place, fill, read, spaces_of
 from embedpipe.commands.finetune._photos import Photos
 from embedpipe.errors import UsageError
 from embedpipe.inference import Progress, Target, look_up, row_bytes
@@ -40,10 +40,8 @@ class Wish:
     views : int          augmented views to keep of each training image; 0: the clean one
     augment : str        how a view differs
     max_bytes : float    that the activations may take
-    noise : float        on activations, as in `Activations`
     images_only : str    an option that needs images in every epoch; "" where there is none
     dtype : str          that the train split has to be stored in
-    packed : bool        whether rows have to be packed
     """
 
     cached: str
@@ -53,10 +51,8 @@ class Wish:
     augment: str
     seed: int
     max_bytes: float
-    noise: float = 0.0
     images_only: str = ""
     dtype: str | None = None
-    packed: bool | None = None
 
     @property
     def look(self) -> dict[str, Any]:
@@ -88,22 +84,19 @@ def choose_source(
         raise UsageError(f"--views {wish.views} without --augment", hint="try --augment flip, standard or strong")
     if before:
         old = before["activations"]
-        was = {"dtype": old.get("stored_dtype"), "packed": old.get("packed")}
-        wish = replace(wish, cached="on" if old["cached"] else "off", **was)
+        wish = replace(wish, cached="on" if old["cached"] else "off", dtype=old.get("stored_dtype"))
     try:
         place = _place(photos, wish)
         found = photos.ranks.tell(lambda: _kept(network, place, photos, wish, cache, progress))
         if not found["cached"]:
             raise _Images(found["reason"])
     except _Images as exc:
-        if wish.cached == "on" or wish.noise:
-            asked = "--noise" if wish.noise else "--cache-activations on"
-            raise UsageError(f"no activations can be kept: {exc}", hint=f"leave out {asked}") from exc
+        if wish.cached == "on":
+            raise UsageError(f"no activations can be kept: {exc}", hint="leave out --cache-activations on") from exc
         return photos, dict(before or {"cut": None, "activations": {**_NONE, "reason": str(exc)}})
     network.backbone = place.tail
-    form = Form(found["stored_dtype"], Packing() if found["packed"] else None)
-    targets = spaces_of(place, cache, photos, form, wish.views, **wish.look)
-    return read(place, photos, targets, noise=wish.noise), {"cut": place.layer, "activations": found}
+    targets = spaces_of(place, cache, photos, found["stored_dtype"], wish.views, **wish.look)
+    return read(place, photos, targets), {"cut": place.layer, "activations": found}
 
 
 _NONE = {"cached": False, "rows": 0, "bytes": 0, "reused": 0}
@@ -134,16 +127,13 @@ def _kept(
     drift, changes, largest = _float16_error(network, place, photos)
     small = not changes and drift <= HALF_DRIFT * largest and place.layer != "head"
     dtype = wish.dtype or ("float16" if small else "float32")
-    forms = [Form(dtype)] if place.layer == "head" else [Form(dtype), Form(dtype, _packing(place, photos, dtype))]
-    if wish.packed is not None:
-        forms = [form for form in forms if bool(form.packing) == wish.packed]
-    plans = [_Plan.of(spaces_of(place, cache, photos, form, wish.views, **wish.look), form, photos) for form in forms]
+    plan = _Plan.of(spaces_of(place, cache, photos, dtype, wish.views, **wish.look), photos)
     try:
-        plan, reason = _worth(place, photos, plans, wish, cache)
+        reason = _worth(place, photos, plan, wish, cache)
     except _Images as exc:
         return {**_NONE, "reason": str(exc)}
     counts = fill(cache, photos, plan.targets, progress)
-    stored = {"stored_dtype": dtype, "packed": plan.form.packing is not None, "float16_max_abs_diff": drift}
+    stored = {"stored_dtype": dtype, "packed": False, "float16_max_abs_diff": drift}
     return {"cached": True, **counts, "views": wish.views, **stored, "reason": reason}
 
 
@@ -160,16 +150,9 @@ def _float16_error(network: Network, place: Place, photos: Photos) -> tuple[floa
     return worst, changes, largest
 
 
-def _packing(place: Place, photos: Photos, dtype: str) -> Packing:
-    images, _ = photos.probe[0]
-    with torch.inference_mode():
-        rows = place.trunk.module(images).reshape(len(images), -1)
-    return try_packing(rows.cpu().numpy().astype(dtype))
-
-
 @dataclass(frozen=True)
 class _Plan:
-    """Spaces in one form.
+    """Spaces to fill.
 
     missing : int    rows to compute
     needed : int     bytes that the disk has to have for them: once in shards, once in the merged file
@@ -177,51 +160,44 @@ class _Plan:
     """
 
     targets: Sequence[Target]
-    form: Form
     missing: int
     needed: int
     total: int
 
     @classmethod
-    def of(cls, targets: Sequence[Target], form: Form, photos: Photos) -> _Plan:
+    def of(cls, targets: Sequence[Target], photos: Photos) -> _Plan:
         manifest = photos.features.manifest
         looked = [(look_up(target.space, manifest, splits=target.splits), row_bytes(target)) for target in targets]
         missing = sum(len(found.missing) for found, _ in looked)
         needed = 2 * sum(len(found.missing) * size for found, size in looked)
-        return cls(targets, form, missing, needed, sum(len(found.wanted) * size for found, size in looked))
+        return cls(targets, missing, needed, sum(len(found.wanted) * size for found, size in looked))
 
     def read_s(self, rate: float) -> float:
         """Return the seconds that a training row takes, from a disk that gives `rate` bytes/s."""
-        return row_bytes(self.targets[0]) / rate + (self.form.packing.unpack_s if self.form.packing else 0.0)
+        return row_bytes(self.targets[0]) / rate
 
 
-def _worth(place: Place, photos: Photos, plans: Sequence[_Plan], wish: Wish, cache: Cache) -> tuple[_Plan, str]:
-    """Return the plan that fits, lacks least and is read fastest, and why it is worth its bytes."""
+def _worth(place: Place, photos: Photos, plan: _Plan, wish: Wish, cache: Cache) -> str:
+    """Return why the plan is worth its bytes."""
     folder = cache.spaces_folder
     make_folder(folder)
     rate, free = _read_rate(folder), shutil.disk_usage(folder).free - KEPT_FREE
-    fitting = [plan for plan in plans if plan.total <= wish.max_bytes and plan.needed <= free]
-    if not fitting:
-        least = min(plans, key=lambda plan: plan.total)
-        if least.total > wish.max_bytes:
-            limit = show_size(int(wish.max_bytes))
-            raise _Images(f"they take {show_size(least.total)}, --max-cache-size is {limit}")
-        raise _Images(f"writing them takes {show_size(least.needed)}, {show_size(max(0, free))} can be had in {folder}")
-    plan = min(fitting, key=lambda plan: (plan.missing, plan.read_s(rate)))
-    packing = plan.form.packing or Packing()
-    packed = f"; packed to {packing.share * 100:.0f} % of {show_size(plans[0].total)}" if plan.form.packing else ""
-    if wish.cached == "on" or wish.noise:
-        return plan, ("--noise" if wish.noise else "--cache-activations on") + packed
+    if plan.total > wish.max_bytes:
+        raise _Images(f"they take {show_size(plan.total)}, --max-cache-size is {show_size(int(wish.max_bytes))}")
+    if plan.needed > free:
+        raise _Images(f"writing them takes {show_size(plan.needed)}, {show_size(max(0, free))} can be had in {folder}")
+    if wish.cached == "on":
+        return "--cache-activations on"
     trunk_s, read_s = _trunk_s(place, photos), plan.read_s(rate)
-    once = plan.missing * (trunk_s + packing.pack_s)
+    once = plan.missing * trunk_s
     rows = wish.epochs * len(photos.samples("train")) + (wish.epochs + 1) * len(photos.samples("val"))
     story = (
         f"the trunk takes {1000 * trunk_s:.2g} ms an image, a row {1000 * read_s:.2g} ms to read: "
-        f"{once + rows * read_s:.2g} s with activations, {rows * trunk_s:.2g} s without{packed}"
+        f"{once + rows * read_s:.2g} s with activations, {rows * trunk_s:.2g} s without"
     )
     if once + rows * read_s >= rows * trunk_s:
         raise _Images(story)
-    return plan, story
+    return story
 
 
 def _trunk_s(place: Place, photos: Photos) -> float:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from embedpipe.backbones import Backbone, Cut, trunk_of
-from embedpipe.cache import Cache, Packing
+from embedpipe.cache import Cache
 from embedpipe.commands.finetune._photos import Photos
 from embedpipe.data import Sample
 from embedpipe.features import FeatureSet
@@ -35,18 +35,6 @@ class Features(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return features
-
-
-@dataclass(frozen=True)
-class Form:
-    """How activations of the train split are stored.
-
-    dtype : str
-    packing : Packing    what packing them comes to; None: they are not packed
-    """
-
-    dtype: str
-    packing: Packing | None = None
 
 
 @dataclass(frozen=True)
@@ -70,16 +58,15 @@ class Place:
         return cls(trunk_of(backbone, cut), cut.tail, cut.layer, cut.shape)
 
     def target(
-        self, cache: Cache, photos: Photos, form: Form, splits: tuple[str, ...], view: int, **look: Any
+        self, cache: Cache, photos: Photos, dtype: str, splits: tuple[str, ...], view: int, **look: Any
     ) -> Target:
         """Return the space of some splits in one view; `look` are the arguments of `Photos.view`."""
         trunk = self.trunk
         if view and isinstance(transform := photos.view(view, **look), Transform):
             trunk = replace(trunk, transform=transform, spec={**trunk.spec, "transform": transform.to_dict()})
-        spec = space_spec(trunk, "fp32", form.dtype, view=view) | ({"packed": "deflate"} if form.packing else {})
+        spec = space_spec(trunk, "fp32", dtype, view=view)
         loader = photos.features.loader if self.layer == "head" and not view else {}
-        share = form.packing.share if form.packing else 1.0
-        return Target(cache.open_space(spec, name=space_name(spec)), trunk, loader, splits, share)
+        return Target(cache.open_space(spec, name=space_name(spec)), trunk, loader, splits)
 
 
 @dataclass(frozen=True)
@@ -88,14 +75,12 @@ class Activations:
 
     views : tuple of FeatureSet    of the train split; one of them is drawn for each image and epoch
     held : FeatureSet              of val and test, as they are
-    noise : float                  Gaussian, added in training; a share of a batch's standard deviation
     """
 
     photos: Photos
     place: Place
     views: tuple[FeatureSet, ...]
     held: FeatureSet
-    noise: float = 0.0
 
     @property
     def tail(self) -> nn.Module:
@@ -135,11 +120,7 @@ class Activations:
         drawn = torch.randint(len(self.views), (len(samples),), generator=generator).numpy()
         for first in range(0, len(order), size):
             these = [samples[k] for k in order[first : first + size]]
-            activations = self._read(these, drawn[order[first : first + size]], self.views)
-            if self.noise:
-                noise = torch.randn(activations.shape, generator=generator).to(activations.device)
-                activations = activations + self.noise * activations.std() * noise
-            yield activations, self.photos.labels(these)
+            yield self._read(these, drawn[order[first : first + size]], self.views), self.photos.labels(these)
 
     def ordered(self, split: str) -> Iterator[tuple[Tensor, Sequence[Sample]]]:
         """Yield the activations of val or test, and their samples."""
@@ -159,8 +140,8 @@ class Activations:
         return activations.contiguous(memory_format=torch.channels_last) if spatial else activations
 
 
-def spaces_of(place: Place, cache: Cache, photos: Photos, form: Form, views: int, **look: Any) -> list[Target]:
-    """Return the spaces to fill: train in each view, or clean, in a form; last, val and test, exactly.
+def spaces_of(place: Place, cache: Cache, photos: Photos, dtype: str, views: int, **look: Any) -> list[Target]:
+    """Return the spaces to fill: train in each view, or clean, as `dtype`; last, val and test, exactly.
 
     Where train is clean and exact too, one space holds all.
 
@@ -168,10 +149,10 @@ def spaces_of(place: Place, cache: Cache, photos: Photos, form: Form, views: int
     ----------
     look : augment and seed, the arguments of `Photos.view`
     """
-    if not views and form.dtype == "float32":
-        return [place.target(cache, photos, form, (*TRAINED, *HELD), 0, **look)]
-    trained = [place.target(cache, photos, form, TRAINED, view, **look) for view in range(1, views + 1) or (0,)]
-    return [*trained, place.target(cache, photos, replace(form, dtype="float32"), HELD, 0, **look)]
+    if not views and dtype == "float32":
+        return [place.target(cache, photos, dtype, (*TRAINED, *HELD), 0, **look)]
+    trained = [place.target(cache, photos, dtype, TRAINED, view, **look) for view in range(1, views + 1) or (0,)]
+    return [*trained, place.target(cache, photos, "float32", HELD, 0, **look)]
 
 
 def fill(cache: Cache, photos: Photos, targets: Sequence[Target], progress: Progress | None) -> dict[str, int]:
@@ -185,17 +166,17 @@ def fill(cache: Cache, photos: Photos, targets: Sequence[Target], progress: Prog
         filled |= zip(some, done, strict=True)
     counts = {"rows": 0, "bytes": 0, "reused": 0}
     for number, target in enumerate(targets):
-        rows, sizes = filled[number].computed + filled[number].reused, target.space.view().sizes
+        rows = filled[number].computed + filled[number].reused
         counts["rows"] += rows
-        counts["bytes"] += round(rows * float(sizes.mean())) if rows else 0
+        counts["bytes"] += rows * target.backbone.feature_dim * np.dtype(_dtype(target)).itemsize
         counts["reused"] += filled[number].reused
     return counts
 
 
-def read(place: Place, photos: Photos, targets: Sequence[Target], *, noise: float) -> Activations:
+def read(place: Place, photos: Photos, targets: Sequence[Target]) -> Activations:
     """Return the activations that lie in the spaces."""
     *views, held = (FeatureSet(photos.features.manifest, target.space) for target in targets)
-    return Activations(photos, place, tuple(views) or (held,), held, noise)
+    return Activations(photos, place, tuple(views) or (held,), held)
 
 
 def _dtype(target: Target) -> str:

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embedpipe.errors import EmbedpipeError
+from embedpipe.errors import EmbedpipeError, check_removed_option
 from embedpipe.storage import PathLike
 
 if TYPE_CHECKING:
     from embedpipe.classifier import Classifier
     from embedpipe.inference import Progress
 
-MACHINE = ("resume", "device", "workers", "cache_dir", "runs_dir", "progress")  # what shapes no result
+NOT_STORED = ("resume", "device", "workers", "cache_dir", "runs_dir", "progress", "noise")  # change no result
 
 
 def finetune(
@@ -41,7 +41,7 @@ def finetune(
     views: int = 0,
     cache_activations: Literal["auto", "on", "off"] = "auto",
     max_cache_size: str = "20GB",
-    noise: float = 0.0,
+    noise: float | None = None,
     mixup: float = 0.0,
     cutmix: float = 0.0,
     label_smoothing: float = 0.0,
@@ -105,7 +105,7 @@ def finetune(
     max_cache_size : str
         Most that the activations may take.
     noise : float
-        Add Gaussian noise to the activations: its share of their standard deviation, such as 0.1.
+        No longer used; activations are trained on without noise.
     mixup : float
         Mix pairs of images; alpha of the Beta distribution, such as 0.2.
     cutmix : float
@@ -138,12 +138,13 @@ def finetune(
     Stopped, Interrupted    by SIGTERM or SIGINT; `resume` goes on
     """
     given = locals()
+    check_removed_option("--noise", noise, harmless=(0.0,), reason="activations are trained on without noise")
     from embedpipe.commands.finetune._phases import phases_of
     from embedpipe.commands.finetune._tuning import carry_out, starting_point
     from embedpipe.commands.finetune._unfinished import unfinished_run
     from embedpipe.training import joined
 
-    options = {name: value for name, value in given.items() if name not in MACHINE}
+    options = {name: value for name, value in given.items() if name not in NOT_STORED}
     options["unfreeze"] = [unfreeze] if isinstance(unfreeze, str) else list(unfreeze)
     options["schedule"] = list(schedule) if isinstance(schedule, tuple) else schedule
     if resume is False:

@@ -100,7 +100,6 @@ def _wish(options: Mapping[str, Any]) -> Wish:
         augment=options["augment"],
         seed=options["seed"],
         max_bytes=parse_amount(options["max_cache_size"], BYTES, "--max-cache-size", "20GB"),
-        noise=options["noise"],
         images_only="--cutmix" if options["cutmix"] else "",
     )
 

@@ -66,7 +66,7 @@ def unfinished_run(
     name = ranks.tell(lambda: find_unfinished(runs_dir, VERB, text) if again else new_name(VERB))
     with hold_unfinished(runs_dir, name) if ranks.first else nullcontext(unfinished_folder(runs_dir, name)) as folder:
         path = folder / CHECKPOINT
-        stored: dict[str, Any] = _read(path) if again else {"options": options, "state": None, "source": None}
+        stored: dict[str, Any] = _read(path, name) if again else {"options": options, "state": None, "source": None}
         _refuse_changes(name, stored["options"], options, defaults)
         try:
             yield Unfinished(folder, name, stored["options"], stored["state"], ranks, stored["source"])
@@ -85,7 +85,7 @@ def _save(whole: Mapping[str, Any], stream: IO[bytes]) -> None:
         raise (exc.__context__ if isinstance(exc.__context__, OSError) else exc) from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, name: str) -> dict[str, Any]:
     try:
         found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(found, dict) or found.get("format") != FORMAT:
@@ -93,6 +93,10 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RuntimeError, EOFError, LookupError, pickle.UnpicklingError) as exc:
         reason = " ".join(str(exc).split())[:200]
         raise ModelMismatch(f"{path} is no checkpoint that can be read: {reason}", hint="start a new run") from exc
+    noise, activations = found["options"].pop("noise", 0.0), (found["source"] or {}).get("activations", {})
+    removed = f"--noise {noise:g}" if noise else "packed activations" if activations.get("packed") else ""
+    if removed:
+        raise ModelMismatch(f"cannot resume {name}: {removed} was removed", hint="start a new run")
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -86,24 +85,6 @@ def test_activations_too_large_for_float16_stay_float32(tmp_path: Path, monkeypa
     assert (told["stored_dtype"], told["float16_max_abs_diff"]) == ("float32", float("inf"))
 
 
-def test_what_fits_only_when_packed_is_packed(head: ep.Classifier) -> None:
-    """Not a bit of the result depends on it, and a resumed run goes on with it."""
-    plain = ep.finetune(head, **PLAIN, cache_activations="on")
-    told = plain.report["activations"]
-    assert not told["packed"]
-    tight = PLAIN | {"max_cache_size": f"{told['bytes'] - 1000}B"}
-    packed = ep.finetune(head, **tight, cache_activations="on")
-    assert packed.report["activations"]["packed"]
-    assert packed.report["activations"]["bytes"] < told["bytes"] - 1000
-    assert re.search(r"packed to \d\d % of", packed.report["activations"]["reason"])
-    assert largest_difference(plain, packed) == 0.0
-    with pytest.raises(Stopped):
-        ep.finetune(head, **tight, cache_activations="on", progress=stop_at(3, Stopped("now")))
-    resumed = ep.finetune(resume=True)
-    assert resumed.report["activations"]["packed"]
-    assert largest_difference(plain, resumed) == 0.0
-
-
 def test_a_second_run_computes_no_activation(head: ep.Classifier) -> None:
     first = ep.finetune(head, **PLAIN, cache_activations="on").report
     again = ep.finetune(head, **PLAIN | {"lr": 1e-3}, cache_activations="auto").report
@@ -175,16 +156,6 @@ def test_mixup_at_the_cut_of_a_transformer(tmp_path: Path, monkeypatch: pytest.M
     mixed = ep.finetune(head, **PLAIN | {"unfreeze": "blocks.1", "mixup": 0.5}, cache_activations="on")
     assert mixed.report["cut"] == "blocks.1"
     assert mixed.report["activations"]["cached"]
-
-
-def test_noise_is_added_to_activations_alone(head: ep.Classifier) -> None:
-    noisy = ep.finetune(head, **PLAIN, noise=0.5)
-    assert noisy.report["activations"]["cached"]
-    assert noisy.report["epochs"][0] | {"seconds": 0} == ep.finetune(head, **PLAIN).report["epochs"][0] | {"seconds": 0}
-    assert largest_difference(noisy, ep.finetune(head, **PLAIN, noise=0.5)) == 0.0
-    assert largest_difference(noisy, ep.finetune(head, **PLAIN)) > 0.0
-    with pytest.raises(UsageError, match="no activations can be kept"):
-        ep.finetune(head, **PLAIN | {"unfreeze": "all"}, noise=0.5)
 
 
 def test_a_resumed_run_trains_on_what_it_trained_on(head: ep.Classifier) -> None:

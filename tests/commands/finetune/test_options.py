@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import embedpipe as ep
-from embedpipe.errors import EmbedpipeError, UsageError
+from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, UsageError
 from embedpipe.runs import list_runs
 from tests.commands.finetune.conftest import same
 from tests.conftest import Run, write_photos
@@ -85,6 +85,21 @@ def test_what_cannot_be(head: ep.Classifier, wrong: dict[str, Any], message: str
     with pytest.raises(UsageError, match=message):
         ep.finetune(head, **{**FAST, **wrong})
     assert list(Path("runs").glob("*finetune*")) == []
+
+
+def test_noise_was_removed(head: ep.Classifier, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"--noise 0.1 was removed"):
+        ep.finetune(head, **FAST, noise=0.1)
+    with pytest.warns(EmbedpipeWarning, match="--noise is no longer used"), pytest.raises(UsageError, match="unfreeze"):
+        ep.finetune(head, noise=0.0)
+    where = ["--unfreeze", "none", "--runs-dir", tmp_path / "runs", "--cache-dir", tmp_path / "cache", "--json"]
+    assert run("finetune", "--noise", 0.1, *where).code == 2
+    warned = run("finetune", "--noise", 0, "--epochs", 1, *where).envelope["warnings"]
+    assert [text for text in warned if "--noise is no longer used" in text]
+    (tmp_path / "noise.yaml").write_text("finetune: {noise: 0.1}")
+    assert run("finetune", "--config", tmp_path / "noise.yaml", *where).code == 2
+    monkeypatch.setenv("EMBEDPIPE_FINETUNE_NOISE", "0.1")
+    assert "--noise 0.1 was removed" in run("finetune", *where).line
 
 
 def test_models_that_cannot_checkpoint_and_transforms_of_ones_own(tmp_path: Path, monkeypatch: Any) -> None:

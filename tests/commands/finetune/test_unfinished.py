@@ -13,7 +13,7 @@ import torch
 import embedpipe as ep
 from embedpipe.errors import CacheBusy, Interrupted, ModelMismatch, Stopped, UsageError
 from embedpipe.runs import find_unfinished, latest_run, list_runs
-from tests.commands.finetune.conftest import same, stop_at
+from tests.commands.finetune.conftest import same, stop_at, weights
 
 RUNS = Path("runs")
 OPTIONS: dict[str, Any] = {"unfreeze": "layer4", "epochs": 2, "batch_size": 8, "lr": 1e-2, "augment": "strong"}
@@ -95,6 +95,48 @@ def test_a_checkpoint_that_cannot_be_read(head: ep.Classifier, content: Any) -> 
     else:
         path.write_bytes(path.read_bytes()[:-1000] if content is None else content)
     with pytest.raises(ModelMismatch, match="is no checkpoint that can be read"):
+        ep.finetune(resume=True)
+
+
+def restore(head: ep.Classifier, name: str, **changes: dict[str, Any]) -> None:
+    """Put an unfinished run of the first format, stopped in epoch 2 of 3, into the runs folder; it starts from `head`."""
+    stored = torch.load(Path(__file__).with_name(f"unfinished-{name}.pt"), weights_only=True)
+    stored["options"]["run"] = str(head.folder.absolute() if head.folder else None)
+    for part, values in changes.items():
+        (stored["options"] if part == "options" else stored["source"]["activations"]).update(values)
+    folder = RUNS / ".unfinished-20260101-120000-finetune-abcdef"
+    folder.mkdir()
+    torch.save(stored, folder / "checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("images", {"cache_activations": "off", "augment": "flip"}), ("activations", {"cache_activations": "on"})],
+)
+def test_a_run_of_an_earlier_version_resumes(head: ep.Classifier, name: str, source: dict[str, Any]) -> None:
+    """It ends with the weights of an uninterrupted run. Its options hold the noise of 0 that was the default."""
+    restore(head, name)
+    resumed = ep.finetune(resume=True)
+    training = {"unfreeze": "none", "epochs": 3, "batch_size": 8, "lr": 1e-2, "head_lr": 0.1, "optimizer": "sgd"}
+    whole = ep.finetune(head, **training, **source)
+    assert resumed.report["resumed"]
+    assert resumed.report["options"] == whole.report["options"]
+    for key in ("train_loss", "val_loss"):
+        losses = [[epoch[key] for epoch in tuned.report["epochs"]] for tuned in (resumed, whole)]
+        assert losses[0][2:] == pytest.approx(losses[1][2:], rel=1e-4)  # another processor may round otherwise
+    for weight, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(resumed)[weight], tensor)
+
+
+@pytest.mark.parametrize(
+    ("changes", "removed"),
+    [({"options": {"noise": 0.5}}, "--noise 0.5"), ({"activations": {"packed": True}}, "packed activations")],
+)
+def test_a_run_with_removed_options_is_refused(
+    head: ep.Classifier, changes: dict[str, dict[str, Any]], removed: str
+) -> None:
+    restore(head, "activations", **changes)
+    with pytest.raises(ModelMismatch, match=f"cannot resume 20260101-120000-finetune-abcdef: {removed}"):
         ep.finetune(resume=True)
 
 
