@@ -28,7 +28,7 @@ Way = Callable[..., dict[str, Any]]
 
 CHILD = "--run-way"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-EXECUTORS = ("auto", "eager", "fused", "compile", "openvino")
+EXECUTORS = ("auto", "eager", "compile", "openvino")
 HERE = Path(__file__).parent
 
 

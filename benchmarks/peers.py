@@ -190,8 +190,6 @@ def _stand_in_for_tensorflow() -> None:
 
 OURS: dict[str, dict[str, Any]] = {
     "embedpipe": {},
-    "embedpipe, fused": {"executor": "fused"},
-    "embedpipe, fused, fast pixels": {"executor": "fused", "pixels": "fast"},
     "embedpipe, openvino": {"executor": "openvino"},
     "embedpipe, openvino, fast pixels": {"executor": "openvino", "pixels": "fast"},
 }

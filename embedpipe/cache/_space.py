@@ -6,16 +6,16 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from embedpipe.cache._caring import mark_used
-from embedpipe.cache._meta import Meta, read_meta
+from embedpipe.cache._meta import Meta, read_meta, write_meta
 from embedpipe.cache._structure import damaged
-from embedpipe.errors import StorageError
+from embedpipe.errors import CacheMismatch, StorageError
 from embedpipe.provenance import fingerprint
 from embedpipe.storage import storage_errors
 
@@ -129,6 +129,32 @@ class Space:
 
         with suppress(StorageError):  # no folder yet, or one that the writer itself will complain of
             WriterLock(self.folder / ".lock").release()
+
+    def discard_pending(self) -> None:
+        """Remove the shards that are not merged yet, and the pins of the interrupted extraction that wrote them.
+
+        Raises
+        ------
+        CacheBusy        somebody else writes to this space
+        CacheMismatch    the file system has no locks, so that another process may be writing
+        """
+        from embedpipe.cache._lock import WriterLock
+
+        lock = WriterLock(self.folder / ".lock")
+        try:
+            if not lock.proved:
+                raise CacheMismatch(
+                    f"{self.folder.name} has rows of an interrupted extraction that cannot be continued, "
+                    "and the file system has no locks, so they cannot be removed safely",
+                    hint=f"`embedpipe cache rm {self.folder.name}`, and run the same command again",
+                )
+            with storage_errors(self.shards_folder, "remove unfinished rows from"):
+                for path in self.shard_paths():
+                    path.unlink(missing_ok=True)
+            if meta := self.meta:
+                write_meta(self.folder, replace(meta, pins=None))
+        finally:
+            lock.release()
 
     def writer(
         self,

@@ -11,20 +11,17 @@ from embedpipe.inference._estimate import Planned, PlannedSpace, plan_spaces
 from embedpipe.inference._executor import Session
 from embedpipe.inference._executor_selection import settle
 from embedpipe.inference._extraction import Progress, fill_spaces
-from embedpipe.inference._fused import Fused, has_fused
 from embedpipe.inference._lookup import Filled, Target, look_up, reuse_space, row_bytes, space_name, space_spec
 from embedpipe.inference._openvino import OpenVino, graph_name, has_openvino
 from embedpipe.inference._runner import Rows, Runner
 from embedpipe.inference._settings import Forward, begin_decoding, plan_forward
 from embedpipe.inference._spec_memo import question_of, recall, recall_layers, remember, remember_layers
 from embedpipe.inference._stream import stream_rows
-from embedpipe.inference._suiting import tiled_share
 from embedpipe.inference._torch import Torch
 
 __all__ = [
     "Filled",
     "Forward",
-    "Fused",
     "OpenVino",
     "Planned",
     "PlannedSpace",
@@ -38,7 +35,6 @@ __all__ = [
     "begin_decoding",
     "fill_spaces",
     "graph_name",
-    "has_fused",
     "has_openvino",
     "look_up",
     "plan_forward",
@@ -56,5 +52,4 @@ __all__ = [
     "space_name",
     "space_spec",
     "stream_rows",
-    "tiled_share",
 ]

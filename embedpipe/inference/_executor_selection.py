@@ -17,11 +17,9 @@ import numpy as np
 from embedpipe.data import Place
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, StorageError, UsageError
 from embedpipe.images import image_batches
-from embedpipe.inference._fused import has_fused
 from embedpipe.inference._openvino import graph_name, has_openvino
 from embedpipe.inference._runner import Runner
 from embedpipe.inference._settings import FIRST_BATCH, Forward, torch_threads
-from embedpipe.inference._suiting import tiled_share
 from embedpipe.storage import publish
 
 if TYPE_CHECKING:
@@ -41,10 +39,8 @@ class Cost:
     gain: float
 
 
-# Before anything is measured. OpenVINO: 3 to 6 s, saves 15 to 60 %; fused: 1 to 3 s, saves 15 to 45 %; torch.compile on a GPU:
-# a minute, 10 to 20 %.
-EXPECTED = {"openvino": Cost(6.0, 0.3), "fused": Cost(3.0, 0.25), "compile": Cost(60.0, 0.15)}
-WORTH_TILES = 0.25  # of a model's multiplications in 3x3 convolutions: from here on fused is faster than OpenVINO
+# Before anything is measured. OpenVINO: 3 to 6 s, saves 15 to 60 %; torch.compile on a GPU: a minute, 10 to 20 %.
+EXPECTED = {"openvino": Cost(6.0, 0.3), "compile": Cost(60.0, 0.15)}
 
 
 def settle(
@@ -78,7 +74,7 @@ def settle(
     name = _candidate(eager) if wanted == "auto" else wanted
     if name == "eager":
         return eager
-    if name in ("fused", "openvino") and (forward.precision, forward.device) != ("fp32", "cpu"):
+    if name == "openvino" and (forward.precision, forward.device) != ("fp32", "cpu"):
         raise UsageError(
             f"--executor {name} with --precision {forward.precision} on {forward.device}, expected fp32 on cpu",
             hint="leave out one of them",
@@ -123,8 +119,6 @@ def _candidate(eager: Runner) -> str:
         return "compile"
     if (forward.device, forward.precision) != ("cpu", "fp32"):
         return "eager"
-    if has_fused() and (not has_openvino() or min(map(tiled_share, eager.joints)) >= WORTH_TILES):
-        return "fused"
     return "openvino" if has_openvino() else "eager"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +14,7 @@ from typing import Any
 
 from embedpipe.cache import SpaceWriter
 from embedpipe.data import Manifest, Place, Sample
-from embedpipe.errors import CacheBusy, CacheMismatch, StorageError
+from embedpipe.errors import CacheBusy, CacheMismatch, EmbedpipeWarning, StorageError
 from embedpipe.images import DECODER
 from embedpipe.inference._drift import check_drift, is_new, record_environment
 from embedpipe.inference._executor_selection import settle
@@ -26,6 +27,7 @@ from embedpipe.storage import check_free_space
 
 Progress = Callable[[str, int, int], None]
 MOST_PENDING = 64  # batches of rows on their way to the disk
+REMOVED_EXECUTOR = "fused"
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,26 @@ def fill_spaces(
     CacheMismatch    stored rows come out differently in this environment
     """
     filled: dict[Path, Filled] = {}
+    _discard_removed(targets)
     order = Order(manifest, shard_rows, retry_failed, progress, graphs)
     for some in _by_pins(targets):
         pins = pins_of(some[0])
         done = _fill_together(order, some, forward.pinned(pins) if pins else forward)
         filled |= zip((target.space.folder for target in some), done, strict=True)
     return [filled[target.space.folder] for target in targets]
+
+
+def _discard_removed(targets: Sequence[Target]) -> None:
+    """Drop the pending rows of interrupted extractions whose executor no longer exists; all rows get the same one."""
+    for target in targets:
+        if pins_of(target).get("executor") == REMOVED_EXECUTOR:
+            target.space.discard_pending()
+            warnings.warn(
+                f"{target.space.folder.name} was interrupted while --executor {REMOVED_EXECUTOR}, which was removed, "
+                "computed it; its unfinished rows are computed again",
+                EmbedpipeWarning,
+                stacklevel=3,
+            )
 
 
 def pins_of(target: Target) -> dict[str, Any]:

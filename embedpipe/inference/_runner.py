@@ -13,7 +13,6 @@ import numpy as np
 
 from embedpipe.images import ALL, Batch, Transform
 from embedpipe.inference._executor import Session
-from embedpipe.inference._fused import Fused
 from embedpipe.inference._openvino import OpenVino
 from embedpipe.inference._settings import Forward
 from embedpipe.inference._torch import Torch
@@ -157,8 +156,6 @@ def open_session(joints: Sequence[Joint], forward: Forward, graphs: Path | None 
     """Return a session of the executor that `forward` names."""
     if forward.executor == "openvino":
         return OpenVino(joints, batch_size=forward.batch_size, streams=forward.streams, graphs=graphs)
-    if forward.executor == "fused":
-        return Fused(joints, batch_size=forward.batch_size)
     return open_torch(joints, forward, compiled=forward.executor == "compile")
 
 

@@ -12,8 +12,8 @@ from embedpipe.errors import UsageError
 from embedpipe.images import start_decoders
 
 FIRST_BATCH = 64  # on a device, before the best size is found
-# small ones stay in the caches of a core: a fifth faster than 32; Winograd's matrices are read once a batch
-CPU_BATCH = {"eager": 4, "fused": 8, "openvino": 2, "compile": 4}
+# small ones stay in the caches of a core: a fifth faster than 32
+CPU_BATCH = {"eager": 4, "openvino": 2, "compile": 4}
 LOAD = 8  # images that are handed on together where batches are smaller: each time costs half a millisecond
 MOST_STREAMS = 8  # each holds the activations of a batch
 
@@ -22,7 +22,7 @@ MOST_STREAMS = 8  # each holds the activations of a batch
 class Forward:
     """How images go through a backbone. Precision and stored dtype shape a feature; the rest does not.
 
-    executor : str        "eager", "fused", "compile" or "openvino"; "auto" until `settle` has chosen
+    executor : str        "eager", "compile" or "openvino"; "auto" until `settle` has chosen
     batch_size : int      images a batch; the last one is padded, so that no row depends on its place; 0 until `settle`
                           knows how many suit the executor and the device
     load : int            images that are handed on together where batches are smaller

@@ -233,3 +233,54 @@ def test_one_layer_may_be_named_without_a_list(photos: Path, tmp_path: Path) -> 
         for layer in ("layer1", ("layer1",))
     ]
     assert named[0] == named[1]
+
+
+def interrupt(space: Path, **pins: Any) -> dict[str, Any]:
+    """Let a space say that its extraction was interrupted under other pins, and return these."""
+    from dataclasses import replace
+
+    from embedpipe.cache._meta import read_meta, write_meta
+
+    meta = read_meta(space)
+    assert meta is not None
+    environments = tuple({**one, "pins": {**one["pins"], **pins}} for one in meta.environments)
+    changed = replace(meta, environments=environments, pins={**meta.environments[-1]["pins"], **pins})
+    write_meta(space, changed)
+    return dict(changed.pins or {})
+
+
+def test_the_removed_executor_means_auto(run: Run, photos: Path) -> None:
+    done = run("extract", photos, *TINY, "--executor", "fused", "--json")
+    assert (done.code, done.data["executor"]) == (0, "eager")
+    assert [text for text in done.envelope["warnings"] if "--executor fused is no longer used" in text]
+    with pytest.warns(ep.EmbedpipeWarning, match="--executor fused is no longer used"):
+        assert ep.extract(photos, "timm:test_resnet", weights="none", executor="fused").summary["reused"] == 36
+
+
+def test_complete_spaces_of_the_removed_executor_are_served(run: Run, photos: Path) -> None:
+    space = Path(run("extract", photos / "red", *TINY, "--json").data["space"])
+    interrupt(space, executor="fused")
+    from dataclasses import replace
+
+    from embedpipe.cache._meta import read_meta, write_meta
+
+    meta = read_meta(space)
+    assert meta is not None
+    write_meta(space, replace(meta, pins=None))
+    served = run("extract", photos / "red", *TINY, "--json")
+    assert (served.data["computed"], served.data["reused"], served.envelope["warnings"]) == (0, 12, [])
+    more = run("extract", photos, *TINY, "--json").data
+    assert (more["computed"], more["reused"]) == (24, 12)
+
+
+def test_an_extraction_that_the_removed_executor_began_starts_again(run: Run, photos: Path) -> None:
+    whole = run("extract", photos, *TINY, "--cache-dir", "whole", "--json").data
+    space = Path(run("extract", photos / "red", *TINY, "--json").data["space"])
+    (space / "shards" / f"{1:08d}-{'0' * 32}.h5").write_bytes((space / "features.h5").read_bytes())
+    (space / "features.h5").unlink()  # as it was before the merge
+    interrupt(space, executor="fused", batch_size=8)
+    again = run("extract", photos, *TINY, "--json")
+    assert (again.code, again.data["computed"], again.data["reused"]) == (0, 36, 0)
+    assert [text for text in again.envelope["warnings"] if "are computed again" in text]
+    assert Path(again.data["features"]).read_bytes() == Path(whole["features"]).read_bytes()
+    assert run("extract", photos, *TINY, "--json").data["reused"] == 36

@@ -13,7 +13,7 @@ from torch import nn
 
 from embedpipe.backbones import Backbone, Joint, at_layer, join, load_backbone
 from embedpipe.images import Transform
-from embedpipe.inference import Fused, OpenVino, Session, Torch, graph_name
+from embedpipe.inference import OpenVino, Session, Torch, graph_name
 from embedpipe.inference._folding import find_pairs, fold
 
 BATCH = 4
@@ -21,7 +21,6 @@ NAMES = ("timm:test_resnet", "timm:test_efficientnet", "timm:test_vit", "torchvi
 MAKERS: dict[str, Callable[[list[Joint]], Session]] = {
     "eager": lambda joints: Torch(joints),
     "eager, not folded": lambda joints: Torch(joints, folded=False),
-    "fused": lambda joints: Fused(joints, batch_size=BATCH),
     "openvino": lambda joints: OpenVino(joints, batch_size=BATCH, streams=2),
 }
 
@@ -75,7 +74,7 @@ def test_features_are_those_of_the_plain_module(name: str, maker: str) -> None:
     assert largest(found, expected) < 1e-5
 
 
-@pytest.mark.parametrize("maker", ["eager", "fused", "openvino"])
+@pytest.mark.parametrize("maker", ["eager", "openvino"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_does_not_depend_on_its_place_or_its_thread(name: str, maker: str) -> None:
     joints, _ = join([load(name)])

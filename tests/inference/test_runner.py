@@ -18,7 +18,7 @@ from PIL import Image
 from embedpipe.backbones import Backbone, at_layer, load_backbone
 from embedpipe.errors import EmbedpipeWarning, UsageError
 from embedpipe.images import Transform, image_batches
-from embedpipe.inference import Forward, Rows, Runner, plan_forward, settle, stream_rows, tiled_share
+from embedpipe.inference import Forward, Rows, Runner, plan_forward, settle, stream_rows
 from embedpipe.inference import _executor_selection as settling
 from embedpipe.inference._executor_selection import find_batch
 
@@ -211,35 +211,24 @@ def test_much_work_is_done_by_what_is_faster(
     runner = choose(backbone, items, graphs, work=10_000_000)
     (memo,) = graphs.glob("*.json")
     cost = json.loads(memo.read_text())
-    tried = memo.stem.split("-")[1]
-    assert tried == ("fused" if tiled_share(runner.joints[0]) > 0.25 else "openvino")
-    assert runner.forward.executor == (tried if cost["gain"] > 0 else "eager")
+    assert memo.stem.split("-")[1] == "openvino"
+    assert runner.forward.executor == ("openvino" if cost["gain"] > 0 else "eager")
     assert cost["warm_up_s"] > 0
     before = memo.write_text(json.dumps({"warm_up_s": 1.0, "gain": 0.0}))  # what was measured decides the next time
     assert choose(backbone, items, graphs, work=10_000_000).forward.executor == "eager"
     assert memo.stat().st_size == before  # nothing was tried
 
 
-@pytest.mark.parametrize(("executor", "name"), [("fused", "timm:resnet10t"), ("openvino", "timm:test_resnet")])
 def test_an_executor_asked_for_by_name_is_proved(
-    items: list[tuple[bytes, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, executor: str, name: str
+    items: list[tuple[bytes, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backbone = load_backbone(name, weights="none")
+    executor, backbone = "openvino", load_backbone("timm:test_resnet", weights="none")
     runner = choose(backbone, items, tmp_path, work=1, executor=executor)
     assert runner.forward.executor == executor
     assert 0 < runner.difference < 1e-5
     monkeypatch.setattr(settling, "AGREEMENT", runner.difference / 2)
     with pytest.warns(EmbedpipeWarning, match=f"{executor} differs from eager torch by"):
         assert choose(backbone, items, tmp_path, work=1, executor=executor).forward.executor == "eager"
-
-
-@pytest.mark.parametrize(("name", "tried"), [("timm:resnet10t", "fused"), ("timm:test_vit", "openvino")])
-def test_what_is_tried_depends_on_the_model(
-    name: str, tried: str, items: list[tuple[bytes, Path]], tmp_path: Path
-) -> None:
-    choose(load_backbone(name, weights="none"), items, tmp_path, work=10_000_000)
-    (memo,) = tmp_path.glob("*.json")
-    assert memo.stem.split("-")[1] == tried
 
 
 class Unconvertible(torch.nn.Module):
@@ -255,9 +244,8 @@ def test_a_model_that_cannot_be_converted_runs_in_eager_torch(items: list[tuple[
         assert choose(odd, items, tmp_path, work=1, executor="openvino").forward.executor == "eager"
 
 
-@pytest.mark.parametrize("executor", ["fused", "openvino"])
-def test_another_precision_is_refused(backbone: Backbone, items: list[tuple[bytes, Path]], executor: str) -> None:
-    forward = replace(FORWARD, executor=executor, precision="bf16")
+def test_another_precision_is_refused(backbone: Backbone, items: list[tuple[bytes, Path]]) -> None:
+    forward = replace(FORWARD, executor="openvino", precision="bf16")
     with pytest.raises(UsageError, match="expected fp32 on cpu"):
         settle([backbone], forward, items, work=1)
 
@@ -273,4 +261,4 @@ def test_a_plan_has_a_stream_a_core() -> None:
     assert plan.streams * plan.threads >= 1
     assert (plan.batch_size, plan.executor) == (0, "auto")
     assert (plan.definite.executor, plan.definite.batch_size) == ("eager", 4)
-    assert (plan.under("openvino").batch_size, plan.under("fused").batch_size) == (2, 8)
+    assert plan.under("openvino").batch_size == 2

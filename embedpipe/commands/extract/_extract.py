@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embedpipe.errors import EmbedpipeError, EmbedpipeWarning
+from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, check_removed_option
 from embedpipe.storage import PathLike
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def extract(
     device : str
         auto, cpu, cuda, cuda:K or mps. A device that is not there is an error.
     executor : str
-        What carries images through the backbone; auto measures which is worth its warm-up for the images ahead.
+        What runs the backbone. auto: the one expected to finish these images first; fused: no longer used, means auto.
     workers : int or auto
         Decoding processes.
     split_by : str
@@ -131,6 +131,10 @@ def extract(
     from embedpipe.commands.extract._requests import Workshop
     from embedpipe.features import FeatureSet
 
+    if executor == "fused":
+        reason = "it was removed, and auto chooses among the others"
+        check_removed_option("--executor fused", executor, harmless=("fused",), reason=reason)
+        executor = "auto"
     start, cache = time.monotonic(), Cache(Path(cache_dir))
     reading: dict[str, Any] = {"split_by": split_by, "limit": limit, "allow_outside": allow_outside}
     reading |= {"val_fraction": val_fraction, "test_fraction": test_fraction}

@@ -14,7 +14,7 @@ ADVICE = {
     "forward": "the backbone sets the pace: use a GPU, a smaller backbone or a smaller --image-size",
     "commit": "the disk sets the pace: name a --cache-dir on a faster one, or a larger --shard-rows",
 }
-INSTALL = "; on this CPU, pip install 'embedpipe[openvino,fused]' may double it"
+INSTALL = "; on this CPU, pip install 'embedpipe[openvino]' may double it"
 
 
 def describe(manifest: Manifest, dataset: str, extracted: Sequence[Extracted], seconds: float) -> dict[str, Any]:
@@ -34,12 +34,12 @@ def describe(manifest: Manifest, dataset: str, extracted: Sequence[Extracted], s
 
 def advise(extracted: Sequence[Extracted]) -> str:
     """Return which stage set the pace and what to change; empty where nothing was computed."""
-    from embedpipe.inference import has_fused, has_openvino
+    from embedpipe.inference import has_openvino
 
     filled = next((one.filled for one in extracted if one.filled.bottleneck != "none"), None)
     if filled is None:
         return ""
-    install = filled.bottleneck == "forward" and filled.executor == "eager" and not (has_openvino() or has_fused())
+    install = filled.bottleneck == "forward" and filled.executor == "eager" and not has_openvino()
     return ADVICE[filled.bottleneck] + (INSTALL if install else "")
 
 
