@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import embedpipe as ep
+from embedpipe.errors import EmbedpipeWarning
 from embedpipe.images import Transform, decode_image
 from embedpipe.images._augment import AUGMENTS
 from tests.conftest import TINY, Run, write_photos
@@ -253,7 +254,7 @@ def test_the_removed_executor_means_auto(run: Run, photos: Path) -> None:
     done = run("extract", photos, *TINY, "--executor", "fused", "--json")
     assert (done.code, done.data["executor"]) == (0, "eager")
     assert [text for text in done.envelope["warnings"] if "--executor fused is no longer used" in text]
-    with pytest.warns(ep.EmbedpipeWarning, match="--executor fused is no longer used"):
+    with pytest.warns(EmbedpipeWarning, match="--executor fused is no longer used"):
         assert ep.extract(photos, "timm:test_resnet", weights="none", executor="fused").summary["reused"] == 36
 
 
