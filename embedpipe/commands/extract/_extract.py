@@ -131,17 +131,13 @@ def extract(
     from embedpipe.commands.extract._requests import Workshop
     from embedpipe.features import FeatureSet
 
-    if executor == "fused":
-        reason = "it was removed, and auto chooses among the others"
-        check_removed_option("--executor fused", executor, harmless=("fused",), reason=reason)
-        executor = "auto"
     start, cache = time.monotonic(), Cache(Path(cache_dir))
     reading: dict[str, Any] = {"split_by": split_by, "limit": limit, "allow_outside": allow_outside}
     reading |= {"val_fraction": val_fraction, "test_fraction": test_fraction}
     shape = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation, "pixels": pixels}
     loader = {"weights": weights, "seed": seed, "pool": pool, **shape}
     settings: dict[str, Any] = {"precision": precision, "store_dtype": store_dtype}
-    settings |= {"device": device, "batch_size": batch_size, "workers": workers, "executor": executor}
+    settings |= {"device": device, "batch_size": batch_size, "workers": workers, "executor": _existing(executor)}
     writing = {"shard_rows": shard_rows, "retry_failed": retry_failed, "progress": progress}
     with closing(KeyIndex(keep=not dry_run)) as index:
         manifest = _read(data, index, **reading)
@@ -167,6 +163,15 @@ def _fulfil(workshop: Workshop, wishes: Sequence[Wish], manifest: Manifest, **wr
     if rest:
         done |= zip(rest, workshop.fill([wishes[n] for n in rest], manifest, **writing), strict=True)
     return [done[n] for n in range(len(wishes))]
+
+
+def _existing(executor: str) -> str:
+    """Return an executor that exists: auto, with a warning, for the removed one."""
+    if executor != "fused":
+        return executor
+    reason = "it was removed, and auto chooses among the others"
+    check_removed_option("--executor fused", executor, harmless=("fused",), reason=reason)
+    return "auto"
 
 
 def _as_list(backbone: str | Backbone | Sequence[str]) -> list[Any]:
