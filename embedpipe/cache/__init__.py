@@ -1,7 +1,24 @@
-"""The cache: features keyed by the bytes of their images, in spaces named by all that shapes them.
+"""The feature cache: features of images, stored by the sha256 of the image files.
 
-The only room that imports h5py. Deeds and the pipeline may enter; it imports only the nouns of
-`manifest`, `errors` and `provenance`, and never torch.
+A cache folder holds spaces, data sets and `latest.json`. A space holds all features with one fingerprint, the sha256 of its
+spec: everything that determines a feature, such as weights, layer, transform and precision.
+
+Modules, each of which uses only those before it:
+
+_structure    reads the structure of an untrusted HDF5 file
+_sealed       HDF5 files with a checksum of their header
+_features     feature files: rows, keys, failures, and a checksum of each MiB
+_meta         the folder of a space, and meta.json
+_view         reading a space without a lock
+_lock         the lock of the writer
+_writer       writing a space: shards, commits and merges
+_eviction     size, last use and removal of spaces
+_space        a space
+_datasets     sample tables: paths, labels, splits and groups
+_cache        the cache folder
+_index        a memo of image hashes
+_export       export to one HDF5, NumPy or Parquet file
+_verify       verification
 
 >>> space = Cache(Path("cache")).open_space(spec, name="timm-resnet18")
 >>> with space.writer(feature_dim=512, dtype="float32", environment={}, pins={}) as writer:
@@ -11,11 +28,10 @@ The only room that imports h5py. Deeds and the pipeline may enter; it imports on
 """
 
 from embedpipe.cache._cache import Cache
-from embedpipe.cache._caring import last_used, measure, sweep_leftovers
 from embedpipe.cache._datasets import dataset_name
+from embedpipe.cache._eviction import last_used, measure, sweep_leftovers
 from embedpipe.cache._export import Exported, writer_of
 from embedpipe.cache._index import KeyIndex
-from embedpipe.cache._packing import Packing, try_packing
 from embedpipe.cache._space import Space
 from embedpipe.cache._verify import DAMAGE, Finding, prove_files, prove_latest, prove_space
 from embedpipe.cache._view import SpaceView
@@ -27,7 +43,6 @@ __all__ = [
     "Exported",
     "Finding",
     "KeyIndex",
-    "Packing",
     "Space",
     "SpaceView",
     "SpaceWriter",
@@ -38,6 +53,5 @@ __all__ = [
     "prove_latest",
     "prove_space",
     "sweep_leftovers",
-    "try_packing",
     "writer_of",
 ]

@@ -1,10 +1,11 @@
-"""One self-contained file of features, labels, paths, splits, classes and keys, for readers that know no embedpipe.
+"""Export of a data set to one file with features, labels, paths, splits, groups, classes and keys.
 
-h5        plain HDF5, as `write_sealed` makes it: read with h5py alone
-npy       one .npz of plain arrays, no pickle inside
-parquet   a column each; a byte that is not UTF-8 is written as \\xNN, and a backslash doubled, so that no name is lost
+h5        plain HDF5 with the layout of `_sealed`; h5py alone reads it
+npy       one .npz of plain arrays, without pickle
+parquet   one column per array; a byte that is not UTF-8 is written as \\xNN and a backslash is doubled, so every file name
+          can be recovered
 
-In h5 and npy texts are bytes: names of files keep theirs, whatever the encoding.
+In h5 and npy, texts are bytes: file names keep their bytes, whatever their encoding.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from embedpipe.cache._features import key_matrix, text_column
-from embedpipe.cache._packing import Array
-from embedpipe.cache._sealed import build_head, seal
-from embedpipe.cache._structure import Large
+from embedpipe.cache._features import encode_texts, key_matrix
+from embedpipe.cache._sealed import build_header, seal
+from embedpipe.cache._structure import Array, ArrayInfo
 from embedpipe.cache._view import CHUNK_BYTES, SpaceView
 from embedpipe.data import Manifest, Sample
 from embedpipe.errors import UsageError
@@ -27,13 +27,16 @@ from embedpipe.provenance import canonical_json
 
 
 class Exported:
-    """Rows of a space with what their data set says of them, ready to be written.
+    """The rows of a data set in one space, with paths, labels, splits and groups, in the order of `samples`.
 
-    samples : n Sample, each with a row in the view; one row a sample, in this order
+    samples : n Sample, each with a row in the view
+    chunk_bytes : int    features held in memory at a time, in h5 and parquet
     """
 
-    def __init__(self, manifest: Manifest, samples: tuple[Sample, ...], view: SpaceView) -> None:
-        self.view, self.keys = view, [sample.key for sample in samples]
+    def __init__(
+        self, manifest: Manifest, samples: tuple[Sample, ...], view: SpaceView, *, chunk_bytes: int = CHUNK_BYTES
+    ) -> None:
+        self.view, self.keys, self._chunk_bytes = view, [sample.key for sample in samples], chunk_bytes
         self.task, self.labels = manifest.task, manifest.targets(samples)
         self.texts = {
             "paths": [manifest.name_of(sample) for sample in samples],
@@ -45,19 +48,21 @@ class Exported:
 
     @property
     def columns(self) -> dict[str, Array]:
-        """All arrays but the features."""
-        texts = {name: text_column(values) for name, values in {**self.texts, "classes": self.classes}.items()}
+        """All arrays except the features."""
+        texts = {name: encode_texts(values) for name, values in {**self.texts, "classes": self.classes}.items()}
         return {**texts, "labels": self.labels, "keys": key_matrix(self.keys)}
 
     def chunks(self) -> Iterator[Array]:
-        """Yield the features, some MiB at a time."""
-        step = max(1, CHUNK_BYTES // max(1, self.view.feature_dim * self.view.dtype.itemsize))
-        for start in range(0, len(self.keys), step):
-            yield self.view.read(self.keys[start : start + step])
+        """Yield the features in chunks of rows."""
+        return self.view.read_chunks(self.keys, self._chunk_bytes)
 
 
 def writer_of(format: str, exported: Exported, about: dict[str, str]) -> Callable[[IO[bytes]], None]:
-    """Return the function that writes a format to a stream; `about` goes with it where the format has a place for it.
+    """Return the function that writes a format to a stream.
+
+    Parameters
+    ----------
+    about : dict    facts stored with the arrays, such as the spec of the space
 
     Raises
     ------
@@ -67,18 +72,15 @@ def writer_of(format: str, exported: Exported, about: dict[str, str]) -> Callabl
         try:
             import pyarrow.parquet  # noqa: F401
         except ImportError as exc:
-            raise UsageError(
-                "--format parquet needs pyarrow", hint="pip install 'embedpipe[parquet]', or take --format h5"
-            ) from exc
+            hint = "pip install 'embedpipe[parquet]', or use --format h5"
+            raise UsageError("--format parquet needs pyarrow", hint=hint) from exc
     write = {"h5": _write_h5, "npy": _write_npz, "parquet": _write_parquet}[format]
     return lambda stream: write(stream, exported, about)
 
 
 def _write_h5(stream: IO[bytes], exported: Exported, about: dict[str, str]) -> None:
-    view = exported.view
-    large = Large("features", (len(exported.keys), view.feature_dim), view.dtype)
-    head = build_head(exported.columns, {**about}, large)
-    stream.write(seal(head, len(exported.keys) * view.feature_dim * view.dtype.itemsize))
+    large = ArrayInfo("features", (len(exported.keys), exported.view.feature_dim), exported.view.dtype)
+    stream.write(seal(build_header(exported.columns, about, large), large.nbytes))
     for chunk in exported.chunks():
         stream.write(chunk.tobytes())
 
@@ -93,7 +95,7 @@ def _write_parquet(stream: IO[bytes], exported: Exported, about: dict[str, str])
     import pyarrow as pa
     from pyarrow import parquet
 
-    classes = [_escaped(name) for name in exported.classes]
+    classes = [_escape(name) for name in exported.classes]
     width = exported.view.feature_dim
     types = {"features": pa.list_(pa.float32(), width), **dict.fromkeys(exported.texts, pa.string())}
     label = {"single": pa.int64(), "multilabel": pa.list_(pa.float32()), "regression": pa.float64()}[exported.task]
@@ -103,14 +105,14 @@ def _write_parquet(stream: IO[bytes], exported: Exported, about: dict[str, str])
     with parquet.ParquetWriter(stream, schema) as writer:
         for chunk in exported.chunks():
             part = slice(start, start := start + len(chunk))
-            numbers = exported.labels[part].tolist()
-            names = exported.label_names[part]
-            columns: dict[str, Any] = {name: list(map(_escaped, t[part])) for name, t in exported.texts.items()}
             flat = pa.array(chunk.astype(np.float32).reshape(-1))
-            columns |= {"features": pa.FixedSizeListArray.from_arrays(flat, width), "labels": numbers}
-            columns |= {"label_names": [None if n is None else _escaped(n) for n in names], "keys": exported.keys[part]}
+            columns: dict[str, Any] = {name: list(map(_escape, t[part])) for name, t in exported.texts.items()}
+            columns["features"] = pa.FixedSizeListArray.from_arrays(flat, width)
+            columns["labels"] = exported.labels[part].tolist()
+            columns["label_names"] = [None if n is None else _escape(n) for n in exported.label_names[part]]
+            columns["keys"] = exported.keys[part]
             writer.write_table(pa.table(columns, schema=schema))
 
 
-def _escaped(text: str) -> str:
+def _escape(text: str) -> str:
     return os.fsencode(text).replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")

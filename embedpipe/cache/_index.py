@@ -1,4 +1,7 @@
-"""A memo (place, size, mtime, inode, ctime) -> sha256, and other answers. Deletable; any trouble means ask again."""
+"""A per-user memo of image hashes: (path, size, mtime, inode, ctime) -> sha256, in SQLite.
+
+It only saves reading files again. It may be deleted at any time, and after any error of SQLite files are hashed again.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,20 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import platformdirs
 
 from embedpipe.data import Place
 from embedpipe.storage import PathLike
 
-RACY_NS = 2_000_000_000  # younger files may change again within one tick of their mtime
+RACY_NS = 2_000_000_000  # a file changed more recently may change again without a new mtime
 BATCH = 1000
-MAX_INTEGER = (1 << 63) - 1  # of sqlite; inodes of some file systems are larger
+MAX_INTEGER = (1 << 63) - 1  # of SQLite; some file systems have larger inode numbers
 CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 Identity = tuple[int, int, int, int]
+T = TypeVar("T", bytes, str)
 
 SCHEMA = (
     "CREATE TABLE IF NOT EXISTS keys (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER,"
@@ -32,34 +37,35 @@ SCHEMA = (
 
 
 class KeyIndex:
-    """Keys of images: sha256 of their bytes, remembered between runs.
+    """Keys of images, the sha256 of their bytes, remembered between runs.
 
     Parameters
     ----------
-    path : Path    the sqlite file; default index.sqlite in the user's cache folder
-    keep : bool    whether new keys and answers are written to it
+    path : Path      the SQLite file; default: index.sqlite in the user's cache folder
+    keep : bool      whether new keys and texts are written to it
+    racy_ns : int    files that changed more recently are not remembered
 
     Attributes
     ----------
-    hashed : int    how many images had to be read
+    hashed : int    number of images that had to be read
 
     >>> index = KeyIndex()
     >>> index.key_of(Path("a.jpg"))
     """
 
-    def __init__(self, path: Path | None = None, *, keep: bool = True) -> None:
-        self.hashed, self._keep = 0, keep
+    def __init__(self, path: Path | None = None, *, keep: bool = True, racy_ns: int = RACY_NS) -> None:
+        self.hashed, self._keep, self._racy_ns = 0, keep, racy_ns
         self._lock = threading.Lock()
         self._new: list[tuple[bytes | int, ...]] = []
         path = path or Path(platformdirs.user_cache_dir("embedpipe"), "index.sqlite")
         self._database = _connect(path if keep or path.exists() else Path(":memory:"))
 
     def key_of(self, place: Place | PathLike) -> bytes:
-        """Return the sha256 of an image's bytes, 32 bytes.
+        """Return the sha256 of the bytes of an image, 32 bytes.
 
         Raises
         ------
-        OSError       it cannot be read, or is in no regular file
+        OSError       the image cannot be read, or is not a regular file
         UsageError    a library that reads it is not installed
         """
         place, now = Place.of(place), time.time_ns()
@@ -70,44 +76,40 @@ class KeyIndex:
             return known
         key = _digest(place)
         after = _identity_of(place)
-        settled = after is not None and after == before and max(after[1], after[3]) < now - RACY_NS
-        self._remember((name, *after, key) if settled and after else None)
+        with self._lock:
+            self.hashed += 1
+            if after is not None and after == before and max(after[1], after[3]) < now - self._racy_ns:
+                self._new.append((name, *after, key))
+            if len(self._new) >= BATCH:
+                self._flush()
         return key
 
     def recall(self, question: str) -> str | None:
-        """Return the answer that was remembered for a question, None where there is none or any trouble."""
-        with self._lock, suppress(sqlite3.Error):
-            row = self._database.execute("SELECT answer FROM answers WHERE question = ?", (question,)).fetchone()
-            return row[0] if row and isinstance(row[0], str) else None
-        return None
+        """Return the text stored under a name, None if there is none or SQLite reports an error."""
+        return self._select("SELECT answer FROM answers WHERE question = ?", (question,), str)
 
     def remember(self, question: str, answer: str) -> None:
-        """Keep an answer; losing it costs time only."""
+        """Store a text under a name; an error of SQLite is ignored."""
         if not self._keep:
             return
         with self._lock, suppress(sqlite3.Error), self._database:
             self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (question, answer))
 
     def close(self) -> None:
-        """Write what is new."""
+        """Write new keys and close the database."""
         with self._lock:
             self._flush()
             self._database.close()
 
     def _look_up(self, name: bytes, identity: Identity) -> bytes | None:
         query = "SELECT key FROM keys WHERE (path, size, mtime_ns, inode, ctime_ns) = (?, ?, ?, ?, ?)"
-        with self._lock, suppress(sqlite3.Error):
-            row = self._database.execute(query, (name, *identity)).fetchone()
-            return row[0] if row and isinstance(row[0], bytes) else None
-        return None
+        return self._select(query, (name, *identity), bytes)
 
-    def _remember(self, row: tuple[bytes | int, ...] | None) -> None:
-        with self._lock:
-            self.hashed += 1
-            if row is not None:
-                self._new.append(row)
-            if len(self._new) >= BATCH:
-                self._flush()
+    def _select(self, query: str, values: tuple[bytes | int | str, ...], kind: type[T]) -> T | None:
+        with self._lock, suppress(sqlite3.Error):
+            row = self._database.execute(query, values).fetchone()
+            return row[0] if row and isinstance(row[0], kind) else None
+        return None
 
     def _flush(self) -> None:
         insert = "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?, ?)"
@@ -119,17 +121,22 @@ class KeyIndex:
 def _digest(place: Place) -> bytes:
     if place.part or place.is_remote:
         return hashlib.sha256(place.read()).digest()
-    with open(place.path, "rb") as stream:  # of any size
+    with open(place.path, "rb") as stream:  # a local file may be larger than memory
         return hashlib.file_digest(stream, "sha256").digest()
 
 
 def _identity_of(place: Place) -> Identity | None:
-    """Return what changes with a file: size, mtime, inode, ctime; elsewhere its version, in two numbers; None: unknown."""
+    """Return values that change when a file does: size, mtime, inode and ctime.
+
+    For a remote file these are two numbers made from its version, or None if it has no version.
+    """
     if place.is_remote:
         version = place.version()
-        words = hashlib.sha256(version.encode()).digest() if version else b""
-        numbers = [int.from_bytes(words[at : at + 8], "big") & MAX_INTEGER for at in (0, 8)]
-        return (numbers[0], 0, numbers[1], 0) if version else None
+        if not version:
+            return None
+        digest = hashlib.sha256(version.encode()).digest()
+        first, second = (int.from_bytes(digest[start : start + 8], "big") & MAX_INTEGER for start in (0, 8))
+        return first, 0, second, 0
     status = os.stat(place.path)
     if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", place.path)
@@ -137,7 +144,7 @@ def _identity_of(place: Place) -> Identity | None:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    """Open the memo; a corrupt one is made anew, and one without a place lives in memory."""
+    """Open the memo; replace a corrupt file, and use memory if no file can be written."""
     with suppress(OSError, sqlite3.Error):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

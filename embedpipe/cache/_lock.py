@@ -1,4 +1,8 @@
-"""One writer a space: flock on a file in its folder, proved to exclude before it is relied on."""
+"""The lock of a space: `flock` on a file in its folder, tested before it is relied on.
+
+Some network file systems refuse `flock`, or grant it to everybody. Therefore a writer tries to lock the file a second time
+through another descriptor: only if that is refused does the lock exclude other writers.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +17,20 @@ from pathlib import Path
 from embedpipe.errors import CacheBusy
 from embedpipe.storage import storage_errors
 
-NAMED_S, LOOKS = 0.05, 10  # a holder has written its name by then; how often to look for it
-LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+NAME_POLL_S, NAME_POLLS = 0.05, 10  # how long to wait for the holder to write its name
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class WriterLock:
-    """Held from construction to `release`.
+    """A lock that is held from construction to `release`.
 
     Attributes
     ----------
-    proved : bool    a second taker was refused. False on file systems where flock fails or excludes
-                     nobody: then the holder may only add files
+    exclusive : bool    whether the lock excludes other writers; if not, the holder may only add files
 
     Raises
     ------
-    CacheBusy       somebody else holds it; the message names process and host
+    CacheBusy       another process holds the lock; the message names process and host
     StorageError    the lock file cannot be opened
     """
 
@@ -35,31 +38,32 @@ class WriterLock:
         self._named = False
         with storage_errors(path, "lock"):
             self._descriptor = _open(path)
-        try:
-            taken = self._take(path)
-            self.proved = taken and _excludes(path)
-        except BaseException:
-            self.release()
-            raise
+            try:
+                self.exclusive = self._acquire(path) and _excludes(path)
+            except BaseException:
+                self.release()
+                raise
 
     def release(self) -> None:
-        """Let the next one in; a name that stayed would be told as that of the next holder."""
+        """Release the lock, and erase the name of the holder."""
         if self._named:
             with suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
         _close(self._descriptor)
 
-    def _take(self, path: Path) -> bool:
+    def _acquire(self, path: Path) -> bool:
+        """Take the lock and write the name of this process into the file; return False if locks are not supported."""
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
-            raise _busy(path, _holder(self._descriptor)) from exc
+            holder = _read_holder(self._descriptor)
+            hint = "wait for it to end, or choose another --cache-dir"
+            raise CacheBusy(f"{path.parent} is being written by {holder}", hint=hint, holder=holder) from exc
         except OSError as exc:
-            if exc.errno in LOCKLESS:
+            if exc.errno in UNSUPPORTED:
                 return False
-            with storage_errors(path, "lock"):
-                raise
-        with suppress(OSError):  # who holds it is a courtesy: a full disk must not forbid the lock
+            raise
+        with suppress(OSError):  # the name is informative only: a full disk must not prevent locking
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
             self._named = True
@@ -71,8 +75,8 @@ def _open(path: Path) -> int:
 
 
 def _excludes(path: Path) -> bool:
-    with storage_errors(path, "lock"):
-        second = _open(path)
+    """Return True if the file cannot be locked a second time."""
+    second = _open(path)
     try:
         fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -84,10 +88,10 @@ def _excludes(path: Path) -> bool:
     return False
 
 
-def _holder(descriptor: int) -> str:
-    """Return who holds the lock: it writes its name a moment after taking it."""
-    for _ in range(LOOKS):
-        time.sleep(NAMED_S)
+def _read_holder(descriptor: int) -> str:
+    """Return the name of the holder, who writes it a moment after taking the lock."""
+    for _ in range(NAME_POLLS):
+        time.sleep(NAME_POLL_S)
         name = os.pread(descriptor, 200, 0).decode(errors="replace")
         if name:
             return name
@@ -95,13 +99,5 @@ def _holder(descriptor: int) -> str:
 
 
 def _close(descriptor: int) -> None:
-    with suppress(OSError):  # the descriptor is gone and the lock with it, whatever close says of the name in the file
+    with suppress(OSError):  # close releases descriptor and lock even when it reports an error
         os.close(descriptor)
-
-
-def _busy(path: Path, holder: str) -> CacheBusy:
-    return CacheBusy(
-        f"{path.parent} is being written by {holder}",
-        hint="wait for it to end, or name another --cache-dir",
-        holder=holder,
-    )

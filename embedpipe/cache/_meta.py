@@ -1,28 +1,36 @@
-"""meta.json of a space: its spec, the environments that made it, the pins under way."""
+"""The folder of a space: the names of its files, and meta.json, the metadata.
+
+meta.json holds the spec, the environments that computed rows, and the pins of an unfinished extraction. It is replaced
+atomically, and its `seal` is a checksum of the other fields.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from embedpipe.cache._sealed import FORMAT_VERSION, check_version
-from embedpipe.cache._structure import damaged
+from embedpipe.cache._structure import damage_error
 from embedpipe.provenance import fingerprint
 from embedpipe.storage import publish, storage_errors
 
-FILE = "meta.json"
+FILE, LOCK, FEATURES, SHARDS = "meta.json", ".lock", "features.h5", "shards"
+SHARD_NAME = re.compile(r"\d{8,}-[0-9a-f]{32}\.h5")
 
 
 @dataclass(frozen=True)
 class Meta:
-    """What a space knows about itself.
+    """The metadata of a space.
 
     Attributes
     ----------
-    environments : the distinct records of libraries and device that added rows, oldest first
-    pins : of an extraction under way; None between extractions
+    environments : the distinct records of libraries and device that computed rows, oldest first
+    pins : of an unfinished extraction; None if the last one finished
     """
 
     name: str
@@ -33,17 +41,26 @@ class Meta:
     pins: dict[str, Any] | None
 
 
+def list_shards(folder: Path) -> list[Path]:
+    """Return the committed shards of a space, oldest first."""
+    shards = folder / SHARDS
+    names: list[str] = []
+    with storage_errors(shards, "list"), suppress(FileNotFoundError):
+        names = os.listdir(shards)
+    return [shards / name for name in sorted(names) if SHARD_NAME.fullmatch(name)]
+
+
 def write_meta(folder: Path, meta: Meta) -> None:
     """Replace meta.json atomically."""
-    publish(folder / FILE, _render(meta))
+    publish(folder / FILE, _serialize(meta))
 
 
-def read_meta(folder: Path) -> Meta | None:
-    """Return what meta.json says, None where there is none.
+def read_meta(folder: Path, expected_fingerprint: str | None = None) -> Meta | None:
+    """Return the metadata of a space, or None if the folder has no meta.json.
 
     Raises
     ------
-    CacheMismatch    newer format, other bytes than were written
+    CacheMismatch    newer format, changed bytes, or the spec of another space
     """
     path = folder / FILE
     with storage_errors(path, "read", missing_ok=True):
@@ -56,27 +73,29 @@ def read_meta(folder: Path) -> Meta | None:
         version = int(fields.pop("format_version"))
         del fields["fingerprint"], fields["seal"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-        raise damaged(path, "it is not a record of a space") from exc
+        raise damage_error(path, "it is not the metadata of a space") from exc
     check_version(version, path)
     try:
         meta = Meta(**{**fields, "environments": tuple(fields["environments"])})
-        intact = _render(meta) == raw
-        _check(meta)
+        intact = _serialize(meta) == raw
+        _check_types(meta)
     except (ValueError, KeyError, TypeError, RecursionError) as exc:
-        raise damaged(path, "its fields are not those of a space") from exc
+        raise damage_error(path, "its fields are not those of a space") from exc
     if not intact:
-        raise damaged(path, "its bytes are not those that were written")
+        raise damage_error(path, "its bytes have changed")
+    if expected_fingerprint not in (None, fingerprint(meta.spec)):
+        raise damage_error(folder, "its spec is that of another space")
     return meta
 
 
-def _check(meta: Meta) -> None:
-    whole = type(meta.feature_dim) is int and meta.feature_dim >= 0 and meta.dtype in ("float32", "float16")
+def _check_types(meta: Meta) -> None:
+    valid = type(meta.feature_dim) is int and meta.feature_dim >= 0 and meta.dtype in ("float32", "float16")
     records = [meta.spec, *meta.environments, *([] if meta.pins is None else [meta.pins])]
-    if not whole or type(meta.name) is not str or not all(type(record) is dict for record in records):
-        raise ValueError("a field of another type")
+    if not valid or type(meta.name) is not str or not all(type(record) is dict for record in records):
+        raise ValueError("a field has another type")
 
 
-def _render(meta: Meta) -> bytes:
+def _serialize(meta: Meta) -> bytes:
     fields = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint(meta.spec), **asdict(meta)}
     sealed = {**fields, "seal": fingerprint(fields)}
     return (json.dumps(sealed, indent=1, sort_keys=True) + "\n").encode()

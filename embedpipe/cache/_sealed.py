@@ -1,12 +1,17 @@
-"""Sealed HDF5: a plain HDF5 file whose 512-byte user block proves every byte of it.
+"""HDF5 files with a sealed header: plain HDF5 whose 512-byte user block holds a checksum.
 
-Layout: user block (JSON: format_version, data = [offset, bytes], sha256), head (all HDF5 structure and the small
-arrays), data (at most one large array, contiguous, last in the file). `sha256` covers the other fields of the user
-block and the head; the head holds a digest of each MiB of the data. So opening proves the head, at the price of the
-head alone, and each MiB is proved when it is touched. The head is built in memory and HDF5 never writes to the disk: a
-full disk is an ordinary OSError. Reading refuses whatever could make HDF5 look outside of the file.
+A file has three parts:
 
->>> write_sealed(stream, {"keys": keys}, {"rows": 3})
+user block    512 bytes of JSON before the HDF5 header: `format_version`, `data` = [offset, bytes] and `sha256`
+header        the HDF5 structure and all small arrays
+data          at most one large array, contiguous, at the end of the file
+
+`sha256` covers the other fields of the user block and the header. It is checked whenever a file is opened, which reads
+the header alone. The data are checked later: the header holds a sha256 of each MiB of them (see `_features`).
+
+HDF5 builds the header in memory and never writes to the disk, so a full disk is an ordinary OSError.
+
+>>> stream.write(seal(build_header({"keys": keys}, {"rows": 3})))
 >>> open_sealed(path, {"keys": ("u1", 2)}).arrays["keys"]
 """
 
@@ -25,7 +30,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from embedpipe.cache._structure import Bytes, Large, Schema, check_extent, damaged, structure
+from embedpipe.cache._structure import ArrayInfo, Bytes, Schema, damage_error, read_structure
 from embedpipe.errors import CacheMismatch
 from embedpipe.provenance import canonical_json
 from embedpipe.storage import storage_errors
@@ -36,28 +41,27 @@ ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Sealed:
-    """A sealed file whose head has been proved.
+class SealedFile:
+    """A file whose header has been checked.
 
     Attributes
     ----------
     attrs : dict of str to int or str
-    arrays : dict of str to ndarray    all arrays but the large one, copied out of the file
-    large : Large or None
-    offset : int                       where the bytes of the large array begin
-    mapped : uint8 (file size,)        the whole file, memory-mapped; its data is not yet proved
+    arrays : dict of str to ndarray    copies of all arrays but the large one
+    large : ArrayInfo or None
+    offset : int                       where the data begin
+    mapped : uint8 (file size,)        memory map of the whole file; its data are not checked yet
     """
 
-    path: Path
     attrs: dict[str, Any]
     arrays: dict[str, Any]
-    large: Large | None
+    large: ArrayInfo | None
     offset: int
     mapped: Bytes
 
 
-class _Head(io.BytesIO):
-    """What HDF5 writes to: the large array, last in the file, is allocated and never written."""
+class _HeaderStream(io.BytesIO):
+    """The stream that HDF5 writes to; space for the large array is allocated but never written."""
 
     size = 0
 
@@ -66,13 +70,13 @@ class _Head(io.BytesIO):
         return self.size
 
 
-def build_head(arrays: Mapping[str, Any], attrs: Mapping[str, int | str], large: Large | None = None) -> bytes:
-    """Return all bytes before the data of `large`, the user block empty; deterministic."""
+def build_header(arrays: Mapping[str, Any], attrs: Mapping[str, int | str], large: ArrayInfo | None = None) -> bytes:
+    """Return all bytes of a file before its data, with an empty user block; equal arguments give equal bytes."""
     import h5py
 
-    head, offset, size = _Head(), 0, 0
+    stream, offset, size = _HeaderStream(), 0, 0
     with h5py.File(
-        head, "w", libver="earliest", userblock_size=USER_BLOCK, alignment_threshold=1, alignment_interval=ALIGNMENT
+        stream, "w", libver="earliest", userblock_size=USER_BLOCK, alignment_threshold=1, alignment_interval=ALIGNMENT
     ) as file:
         for name, value in attrs.items():
             file.attrs[name] = np.bytes_(value) if isinstance(value, str) else np.int64(value)
@@ -80,13 +84,14 @@ def build_head(arrays: Mapping[str, Any], attrs: Mapping[str, int | str], large:
             file.create_dataset(name, data=arrays[name])
         if large is not None:
             offset, size = _allocate(file, large)
-    end = head.size - size
+    end = stream.size - size
     if size and offset != end:
         raise AssertionError(f"HDF5 put {large} at {offset}, not last at {end}")
-    return head.getvalue()[:end].ljust(end, b"\0")
+    return stream.getvalue()[:end].ljust(end, b"\0")
 
 
-def _allocate(file: Any, large: Large) -> tuple[int, int]:
+def _allocate(file: Any, large: ArrayInfo) -> tuple[int, int]:
+    """Allocate a contiguous array without writing it; return its offset and number of bytes."""
     from h5py import h5d, h5p, h5s, h5t
 
     creation = h5p.create(h5p.DATASET_CREATE)
@@ -99,10 +104,10 @@ def _allocate(file: Any, large: Large) -> tuple[int, int]:
     return dataset.get_offset() or 0, dataset.get_storage_size()
 
 
-def seal(head: bytes, data_bytes: int) -> bytes:
-    """Return the head with its user block filled in."""
-    body = head[USER_BLOCK:]
-    return _user_block(len(head), data_bytes, memoryview(body)) + body
+def seal(header: bytes, data_bytes: int = 0) -> bytes:
+    """Return the header with its user block filled in."""
+    body = header[USER_BLOCK:]
+    return _user_block(len(header), data_bytes, body) + body
 
 
 def _user_block(offset: int, data_bytes: int, body: Any) -> bytes:
@@ -113,90 +118,81 @@ def _user_block(offset: int, data_bytes: int, body: Any) -> bytes:
     return block.encode().ljust(USER_BLOCK - 1) + b"\n"
 
 
-def write_sealed(stream: IO[bytes], arrays: Mapping[str, Any], attrs: Mapping[str, int | str]) -> None:
-    """Write a sealed file that has no large array."""
-    stream.write(seal(build_head(arrays, attrs), 0))
-
-
-def open_sealed(path: Path, schema: Schema, *, large: str | None = None, optional: Collection[str] = ()) -> Sealed:
-    """Open a sealed file and prove its head.
+def open_sealed(path: Path, schema: Schema, *, large: str | None = None, optional: Collection[str] = ()) -> SealedFile:
+    """Open a file and check its header.
 
     Parameters
     ----------
-    schema : mapping of array name to (NumPy's kind and size, such as "f4|f2", or "S"; dimensions)
-    large : str        which of them is the large one
-    optional : names    which of them may be absent
+    schema, optional : as in `read_structure`
+    large : str    name of the large array
 
     Raises
     ------
-    FileNotFoundError    it is gone
-    CacheMismatch        newer format, other bytes than were written, HDF5 features not allowed
+    FileNotFoundError    the file has been removed
+    CacheMismatch        newer format, changed bytes, or a structure that is not allowed
     StorageError         the operating system refused
     """
     if path.is_symlink():
-        raise damaged(path, "it is a symbolic link")
-    with storage_errors(path, "read", missing_ok=True), open(path, "rb", opener=_open_plain) as stream:
+        raise damage_error(path, "it is a symbolic link")
+    with storage_errors(path, "read", missing_ok=True), open(path, "rb", opener=_open_regular) as stream:
         mapped = _map(stream, path)
-        offset, size = _prove(mapped, path)
-        attrs, extents = structure(stream, path)
-    if not set(schema) - set(optional) <= set(extents) <= set(schema):
-        raise damaged(path, f"it holds {sorted(extents)}, expected {sorted(schema)}")
-    for name, extent in extents.items():
-        check_extent(extent, *schema[name], mapped.size, path)
-    arrays = {name: extent.read(mapped) for name, extent in extents.items() if name != large}
-    kept = extents[large].described if large else None
-    if large and (extents[large].offset, extents[large].size) != (offset if size else 0, size):
-        raise damaged(path, "its user block and its structure disagree")
-    return Sealed(path, attrs, arrays, kept, offset, mapped)
+        offset, size = _check_seal(mapped, path)
+        attrs, infos = read_structure(stream, path, schema, file_bytes=mapped.size, optional=optional)
+    arrays = {name: info.read(mapped) for name, info in infos.items() if name != large}
+    data = infos[large] if large else None
+    if data and (data.offset, data.stored_bytes) != (offset if size else 0, size):
+        raise damage_error(path, "its user block and its structure disagree")
+    return SealedFile(attrs, arrays, data, offset, mapped)
 
 
-def map_again(path: Path, block: bytes) -> Bytes:
-    """Map a proved, immutable file once more; another file under its name counts as gone.
+def map_again(path: Path, user_block: bytes) -> Bytes:
+    """Map a file that has been checked before; files never change, so an equal user block means the same file.
 
     Raises
     ------
-    FileNotFoundError    it is gone
+    FileNotFoundError    the file has been removed or replaced
     """
-    with storage_errors(path, "read", missing_ok=True), open(path, "rb", opener=_open_plain) as stream:
+    with storage_errors(path, "read", missing_ok=True), open(path, "rb", opener=_open_regular) as stream:
         mapped = _map(stream, path)
-    if mapped[:USER_BLOCK].tobytes() != block:
+    if mapped[:USER_BLOCK].tobytes() != user_block:
         raise FileNotFoundError(path)
     return mapped
 
 
-def _open_plain(path: str, flags: int) -> int:
+def _open_regular(path: str, flags: int) -> int:
+    """Open a file, but no symbolic link, and without waiting for the writer of a pipe."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _map(stream: IO[bytes], path: Path) -> Bytes:
     status = os.fstat(stream.fileno())
     if not stat.S_ISREG(status.st_mode) or status.st_size < USER_BLOCK:
-        raise damaged(path, "it is not a file of at least 512 bytes")
+        raise damage_error(path, "it is not a file of at least 512 bytes")
     return np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
-def _prove(mapped: Bytes, path: Path) -> tuple[int, int]:
+def _check_seal(mapped: Bytes, path: Path) -> tuple[int, int]:
+    """Check user block and header; return offset and size of the data."""
     block = mapped[:USER_BLOCK].tobytes()
     try:
         fields = json.loads(block)
         version, (offset, size) = fields["format_version"], fields["data"]
-        numbers = (version, offset, size)
     except (ValueError, KeyError, TypeError, RecursionError) as exc:
-        raise damaged(path, "its first 512 bytes are not a seal") from exc
-    if any(type(number) is not int for number in numbers) or offset + size != mapped.size:
-        raise damaged(path, "its first 512 bytes do not fit its size")
+        raise damage_error(path, "its first 512 bytes are not a user block of embedpipe") from exc
+    if any(type(number) is not int for number in (version, offset, size)) or offset + size != mapped.size:
+        raise damage_error(path, "its first 512 bytes do not fit its size")
     check_version(version, path)
     if offset < USER_BLOCK or _user_block(offset, size, mapped[USER_BLOCK:offset]) != block:
-        raise damaged(path, "its bytes are not those that were written")
+        raise damage_error(path, "its bytes have changed")
     return offset, size
 
 
 def check_version(version: int, path: Path) -> None:
-    """Refuse what a newer embedpipe wrote."""
+    """Raise CacheMismatch if a newer version of embedpipe wrote the file."""
     if version > FORMAT_VERSION:
         raise CacheMismatch(
-            f"{path} has format version {version}, this embedpipe reads up to {FORMAT_VERSION}",
-            hint="update embedpipe, or name another --cache-dir",
+            f"{path} has format version {version}, this version of embedpipe reads up to {FORMAT_VERSION}",
+            hint="update embedpipe, or choose another --cache-dir",
             found=version,
             expected=FORMAT_VERSION,
         )

@@ -1,39 +1,33 @@
-"""A space: one base file and the shards not yet merged into it."""
+"""A space: all features with one fingerprint, in one folder."""
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from embedpipe.cache._caring import mark_used
-from embedpipe.cache._meta import Meta, read_meta, write_meta
-from embedpipe.cache._structure import damaged
+from embedpipe.cache._eviction import mark_used
+from embedpipe.cache._lock import WriterLock
+from embedpipe.cache._meta import FEATURES, LOCK, SHARDS, Meta, list_shards, read_meta, write_meta
+from embedpipe.cache._view import MAX_OPEN_FILES, SpaceView
+from embedpipe.cache._writer import SpaceWriter
 from embedpipe.errors import CacheMismatch, StorageError
 from embedpipe.provenance import fingerprint
 from embedpipe.storage import storage_errors
 
-if TYPE_CHECKING:
-    from embedpipe.cache._view import SpaceView
-    from embedpipe.cache._writer import SpaceWriter
-
-SHARD = re.compile(r"\d{8,}-[0-9a-f]{32}\.h5")
-
 
 @dataclass(frozen=True)
 class Space:
-    """All features with one fingerprint.
+    """All features with one fingerprint: a base file, and the shards that are not merged into it yet.
 
     Parameters
     ----------
-    folder : Path    .../spaces/<name>-<fingerprint12>; made by the first writer
-    spec : dict      JSON-able; everything that shapes a feature
+    folder : Path    .../spaces/<name>-<fingerprint12>; the first writer creates it
+    spec : dict      JSON values: everything that determines a feature
     """
 
     folder: Path
@@ -46,103 +40,103 @@ class Space:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the spec, 64 hex digits."""
+        """The sha256 of the spec, 64 hex digits."""
         return fingerprint(self.spec)
 
     @property
+    def unsupported(self) -> str | None:
+        """Why this version of embedpipe cannot read the space, None if it can."""
+        return "packed (compressed) rows are no longer supported" if "packed" in self.spec else None
+
+    @property
     def meta(self) -> Meta | None:
-        """What meta.json says now; None before the first writer."""
-        meta = read_meta(self.folder)
-        if meta is not None and fingerprint(meta.spec) != self.fingerprint:
-            raise damaged(self.folder, "its spec is that of another space")
-        return meta
+        """The present content of meta.json, None before the first writer."""
+        return read_meta(self.folder, self.fingerprint)
 
     @property
     def feature_dim(self) -> int | None:
-        """D, or None before the first writer."""
+        """D, None before the first writer."""
         meta = self.meta
         return meta.feature_dim if meta else None
 
     @property
     def dtype(self) -> str | None:
-        """ "float32" or "float16", or None before the first writer."""
+        """ "float32" or "float16", None before the first writer."""
         meta = self.meta
         return meta.dtype if meta else None
 
     @property
     def environments(self) -> tuple[dict[str, Any], ...]:
-        """The records of libraries and device that added rows, oldest first."""
+        """The records of libraries and device that computed rows, oldest first."""
         meta = self.meta
         return meta.environments if meta else ()
 
     @property
     def loader(self) -> dict[str, Any]:
-        """Keyword arguments of `load_backbone` that made the rows; empty for a backbone handed over as an object."""
+        """The arguments of `load_backbone` that gave the backbone; empty if the user passed a backbone object."""
         environments = self.environments
         return dict(environments[-1].get("loader", {})) if environments else {}
 
     @property
     def interrupted(self) -> bool:
-        """Whether an extraction began and has not finished: its pins are in force."""
+        """Whether an extraction has begun and not finished, so that its pins are in force."""
         meta = self.meta
         return meta is not None and meta.pins is not None
 
     @property
     def features_path(self) -> Path:
         """The base file; absent before the first merge."""
-        return self.folder / "features.h5"
+        return self.folder / FEATURES
 
     @property
     def shards_folder(self) -> Path:
-        """Where the rows are that were committed after the last merge."""
-        return self.folder / "shards"
+        """The folder of the shards, which hold the rows committed after the last merge."""
+        return self.folder / SHARDS
 
     def shard_paths(self) -> list[Path]:
         """Return the committed shards, oldest first."""
-        with storage_errors(self.shards_folder, "list"):
-            names = [name for name in _listed(self.shards_folder) if SHARD.fullmatch(name)]
-        return [self.shards_folder / name for name in sorted(names)]
+        return list_shards(self.folder)
 
     @property
     def pending_shards(self) -> int:
-        """How many shards wait for a merge."""
+        """The number of shards that are not merged yet."""
         return len(self.shard_paths())
 
     def mark_used(self) -> None:
-        """Record that the space was filled or read: the time of meta.json; a cache that only reads forgets it."""
+        """Record that the space has been written or read, as the time of meta.json; do nothing in a read-only cache."""
         mark_used(self.folder)
 
-    def view(self) -> SpaceView:
-        """Return a snapshot to read from."""
-        from embedpipe.cache._view import SpaceView
-
-        return SpaceView(self)
-
-    def ensure_free(self) -> None:
-        """Do nothing where a writer could begin now.
+    def view(self, *, max_open_files: int = MAX_OPEN_FILES) -> SpaceView:
+        """Return a snapshot to read from; see `SpaceView`.
 
         Raises
         ------
-        CacheBusy    somebody else writes to this space
+        CacheMismatch    a file is damaged or of a newer format, or the space is not supported
         """
-        from embedpipe.cache._lock import WriterLock
+        self._check_supported()
+        return SpaceView(self.folder, self.fingerprint, max_open_files)
 
-        with suppress(StorageError):  # no folder yet, or one that the writer itself will complain of
-            WriterLock(self.folder / ".lock").release()
+    def ensure_free(self) -> None:
+        """Check that a writer can begin now.
+
+        Raises
+        ------
+        CacheBusy    another process writes to this space
+        """
+        with suppress(StorageError):  # no folder yet, or an error that the writer itself will raise
+            WriterLock(self.folder / LOCK).release()
 
     def discard_pending(self) -> None:
         """Remove the shards that are not merged yet, and the pins of the interrupted extraction that wrote them.
 
         Raises
         ------
-        CacheBusy        somebody else writes to this space
+        CacheBusy        another process writes to this space
         CacheMismatch    the file system has no locks, so that another process may be writing
         """
-        from embedpipe.cache._lock import WriterLock
-
-        lock = WriterLock(self.folder / ".lock")
+        lock = WriterLock(self.folder / LOCK)
         try:
-            if not lock.proved:
+            if not lock.exclusive:
                 raise CacheMismatch(
                     f"{self.folder.name} has rows of an interrupted extraction that cannot be continued, "
                     "and the file system has no locks, so they cannot be removed safely",
@@ -166,10 +160,9 @@ class Space:
         shard_rows: int = 1024,
         commit_seconds: float = 30,
     ) -> SpaceWriter:
-        """Return the one writer, to be entered with `with`; see `SpaceWriter`."""
-        from embedpipe.cache._writer import SpaceWriter
-
-        wanted = Meta(
+        """Return the writer, a context manager; see `SpaceWriter`."""
+        self._check_supported()
+        requested = Meta(
             name=self.name,
             spec=dict(self.spec),
             feature_dim=feature_dim,
@@ -177,11 +170,9 @@ class Space:
             environments=(dict(environment),),
             pins=dict(pins),
         )
-        return SpaceWriter(self, wanted, shard_rows=shard_rows, commit_seconds=commit_seconds)
+        return SpaceWriter(self.folder, requested, shard_rows=shard_rows, commit_seconds=commit_seconds)
 
-
-def _listed(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
+    def _check_supported(self) -> None:
+        if self.unsupported:
+            hint = f"remove it with `embedpipe cache rm {self.folder.name}`; its rows are computed again where needed"
+            raise CacheMismatch(f"{self.folder} cannot be read: {self.unsupported}", hint=hint)

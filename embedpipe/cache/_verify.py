@@ -1,4 +1,4 @@
-"""The cache proves itself: every byte of every file against its digests, every key against the file it names."""
+"""Verification of a cache: every byte against its checksum, and every key against its image file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ DAMAGE = "damage"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that verifying found.
+    """One finding of a verification.
 
-    kind : str      "damage" of the cache; all others are information: "unreadable" or "changed" image files, "missing" or
-                    "orphaned" rows, "unproved" rows that could not be recomputed
+    kind : str      "damage" of the cache; all other kinds are informative: "unreadable" or "changed" image files,
+                    "missing" or "orphaned" rows, "unproved" rows that could not be computed again, "unsupported" spaces
     place : str     a file, a space or a data set
     detail : str    one line
     """
@@ -32,30 +32,36 @@ class Finding:
 
 
 def prove_space(cache: Cache, name: str) -> Iterator[Finding]:
-    """Yield the damage of a space: meta.json, and every byte and value of the base and of the shards."""
+    """Check meta.json, and every byte and value of the base and the shards; yield the damage.
+
+    The rows of an unsupported space cannot be checked: the only finding says that it is not supported.
+    """
     folder = cache.spaces_folder / name
     try:
         space = cache.find_space(name)
     except CacheMismatch as exc:
         yield Finding(DAMAGE, str(folder), exc.message)
         return
-    width = (space.feature_dim, space.dtype)
+    if space.unsupported:
+        yield Finding("unsupported", str(folder), space.unsupported)
+        return
+    expected = (space.feature_dim, space.dtype)
     for path in (*space.shard_paths(), space.features_path):
         try:
             file = FeatureFile(path, space.fingerprint)
-            flaws = list(file.flaws())
+            damage = list(file.find_damage())
         except FileNotFoundError:
             continue  # merged meanwhile, or no base yet
         except CacheMismatch as exc:
-            flaws = [exc.message]
+            damage = [exc.message]
         else:
-            if (file.shape[1], file.dtype.name) != width:
-                flaws.append(f"it has {file.shape[1]} x {file.dtype} a row, expected {width[0]} x {width[1]}")
-        yield from (Finding(DAMAGE, str(path), flaw) for flaw in flaws)
+            if (file.shape[1], file.dtype.name) != expected:
+                damage.append(f"it has {file.shape[1]} x {file.dtype} a row, expected {expected[0]} x {expected[1]}")
+        yield from (Finding(DAMAGE, str(path), detail) for detail in damage)
 
 
 def prove_latest(cache: Cache) -> Iterator[Finding]:
-    """Yield the damage of latest.json, names of what is not there included."""
+    """Check latest.json, and that the data set and spaces in it exist; yield the damage."""
     place = str(cache.root / "latest.json")
     try:
         latest = cache.latest() or {"dataset": "", "spaces": []}
@@ -69,23 +75,23 @@ def prove_latest(cache: Cache) -> Iterator[Finding]:
 
 
 def prove_files(manifest: Manifest) -> tuple[dict[bytes, Place], list[Finding]]:
-    """Read every image file of a data set again.
+    """Read every image file of a data set again, and compare its sha256 with its key.
 
     Returns
     -------
-    dict of key to place   of the files that still have the bytes that they were extracted from
-    list of Finding        "unreadable" and "changed" files
+    dict of key to place    of the files whose bytes have not changed since the extraction
+    list of Finding         "unreadable" and "changed" files
     """
     files: dict[bytes, Place] = {}
     findings = []
-    with closing(KeyIndex(Path(":memory:"))) as index:  # no memo: every file is read
+    with closing(KeyIndex(Path(":memory:"))) as index:  # an empty memo: every file is read
         for sample in manifest.samples:
             place = manifest.place_of(sample)
             try:
                 if index.key_of(place) == sample.key:
                     files[sample.key] = place
                 else:
-                    findings.append(Finding("changed", str(place), "it has other bytes than those that were extracted"))
+                    findings.append(Finding("changed", str(place), "its bytes have changed since the extraction"))
             except OSError as exc:
                 findings.append(Finding("unreadable", str(place), exc.strerror or str(exc)))
     return files, findings

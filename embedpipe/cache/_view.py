@@ -1,69 +1,91 @@
-"""Reading a space: a snapshot of its files, without a lock, proved as it is touched."""
+"""Reading a space without a lock: a snapshot of its files, checked as they are read.
+
+Files are immutable and replaced by renames, so a view stays valid while others write. If a merge removes shards that
+the view has not opened yet, the view opens the merged base instead.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embedpipe.cache._features import FORGOTTEN, KEY_BYTES, FailureRecord, FeatureFile, key_matrix
-from embedpipe.cache._packing import Array
-from embedpipe.cache._space import Space
-from embedpipe.cache._structure import Bytes, damaged
+from embedpipe.cache._features import KEY_BYTES, TOMBSTONE, FailureRecord, FeatureFile, key_matrix
+from embedpipe.cache._meta import FEATURES, list_shards, read_meta
+from embedpipe.cache._structure import Array, Bytes, damage_error
 
-CHUNK_BYTES = 32 << 20  # of rows held at a time where a whole space is streamed
-KEPT_OPEN = 64  # memory maps of shards that a view holds on to; each one costs a file descriptor
+CHUNK_BYTES = 32 << 20
+MAX_OPEN_FILES = 64
 
 
-class _Table:
-    """Which file and row holds each key; the base goes first, later duplicates are dropped."""
+class _KeyTable:
+    """File and row of each key; of duplicate keys the row of the base or of the oldest shard counts."""
 
     def __init__(self, files: list[FeatureFile]) -> None:
         self.files = files
-        every = np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *(f.keys for f in files)])
+        every = np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *(file.keys for file in files)])
         self.keys, first = np.unique(_sortable(every), return_index=True)
         counts = [len(file.keys) for file in files]
-        starts = np.cumsum([0, *counts])[:-1]
         self.owner = np.repeat(np.arange(len(files)), counts)[first]
-        self.row = first - (starts[self.owner] if files else 0)
+        self.row = first - np.cumsum([0, *counts])[self.owner]
 
-    def find(self, wanted: Array) -> tuple[Array, Array]:
-        """Return positions of keys, and whether each is there."""
-        position = np.searchsorted(self.keys, wanted)
+    def find(self, keys: Array) -> tuple[Array, Array]:
+        """Return file number and row of each key.
+
+        Raises
+        ------
+        KeyError    a key has no row
+        """
+        position = np.searchsorted(self.keys, keys)
+        found = np.zeros(len(keys), bool)
         inside = position < len(self.keys)
-        found = inside.copy()
-        found[inside] = self.keys[position[inside]] == wanted[inside]
-        return position, found
+        found[inside] = self.keys[position[inside]] == keys[inside]
+        if not found.all():
+            raise KeyError(keys[~found][:1].tobytes().hex())
+        return self.owner[position], self.row[position]
 
 
 class SpaceView:
-    """A snapshot of a space; its rows stay readable through later writing and merging.
+    """A snapshot of a space; its rows stay readable while others write and merge.
+
+    Parameters
+    ----------
+    folder : Path           of the space
+    fingerprint : str       of the space
+    max_open_files : int    how many files stay memory-mapped; each takes a file descriptor
 
     Attributes
     ----------
     keys : uint8 (n, 32)    sorted
-    failures : dict of key to (stage, reason, decoder), of keys without a row
-    paths : the files it was read from, base first
+    failures : dict of key to (stage, reason, decoder)    of keys without a row
+    paths : the files that were read, the base first
+
+    Raises
+    ------
+    CacheMismatch    a file is damaged or of a newer format
     """
 
-    def __init__(self, space: Space) -> None:
-        self._space = space
-        self._table = table = _Table(_open_files(space))
+    def __init__(self, folder: Path, fingerprint: str, max_open_files: int = MAX_OPEN_FILES) -> None:
+        self._folder, self._fingerprint, self._max_open_files = folder, fingerprint, max_open_files
+        self._table = table = self._open_files()
         self.keys: Bytes = np.ascontiguousarray(table.keys).view(np.uint8).reshape(-1, KEY_BYTES)
         self.paths = [file.path for file in table.files]
-        meta = space.meta
+        meta = read_meta(folder, fingerprint)
         self.feature_dim = meta.feature_dim if meta else 0
         self.dtype = np.dtype(meta.dtype if meta else "float32")
+        latest: dict[bytes, FailureRecord] = {}
         for file in table.files:
             if (file.shape[1], file.dtype) != (self.feature_dim, self.dtype):
-                raise damaged(file.path, f"it has {file.shape[1]} x {file.dtype} a row")
-        self.failures = self._failures()
+                raise damage_error(file.path, f"it has {file.shape[1]} x {file.dtype} a row")
+            latest.update(file.failures)
+        self.failures = {key: failure for key, failure in latest.items() if failure != TOMBSTONE and key not in self}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SpaceView, (self._space,)
+        return SpaceView, (self._folder, self._fingerprint, self._max_open_files)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -80,76 +102,45 @@ class SpaceView:
 
         Raises
         ------
-        KeyError         a key without a row
+        KeyError         a key has no row
         CacheMismatch    the stored bytes have changed
         """
-        wanted = _sortable(key_matrix(keys))
-        features = np.empty((len(wanted), self.feature_dim), self.dtype)
-        self._visit(wanted, lambda file, mine, row: features.__setitem__(mine, file.rows(row)))
-        return features
-
-    def stored(self, keys: Iterable[bytes]) -> list[Bytes]:
-        """Return rows as they are stored, in the order of `keys`; it raises what `read` does."""
-        wanted = _sortable(key_matrix(keys))
-        found: list[Any] = [None] * len(wanted)
-
-        def take(file: FeatureFile, mine: Array, row: Array) -> None:
-            for place, stored in zip(mine.tolist(), file.stored(row), strict=True):
-                found[place] = stored
-
-        self._visit(wanted, take)
-        return found
-
-    @property
-    def sizes(self) -> Array:
-        """The bytes that each row takes, int64 (n,), in the order of `keys`."""
-        sizes = np.empty(len(self), np.int64)
-        self._visit(self._table.keys, lambda file, mine, row: sizes.__setitem__(mine, file.sizes(row)))
-        return sizes
-
-    def _visit(self, wanted: Array, take: Callable[[FeatureFile, Array, Array], None]) -> None:
-        """Call `take` with each file that has wanted rows, the places of these in `wanted`, and their numbers in the file."""
+        requested = _sortable(key_matrix(keys))
         while True:
             with suppress(FileNotFoundError):
-                return self._visit_once(wanted, take)
-            self._table = _Table(_open_files(self._space))  # merged meanwhile
+                return self._read(requested)
+            self._table = self._open_files()  # the shards have been merged meanwhile
 
-    def _visit_once(self, wanted: Array, take: Callable[[FeatureFile, Array, Array], None]) -> None:
-        table = self._table
-        position, found = table.find(wanted)
-        if not found.all():
-            raise KeyError(wanted[~found][:1].tobytes().hex())
-        owner, row = table.owner[position], table.row[position]
+    def read_chunks(self, keys: Sequence[bytes] | Bytes, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Array]:
+        """Yield the rows of `keys`, in their order, in chunks of at most `chunk_bytes` or one row."""
+        step = max(1, chunk_bytes // max(1, self.feature_dim * self.dtype.itemsize))
+        for start in range(0, len(keys), step):
+            yield self.read(keys[start : start + step])
+
+    def _read(self, keys: Array) -> Array:
+        files = self._table.files
+        owner, row = self._table.find(keys)
+        features = np.empty((len(keys), self.feature_dim), self.dtype)
         for number in np.unique(owner).tolist():
-            mine, file = np.flatnonzero(owner == number), table.files[number]
-            take(file, mine, row[mine])
-            if number >= KEPT_OPEN:
-                file.release()
+            positions = np.flatnonzero(owner == number)
+            features[positions] = files[number].rows(row[positions])
+            if number >= self._max_open_files:
+                files[number].release()
+        return features
 
-    def _failures(self) -> dict[bytes, FailureRecord]:
-        latest: dict[bytes, FailureRecord] = {}
-        for file in self._table.files:
-            latest.update(file.failures)
-        return {key: record for key, record in latest.items() if record != FORGOTTEN and key not in self}
-
-
-def _open_files(space: Space) -> list[FeatureFile]:
-    """Open shards first, the base second; begin again when a shard has been merged meanwhile."""
-    while True:
-        with suppress(FileNotFoundError):
-            shards = []
-            for path in space.shard_paths():
-                shards.append(FeatureFile(path, space.fingerprint))
-                if len(shards) >= KEPT_OPEN:
-                    shards[-1].release()
-            return [*_open_base(space), *shards]
-
-
-def _open_base(space: Space) -> list[FeatureFile]:
-    try:
-        return [FeatureFile(space.features_path, space.fingerprint)]
-    except FileNotFoundError:
-        return []
+    def _open_files(self) -> _KeyTable:
+        """Open the shards, then the base; start again if a shard was merged meanwhile."""
+        while True:
+            with suppress(FileNotFoundError):
+                shards = []
+                for path in list_shards(self._folder):
+                    shards.append(FeatureFile(path, self._fingerprint))
+                    if len(shards) >= self._max_open_files:
+                        shards[-1].release()
+                base = []
+                with suppress(FileNotFoundError):
+                    base.append(FeatureFile(self._folder / FEATURES, self._fingerprint))
+                return _KeyTable([*base, *shards])
 
 
 def _sortable(keys: Bytes) -> Array:

@@ -1,18 +1,22 @@
-"""The one writer of a space: shards published whole, and merged into one sorted file at the end.
+"""Writing a space: shards that are committed one by one, and merged into one sorted file at the end.
 
-Rows of a space whose spec says `packed` are packed as they come.
+Commit protocol
+---------------
+1. Rows and failures collect in memory.
+2. A shard of them is written to a temporary file, fsynced, renamed to `<number>-<uuid>.h5`, and the folder is fsynced.
+   Only then are the rows committed: they survive a kill and a power cut. A file under its final name is complete.
+3. `finish` merges the base and all shards into a new features.h5 in the same way, and removes the shards afterwards. A
+   process killed between these two steps leaves duplicates, which readers and the next merge drop.
 
->>> with space.writer(feature_dim=512, dtype="float32", environment={}, pins={}) as writer:
-...     writer.append(keys, features)
-...     writer.finish()
+One process at a time writes a space (`_lock`). On file systems where locks do not work, writers only add shards: they
+neither merge nor remove temporary files, since another writer may still need them.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -20,57 +24,65 @@ from typing import IO, Any, Self
 
 import numpy as np
 
-from embedpipe.cache._features import FORGOTTEN, FailureRecord, key_matrix, write_features
+from embedpipe.cache._features import TOMBSTONE, FailureRecord, key_matrix, write_features
 from embedpipe.cache._lock import WriterLock
-from embedpipe.cache._meta import Meta, write_meta
-from embedpipe.cache._packing import Array, pack
-from embedpipe.cache._space import Space
-from embedpipe.cache._structure import Bytes
+from embedpipe.cache._meta import FEATURES, LOCK, SHARDS, Meta, list_shards, read_meta, write_meta
+from embedpipe.cache._structure import Array, Bytes
 from embedpipe.cache._view import CHUNK_BYTES, SpaceView
 from embedpipe.errors import CacheMismatch, NonFiniteFeatures
+from embedpipe.provenance import fingerprint
 from embedpipe.storage import make_folder, publish, storage_errors, sweep, sync_path
 
-ALWAYS_MERGED_BYTES = 1 << 30
+MERGED_BELOW_BYTES = 1 << 30
 MERGED_SHARE = 0.05
 
 
 class SpaceWriter:
-    """Holds the lock for the whole `with` block; what is pending is committed on any way out.
+    """Holds the lock of a space during the `with` block; pending rows are committed however the block ends.
 
-    A row is committed, and survives a kill and a power cut, when `commit` has returned. An
-    interrupted extraction left its pins in meta.json: they win over those given, until `finish`.
+    An unfinished extraction leaves its pins in meta.json. They replace those of `requested` until `finish`.
+
+    Parameters
+    ----------
+    requested : Meta          spec, width and dtype of the rows, and the environment and pins of this extraction
+    shard_rows : int          pending rows and failures that make a commit due
+    commit_seconds : float    age of the oldest pending row that makes a commit due
 
     Raises
     ------
-    CacheBusy        on entering: somebody else writes to this space
-    StorageError     disk full, permission, input/output; what was committed before stays
+    CacheBusy        on entering: another process writes to this space
+    StorageError     disk full, no permission or an input/output error; what has been committed stays
     CacheMismatch    on entering: the space has rows of another width or dtype
+
+    >>> with space.writer(feature_dim=512, dtype="float32", environment={}, pins={}) as writer:
+    ...     writer.append(keys, features)
+    ...     writer.finish()
     """
 
-    def __init__(self, space: Space, wanted: Meta, *, shard_rows: int, commit_seconds: float) -> None:
-        self._space, self._meta = space, wanted
+    def __init__(self, folder: Path, requested: Meta, *, shard_rows: int, commit_seconds: float) -> None:
+        self._folder, self._meta = folder, requested
         self._shard_rows, self._commit_seconds = shard_rows, commit_seconds
-        self._packed = "packed" in space.spec
-        self._rows: list[tuple[Sequence[bytes], Sequence[Array]]] = []
+        self._rows: list[tuple[Sequence[bytes], Array]] = []
         self._failures: dict[bytes, FailureRecord] = {}
-        self._since = time.monotonic()
-        self._held = ExitStack()
+        self._pending_since = time.monotonic()
 
     def __enter__(self) -> Self:
-        space = self._space
-        make_folder(space.folder)
-        self._lock = WriterLock(space.folder / ".lock")
-        with ExitStack() as held:
-            held.callback(self._lock.release)
-            make_folder(space.shards_folder)
+        make_folder(self._folder)
+        self._lock = WriterLock(self._folder / LOCK)
+        try:
+            make_folder(self._folder / SHARDS)
             self._recover()
-            self._meta = self._agree(self._meta, space.meta)
-            self._held = held.pop_all()
+            self._meta = self._merge_meta(self._meta, read_meta(self._folder, fingerprint(self._meta.spec)))
+        except BaseException:
+            self._lock.release()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._held:
+        try:
             self.commit()
+        finally:
+            self._lock.release()
 
     @property
     def pins(self) -> dict[str, Any]:
@@ -78,7 +90,7 @@ class SpaceWriter:
         return dict(self._meta.pins or {})
 
     def append(self, keys: Sequence[bytes], features: Array) -> None:
-        """Take rows; commits when enough are pending or the oldest has waited long enough.
+        """Add rows; commit if that is due.
 
         Parameters
         ----------
@@ -87,8 +99,8 @@ class SpaceWriter:
 
         Raises
         ------
-        NonFiniteFeatures    NaN or infinity in the stored dtype: none of this call is taken; `rows`
-                             and `keys` name all such rows
+        NonFiniteFeatures    NaN or infinity in the stored dtype: no row of this call is added; the attributes `rows` and
+                             `keys` name all such rows
         """
         features = np.asarray(features)
         if features.shape != (len(keys), self._meta.feature_dim):
@@ -97,116 +109,99 @@ class SpaceWriter:
         with np.errstate(over="ignore"):
             stored = np.array(features, dtype=f"<{np.dtype(self._meta.dtype).str[1:]}", order="C")
         _check_finite(keys, features, stored)
-        self._touch()
-        self._rows.append((list(keys), [pack(row) for row in stored] if self._packed else [stored]))
-        self._commit_when_due()
+        self._start_clock()
+        self._rows.append((list(keys), stored))
+        self._commit_if_due()
 
     def fail(self, key: bytes, stage: str, reason: str, decoder: str) -> None:
-        """Record an image that its decoder refuses, with the decoder's version."""
-        self._touch()
+        """Record an image that cannot be decoded, with the version of the decoder; commit if that is due."""
+        self._start_clock()
         self._failures[key] = (stage, reason, decoder)
-        self._commit_when_due()
+        self._commit_if_due()
 
     def forget_failures(self, keys: Iterable[bytes]) -> None:
-        """Take recorded failures back, so that these images are tried again."""
-        self._touch()
-        self._failures.update(dict.fromkeys(keys, FORGOTTEN))
+        """Remove recorded failures, so that these images are tried again."""
+        self._start_clock()
+        self._failures.update(dict.fromkeys(keys, TOMBSTONE))
 
     def commit(self) -> None:
-        """Publish what is pending as one shard."""
+        """Write pending rows and failures as one shard."""
         if not self._rows and not self._failures:
             return
         keys = key_matrix(chain.from_iterable(keys for keys, _ in self._rows))
-        chunks = list(chain.from_iterable(chunks for _, chunks in self._rows))
-        sizes = np.array([chunk.nbytes for chunk in chunks], np.int64) if self._packed else None
-        name = f"{self._next_number():08d}-{uuid.uuid4().hex}.h5"
-        self._write(self._space.shards_folder / name, keys, chunks, self._failures, sizes)
+        numbers = [int(path.name.partition("-")[0]) for path in list_shards(self._folder)]
+        name = f"{max(numbers, default=0) + 1:08d}-{uuid.uuid4().hex}.h5"
+        self._write(self._folder / SHARDS / name, keys, [features for _, features in self._rows], self._failures)
         self._rows, self._failures = [], {}
 
-    def finish(self) -> None:
-        """Commit, merge the shards where that is due, and end the pins."""
+    def finish(self, *, merge_below_bytes: int = MERGED_BELOW_BYTES, chunk_bytes: int = CHUNK_BYTES) -> None:
+        """Commit, merge the shards if that is due, and clear the pins.
+
+        Parameters
+        ----------
+        merge_below_bytes : int    a smaller space is always merged; a larger one when its shards exceed 5 % of the base
+        chunk_bytes : int          rows held in memory during a merge
+        """
         self.commit()
-        view = self._space.view()
-        shards = [path for path in view.paths if path != self._space.features_path]
-        if self._lock.proved and shards and self._merge_is_due():
-            sizes = view.sizes if self._packed else None
-            self._write(self._space.features_path, view.keys, _chunks(view, sizes), view.failures, sizes)
-            with storage_errors(self._space.shards_folder, "remove merged files from"):
+        view = SpaceView(self._folder, fingerprint(self._meta.spec))
+        base = self._folder / FEATURES
+        shards = [path for path in view.paths if path != base]
+        if self._lock.exclusive and shards and self._merge_is_due(base, merge_below_bytes):
+            self._write(base, view.keys, view.read_chunks(view.keys, chunk_bytes), view.failures)
+            with storage_errors(self._folder / SHARDS, "remove merged files from"):
                 for path in shards:
                     path.unlink(missing_ok=True)
         self._meta = replace(self._meta, pins=None)
-        write_meta(self._space.folder, self._meta)
+        write_meta(self._folder, self._meta)
 
     def _recover(self) -> None:
-        """Make durable what killed writers named; sweep what they left if the lock excludes."""
-        folder, shards = self._space.folder, self._space.shards_folder
+        """Make renames of killed writers durable; remove their temporary files if the lock excludes other writers."""
+        shards = self._folder / SHARDS
         with storage_errors(shards, "sync"):
             sync_path(shards)
-        if self._lock.proved:
-            sweep(folder)
+        if self._lock.exclusive:
+            sweep(self._folder)
             sweep(shards)
 
-    def _agree(self, wanted: Meta, stored: Meta | None) -> Meta:
-        if stored is None:
-            agreed = wanted
-        elif (stored.feature_dim, stored.dtype) != (wanted.feature_dim, wanted.dtype):
-            raise CacheMismatch(
-                f"{self._space.folder} holds {stored.feature_dim} x {stored.dtype} a row, "
-                f"expected {wanted.feature_dim} x {wanted.dtype}",
-                hint="name another --cache-dir, and report this: equal specs give equal shapes",
-            )
-        else:
-            news = [one for one in wanted.environments if one not in stored.environments]
-            environments = (*stored.environments, *news)
-            pins = wanted.pins if stored.pins is None else stored.pins
-            agreed = replace(stored, environments=environments, pins=pins)
-        if agreed != stored:
-            write_meta(self._space.folder, agreed)
-        return agreed
+    def _merge_meta(self, requested: Meta, stored: Meta | None) -> Meta:
+        """Return the stored metadata with the new environment, and with the new pins if none are in force; write it."""
+        merged = requested
+        if stored is not None:
+            if (stored.feature_dim, stored.dtype) != (requested.feature_dim, requested.dtype):
+                raise CacheMismatch(
+                    f"{self._folder} holds {stored.feature_dim} x {stored.dtype} a row, "
+                    f"expected {requested.feature_dim} x {requested.dtype}",
+                    hint="choose another --cache-dir, and report this: equal specs give equal shapes",
+                )
+            new = [record for record in requested.environments if record not in stored.environments]
+            pins = requested.pins if stored.pins is None else stored.pins
+            merged = replace(stored, environments=(*stored.environments, *new), pins=pins)
+        if merged != stored:
+            write_meta(self._folder, merged)
+        return merged
 
-    def _touch(self) -> None:
+    def _start_clock(self) -> None:
         if not self._rows and not self._failures:
-            self._since = time.monotonic()
+            self._pending_since = time.monotonic()
 
-    def _commit_when_due(self) -> None:
-        rows = sum(len(keys) for keys, _ in self._rows) + len(self._failures)
-        if rows >= self._shard_rows or time.monotonic() - self._since >= self._commit_seconds:
+    def _commit_if_due(self) -> None:
+        pending = sum(len(keys) for keys, _ in self._rows) + len(self._failures)
+        if pending >= self._shard_rows or time.monotonic() - self._pending_since >= self._commit_seconds:
             self.commit()
 
-    def _next_number(self) -> int:
-        numbers = [int(path.name.partition("-")[0]) for path in self._space.shard_paths()]
-        return max(numbers, default=0) + 1
-
-    def _merge_is_due(self) -> bool:
-        base = self._space.features_path
-        with storage_errors(self._space.folder, "measure"):
+    def _merge_is_due(self, base: Path, merge_below_bytes: int) -> bool:
+        with storage_errors(self._folder, "measure"):
             base_bytes = base.stat().st_size if base.exists() else 0
-            shard_bytes = sum(path.stat().st_size for path in self._space.shard_paths())
-        small = base_bytes + shard_bytes < ALWAYS_MERGED_BYTES
-        return small or shard_bytes > MERGED_SHARE * base_bytes
+            shard_bytes = sum(path.stat().st_size for path in list_shards(self._folder))
+        return base_bytes + shard_bytes < merge_below_bytes or shard_bytes > MERGED_SHARE * base_bytes
 
-    def _write(
-        self,
-        path: Path,
-        keys: Bytes,
-        chunks: Iterable[Array],
-        failed: Mapping[bytes, FailureRecord],
-        packed: Array | None,
-    ) -> None:
+    def _write(self, path: Path, keys: Bytes, chunks: Iterable[Array], failures: Mapping[bytes, FailureRecord]) -> None:
         shape, dtype = (len(keys), self._meta.feature_dim), np.dtype(self._meta.dtype)
 
         def write(stream: IO[bytes]) -> None:
-            spec = self._space.spec
-            write_features(stream, spec, keys, chunks, shape=shape, dtype=dtype, failures=failed, packed=packed)
+            write_features(stream, self._meta.spec, keys, chunks, shape=shape, dtype=dtype, failures=failures)
 
         publish(path, write)
-
-
-def _chunks(view: SpaceView, packed: Array | None) -> Iterator[Array]:
-    step = max(1, CHUNK_BYTES // (view.feature_dim * view.dtype.itemsize))
-    for start in range(0, len(view), step):
-        keys = [key.tobytes() for key in view.keys[start : start + step]]
-        yield from (view.read(keys),) if packed is None else view.stored(keys)
 
 
 def _check_finite(keys: Sequence[bytes], features: Array, stored: Array) -> None:

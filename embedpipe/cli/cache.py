@@ -21,7 +21,9 @@ def ls(session: Session, **options: Any) -> None:
     lines = [f"{'rows':>9} {'size':>9} {'shards':>6}  {'last used':<20}  space"]
     for one in found.spaces:
         rows = "?" if one.rows is None else one.rows
-        state = one.damage or (f"{one.backbone} {one.layer}{', interrupted' if one.interrupted else ''}")
+        state = (
+            one.damage or one.unsupported or (f"{one.backbone} {one.layer}{', interrupted' if one.interrupted else ''}")
+        )
         shards = "?" if one.pending_shards is None else one.pending_shards
         lines.append(f"{rows:>9} {show_size(one.bytes):>9} {shards:>6}  {one.last_used:<20}  {one.space}  ({state})")
     lines.append(f"\n{'images':>9} {'classes':>9}  data set")

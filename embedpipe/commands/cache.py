@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +24,7 @@ SECONDS = {"S": 1, "M": 60, "H": 3600, "D": 86400, "W": 604800}
 
 @dataclass(frozen=True)
 class SpaceRecord:
-    """One space: what made it, how large it is, when it was used last; `damage` where it cannot be read."""
+    """One space: what made it, how large it is, when it was used last; `damage` or `unsupported` says why it cannot be read."""
 
     space: str
     bytes: int
@@ -35,6 +36,7 @@ class SpaceRecord:
     pending_shards: int | None = None
     interrupted: bool | None = None
     damage: str | None = None
+    unsupported: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def _describe(cache: Cache, name: str) -> SpaceRecord:
     used = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(last_used(folder)))
     try:
         space = cache.find_space(name)
-        view = space.view()
+        view = None if space.unsupported else space.view()
     except CacheMismatch as exc:
         return SpaceRecord(name, measure(folder), used, damage=exc.message)
     return SpaceRecord(
@@ -98,10 +100,11 @@ def _describe(cache: Cache, name: str) -> SpaceRecord:
         last_used=used,
         backbone=f"{space.spec['source']}:{space.spec['architecture']}",
         layer=space.spec["layer"],
-        rows=len(view),
-        failures=len(view.failures),
+        rows=None if view is None else len(view),
+        failures=None if view is None else len(view.failures),
         pending_shards=space.pending_shards,
         interrupted=space.interrupted,
+        unsupported=space.unsupported,
     )
 
 
@@ -216,12 +219,19 @@ def _idle_graphs(cache: Cache, excess: float, oldest: float, *, unused: bool) ->
 
 
 def _unused(cache: Cache) -> dict[str, str]:
-    """Return the spaces in which no data set has a row or a failure; a damaged table is an error, for it might name them."""
+    """Return the spaces in which no data set has a row or a failure, or that cannot be read any more, and why.
+
+    A damaged table is an error, for it might name their rows.
+    """
     named = {sample.key for name in cache.datasets() for sample in cache.read_dataset(name).samples}
     found = {}
     for name in cache.space_names():
         try:
-            view = cache.find_space(name).view()
+            space = cache.find_space(name)
+            if space.unsupported:
+                found[name] = space.unsupported
+                continue
+            view = space.view()
         except CacheMismatch:
             continue  # what a damaged space holds is not known
         if named.isdisjoint({*map(bytes, view.keys), *view.failures}):
@@ -248,13 +258,15 @@ def remove_from_cache(names: Sequence[str], *, cache_dir: PathLike = "cache") ->
     chosen = list(dict.fromkeys(cache.find(name) for name in names))
     removed, freed = [], 0
     for name in chosen:
-        is_space = name in cache.space_names()
+        is_space, reason = name in cache.space_names(), "named"
         size = measure(cache.spaces_folder / name if is_space else cache.table_path(name))
         if is_space:
+            with suppress(CacheMismatch):
+                reason = cache.find_space(name).unsupported or reason
             cache.remove_space(name)
         else:
             cache.remove_dataset(name)
-        removed.append({"name": name, "bytes": size, "reason": "named"})
+        removed.append({"name": name, "bytes": size, "reason": reason})
         freed += size
     return Collected(removed, [], freed, measure(cache.root), False)
 

@@ -1,4 +1,4 @@
-"""Real spaces in a temporary folder, and rows to put into them."""
+"""Spaces in a temporary folder, and rows to write into them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import pytest
 from embedpipe.cache import Cache, Space
 
 SPEC = {"schema": 1, "source": "timm", "architecture": "resnet18", "layer": "penultimate"}
-PACKED = SPEC | {"packed": "deflate"}
 DIM = 8
 
 
@@ -27,13 +26,13 @@ def rows(n: int, dim: int = DIM) -> tuple[list[bytes], np.ndarray]:
     return keys, X
 
 
-def write(space: Space, keys: list[bytes], X: np.ndarray, **options: Any) -> None:
-    """Run a whole extraction, in batches of 7."""
+def write(space: Space, keys: list[bytes], X: np.ndarray, finish: dict[str, int] | None = None, **options: Any) -> None:
+    """Run a whole extraction, in batches of 7; `finish` are arguments of `SpaceWriter.finish`."""
     chosen = {"feature_dim": X.shape[1], "dtype": "float32", "environment": {}, "pins": {}}
     with space.writer(**{**chosen, **options}) as writer:
         for start in range(0, len(keys), 7):
             writer.append(keys[start : start + 7], X[start : start + 7])
-        writer.finish()
+        writer.finish(**(finish or {}))
 
 
 def forked(body: Callable[[], None]) -> int:
@@ -60,6 +59,6 @@ def cache(tmp_path: Path) -> Cache:
     return Cache(tmp_path / "cache")
 
 
-@pytest.fixture(params=[SPEC, PACKED], ids=["plain", "packed"])
-def space(cache: Cache, request: pytest.FixtureRequest) -> Space:
-    return cache.open_space(request.param, name="timm-resnet18")
+@pytest.fixture
+def space(cache: Cache) -> Space:
+    return cache.open_space(SPEC, name="timm-resnet18")

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from embedpipe import cache as room
+import embedpipe.cache
 from embedpipe.cache import Cache, Space
 from embedpipe.errors import StorageError
 
 from .conftest import SPEC, forked, kill_self, rows, write
 
-ROOM = str(Path(room.__file__).parent)
+PACKAGE = str(Path(embedpipe.cache.__file__).parent)
 KEYS, X = rows(30)
 REFERENCE_SHARD_ROWS = 10
 
@@ -40,12 +40,12 @@ def extract(space: Space, report: Path | None = None) -> None:
 
 
 def kill_at_line(number: int) -> None:
-    """Arrange for SIGKILL at the `number`-th line that the room executes."""
+    """Arrange for SIGKILL at the `number`-th line that the package executes."""
     left = number
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
         nonlocal left
-        if not frame.f_code.co_filename.startswith(ROOM):
+        if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
         left -= event == "line"
         if left <= 0:
@@ -56,14 +56,14 @@ def kill_at_line(number: int) -> None:
 
 
 def lines_of(space: Space, counted: Path) -> int:
-    """Return how many lines of the room a whole extraction executes."""
+    """Return how many lines of the package a whole extraction executes."""
 
     def body() -> None:
         count = 0
 
         def trace(frame: FrameType, event: str, _: Any) -> Any:
             nonlocal count
-            inside = frame.f_code.co_filename.startswith(ROOM)
+            inside = frame.f_code.co_filename.startswith(PACKAGE)
             count += inside and event == "line"
             return trace if inside else None
 

@@ -1,4 +1,4 @@
-"""The memo of hashes: right when files change, silent when it is broken."""
+"""The memo of hashes is right when files change, and errors of SQLite are ignored."""
 
 from __future__ import annotations
 
@@ -13,62 +13,57 @@ from embedpipe.cache import KeyIndex
 from embedpipe.data import Place
 
 
-def old_file(path: Path, data: bytes) -> Path:
-    """Write a file; its ctime is of now, so the memo's own clock is moved instead."""
+def write_file(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
 
 
-@pytest.fixture
-def settled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files count as settled at once."""
-    monkeypatch.setattr("embedpipe.cache._index.RACY_NS", -(10**12))
+def open_index(path: Path) -> KeyIndex:
+    """Open a memo that remembers files however recently they changed."""
+    return KeyIndex(path, racy_ns=-(10**12))
 
 
-@pytest.mark.usefixtures("settled")
 def test_known_files_are_not_read_again(tmp_path: Path) -> None:
-    image = old_file(tmp_path / "a.jpg", b"abc")
-    odd = old_file(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n.jpg")), b"odd")
+    image = write_file(tmp_path / "a.jpg", b"abc")
+    odd = write_file(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n.jpg")), b"odd")
     for expected in (2, 0):
-        index = KeyIndex(tmp_path / "memo" / "index.sqlite")
+        index = open_index(tmp_path / "memo" / "index.sqlite")
         assert index.key_of(image) == hashlib.sha256(b"abc").digest()
         assert index.key_of(odd) == hashlib.sha256(b"odd").digest()
         assert index.hashed == expected
         index.close()
 
 
-@pytest.mark.usefixtures("settled")
 def test_parts_of_a_file_are_remembered_apart_and_forgotten_together(tmp_path: Path) -> None:
-    file = old_file(tmp_path / "a.tar", b"abcdef")
+    file = write_file(tmp_path / "a.tar", b"abcdef")
     parts = {"0+3": b"abc", "3+3": b"def", "": b"abcdef"}
     for expected in (3, 0):
-        index = KeyIndex(tmp_path / "index.sqlite")
+        index = open_index(tmp_path / "index.sqlite")
         for part, data in parts.items():
             assert index.key_of(Place(str(file), part)) == hashlib.sha256(data).digest()
         assert index.hashed == expected
         index.close()
     file.write_bytes(b"ABCDEF")
-    index = KeyIndex(tmp_path / "index.sqlite")
+    index = open_index(tmp_path / "index.sqlite")
     assert index.key_of(Place(str(file), "3+3")) == hashlib.sha256(b"DEF").digest()
     index.close()
 
 
-@pytest.mark.usefixtures("settled")
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
-    image = old_file(tmp_path / "a.jpg", b"abc")
-    index = KeyIndex(tmp_path / "index.sqlite")
+    image = write_file(tmp_path / "a.jpg", b"abc")
+    index = open_index(tmp_path / "index.sqlite")
     index.key_of(image)
     index.close()
     status = image.stat()
     image.write_bytes(b"xyz")
     os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
-    index = KeyIndex(tmp_path / "index.sqlite")
+    index = open_index(tmp_path / "index.sqlite")
     assert index.key_of(image) == hashlib.sha256(b"xyz").digest()
     index.close()
 
 
-def test_young_files_are_not_remembered(tmp_path: Path) -> None:
-    image = old_file(tmp_path / "a.jpg", b"abc")
+def test_recently_changed_files_are_not_remembered(tmp_path: Path) -> None:
+    image = write_file(tmp_path / "a.jpg", b"abc")
     for _ in range(2):
         index = KeyIndex(tmp_path / "index.sqlite")
         index.key_of(image)
@@ -76,40 +71,38 @@ def test_young_files_are_not_remembered(tmp_path: Path) -> None:
         index.close()
 
 
-@pytest.mark.usefixtures("settled")
-def test_a_broken_memo_is_made_anew(tmp_path: Path) -> None:
-    image, path = old_file(tmp_path / "a.jpg", b"abc"), tmp_path / "index.sqlite"
+def test_a_corrupt_memo_is_replaced(tmp_path: Path) -> None:
+    image, path = write_file(tmp_path / "a.jpg", b"abc"), tmp_path / "index.sqlite"
     path.write_bytes(b"no database" * 1000)
     for expected in (1, 0):
-        index = KeyIndex(path)
+        index = open_index(path)
         assert index.key_of(image) == hashlib.sha256(b"abc").digest()
         assert index.hashed == expected
         index.close()
 
 
-@pytest.mark.usefixtures("settled")
 def test_a_locked_memo_is_not_waited_for(tmp_path: Path) -> None:
-    image, path = old_file(tmp_path / "a.jpg", b"abc"), tmp_path / "index.sqlite"
-    index = KeyIndex(path)
+    image, path = write_file(tmp_path / "a.jpg", b"abc"), tmp_path / "index.sqlite"
+    index = open_index(path)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
     assert index.key_of(image) == hashlib.sha256(b"abc").digest()
     index.close()
-    late = KeyIndex(path)
+    late = open_index(path)
     assert late.key_of(image) == hashlib.sha256(b"abc").digest()
     late.close()
     other.close()
 
 
-def test_a_memo_without_a_place_still_hashes(tmp_path: Path) -> None:
-    image = old_file(tmp_path / "a.jpg", b"abc")
-    index = KeyIndex(image / "index.sqlite")
+def test_a_memo_that_cannot_be_written_still_hashes(tmp_path: Path) -> None:
+    image = write_file(tmp_path / "a.jpg", b"abc")
+    index = open_index(image / "index.sqlite")
     assert index.key_of(image) == hashlib.sha256(b"abc").digest()
     index.close()
 
 
-def test_what_is_no_readable_file_raises(tmp_path: Path) -> None:
-    index = KeyIndex(tmp_path / "index.sqlite")
+def test_files_that_cannot_be_read_are_errors(tmp_path: Path) -> None:
+    index = open_index(tmp_path / "index.sqlite")
     os.mkfifo(tmp_path / "pipe.jpg")
     for path in (tmp_path / "absent.jpg", tmp_path, tmp_path / "pipe.jpg"):
         with pytest.raises(OSError, match=r"."):

@@ -1,4 +1,4 @@
-"""One writer at a time, told by name; where locks exclude nobody, writers only add."""
+"""One writer at a time, named in the error; where locks exclude nobody, writers only add."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def agree(*_: Any) -> None:
 
 
 @pytest.mark.parametrize("flock", [refuse, agree])
-def test_without_a_proved_lock_writers_only_add(space: Space, monkeypatch: pytest.MonkeyPatch, flock: Any) -> None:
+def test_without_an_exclusive_lock_writers_only_add(space: Space, monkeypatch: pytest.MonkeyPatch, flock: Any) -> None:
     keys, X = rows(10)
     write(space, keys[:2], X[:2])
     base = space.features_path.read_bytes()

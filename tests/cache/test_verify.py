@@ -1,4 +1,4 @@
-"""The room's own proof: a flaw in any part of a space is found and named, an intact space has none."""
+"""Verification finds and names damage in any part of a space, and none in an intact space."""
 
 from __future__ import annotations
 
@@ -15,12 +15,6 @@ from embedpipe.data import Manifest, Place, Sample, Source
 from .conftest import SPEC, rows, write
 
 KEYS, X = rows(300, 1024)
-
-
-@pytest.fixture
-def space(cache: Cache) -> Space:
-    """Rows that are not packed; for those that are, see test_packing."""
-    return cache.open_space(SPEC, name="timm-resnet18")
 
 
 @pytest.fixture
@@ -43,14 +37,14 @@ def flip(path: Path, place: int) -> None:
 
 
 def rewrite(space: Space, keys: list[bytes], features: np.ndarray) -> None:
-    """Put a base in place that is well-formed and sealed, whatever its values."""
+    """Replace the base by a valid file with these values."""
     with space.features_path.open("wb") as stream:
         write_features(
             stream, SPEC, key_matrix(keys), [features], shape=features.shape, dtype=features.dtype, failures={}
         )
 
 
-def test_an_intact_space_has_no_flaw(cache: Cache, filled: Space) -> None:
+def test_an_intact_space_has_no_damage(cache: Cache, filled: Space) -> None:
     assert details(cache, filled) == []
 
 
@@ -64,13 +58,13 @@ def test_each_changed_mib_is_named(cache: Cache, filled: Space) -> None:
     assert sum("MiB 1 of its features" in text for text in found) == 1
 
 
-def test_keys_are_proved_apart_from_the_seal(cache: Cache, filled: Space) -> None:
+def test_keys_are_checked_apart_from_the_seal(cache: Cache, filled: Space) -> None:
     raw = filled.features_path.read_bytes()
     head = bytearray(raw[: len(raw) - X[:290].nbytes])
     head[head.index(min(KEYS[:290]))] ^= 1
     head[:USER_BLOCK] = bytes(USER_BLOCK)
     filled.features_path.write_bytes(seal(bytes(head), X[:290].nbytes) + raw[len(head) :])
-    assert details(cache, filled) == ["its keys are not those that were written"]
+    assert details(cache, filled) == ["its keys have changed"]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

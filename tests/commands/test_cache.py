@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ import h5py
 import numpy as np
 import pytest
 
-from embedpipe.cache import Cache, Space
+from embedpipe.cache import Cache, Exported, Space, writer_of
 from embedpipe.cache._features import write_features
 from embedpipe.cache._meta import write_meta
 from embedpipe.commands import cache as caretaking
@@ -24,6 +25,7 @@ from embedpipe.commands import verify as proving
 from tests.conftest import COLOURS, TINY, Ended, Run, write_photo, write_photos
 
 CACHE = Path("cache")
+PACKED = Path(__file__).parents[1] / "cache/data/timm-test_resnet-layer4-1b927e8eb040"
 VERBS = ("ls", "info", "why", "verify", "gc", "rm", "export")
 
 
@@ -84,6 +86,31 @@ def test_ls_shows_what_is_damaged_and_goes_on(run: Run, extracted: dict[str, Any
     assert "damaged" in found["spaces"][0]["damage"]
     assert "damaged" in found["datasets"][0]["damage"]
     assert run("cache", "ls").code == 0
+
+
+def test_a_space_of_packed_rows_is_not_supported_and_not_damaged(
+    run: Run, photos: Path, extracted: dict[str, Any]
+) -> None:
+    """Older versions wrote such spaces: they are listed, explained and removed, and nothing else is disturbed."""
+    shutil.copytree(PACKED, CACHE / "spaces" / PACKED.name)
+    listed = {space["space"]: space for space in run("cache", "ls", "--json").data["spaces"]}[PACKED.name]
+    assert (listed["rows"], listed["damage"], listed["pending_shards"]) == (None, None, 1)
+    assert "no longer supported" in listed["unsupported"]
+    assert "no longer supported" in run("cache", "ls").out
+    about = run("cache", "info", PACKED.name, "--json").data
+    assert (about["feature_dim"], about["unsupported"]) == (16, listed["unsupported"])
+    verified = run("cache", "verify", "--json")
+    assert (verified.code, verified.data["damaged"], kinds(verified)["unsupported"]) == (0, False, about["unsupported"])
+    assert [one["space"] for one in verified.data["spaces"]] == [Path(extracted["space"]).name]
+    assert run("cache", "why", photos, *TINY[:2], "--weights", "none", "--image-size", 96, "--json").code == 0
+    assert run("fit-head", "--json").code == 0
+    refused = run("fit-head", "--space", PACKED.name, "--json")
+    assert (refused.code, "no longer supported" in refused.line, "damage" in refused.line) == (4, True, False)
+    (gone,) = run("cache", "gc", "--unused", "--dry-run", "--json").data["removed"]
+    assert (gone["name"], gone["reason"]) == (PACKED.name, about["unsupported"])
+    (gone,) = run("cache", "rm", PACKED.name, "--json").data["removed"]
+    assert (gone["name"], gone["reason"]) == (PACKED.name, about["unsupported"])
+    assert not (CACHE / "spaces" / PACKED.name).exists()
 
 
 def test_an_empty_cache(run: Run) -> None:
@@ -482,18 +509,12 @@ def test_export_parquet_without_pyarrow_says_what_to_install(
     assert (done.code, "embedpipe[parquet]" in done.line, Path("x.parquet").exists()) == (2, True, False)
 
 
-def test_export_holds_one_piece_of_the_rows_at_a_time(
-    run: Run, extracted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from embedpipe.cache import _export
-    from embedpipe.cache._export import Exported
-
-    monkeypatch.setattr(_export, "CHUNK_BYTES", 96 * 4 * 7)
+def test_export_holds_one_chunk_of_rows_at_a_time(run: Run, extracted: dict[str, Any]) -> None:
     manifest, space = Cache(CACHE).read_dataset(), space_of(extracted)
-    exported = Exported(manifest, manifest.samples, space.view())
+    exported = Exported(manifest, manifest.samples, space.view(), chunk_bytes=96 * 4 * 7)
     assert [len(chunk) for chunk in exported.chunks()] == [7, 7, 7, 7, 7, 1]
     out = io.BytesIO()
-    _export.writer_of("h5", exported, {})(out)
+    writer_of("h5", exported, {})(out)
     with h5py.File(out) as file:
         assert (file["features"][:] == space.view().read(exported.keys)).all()
 

@@ -1,4 +1,4 @@
-"""What a space costs, when it was used last, and how it goes: work on its folder, whatever is in it."""
+"""Size, last use and removal of spaces, whatever their content."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from contextlib import suppress
 from pathlib import Path
 
 from embedpipe.cache._lock import WriterLock
-from embedpipe.cache._meta import FILE
+from embedpipe.cache._meta import FILE, LOCK
 from embedpipe.errors import StorageError
 from embedpipe.storage import TEMPORARY, storage_errors, sync_path
 
-LEFTOVER_S = 3600.0  # a younger temporary file may be one that is being written
+LEFTOVER_S = 3600.0  # a younger temporary file may still be in use
 
 
 def mark_used(folder: Path) -> None:
-    """Give meta.json the present time: the record of the last use, best effort."""
+    """Set the time of meta.json, which records the last use, to now; a read-only cache is left as it is."""
     with suppress(OSError):
         os.utime(folder / FILE)
 
 
 def last_used(folder: Path) -> float:
-    """Return when a space was filled or read last, Unix time, s."""
+    """Return when a space was last written or read, Unix time in seconds."""
     path = folder / FILE
     return (path if path.exists() else folder).stat().st_mtime
 
 
 def measure(path: Path) -> int:
-    """Return the bytes of a file, or of all files below a folder; what goes meanwhile counts nothing."""
+    """Return the bytes of a file, or of all files below a folder; files that vanish meanwhile count as empty."""
     below = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
     total = 0
-    for one in below if path.is_dir() else [path]:
+    for file in below if path.is_dir() else [path]:
         with suppress(FileNotFoundError):
-            total += os.lstat(one).st_size
+            total += os.lstat(file).st_size
     return total
 
 
-def remove_space(folder: Path, *, dry_run: bool) -> None:
-    """Take a space out of sight in one rename, then off the disk, holding its writer's lock all the while."""
-    lock = WriterLock(folder / ".lock")
+def remove_folder(folder: Path, *, dry_run: bool) -> None:
+    """Remove a space under its writer lock: rename the folder to a temporary name, then delete it."""
+    lock = WriterLock(folder / LOCK)
     try:
-        if not lock.proved:
+        if not lock.exclusive:
             raise StorageError(
-                f"locks on {folder} exclude nobody, a writer may be at work",
-                hint="remove the folder by hand when nobody writes to it",
+                f"locks on {folder} exclude nobody, another process may be writing",
+                hint="remove the folder by hand when nothing writes to it",
             )
         if dry_run:
             return
@@ -60,7 +60,7 @@ def remove_space(folder: Path, *, dry_run: bool) -> None:
 
 
 def sweep_leftovers(root: Path, *, dry_run: bool) -> dict[str, int]:
-    """Remove what killed processes left in a cache under temporary names an hour ago or longer; return names and bytes."""
+    """Remove temporary files and folders that are older than an hour; return their names and bytes."""
     swept = {}
     for folder in (root, root / "spaces", root / "datasets", root / "graphs"):
         for path in sorted(folder.glob(f"{TEMPORARY}*")):

@@ -1,4 +1,4 @@
-"""What a space costs, when it was used, and that it goes whole or not at all."""
+"""Size and last use of spaces, and their removal: completely or not at all."""
 
 from __future__ import annotations
 
