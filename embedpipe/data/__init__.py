@@ -1,17 +1,17 @@
-"""Data: folders, tables, tars, Parquet, Hugging Face data sets and URLs to a manifest of samples, and the bytes of each image.
+"""Data sets: folders, tables, tars, Parquet files, hf data sets and URLs as a manifest of samples, and the bytes of each image.
 
->>> manifest = read_manifest("data/", key_of=index.key_of)
+>>> manifest = read_manifest("data/", key_of=lambda place: sha256(place.read()).digest())
 >>> manifest.samples[0].label
 'cat'
 """
 
 from embedpipe.data._byte_source import Place
 from embedpipe.data._folder import list_images
-from embedpipe.data._manifest import SPLITS, Failure, Manifest, Sample
+from embedpipe.data._labels import SEPARATOR, TASKS, join_names, names_of
+from embedpipe.data._manifest import SPLITS, Failure, Manifest, Sample, targets
 from embedpipe.data._read import read_manifest
 from embedpipe.data._source import Source, absolute_argument, is_source, root_of
 from embedpipe.data._splits import components
-from embedpipe.data._targets import SEPARATOR, TASKS, join_names, names_of, targets
 
 __all__ = [
     "Failure",

@@ -1,4 +1,7 @@
-"""Place: a file or URL, and where in it."""
+"""Place: where the bytes of one image are, and how they are read.
+
+>>> Place("/data/shard.tar", "512+1000/cat/1.jpg").read()  # 1000 bytes of a tar member
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,21 @@ import time
 from dataclasses import dataclass
 from typing import IO
 
-from embedpipe.data._hub_images import HUB, hub_version, read_hub_row
-from embedpipe.data._parquet_images import read_parquet_row
 from embedpipe.data._remote import is_url, open_url, read_url, url_version
+from embedpipe.data._stored_rows import HUB, hub_version, read_hub_row, read_parquet_row
 
 ROW = "row "
 
 
 @dataclass(frozen=True)
 class Place:
-    """One image's bytes.
+    """Where the bytes of one image are.
 
+    Parameters
+    ----------
     path : str    absolute path of a file, a URL, or hf:NAME[:CONFIG]/SPLIT
-    part : str    where in it they are: "" all of it, "OFFSET+SIZE" a range of bytes, "row GROUP:ROW COLUMN" of a Parquet
-                  file, "row ROW COLUMN" of a split; "/NAME" may follow, for people
+    part : str    where in it: "" the whole file, "OFFSET+SIZE" a range of bytes, "row GROUP:ROW COLUMN" of a Parquet file,
+                  "row ROW COLUMN" of a split; optionally followed by "/NAME", which is only displayed
     """
 
     path: str
@@ -28,7 +32,7 @@ class Place:
 
     @classmethod
     def of(cls, place: Place | str | os.PathLike[str]) -> Place:
-        """Return a place as it is, and that of a file by its path."""
+        """Return that of a whole file by its path; a `Place` unchanged."""
         return place if isinstance(place, Place) else cls(os.path.abspath(place))
 
     def __str__(self) -> str:
@@ -36,12 +40,12 @@ class Place:
 
     @property
     def is_remote(self) -> bool:
-        """Whether it is no file of this machine."""
+        """True unless it is a file of this machine."""
         return is_url(self.path) or self.path.startswith(HUB)
 
     @property
     def is_direct(self) -> bool:
-        """Whether any process can read it, with nothing but a path and a range."""
+        """True if it is a local file or a range of its bytes, which any process can read without a library."""
         return not self.is_remote and not self.part.startswith(ROW)
 
     def read(self) -> bytes:
@@ -49,8 +53,8 @@ class Place:
 
         Raises
         ------
-        OSError       they cannot be read, or are fewer than they were
-        UsageError    a library that reads them is not installed
+        OSError       the file cannot be read, or is shorter than it was
+        UsageError    a library that reads the file is not installed
         """
         location = self.part.partition("/")[0]
         if self.path.startswith(HUB):
@@ -65,11 +69,11 @@ class Place:
         return data
 
     def version(self) -> str | None:
-        """Return what changes with the file, the URL or the split; None where nothing tells.
+        """Return a text that changes whenever the file, URL or split does; None if its server tells nothing.
 
         Raises
         ------
-        OSError    it cannot be asked
+        OSError    the file or server cannot be reached
         """
         if self.path.startswith(HUB):
             return hub_version(self.path)

@@ -1,7 +1,12 @@
-"""The nouns of the room: Sample, Failure and the Manifest that holds them."""
+"""Manifest: the samples of a data set. Row and Listing: what a source says before its images are read.
+
+>>> manifest.targets(manifest.samples)
+array([0, 1, 0])
+"""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,8 +14,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from embedpipe.data._byte_source import Place
+from embedpipe.data._labels import names_of
 from embedpipe.data._source import Source, join
-from embedpipe.data._targets import targets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +25,7 @@ SPLITS = ("train", "val", "test", "all")
 
 @dataclass(frozen=True)
 class Failure:
-    """An image that gave no features.
+    """An image without features.
 
     Parameters
     ----------
@@ -36,9 +41,10 @@ class Failure:
 
 @dataclass(frozen=True)
 class Row:
-    """What a source says of one image before it is read; `split` is empty if none is named, `part` for a whole file.
+    """An image as its source lists it: a `Sample` without a key.
 
-    task : str    what its label is, see `_targets`
+    split : str    "" if the source names none
+    task : str     the task of its label column, see `_labels`
     """
 
     path: str
@@ -51,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Listing:
-    """All that one source names."""
+    """All images of one source, and the fields of `Manifest` that describe them."""
 
     source: Source
     rows: tuple[Row, ...]
@@ -66,13 +72,13 @@ class Sample:
 
     Parameters
     ----------
-    path : str            relative to the root of its source, decoded as `os.fsdecode` does
-    label : str or None   class name; names joined by "|", "|" for none of them; or a number, by the task
+    path : str            relative to the root of its source, decoded by `os.fsdecode`
+    label : str or None   class name; class names joined by "|", "|" alone for none; or a number; depending on the task
     split : str           "train", "val", "test", or "all" for unlabelled data without splits
     group : str or None   samples of one group stay in one split
     key : bytes           sha256 of the image's bytes, 32 bytes
     source : int          index into `Manifest.sources`
-    part : str            where in the file it is, as in a `Place`; "" the whole file
+    part : str            where in the file it is, see `Place`; "" the whole file
     """
 
     path: str
@@ -86,16 +92,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The ordered samples of one data set, which may come from several sources.
+    """The ordered samples of one data set, from one or several sources.
 
     Parameters
     ----------
-    name : str                      readable, safe in a file name
+    name : str                      readable and safe in a file name
     sources : tuple of Source
-    samples : tuple of Sample       by source; folders sorted by path, tables by row
-    classes : tuple of str          what a head answers, sorted plainly; empty for unlabelled data, `target` for numbers
-    ignored : int                   files that are no candidates
-    unreadable : tuple of Failure   files without a key; never persisted
+    samples : tuple of Sample       by source; those of a folder sorted by path, those of a table by row
+    classes : tuple of str          sorted plainly; ("target",) for regression, () for unlabelled data
+    ignored : int                   number of files that are not images
+    unreadable : tuple of Failure   images without a key; not stored in the cache
     warnings : tuple of str         one line each
     task : str                      "single", "multilabel" or "regression"
     """
@@ -114,16 +120,16 @@ class Manifest:
         return Place(join(self.sources[sample.source].root, sample.path), sample.part)
 
     def name_of(self, sample: Sample) -> str:
-        """Return the DATA argument joined with the sample's relative path, and its name in that file."""
+        """Return the display name of a sample: the DATA argument, its relative path, and its name in a tar or table."""
         return name_of(self.sources[sample.source], sample)
 
     def targets(self, samples: Sequence[Sample]) -> np.ndarray[Any, Any]:
-        """Return the labels of samples as numbers, as `targets` does."""
+        """Return the labels of samples as numbers, see `targets`."""
         return targets(samples, self.classes, self.task)
 
     @cached_property
     def splits(self) -> dict[str, int]:
-        """Samples in each split that has any."""
+        """Number of samples of each split that is not empty."""
         counts = Counter(sample.split for sample in self.samples)
         return {split: counts[split] for split in SPLITS if counts[split]}
 
@@ -133,6 +139,29 @@ class Manifest:
 
 
 def name_of(source: Source, row: Row | Sample) -> str:
-    """Return what to call an image: the DATA argument joined with its relative path, and its name in that file."""
+    """Return the display name of an image: the DATA argument, its relative path, and its name in a tar or table."""
     location, _, name = row.part.partition("/")
     return join(source.prefix, row.path) + (f"/{name.lstrip('/') or location}" if row.part else "")
+
+
+def targets(samples: Sequence[Sample], classes: Sequence[str], task: str) -> np.ndarray[Any, Any]:
+    """Return the labels of samples as numbers.
+
+    Returns
+    -------
+    single        int64 (N,), index of the class, -1 if it is not in `classes`
+    multilabel    float32 (N, C), 1 where the class applies, else 0
+    regression    float64 (N,), NaN without a label
+    """
+    import numpy as np
+
+    labels = [sample.label for sample in samples]
+    if task == "regression":
+        return np.array([math.nan if label is None else float(label) for label in labels], dtype=np.float64)
+    index = {name: number for number, name in enumerate(classes)}
+    if task == "single":
+        return np.array([-1 if label is None else index.get(label, -1) for label in labels], dtype=np.int64)
+    y = np.zeros((len(samples), len(classes)), dtype=np.float32)
+    for row, label in zip(y, labels, strict=True):
+        row[[index[name] for name in names_of(label or "", task) if name in index]] = 1
+    return y

@@ -1,4 +1,10 @@
-"""read_manifest: the one door from DATA arguments to a Manifest."""
+"""read_manifest: from DATA arguments to a Manifest.
+
+1. List each source: its rows (path, label, split, group), without reading images.
+2. Check that the sources agree, and apply `limit`.
+3. Compute the key of each image, in threads.
+4. Assign splits, unless the data name them.
+"""
 
 from __future__ import annotations
 
@@ -10,22 +16,22 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from embedpipe.data._byte_source import Place
-from embedpipe.data._folder import IMAGE_SUFFIXES, keep_alike, list_folder, unreadable_folders, walk
-from embedpipe.data._hub_dataset import list_hub
-from embedpipe.data._hub_images import HUB
+from embedpipe.data._folder import IMAGE_SUFFIXES, drop_incomplete, list_folder, walk
+from embedpipe.data._hub import list_hub
+from embedpipe.data._labels import classes_of
 from embedpipe.data._manifest import Failure, Listing, Manifest, Row, Sample, name_of
-from embedpipe.data._parquet_dataset import list_parquet
+from embedpipe.data._parquet import list_parquet
 from embedpipe.data._remote import is_url
 from embedpipe.data._source import TABLE_SUFFIXES, Source, check_uncompressed, expand_braces, join, source_of, suffix_of
 from embedpipe.data._splits import assign_splits
-from embedpipe.data._table import list_table
+from embedpipe.data._stored_rows import HUB
+from embedpipe.data._tables import list_table
 from embedpipe.data._tar import list_tars
-from embedpipe.data._targets import classes_of
 from embedpipe.errors import EmbedpipeError, UsageError
 from embedpipe.storage import PathLike
 
 READERS, REMOTE_READERS = 8, 32  # threads that read images for their keys
-MOST_AT_ONCE = 64  # images a thread takes
+BATCH = 64  # images that a thread takes at once, at most
 
 
 def read_manifest(
@@ -38,22 +44,22 @@ def read_manifest(
     limit: int | None = None,
     allow_outside: bool = False,
 ) -> Manifest:
-    """Read class folders, flat folders, tables, shards and hub data sets as one data set.
+    """Read folders, tables, shards and hf data sets as one data set.
 
     Parameters
     ----------
-    data : path or several      folders, .csv, .tsv, .jsonl tables, .tar or .parquet files, all of them also as URLs or
-                                patterns such as "s-{000..012}.tar", or hf:NAME
-    key_of : place -> bytes     32-byte content key, asked for in several threads; an OSError puts the image among `unreadable`
-    split_by : str              "auto" (as the data say, else hash), "folder", "column", "hash"
-    val_fraction : float        share of val in a hash split, or of what is carved from train
-    test_fraction : float       share of test in a hash split
-    limit : int or None         that many images, in turn from every class and named split
+    data : path or several      folders, .csv, .tsv, .jsonl tables, .tar or .parquet files, each also as a URL or a brace
+                                pattern such as "s-{000..012}.tar", or hf:NAME
+    key_of : Place -> bytes     the 32-byte key of an image, called from several threads; an OSError makes it `unreadable`
+    split_by : str              "auto" (as the data name them, else hash), "folder", "column", "hash"
+    val_fraction : float        fraction of val in the hash split, or of what is taken from train
+    test_fraction : float       fraction of test in the hash split
+    limit : int or None         read at most this many images, in turn from each class and named split
     allow_outside : bool        let a table name files outside its folder
 
     Raises
     ------
-    UsageError    nothing there, no image, or data that contradict themselves; the place is named
+    UsageError    an argument does not exist, has no image, or contradicts itself or another; the message names it
     """
     _check_options(split_by, val_fraction, test_fraction, limit)
     arguments = [data] if isinstance(data, str | os.PathLike) else data
@@ -64,49 +70,30 @@ def read_manifest(
     samples, unreadable = _read_keys(_limited(rows, limit), listings, key_of)
     if split_by == "hash":
         samples = [replace(sample, split="") for sample in samples]
-    contradicting = _two_labels(samples)
+    contradictions = _contradictions(samples)
     samples, warnings = assign_splits(samples, val_fraction=val_fraction, test_fraction=test_fraction, task=task)
     classes = classes_of((sample.label for sample in samples if sample.label is not None), task)
+    warnings = [*(text for listing in listings for text in listing.warnings), *warnings, *contradictions]
+    if len(classes) == 1 and task == "single":
+        warnings.append(f"one class only, {classes[0]!r}: no head can be fitted; is it a folder of classes?")
     return Manifest(
         name=_name([listing.source for listing in listings]),
         sources=tuple(listing.source for listing in listings),
         samples=tuple(samples),
         classes=classes,
         ignored=sum(listing.ignored for listing in listings),
-        unreadable=(*(f for listing in listings for f in listing.unreadable), *unreadable),
-        warnings=(
-            *(text for listing in listings for text in listing.warnings),
-            *warnings,
-            *contradicting,
-            *_one_class(classes, task),
-        ),
+        unreadable=(*(failure for listing in listings for failure in listing.unreadable), *unreadable),
+        warnings=tuple(warnings),
         task=task,
     )
-
-
-def _two_labels(samples: Sequence[Sample]) -> list[str]:
-    """Return a warning of images that have several labels, where samples of the same content disagree."""
-    first: dict[bytes, Sample] = {}
-    pairs = {
-        one.key: (first[one.key], one)
-        for one in samples
-        if one.label is not None and first.setdefault(one.key, one).label != one.label
-    }
-    if not pairs:
-        return []
-    one, other = next(iter(pairs.values()))
-    where = one.path if one.path == other.path else f"{one.path} and {other.path}"
-    return [f"{len(pairs)} image(s) with several labels, the first: {where}, {one.label} and {other.label}"]
 
 
 def _check_options(split_by: str, val_fraction: float, test_fraction: float, limit: int | None) -> None:
     if split_by not in ("auto", "folder", "column", "hash"):
         raise UsageError(f"split_by {split_by!r}", hint="expected auto, folder, column or hash")
     if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
-        raise UsageError(
-            f"val_fraction {val_fraction} and test_fraction {test_fraction}",
-            hint="expected two numbers from 0 up with a sum below 1",
-        )
+        message = f"val_fraction {val_fraction} and test_fraction {test_fraction}"
+        raise UsageError(message, hint="expected two numbers of at least 0 whose sum is below 1")
     if limit is not None and limit < 1:
         raise UsageError(f"limit {limit}", hint="expected 1 or more")
 
@@ -118,34 +105,34 @@ def _list_source(argument: str, allow_outside: bool) -> Listing:
         return list_hub(source)
     if not source.names_files:
         return _list_folder(source, allow_outside)
-    names = [one.removeprefix(join(source.root, "")) for one in expand_braces(source.absolute)]
-    absent = [
-        name for name in names if not is_url(join(source.root, name)) and not os.path.isfile(join(source.root, name))
-    ]
-    if absent:
-        raise _refusal(join(source.prefix, absent[0]), join(source.root, absent[0]))
+    names = [path.removeprefix(join(source.root, "")) for path in expand_braces(source.absolute)]
+    for name in names:
+        path = join(source.root, name)
+        if not is_url(path) and not os.path.isfile(path):
+            raise _not_data(join(source.prefix, name), path)
     if suffix_of(argument) not in TABLE_SUFFIXES:
         return _list_shards(source, names, allow_outside)
     if len(names) > 1:
-        raise UsageError(f"{argument!r} stands for {len(names)} tables", hint="name tables one by one")
+        raise UsageError(f"{argument!r} names {len(names)} tables, expected one", hint="give each table as an argument")
     return list_table(source, names[0], allow_outside=allow_outside)
 
 
 def _list_folder(source: Source, allow_outside: bool) -> Listing:
+    """List the images below a folder, or its shards if it has no images."""
     if not is_url(str(source.root)) and not os.path.isdir(source.root):
-        raise _refusal(source.argument, str(source.root))
-    walked = walk(source.root)
-    if walked.images or not walked.shards:
-        return list_folder(source, walked)
-    for shard in walked.shards:
+        raise _not_data(source.argument, str(source.root))
+    content = walk(source.root)
+    if content.images or not content.shards:
+        return list_folder(source, content)
+    for shard in content.shards:
         check_uncompressed(shard)
-    found = _list_shards(source, walked.shards, allow_outside)
-    unreadable = (*unreadable_folders(source, walked), *found.unreadable)
-    return replace(found, ignored=found.ignored + walked.ignored, unreadable=unreadable)
+    listing = _list_shards(source, content.shards, allow_outside)
+    unreadable = (*content.failures(source), *listing.unreadable)
+    return replace(listing, ignored=listing.ignored + content.ignored, unreadable=unreadable)
 
 
 def _list_shards(source: Source, names: Sequence[str], allow_outside: bool) -> Listing:
-    """Read .tar or .parquet files, named relative to the root of the source, as one source."""
+    """List the images in .tar or .parquet files with these names, relative to the root of the source."""
     suffixes = {suffix_of(name) for name in names}
     if len(suffixes) > 1:
         raise UsageError(
@@ -153,35 +140,39 @@ def _list_shards(source: Source, names: Sequence[str], allow_outside: bool) -> L
             hint="name one kind by a pattern such as 'data/train-{000..012}.tar'",
         )
     if suffixes == {".parquet"}:
-        return keep_alike(list_parquet(source, names, allow_outside=allow_outside), "have neither label nor split")
+        listing = list_parquet(source, names, allow_outside=allow_outside)
+        return drop_incomplete(listing, "have neither label nor split")
     return list_tars(source, names)
 
 
-def _refusal(argument: str, path: str) -> UsageError:
-    there = os.path.exists(path)
+def _not_data(argument: str, path: str) -> UsageError:
+    exists = os.path.exists(path)
     return UsageError(
-        f"{argument!r} {'is another kind of file' if there else 'does not exist'}, expected a folder of images, "
+        f"{argument!r} {'is another kind of file' if exists else 'does not exist'}, expected a folder of images, "
         "a .csv, .tsv, .jsonl or .parquet table, .tar shards, a URL of one of them, or hf:NAME",
-        hint="give the folder that holds it" if there else "check the path",
+        hint="give the folder that holds it" if exists else "check the path",
     )
 
 
-def _check_listings(listings: list[Listing], split_by: str) -> None:
-    """Every source has images; all or none have labels, and splits where these are asked for."""
+def _check_listings(listings: Sequence[Listing], split_by: str) -> None:
+    """Raise UsageError unless each source has images, and all or none have labels and, unless split by hash, splits."""
     if not listings:
-        raise UsageError("no data named", hint="give a folder of images or a table")
+        raise UsageError("no data given", hint="give a folder of images or a table")
     for listing in listings:
         if not listing.rows:
-            others = [failure.reason for failure in listing.unreadable[:1]]
+            reasons = [*(failure.reason for failure in listing.unreadable[:1]), f"{listing.ignored} other files"]
             raise UsageError(
-                f"no image in {listing.source.argument!r} "
-                f"({', '.join([*others, f'{listing.ignored} other files'])}), "
-                f"expected {' '.join(IMAGE_SUFFIXES)}",
-                hint="put a folder of images for each class there, or name another path",
+                f"no image in {listing.source.argument!r} ({', '.join(reasons)}), expected {' '.join(IMAGE_SUFFIXES)}",
+                hint="put a folder of images for each class there, or give another path",
             )
-    _check_all_or_none(listings, "label")
-    if split_by != "hash":
-        _check_all_or_none(listings, "split")
+    for field in ("label",) if split_by == "hash" else ("label", "split"):
+        # a source has the field in each row or in none, so the first row is enough
+        having = {bool(getattr(listing.rows[0], field)): listing.source.argument for listing in listings}
+        if len(having) > 1:
+            raise UsageError(
+                f"{having[True]!r} has {field}s, {having[False]!r} has none, expected all or none",
+                hint="extract them one by one" + (", or split by hash" if field == "split" else ""),
+            )
     for listing in listings if split_by in ("folder", "column") else ():
         kind = "column" if listing.source.has_columns else "folder"
         if kind != split_by or not listing.rows[0].split:
@@ -191,18 +182,18 @@ def _check_listings(listings: list[Listing], split_by: str) -> None:
             )
 
 
-def _check_all_or_none(listings: list[Listing], field: str) -> None:
-    """A source has a field in every row or in none, so that its first row speaks for it."""
-    having = {bool(getattr(x.rows[0], field)): x.source.argument for x in listings}
-    if len(having) > 1:
-        raise UsageError(
-            f"{having[True]!r} has {field}s, {having[False]!r} has none, expected all or none",
-            hint="extract them one by one" + (", or split by hash" if field == "split" else ""),
-        )
+def _task_of(listings: Sequence[Listing]) -> str:
+    """Return the task of all labels, "single" without labels."""
+    found = {row.task: listing.source.argument for listing in listings for row in listing.rows if row.label is not None}
+    if len(found) > 1:
+        (task, argument), (other_task, other) = list(found.items())[:2]
+        message = f"{argument!r} has {task} labels, {other!r} {other_task}, expected one kind"
+        raise UsageError(message, hint="extract them one by one")
+    return next(iter(found), "single")
 
 
 def _limited(rows: list[tuple[int, Row]], limit: int | None) -> list[tuple[int, Row]]:
-    """Take turns between classes and splits: a small limit sees all, a larger one contains it."""
+    """Return `limit` rows, in turn from each class and named split, in their order: a larger limit adds rows."""
     seen: Counter[tuple[str, str | None]] = Counter()
     turns = []
     for order, (_, row) in enumerate(rows):
@@ -212,8 +203,9 @@ def _limited(rows: list[tuple[int, Row]], limit: int | None) -> list[tuple[int, 
 
 
 def _read_keys(
-    rows: list[tuple[int, Row]], listings: list[Listing], key_of: Callable[[Place], bytes]
+    rows: Sequence[tuple[int, Row]], listings: Sequence[Listing], key_of: Callable[[Place], bytes]
 ) -> tuple[list[Sample], list[Failure]]:
+    """Return a sample for each row whose key can be computed, and a failure for each other."""
     sources = [listing.source for listing in listings]
     places = [Place(join(sources[index].root, row.path), row.part) for index, row in rows]
     samples, unreadable = [], []
@@ -231,47 +223,46 @@ def _read_keys(
 
 
 def _keys_of(places: Sequence[Place], key_of: Callable[[Place], bytes]) -> list[bytes | OSError]:
-    """Return the key of each place, in order, or why there is none; many reads are under way at once."""
+    """Return the key of each image, or the error that prevents it, in order, computed in threads."""
 
-    def ask(some: Sequence[Place]) -> list[bytes | OSError]:
-        return [_try(key_of, place) for place in some]
+    def keys_of_batch(batch: Sequence[Place]) -> list[bytes | OSError]:
+        return [_key_or_error(place, key_of) for place in batch]
 
-    readers = REMOTE_READERS if any(place.is_remote for place in (*places[:1], *places[-1:])) else READERS
-    size = min(MOST_AT_ONCE, -(-len(places) // (4 * readers)))
-    parts = [places[start : start + size] for start in range(0, len(places), size)]
+    readers = REMOTE_READERS if places[0].is_remote or places[-1].is_remote else READERS
+    size = min(BATCH, -(-len(places) // (4 * readers)))
+    batches = [places[start : start + size] for start in range(0, len(places), size)]
     with ThreadPoolExecutor(readers, thread_name_prefix="key") as threads:
-        return [key for keys in threads.map(ask, parts) for key in keys]
+        return [key for keys in threads.map(keys_of_batch, batches) for key in keys]
 
 
-def _try(key_of: Callable[[Place], bytes], place: Place) -> bytes | OSError:
+def _key_or_error(place: Place, key_of: Callable[[Place], bytes]) -> bytes | OSError:
     try:
         return key_of(place)
     except EmbedpipeError:
-        raise  # of what is missing for all
+        raise  # it concerns all images, such as a missing library
     except OSError as exc:
         return exc
 
 
-def _task_of(listings: list[Listing]) -> str:
-    """Return the task of all labels, "single" where there are none."""
-    found = {row.task: listing.source.argument for listing in listings for row in listing.rows if row.label is not None}
-    if len(found) > 1:
-        (one, argument), (other, another) = list(found.items())[:2]
-        raise UsageError(
-            f"{argument!r} has {one} labels, {another!r} {other}, expected one kind", hint="extract them one by one"
-        )
-    return next(iter(found), "single")
-
-
-def _one_class(classes: tuple[str, ...], task: str) -> list[str]:
-    if len(classes) != 1 or task != "single":
+def _contradictions(samples: Sequence[Sample]) -> list[str]:
+    """Return a warning if samples with the same content have different labels."""
+    first: dict[bytes, Sample] = {}
+    pairs = {
+        sample.key: (first[sample.key], sample)
+        for sample in samples
+        if sample.label is not None and first.setdefault(sample.key, sample).label != sample.label
+    }
+    if not pairs:
         return []
-    return [f"one class only, {classes[0]!r}: no head can be fitted; is it a folder of classes?"]
+    left, right = next(iter(pairs.values()))
+    where = left.path if left.path == right.path else f"{left.path} and {right.path}"
+    return [f"{len(pairs)} image(s) with several labels, the first: {where}, {left.label} and {right.label}"]
 
 
 def _name(sources: Sequence[Source]) -> str:
-    first = sources[0].absolute.rpartition("/")[2] if sources[0].names_files else os.path.basename(sources[0].root)
+    """Return the name of a data set: that of its first source, and how many more there are."""
+    first = os.path.basename(sources[0].root)
     if sources[0].names_files:
-        first = os.path.splitext(first)[0]
+        first = os.path.splitext(sources[0].absolute.rpartition("/")[2])[0]
     name = re.sub(r"[^A-Za-z0-9._]+", "-", first.removeprefix(HUB)).strip("-.") or "data"
     return name if len(sources) == 1 else f"{name}-and-{len(sources) - 1}-more"

@@ -1,39 +1,38 @@
-"""URLs, through fsspec: list, read, and tell whether something has changed."""
+"""URLs, read through fsspec: list a folder, read a range of bytes, look up the version of a file.
+
+>>> read_url("s3://bucket/shard.tar", offset=512, size=1000)
+"""
 
 from __future__ import annotations
 
 import errno
 import re
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from functools import lru_cache
 from typing import IO, Any
 
 from embedpipe.errors import UsageError
 
 URL = re.compile(r"[A-Za-z][\w+.-]*://")
-CONTENT = ("etag", "checksum", "md5", "md5hash", "content_md5", "crc32c", "generation", "version_id")
+CHECKSUMS = ("etag", "checksum", "md5", "md5hash", "content_md5", "crc32c", "generation", "version_id")
 TIMES = ("lastmodified", "last_modified", "mtime", "modified", "updated", "created")
-SETTLED_S = 2.0  # a younger file may change again within one tick of its time
-FRESH_S = 2.0  # how long an answer about a URL is taken for granted: thousands of members ask for one file
-MOST_VERSIONS = 10_000
-
-_versions: dict[str, tuple[float, str | None]] = {}
-_lock = threading.Lock()
+SETTLED_S = 2.0  # a file modified later than this before now may change again and keep its modification time
+FRESH_S = 2.0  # for how long a version is reused: thousands of tar members share one URL
 
 
 def is_url(path: str) -> bool:
-    """Whether it begins with a scheme such as s3://."""
+    """Return True if the path begins with a scheme such as s3://."""
     return URL.match(path) is not None
 
 
 def read_url(url: str, offset: int, size: int) -> bytes:
-    """Return `size` bytes from `offset` on, all where `size` is -1; fewer where there are no more."""
+    """Return `size` bytes from `offset` on, or the whole file if `size` is -1; fewer at the end of the file."""
     system, path = _open_system(url)
     with _remote_errors(url):
-        # by name: the second of s3fs is a version
+        # keywords, because the second positional parameter of s3fs is a version
         return bytes(system.cat_file(path, start=offset, end=offset + size) if size >= 0 else system.cat_file(path))
 
 
@@ -46,39 +45,35 @@ def open_url(url: str) -> IO[bytes]:
 
 
 def list_url(url: str) -> list[str]:
-    """Return the paths, relative to a folder, of all files below it, sorted."""
+    """Return the sorted paths of all files below a folder, relative to it."""
     system, path = _open_system(url)
     with _remote_errors(url):
-        system.invalidate_cache()  # of what was listed before in this process
-        found = [system._strip_protocol(name) for name in system.find(path)]
+        system.invalidate_cache()  # listings from earlier in this process
+        paths = [system._strip_protocol(name) for name in system.find(path)]
     root = system._strip_protocol(url).rstrip("/") + "/"
-    return sorted(name.removeprefix(root) for name in found if name.startswith(root))
+    return sorted(path.removeprefix(root) for path in paths if path.startswith(root))
 
 
 def url_version(url: str) -> str | None:
-    """Return size and checksum, or size and time, of what a URL names; None where its file system gives neither."""
-    with _lock:
-        asked_s, version = _versions.get(url, (-FRESH_S, None))
-    if time.monotonic() - asked_s < FRESH_S:
-        return version
+    """Return the size and checksum of a file, else its size and modification time; None if its server tells neither."""
+    return _look_up_version(url, time.monotonic() // FRESH_S)
+
+
+@lru_cache(10_000)
+def _look_up_version(url: str, period: float) -> str | None:
     system, path = _open_system(url)
     with _remote_errors(url):
-        known = {name.lower().replace("-", "_"): value for name, value in system.info(path).items()}
-    version = _version_of(known)
-    with _lock:
-        if len(_versions) >= MOST_VERSIONS:
-            _versions.clear()
-        _versions[url] = (time.monotonic(), version)
-    return version
+        return _version_of({name.lower().replace("-", "_"): value for name, value in system.info(path).items()})
 
 
-def _version_of(known: dict[str, Any]) -> str | None:
-    content = [f"{name}={known[name]}" for name in CONTENT if known.get(name)]
-    times = {name: known[name] for name in TIMES if isinstance(known.get(name), datetime | float | int)}
-    seconds = [one.timestamp() if isinstance(one, datetime) else float(one) for one in times.values()]
-    if known.get("size") is None or not (content or (seconds and max(seconds) < time.time() - SETTLED_S)):
+def _version_of(info: Mapping[str, Any]) -> str | None:
+    checksums = [f"{name}={info[name]}" for name in CHECKSUMS if info.get(name)]
+    times = {name: info[name] for name in TIMES if isinstance(info.get(name), datetime | float | int)}
+    seconds = [value.timestamp() if isinstance(value, datetime) else float(value) for value in times.values()]
+    is_settled = bool(seconds) and max(seconds) < time.time() - SETTLED_S
+    if info.get("size") is None or not (checksums or is_settled):
         return None
-    return " ".join([str(known["size"]), *(content or [f"{name}={one}" for name, one in times.items()])])
+    return " ".join([str(info["size"]), *(checksums or [f"{name}={value}" for name, value in times.items()])])
 
 
 def _open_system(url: str) -> tuple[Any, str]:
@@ -97,7 +92,7 @@ def _open_system(url: str) -> tuple[Any, str]:
 
 @contextmanager
 def _remote_errors(url: str) -> Iterator[None]:
-    """Turn whatever the client of a file system raises into an OSError of one line."""
+    """Turn any exception of a file system's client into an OSError with a one-line message."""
     try:
         yield
     except FileNotFoundError as exc:

@@ -1,4 +1,8 @@
-"""Source: one DATA argument, and what it names: a folder, files (a brace pattern: several), a URL, or hf:NAME."""
+"""Source: one DATA argument, which is a folder, a file, a brace pattern of files, a URL of either, or hf:NAME.
+
+>>> source_of("shards/train-{000..012}.tar").root
+PosixPath('/home/user/shards')
+"""
 
 from __future__ import annotations
 
@@ -10,8 +14,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from embedpipe.data._hub_images import HUB, parse_hub
 from embedpipe.data._remote import is_url
+from embedpipe.data._stored_rows import HUB, parse_hub
 from embedpipe.errors import UsageError
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -19,12 +23,18 @@ SHARD_SUFFIXES = (".tar", ".parquet")
 FILE_SUFFIXES = (*TABLE_SUFFIXES, *SHARD_SUFFIXES)
 COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$")
 BRACES = re.compile(r"\{([^{}]*)\}")
-MOST_FILES = 1_000_000  # of one brace pattern
+MAX_FILES = 1_000_000  # of one brace pattern
 
 
 @dataclass(frozen=True)
 class Source:
-    """One DATA argument: as typed, and the absolute folder, URL or hf:NAME that its paths are relative to."""
+    """One DATA argument.
+
+    Parameters
+    ----------
+    argument : str       as the user typed it
+    root : Path or str   the absolute folder, URL or hf:NAME that the paths of its samples are relative to
+    """
 
     argument: str
     root: Path | str
@@ -35,32 +45,33 @@ class Source:
 
     @property
     def names_files(self) -> bool:
-        """Whether the argument names files in `root`, not `root` itself."""
+        """True if the argument names files in `root`, False if it names `root` itself."""
         name = self.argument.rpartition("/")[2]
         return not self.is_hub and suffix_of(self.argument) in FILE_SUFFIXES and name != os.path.basename(self.root)
 
     @property
     def has_columns(self) -> bool:
+        """True if labels and splits come from columns, False if they come from folders or sidecars."""
         return self.is_hub or (self.names_files and suffix_of(self.argument) != ".tar")
 
     @property
     def prefix(self) -> str:
-        """What relative paths are joined to for display: the argument, or the folder of the files that it names."""
+        """What the path of a sample is joined to for display: the argument, or the folder of the files that it names."""
         if self.is_hub:
             return str(self.root)
         return folder_of(self.argument) if self.names_files else self.argument
 
     @property
     def absolute(self) -> str:
-        """The argument, wherever the process stands."""
+        """The argument, independent of the working directory."""
         if self.is_hub:
             return absolute_argument(self.argument)
         rest = self.argument.removeprefix(self.prefix).lstrip("/")
-        return join(str(self.root), rest) if self.names_files else str(self.root)
+        return join(self.root, rest) if self.names_files else str(self.root)
 
 
 def source_of(argument: str) -> Source:
-    """Return the source that an argument is."""
+    """Return the source that a DATA argument names."""
     if argument.startswith(HUB):
         return Source(argument, parse_hub(argument)[0])
     argument = argument.removeprefix("file://")
@@ -70,12 +81,12 @@ def source_of(argument: str) -> Source:
 
 
 def root_of(text: str) -> Path | str:
-    """Return an absolute folder as a path, anything else as it is."""
+    """Return the root of a source from its text: a Path for a folder, the text for a URL or hf:NAME."""
     return text if is_url(text) or text.startswith(HUB) else Path(text)
 
 
 def absolute_argument(argument: str) -> str:
-    """Return a DATA argument that means the same from any folder."""
+    """Return a DATA argument in the form that means the same from any working directory."""
     if argument.startswith(HUB):
         root, split = parse_hub(argument)
         return f"{root}@{split}" if split else root
@@ -84,17 +95,17 @@ def absolute_argument(argument: str) -> str:
 
 
 def is_source(argument: str) -> bool:
-    """Whether an argument names data, there or not: a path that exists, a URL, hf:NAME, or a pattern of files."""
+    """Return True if an argument can be DATA: an existing path, or any URL, hf:NAME or brace pattern."""
     return os.path.exists(argument) or is_url(argument) or argument.startswith(HUB) or bool(BRACES.search(argument))
 
 
 def join(root: str | Path, path: str) -> str:
-    """Return a path below a folder or URL; absolute ones and URLs stand for themselves."""
+    """Return a path below a folder or URL; an absolute path or a URL is returned unchanged."""
     return path if is_url(path) else os.path.join(root, path)
 
 
 def folder_of(path: str) -> str:
-    """Return the folder of a file or URL, that of a brace pattern being above its first brace."""
+    """Return the folder of a file or URL; of a brace pattern, the folder before its first brace."""
     head = path if "{" not in path or os.path.exists(path) else BRACES.split(path)[0]
     folder = head.rpartition("/")[0]
     return folder + "/" if folder.endswith(":/") else folder
@@ -108,28 +119,28 @@ def suffix_of(path: str) -> str:
 
 
 def check_uncompressed(path: str) -> None:
-    """Refuse a compressed tar: its members are no ranges of its bytes."""
+    """Raise UsageError for a compressed tar, whose members are not ranges of its bytes."""
     if COMPRESSED.search(path.lower()):
-        raise UsageError(
-            f"{path!r} is compressed, expected an uncompressed .tar", hint="decompress it, such as with gunzip"
-        )
+        hint = "decompress it, for example with gunzip"
+        raise UsageError(f"{path!r} is compressed, expected an uncompressed .tar", hint=hint)
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Return what a pattern such as `s-{000..012}.tar` or `{a,b}.tar` stands for; an existing path stands for itself."""
+    """Return the paths that a brace pattern such as `s-{000..012}.tar` or `{a,b}.tar` names; an existing path alone."""
     if os.path.exists(pattern):
         return [pattern]
-    parts = BRACES.split(pattern)  # text, inside, text, ...
+    parts = BRACES.split(pattern)  # alternately text and the content of braces
     choices = [_choices(part) if n % 2 else [part] for n, part in enumerate(parts)]
-    if math.prod(map(len, choices)) > MOST_FILES:
-        raise UsageError(f"{pattern!r} stands for more than {MOST_FILES} files", hint="name their folder")
-    return ["".join(one) for one in product(*choices)]
+    if math.prod(map(len, choices)) > MAX_FILES:
+        raise UsageError(f"{pattern!r} names more than {MAX_FILES} files", hint="give their folder instead")
+    return ["".join(path) for path in product(*choices)]
 
 
-def _choices(inside: str) -> Sequence[str]:
-    ends = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", inside)
+def _choices(content: str) -> Sequence[str]:
+    """Return what braces with this content stand for: numbers of FIRST..LAST, texts of A,B, else the braces themselves."""
+    ends = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", content)
     if not ends:
-        return inside.split(",") if "," in inside else ["{" + inside + "}"]
+        return content.split(",") if "," in content else ["{" + content + "}"]
     width = len(ends[1]) if ends[1].startswith("0") else 1
-    numbers = range(int(ends[1]), int(ends[2]) + 1)[: MOST_FILES + 1]
+    numbers = range(int(ends[1]), int(ends[2]) + 1)[: MAX_FILES + 1]
     return [f"{number:0{width}d}" for number in numbers]

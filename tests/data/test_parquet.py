@@ -13,6 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from embedpipe.data import Manifest, Place, read_manifest
+from embedpipe.data._stored_rows import ColumnCache, read_parquet_row
 from embedpipe.errors import StorageError, UsageError
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -100,15 +101,14 @@ def test_a_file_that_is_written_again_is_read_again(tmp_path: Path) -> None:
     assert place.read() == b"new"
 
 
-def test_row_groups_in_memory_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from embedpipe.data import _parquet_images as _parquet
-
-    monkeypatch.setattr(_parquet, "MOST_BYTES", 2500)
-    file = str(write(tmp_path / "x.parquet", rows=1, image=[bytes([n]) * 1000 for n in range(10)]))
-    for n in range(10):
-        assert Place(file, f"row {n}:0 image").read() == bytes([n]) * 1000
-        held = [one.result().nbytes for one in _parquet._groups._held.values()]
-        assert sum(held) <= 2500 or len(held) == 1
+def test_row_groups_in_memory_are_bounded(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.parquet", rows=1, image=[bytes([n]) * 1000 for n in range(10)])
+    columns = ColumnCache(max_bytes=2500)
+    for n in (*range(10), 9, 8):
+        data = read_parquet_row(lambda: file.open("rb"), str(file), f"row {n}:0 image", columns)
+        assert data == bytes([n]) * 1000
+        assert sum(columns.sizes().values()) <= 2500 or len(columns.sizes()) == 1
+    assert [group for _, group, _ in columns.sizes()] == [9, 8]
 
 
 def test_what_is_no_parquet_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

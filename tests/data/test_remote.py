@@ -16,7 +16,7 @@ from embedpipe.cache import Cache, KeyIndex
 from embedpipe.data import Manifest, Place, _remote, read_manifest
 from embedpipe.errors import StorageError, UsageError
 from tests.data.serving import serving
-from tests.data.test_tars import write as write_tar
+from tests.data.test_tar import write as write_tar
 
 
 def read(index: KeyIndex, *data: str, **options: object) -> Manifest:
@@ -77,7 +77,7 @@ def test_keys_are_remembered_where_the_server_tells_versions(
             assert index.hashed == hashed
             index.close()
         (folder / "data/a/1.png").write_bytes(b"new")
-        _remote._versions.clear()  # as after two seconds
+        _remote._look_up_version.cache_clear()  # as after two seconds
         index = KeyIndex(tmp_path / "memo.sqlite")
         second = read(index, f"{url}/data")
         index.close()

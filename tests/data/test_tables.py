@@ -132,7 +132,7 @@ def test_the_line_at_fault_is_named(tmp_path: Path, text: str, expected: str) ->
     [
         ('{"path": "a.png"}\nnonsense', "line 2: not JSON"),
         ('["a.png"]', "expected a JSON object"),
-        ('{"path": ["a.png"]}', "expected a text or a number"),
+        ('{"path": ["a.png"]}', "expected text or a number"),
         ('{"label": "cat"}', "found the columns label"),
         ('{"path": "\\ud800.png"}', "holds characters"),
         ("[" * 100_000, "not JSON"),

@@ -1,0 +1,81 @@
+"""Labels: the three label columns, the task that each means, and the text form of a label.
+
+`label`     "single": one class
+`labels`    "multilabel": any number of class names, as `a|b` or a list; an empty value means that none applies
+`target`    "regression": a number
+
+A label is stored as text; `Manifest.targets` encodes it as numbers.
+
+>>> label_of_cells({"path": "1.png", "labels": "dog|cat"}, "list.csv, line 2")
+('cat|dog', 'multilabel')
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+
+from embedpipe.errors import UsageError
+
+TASKS = {"label": "single", "labels": "multilabel", "target": "regression"}  # by column
+MAX_TARGET = 1e100  # the square of a target must be finite
+SEPARATOR = "|"  # between class names; alone, it is the label of an image to which no class applies
+
+
+def join_names(names: Iterable[str]) -> str:
+    """Return the multilabel text of class names, which does not depend on their order."""
+    return SEPARATOR.join(sorted(set(names))) or SEPARATOR
+
+
+def names_of(label: str, task: str) -> tuple[str, ...]:
+    """Return the class names in a label; () for regression."""
+    if task == "multilabel":
+        return tuple(name for name in map(str.strip, label.split(SEPARATOR)) if name)
+    return (label,) if task == "single" else ()
+
+
+def classes_of(labels: Iterable[str], task: str) -> tuple[str, ...]:
+    """Return the sorted class names in labels; ("target",) for regression, () without labels."""
+    texts = set(labels)
+    if task == "regression":
+        return ("target",) if texts else ()
+    return tuple(sorted({name for text in texts for name in names_of(text, task)}))
+
+
+def label_of_cells(cells: Mapping[str, str], at: str) -> tuple[str | None, str]:
+    """Return the label in the cells of a row, None if it is empty, and the task of its column.
+
+    Raises
+    ------
+    UsageError    the target is not a finite number
+    """
+    column = next((column for column in TASKS if column in cells), "label")
+    text, task = cells.get(column, "").strip(), TASKS[column]
+    if task == "multilabel":
+        return join_names(names_of(text, task)), task
+    if task == "regression" and text:
+        _check_number(text, at)
+    return text or None, task
+
+
+def _check_number(text: str, at: str) -> None:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UsageError(
+            f"{at}: target {text!r} is not a finite number", hint="write numbers with a point, such as 3.5"
+        )
+    if abs(value) > MAX_TARGET:
+        raise UsageError(f"{at}: target {text!r}, expected at most {MAX_TARGET:g}", hint="use a larger unit")
+
+
+def check_label_columns(columns: Collection[str], at: str) -> None:
+    """Raise UsageError for more than one label column."""
+    found = [column for column in TASKS if column in columns]
+    if len(found) > 1:
+        raise UsageError(
+            f"{at}: found the columns {' and '.join(found)}, expected one of label, labels and target",
+            hint="keep the one to predict, and rename the others",
+        )

@@ -1,0 +1,143 @@
+"""Parquet files: tables of paths (with the columns of a CSV table), or of images.
+
+Images are binary cells, or structs {bytes, path} as `datasets` writes them, in the column `image`, `img` or `bytes`, or in the
+only column of structs. Labels are in `label` (or `class`), `labels` or `target`. Class numbers become names where the schema
+metadata of `datasets` names them. The split of a row is in `split`, else in the name of its file (`train-000.parquet`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from embedpipe.data._byte_source import open_file
+from embedpipe.data._folder import splits_of_shards
+from embedpipe.data._labels import TASKS, check_label_columns, join_names, label_of_cells, names_of
+from embedpipe.data._manifest import Listing, Row
+from embedpipe.data._source import Source, folder_of, join
+from embedpipe.data._stored_rows import open_parquet
+from embedpipe.data._tables import (
+    COLUMNS,
+    Record,
+    cell_texts,
+    check_columns,
+    rows_of_paths,
+    split_of_cell,
+    storage_errors,
+)
+from embedpipe.errors import UsageError
+
+IMAGE_COLUMNS = ("image", "img", "bytes")
+
+
+def list_parquet(source: Source, names: Sequence[str], *, allow_outside: bool) -> Listing:
+    """List the images of .parquet files with these names, relative to the root of their source.
+
+    Raises
+    ------
+    UsageError      there is no column of paths or images, or a value is not valid; the message names the row
+    StorageError    a file cannot be read, or is not Parquet
+    """
+    splits, rows = splits_of_shards(names), []
+    for name in names:
+        file = join(source.root, name)
+        with storage_errors(file), open_file(file) as stream:
+            table = open_parquet(stream)
+            image = _image_column(table.schema_arrow)
+            if image is None:
+                found = _rows_of_paths(table, name, folder_of(file), allow_outside)
+            else:
+                found = _rows_of_images(table, name, image)
+            rows += [replace(row, split=row.split or splits.get(name, "")) for row in found]
+    return Listing(source, tuple(rows))
+
+
+def _image_column(schema: Any) -> str | None:
+    """Return the name of the column that holds images, None without one."""
+    from pyarrow import types
+
+    structs, binaries = [], []
+    for field in schema:
+        if types.is_struct(field.type) and {"bytes", "path"} <= {child.name for child in field.type}:
+            structs.append(field.name)
+        elif types.is_binary(field.type) or types.is_large_binary(field.type):
+            binaries.append(field.name)
+    columns = [name for name in (*structs, *binaries) if "/" not in name]
+    known = [name for wanted in IMAGE_COLUMNS for name in columns if name.lower() == wanted]
+    return next(iter(known or (structs if len(structs) == 1 else [])), None)
+
+
+def _records(table: Any, columns: Mapping[str, str], name: str) -> Iterator[Record]:
+    """Yield the cells of each row as texts, by column; `columns` gives the name of each column in the file."""
+    cells = table.read(columns=list(columns.values())).to_pydict() if columns else {}
+    for n in range(table.metadata.num_rows):
+        at = f"{name}, row {n}"
+        yield at, cell_texts(((column, cells[written][n]) for column, written in columns.items()), at)
+
+
+def _rows_of_paths(table: Any, name: str, folder: str, allow_outside: bool) -> Iterator[Row]:
+    written = table.schema_arrow.names
+    by_name = dict(zip(check_columns(written, name), written, strict=True))
+    columns = {column: by_name[column] for column in COLUMNS if column in by_name}
+    classes = _class_names(table.schema_arrow, columns)
+    root = folder if "://" in folder else Path(folder)
+    for row in rows_of_paths(_records(table, columns, name), root, allow_outside):
+        path = os.path.join(os.path.dirname(name), row.path)
+        yield replace(row, path=path, label=_class_label(row.label, row.task, classes))
+
+
+def _rows_of_images(table: Any, name: str, image: str) -> Iterator[Row]:
+    schema, metadata = table.schema_arrow, table.metadata
+    by_name = {written.lower(): written for written in schema.names}
+    by_name["label"] = by_name.get("label", by_name.get("class", ""))
+    columns = {column: by_name[column] for column in COLUMNS[1:] if by_name.get(column)}
+    check_label_columns(columns, name)
+    classes = _class_names(schema, columns)
+    is_struct = schema.field(image).type.num_fields > 0
+    images = table.read(columns=[f"{image}.path"]).to_pydict()[image] if is_struct else [None] * metadata.num_rows
+    positions = (
+        f"{group}:{row}" for group in range(table.num_row_groups) for row in range(metadata.row_group(group).num_rows)
+    )
+    for (at, cells), position, cell in zip(_records(table, columns, name), positions, images, strict=True):
+        label, task = label_of_cells(cells, at)
+        file = os.path.basename((cell or {}).get("path") or "")
+        yield Row(
+            path=name,
+            label=_class_label(label, task, classes),
+            split=split_of_cell(cells.get("split", ""), at),
+            group=cells.get("group", "").strip() or None,
+            part=f"row {position} {image}" + (f"/{file}" if file else ""),
+            task=task,
+        )
+
+
+def _class_names(schema: Any, columns: Mapping[str, str]) -> list[str]:
+    """Return the class names of the label column that `datasets` records in the schema; [] without them."""
+    label = next((columns[column] for column in TASKS if column in columns), None)
+    try:
+        feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]
+        feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
+        names = feature["names"]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return []
+    return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _class_label(label: str | None, task: str, classes: Sequence[str]) -> str | None:
+    """Return a label with class names for class numbers; -1 is no label."""
+    if label is None or not classes or task == "regression":
+        return label
+    if task == "multilabel":
+        return join_names(_class_name(number, classes) for number in names_of(label, task))
+    return None if label == "-1" else _class_name(label, classes)
+
+
+def _class_name(number: str, classes: Sequence[str]) -> str:
+    if not number.isdigit() or int(number) >= len(classes):
+        hint = "write the file again with numbers of its class names"
+        raise UsageError(f"found the label {number!r}, expected 0 to {len(classes) - 1}", hint=hint)
+    return classes[int(number)]
