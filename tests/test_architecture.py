@@ -43,7 +43,7 @@ LIBRARIES = {
     "PIL": {"images", "commands/demo.py", "backbones"},
     "sqlite3": {"cache"},
     "pyarrow": {"cache", "data"},
-    "fsspec": {"data/_remote.py"},
+    "fsspec": {"data/_files.py"},
     "datasets": {"data"},
     "tarfile": {"data/_tar.py"},
     "openvino": {"inference/_openvino.py"},

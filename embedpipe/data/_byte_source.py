@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from typing import IO
 
-from embedpipe.data._remote import is_url, open_url, read_url, url_version
-from embedpipe.data._stored_rows import HUB, hub_version, read_hub_row, read_parquet_row
+from embedpipe.data._files import file_version, is_url, read_file
+from embedpipe.data._hub import hub_version, read_hub_row
+from embedpipe.data._parquet import read_parquet_row
+from embedpipe.data._source import HUB
 
 ROW = "row "
 
@@ -61,9 +62,9 @@ class Place:
             return read_hub_row(self.path, location)
         if location.startswith(ROW):
             version = self.version() or f"of minute {time.monotonic() // 60}"
-            return read_parquet_row(lambda: open_file(self.path), f"{self.path} {version}", location)
+            return read_parquet_row(self.path, version, location)
         offset, size = map(int, location.split("+")) if location else (0, -1)
-        data = read_url(self.path, offset, size) if is_url(self.path) else _read_file(self.path, offset, size)
+        data = read_file(self.path, offset, size)
         if size >= 0 and len(data) != size:
             raise OSError("changed while reading")
         return data
@@ -75,25 +76,4 @@ class Place:
         ------
         OSError    the file or server cannot be reached
         """
-        if self.path.startswith(HUB):
-            return hub_version(self.path)
-        if is_url(self.path):
-            return url_version(self.path)
-        status = os.stat(self.path)
-        return f"{status.st_size} {status.st_mtime_ns} {status.st_ino} {status.st_ctime_ns}"
-
-
-def open_file(path: str) -> IO[bytes]:
-    """Open a file or a URL for reading and seeking.
-
-    Raises
-    ------
-    OSError    it cannot be opened
-    """
-    return open_url(path) if is_url(path) else open(path, "rb")
-
-
-def _read_file(path: str, offset: int, size: int) -> bytes:
-    with open(path, "rb") as stream:
-        stream.seek(offset)
-        return stream.read(size)
+        return hub_version(self.path) if self.path.startswith(HUB) else file_version(self.path)

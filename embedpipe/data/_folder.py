@@ -20,9 +20,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from embedpipe.data._manifest import Failure, Listing, Row, name_of
-from embedpipe.data._remote import is_url, list_url
-from embedpipe.data._source import COMPRESSED, SHARD_SUFFIXES, Source, join
+from embedpipe.data._files import is_url, list_url
+from embedpipe.data._source import COMPRESSED, SHARD_SUFFIXES, Failure, Listing, Row, Source, join
 from embedpipe.errors import StorageError, UsageError
 from embedpipe.storage import PathLike
 
@@ -78,9 +77,9 @@ def drop_incomplete(listing: Listing, reason: str) -> Listing:
     dropped = len(rows) - len(complete)
     if not dropped:
         return listing
-    first = name_of(listing.source, next(row for row in rows if (bool(row.label), bool(row.split)) != fields))
-    first = first.removeprefix(listing.source.prefix).lstrip("/")
-    text = f"{dropped} image(s) of {listing.source.argument!r} {reason} and were left out, first {first!r}"
+    first = next(row for row in rows if (bool(row.label), bool(row.split)) != fields)
+    name = listing.source.display_name(first.path, first.part).removeprefix(listing.source.prefix).lstrip("/")
+    text = f"{dropped} image(s) of {listing.source.argument!r} {reason} and were left out, first {name!r}"
     return replace(listing, rows=complete, ignored=listing.ignored + dropped, warnings=(*listing.warnings, text))
 
 

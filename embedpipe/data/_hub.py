@@ -6,16 +6,19 @@ Images are in the first column of the feature type `Image`. Labels are in `label
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from embedpipe.data._folder import SPLIT_NAMES, drop_incomplete
 from embedpipe.data._labels import label_of_cells
-from embedpipe.data._manifest import Listing, Row
-from embedpipe.data._source import Source
-from embedpipe.data._stored_rows import forget_splits, open_split, parse_hub
+from embedpipe.data._parquet import bytes_of_cell
+from embedpipe.data._source import HUB, Listing, Row, Source, parse_hub
 from embedpipe.data._tables import cell_texts
 from embedpipe.errors import UsageError
+
+SAVED = ("dataset_dict.json", "state.json")  # files that `save_to_disk` writes
 
 
 def list_hub(source: Source) -> Listing:
@@ -25,7 +28,8 @@ def list_hub(source: Source) -> Listing:
     ------
     UsageError    the data set does not load, or has no images
     """
-    forget_splits()
+    open_split.cache_clear()  # what is read now is what is there now
+    _open_column.cache_clear()
     root, split = parse_hub(source.argument)
     loaded = open_split(root, split)
     splits = {split: loaded} if split else loaded
@@ -62,3 +66,75 @@ def _class_names(value: Any, names: list[str] | None) -> Any:
     if isinstance(value, list):
         return [names[number] for number in value if number >= 0]
     return names[value] if value >= 0 else None
+
+
+@lru_cache(16)
+def open_split(root: str, split: str) -> Any:
+    """Return the `datasets.Dataset` of a split of hf:NAME[:CONFIG], or the `DatasetDict` of all splits for "".
+
+    Raises
+    ------
+    UsageError    `datasets` is not installed, or the data set does not load
+    """
+    try:
+        import datasets
+    except ImportError as exc:
+        raise UsageError(f"{root!r} needs datasets", hint="pip install 'embedpipe[hf]'") from exc
+    text = root.removeprefix(HUB)
+    name, _, config = (text, "", "") if os.path.isdir(text) else text.partition(":")
+    try:
+        if any(os.path.exists(os.path.join(name, file)) for file in SAVED):
+            return _saved_split(datasets.load_from_disk(name), split)
+        return datasets.load_dataset(name, config or None, split=split or None)
+    except (OSError, ValueError, KeyError, RuntimeError) as exc:
+        reason = (str(exc).splitlines() or [type(exc).__name__])[0]
+        raise UsageError(
+            f"{root}{'@' if split else ''}{split}: {reason}",
+            hint="expected hf:NAME[:CONFIG][@SPLIT], or hf:FOLDER as save_to_disk writes it",
+        ) from exc
+
+
+def _saved_split(saved: Any, split: str) -> Any:
+    """Return a split of what `load_from_disk` loaded; a single `Dataset` without a split name is train."""
+    import datasets
+
+    if isinstance(saved, datasets.Dataset):
+        saved = datasets.DatasetDict({str(saved.split or "train"): saved})
+    if split and split not in saved:
+        raise ValueError(f"no split {split!r}, expected {' or '.join(saved)}")
+    return saved[split] if split else saved
+
+
+@lru_cache(64)
+def _open_column(path: str, column: str) -> Any:
+    import datasets
+
+    root, _, split = path.rpartition("/")
+    return open_split(root, split).select_columns([column]).cast_column(column, datasets.Image(decode=False))
+
+
+def read_hub_row(path: str, location: str) -> bytes:
+    """Return the image bytes in a row of a split.
+
+    Parameters
+    ----------
+    path : str        hf:NAME[:CONFIG]/SPLIT
+    location : str    "row ROW COLUMN"
+
+    Raises
+    ------
+    OSError    the row holds no bytes, or the file that it names cannot be read
+    """
+    _, row, column = location.split(" ", 2)
+    cell = _open_column(path, column)[int(row)][column]
+    if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
+        with open(cell["path"], "rb") as stream:
+            return stream.read()
+    return bytes_of_cell(cell)
+
+
+def hub_version(path: str) -> str | None:
+    """Return the fingerprint that `datasets` gives a split."""
+    root, _, split = path.rpartition("/")
+    fingerprint = getattr(open_split(root, split), "_fingerprint", None)
+    return fingerprint if isinstance(fingerprint, str) else None

@@ -12,7 +12,6 @@ A label is stored as text; `Manifest.targets` encodes it as numbers.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping
 
 from embedpipe.errors import UsageError
@@ -60,15 +59,14 @@ def label_of_cells(cells: Mapping[str, str], at: str) -> tuple[str | None, str]:
 
 def _check_number(text: str, at: str) -> None:
     try:
-        value = float(text)
+        is_valid = abs(float(text)) <= MAX_TARGET
     except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
+        is_valid = False
+    if not is_valid:
         raise UsageError(
-            f"{at}: target {text!r} is not a finite number", hint="write numbers with a point, such as 3.5"
+            f"{at}: target {text!r}, expected a number of at most {MAX_TARGET:g}",
+            hint="write numbers with a point, such as 3.5, in a unit that keeps them smaller",
         )
-    if abs(value) > MAX_TARGET:
-        raise UsageError(f"{at}: target {text!r}, expected at most {MAX_TARGET:g}", hint="use a larger unit")
 
 
 def check_label_columns(columns: Collection[str], at: str) -> None:

@@ -1,4 +1,4 @@
-"""Manifest: the samples of a data set. Row and Listing: what a source says before its images are read.
+"""Manifest: the samples of a data set.
 
 >>> manifest.targets(manifest.samples)
 array([0, 1, 0])
@@ -15,55 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from embedpipe.data._byte_source import Place
 from embedpipe.data._labels import names_of
-from embedpipe.data._source import Source, join
+from embedpipe.data._source import Failure, Source, join
 
 if TYPE_CHECKING:
     import numpy as np
 
 SPLITS = ("train", "val", "test", "all")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An image without features.
-
-    Parameters
-    ----------
-    path : str      the DATA argument joined with the relative path
-    stage : str     "read", "decode" or "forward"
-    reason : str    one line
-    """
-
-    path: str
-    stage: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """An image as its source lists it: a `Sample` without a key.
-
-    split : str    "" if the source names none
-    task : str     the task of its label column, see `_labels`
-    """
-
-    path: str
-    label: str | None = None
-    split: str = ""
-    group: str | None = None
-    part: str = ""
-    task: str = "single"
-
-
-@dataclass(frozen=True)
-class Listing:
-    """All images of one source, and the fields of `Manifest` that describe them."""
-
-    source: Source
-    rows: tuple[Row, ...]
-    ignored: int = 0
-    unreadable: tuple[Failure, ...] = ()
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,7 +78,7 @@ class Manifest:
 
     def name_of(self, sample: Sample) -> str:
         """Return the display name of a sample: the DATA argument, its relative path, and its name in a tar or table."""
-        return name_of(self.sources[sample.source], sample)
+        return self.sources[sample.source].display_name(sample.path, sample.part)
 
     def targets(self, samples: Sequence[Sample]) -> np.ndarray[Any, Any]:
         """Return the labels of samples as numbers, see `targets`."""
@@ -136,12 +93,6 @@ class Manifest:
     @property
     def labelled(self) -> bool:
         return bool(self.classes)
-
-
-def name_of(source: Source, row: Row | Sample) -> str:
-    """Return the display name of an image: the DATA argument, its relative path, and its name in a tar or table."""
-    location, _, name = row.part.partition("/")
-    return join(source.prefix, row.path) + (f"/{name.lstrip('/') or location}" if row.part else "")
 
 
 def targets(samples: Sequence[Sample], classes: Sequence[str], task: str) -> np.ndarray[Any, Any]:

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from embedpipe.data._byte_source import open_file
+from embedpipe.data._files import open_file
 from embedpipe.data._folder import splits_of_shards
 from embedpipe.data._labels import TASKS, check_label_columns, join_names, label_of_cells, names_of
-from embedpipe.data._manifest import Listing, Row
-from embedpipe.data._source import Source, folder_of, join
-from embedpipe.data._stored_rows import open_parquet
+from embedpipe.data._source import Listing, Row, Source, folder_of, join
 from embedpipe.data._tables import (
     COLUMNS,
     Record,
@@ -141,3 +142,112 @@ def _class_name(number: str, classes: Sequence[str]) -> str:
         hint = "write the file again with numbers of its class names"
         raise UsageError(f"found the label {number!r}, expected 0 to {len(classes) - 1}", hint=hint)
     return classes[int(number)]
+
+
+class ColumnCache:
+    """Image columns of the Parquet row groups used last, so that neighbouring rows do not read the file again.
+
+    Several threads that need the same column wait for one of them to read it.
+
+    Parameters
+    ----------
+    max_bytes : int    total size of the columns; the column in use may be larger
+    """
+
+    def __init__(self, max_bytes: int = 512 << 20) -> None:
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._columns: OrderedDict[tuple[str, int, str], Future[Any]] = OrderedDict()
+
+    def get(self, key: tuple[str, int, str], read: Callable[[], Any]) -> Any:
+        """Return the column of (file and version, row group, column name), from `read` if it is not in memory."""
+        with self._lock:
+            is_new = key not in self._columns
+            future = self._columns.setdefault(key, Future())
+            self._columns.move_to_end(key)
+        if is_new:
+            try:
+                future.set_result(read())
+            except BaseException as exc:
+                with self._lock:
+                    del self._columns[key]
+                future.set_exception(exc)
+                raise
+            self._evict()
+        return future.result()
+
+    def sizes(self) -> dict[tuple[str, int, str], int]:
+        """Return the bytes of each column in memory, least recently used first."""
+        return {key: column.result().nbytes for key, column in self._columns.items() if column.done()}
+
+    def _evict(self) -> None:
+        with self._lock:
+            sizes = self.sizes()
+            total = sum(sizes.values())
+            for key in list(sizes)[:-1]:
+                if total <= self._max_bytes:
+                    break
+                del self._columns[key]
+                total -= sizes[key]
+
+
+_columns = ColumnCache()
+
+
+def open_parquet(stream: IO[bytes]) -> Any:
+    """Return the `pyarrow.parquet.ParquetFile` in a stream.
+
+    Raises
+    ------
+    OSError       the content is not Parquet
+    UsageError    pyarrow is not installed
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as exc:
+        raise UsageError("Parquet files need pyarrow", hint="pip install 'embedpipe[parquet]'") from exc
+    try:
+        return parquet.ParquetFile(stream)
+    except pyarrow.ArrowException as exc:
+        raise OSError(f"not Parquet: {str(exc).splitlines()[0]}") from exc
+
+
+def read_parquet_row(path: str, version: str, location: str, columns: ColumnCache = _columns) -> bytes:
+    """Return the image bytes in a row.
+
+    Parameters
+    ----------
+    path : str               a file or a URL
+    version : str            a text that changes with the file
+    location : str           "row GROUP:ROW COLUMN"
+    columns : ColumnCache    where columns stay in memory
+
+    Raises
+    ------
+    OSError    the row does not exist or holds no bytes, or the file cannot be read
+    """
+    _, numbers, column = location.split(" ", 2)
+    group, row = map(int, numbers.split(":"))
+    values = columns.get((f"{path} {version}", group, column), lambda: _read_column(path, group, column))
+    if row >= len(values):
+        raise OSError("changed while reading")
+    return bytes_of_cell(values[row].as_py())
+
+
+def _read_column(path: str, group: int, column: str) -> Any:
+    from pyarrow import ArrowException
+
+    with open_file(path) as stream:
+        try:
+            return open_parquet(stream).read_row_group(group, columns=[column]).column(column)
+        except (ArrowException, KeyError, IndexError) as exc:
+            raise OSError(f"Parquet: {(str(exc).splitlines() or [''])[0]}") from exc
+
+
+def bytes_of_cell(cell: Any) -> bytes:
+    """Return the bytes of a binary cell, or of {bytes, path}, as `datasets` writes images."""
+    data = cell.get("bytes") if isinstance(cell, dict) else cell
+    if not isinstance(data, bytes):
+        raise OSError("no bytes in this row")
+    return data

@@ -16,15 +16,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from embedpipe.data._byte_source import Place
+from embedpipe.data._files import is_url
 from embedpipe.data._folder import IMAGE_SUFFIXES, drop_incomplete, list_folder, walk
 from embedpipe.data._hub import list_hub
 from embedpipe.data._labels import classes_of
-from embedpipe.data._manifest import Failure, Listing, Manifest, Row, Sample, name_of
+from embedpipe.data._manifest import Manifest, Sample
 from embedpipe.data._parquet import list_parquet
-from embedpipe.data._remote import is_url
-from embedpipe.data._source import TABLE_SUFFIXES, Source, check_uncompressed, expand_braces, join, source_of, suffix_of
+from embedpipe.data._source import (
+    HUB,
+    TABLE_SUFFIXES,
+    Failure,
+    Listing,
+    Row,
+    Source,
+    check_uncompressed,
+    expand_braces,
+    join,
+    source_of,
+    suffix_of,
+)
 from embedpipe.data._splits import assign_splits
-from embedpipe.data._stored_rows import HUB
 from embedpipe.data._tables import list_table
 from embedpipe.data._tar import list_tars
 from embedpipe.errors import EmbedpipeError, UsageError
@@ -66,8 +77,9 @@ def read_manifest(
     listings = [_list_source(os.fspath(argument), allow_outside) for argument in arguments]
     _check_listings(listings, split_by)
     task = _task_of(listings)
+    sources = tuple(listing.source for listing in listings)
     rows = [(index, row) for index, listing in enumerate(listings) for row in listing.rows]
-    samples, unreadable = _read_keys(_limited(rows, limit), listings, key_of)
+    samples, unreadable = _read_keys(_limited(rows, limit), sources, key_of)
     if split_by == "hash":
         samples = [replace(sample, split="") for sample in samples]
     contradictions = _contradictions(samples)
@@ -77,8 +89,8 @@ def read_manifest(
     if len(classes) == 1 and task == "single":
         warnings.append(f"one class only, {classes[0]!r}: no head can be fitted; is it a folder of classes?")
     return Manifest(
-        name=_name([listing.source for listing in listings]),
-        sources=tuple(listing.source for listing in listings),
+        name=_name(sources),
+        sources=sources,
         samples=tuple(samples),
         classes=classes,
         ignored=sum(listing.ignored for listing in listings),
@@ -203,45 +215,41 @@ def _limited(rows: list[tuple[int, Row]], limit: int | None) -> list[tuple[int, 
 
 
 def _read_keys(
-    rows: Sequence[tuple[int, Row]], listings: Sequence[Listing], key_of: Callable[[Place], bytes]
+    rows: Sequence[tuple[int, Row]], sources: Sequence[Source], key_of: Callable[[Place], bytes]
 ) -> tuple[list[Sample], list[Failure]]:
-    """Return a sample for each row whose key can be computed, and a failure for each other."""
-    sources = [listing.source for listing in listings]
-    places = [Place(join(sources[index].root, row.path), row.part) for index, row in rows]
-    samples, unreadable = [], []
-    for (index, row), key in zip(rows, _keys_of(places, key_of), strict=True):
-        if isinstance(key, OSError):
-            unreadable.append(Failure(name_of(sources[index], row), "read", key.strerror or str(key)))
-        else:
-            samples.append(Sample(row.path, row.label, row.split, row.group, key, index, row.part))
+    """Return a sample for each row whose image can be read, and a failure for each other, computed in threads."""
+
+    def read_batch(batch: Sequence[tuple[int, Row]]) -> list[Sample | Failure]:
+        return [_read_key(row, index, sources[index], key_of) for index, row in batch]
+
+    is_remote = any(_place_of(row, sources[index]).is_remote for index, row in (rows[0], rows[-1]))
+    readers = REMOTE_READERS if is_remote else READERS
+    size = min(BATCH, -(-len(rows) // (4 * readers)))
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    with ThreadPoolExecutor(readers, thread_name_prefix="key") as threads:
+        results = [result for batch in threads.map(read_batch, batches) for result in batch]
+    samples = [result for result in results if isinstance(result, Sample)]
+    failures = [result for result in results if isinstance(result, Failure)]
     if not samples:
         raise UsageError(
-            f"no image can be read, first of {len(unreadable)}: {unreadable[0].path!r}: {unreadable[0].reason}",
+            f"no image can be read, first of {len(failures)}: {failures[0].path!r}: {failures[0].reason}",
             hint="check paths and permissions; paths in a table are relative to its folder",
         )
-    return samples, unreadable
+    return samples, failures
 
 
-def _keys_of(places: Sequence[Place], key_of: Callable[[Place], bytes]) -> list[bytes | OSError]:
-    """Return the key of each image, or the error that prevents it, in order, computed in threads."""
-
-    def keys_of_batch(batch: Sequence[Place]) -> list[bytes | OSError]:
-        return [_key_or_error(place, key_of) for place in batch]
-
-    readers = REMOTE_READERS if places[0].is_remote or places[-1].is_remote else READERS
-    size = min(BATCH, -(-len(places) // (4 * readers)))
-    batches = [places[start : start + size] for start in range(0, len(places), size)]
-    with ThreadPoolExecutor(readers, thread_name_prefix="key") as threads:
-        return [key for keys in threads.map(keys_of_batch, batches) for key in keys]
-
-
-def _key_or_error(place: Place, key_of: Callable[[Place], bytes]) -> bytes | OSError:
+def _read_key(row: Row, index: int, source: Source, key_of: Callable[[Place], bytes]) -> Sample | Failure:
     try:
-        return key_of(place)
+        key = key_of(_place_of(row, source))
+        return Sample(row.path, row.label, row.split, row.group, key, index, row.part)
     except EmbedpipeError:
         raise  # it concerns all images, such as a missing library
     except OSError as exc:
-        return exc
+        return Failure(source.display_name(row.path, row.part), "read", exc.strerror or str(exc))
+
+
+def _place_of(row: Row, source: Source) -> Place:
+    return Place(join(source.root, row.path), row.part)
 
 
 def _contradictions(samples: Sequence[Sample]) -> list[str]:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from embedpipe.data._remote import is_url
-from embedpipe.data._stored_rows import HUB, parse_hub
+from embedpipe.data._files import is_url
 from embedpipe.errors import UsageError
 
+HUB = "hf:"
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl")
 SHARD_SUFFIXES = (".tar", ".parquet")
 FILE_SUFFIXES = (*TABLE_SUFFIXES, *SHARD_SUFFIXES)
@@ -69,6 +69,54 @@ class Source:
         rest = self.argument.removeprefix(self.prefix).lstrip("/")
         return join(self.root, rest) if self.names_files else str(self.root)
 
+    def display_name(self, path: str, part: str = "") -> str:
+        """Return the name of an image: the DATA argument, its relative path, and its name in a tar or table."""
+        location, _, name = part.partition("/")
+        return join(self.prefix, path) + (f"/{name.lstrip('/') or location}" if part else "")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An image without features.
+
+    Parameters
+    ----------
+    path : str      the DATA argument joined with the relative path
+    stage : str     "read", "decode" or "forward"
+    reason : str    one line
+    """
+
+    path: str
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """An image as its source lists it: a `Sample` without a key.
+
+    split : str    "" if the source names none
+    task : str     the task of its label column, see `_labels`
+    """
+
+    path: str
+    label: str | None = None
+    split: str = ""
+    group: str | None = None
+    part: str = ""
+    task: str = "single"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All images of one source, and the fields of `Manifest` that describe them."""
+
+    source: Source
+    rows: tuple[Row, ...]
+    ignored: int = 0
+    unreadable: tuple[Failure, ...] = ()
+    warnings: tuple[str, ...] = ()
+
 
 def source_of(argument: str) -> Source:
     """Return the source that a DATA argument names."""
@@ -78,6 +126,13 @@ def source_of(argument: str) -> Source:
     path = absolute_argument(argument)
     is_file = suffix_of(path) in FILE_SUFFIXES and not os.path.isdir(path)
     return Source(argument, root_of(folder_of(path) if is_file else path))
+
+
+def parse_hub(argument: str) -> tuple[str, str]:
+    """Split hf:NAME[:CONFIG][@SPLIT] into hf:NAME[:CONFIG], with the absolute path of a folder, and SPLIT or ""."""
+    text = argument.removeprefix(HUB)
+    name, _, split = (text, "", "") if os.path.isdir(text) else text.partition("@")
+    return HUB + (os.path.abspath(name) if os.path.isdir(name) else name), split
 
 
 def root_of(text: str) -> Path | str:

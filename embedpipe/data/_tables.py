@@ -22,12 +22,10 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from embedpipe.data._byte_source import Place
+from embedpipe.data._files import is_url, read_file
 from embedpipe.data._folder import SPLIT_NAMES
 from embedpipe.data._labels import SEPARATOR, TASKS, check_label_columns, label_of_cells
-from embedpipe.data._manifest import Listing, Row
-from embedpipe.data._remote import is_url
-from embedpipe.data._source import Source, join, suffix_of
+from embedpipe.data._source import Listing, Row, Source, join, suffix_of
 from embedpipe.errors import StorageError, UsageError
 
 COLUMNS = ("path", *TASKS, "split", "group")
@@ -44,7 +42,7 @@ def list_table(source: Source, name: str, *, allow_outside: bool) -> Listing:
     """
     file = join(source.root, name)
     with storage_errors(file):
-        text = _decode(Place(file).read())
+        text = _decode(read_file(file))
     records = _json_records(text, name) if suffix_of(name) == ".jsonl" else _csv_records(text, name)
     return Listing(source, rows_of_paths(records, source.root, allow_outside))
 

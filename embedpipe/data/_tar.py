@@ -16,10 +16,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import IO
 
-from embedpipe.data._byte_source import open_file
+from embedpipe.data._files import open_file
 from embedpipe.data._folder import IMAGE_SUFFIXES, are_splits, drop_incomplete, folder_row, is_image, splits_of_shards
-from embedpipe.data._manifest import Failure, Listing, Row, name_of
-from embedpipe.data._source import Source, join
+from embedpipe.data._source import Failure, Listing, Row, Source, join
 from embedpipe.errors import EmbedpipeError
 
 READERS = 8  # tars at a time
@@ -75,7 +74,7 @@ def list_tars(source: Source, names: Sequence[str]) -> Listing:
     images = [image for _, shard in shards for image in shard.images]
     folders = {image.name.split("/")[0] for image in images if "/" in image.name}
     has_splits = not any(image.label for image in images) and are_splits(folders, source.argument)
-    splits, display = splits_of_shards(names), {name: name_of(source, Row(name)) for name in names}
+    splits, display = splits_of_shards(names), {name: source.display_name(name) for name in names}
     rows = []
     for name, shard in shards:
         for image in shard.images:

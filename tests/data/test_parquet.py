@@ -13,7 +13,7 @@ import pytest
 from pyarrow import parquet
 
 from embedpipe.data import Manifest, Place, read_manifest
-from embedpipe.data._stored_rows import ColumnCache, read_parquet_row
+from embedpipe.data._parquet import ColumnCache, read_parquet_row
 from embedpipe.errors import StorageError, UsageError
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -105,7 +105,7 @@ def test_row_groups_in_memory_are_bounded(tmp_path: Path) -> None:
     file = write(tmp_path / "x.parquet", rows=1, image=[bytes([n]) * 1000 for n in range(10)])
     columns = ColumnCache(max_bytes=2500)
     for n in (*range(10), 9, 8):
-        data = read_parquet_row(lambda: file.open("rb"), str(file), f"row {n}:0 image", columns)
+        data = read_parquet_row(str(file), "1", f"row {n}:0 image", columns)
         assert data == bytes([n]) * 1000
         assert sum(columns.sizes().values()) <= 2500 or len(columns.sizes()) == 1
     assert [group for _, group, _ in columns.sizes()] == [9, 8]

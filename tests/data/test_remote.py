@@ -13,7 +13,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from embedpipe.cache import Cache, KeyIndex
-from embedpipe.data import Manifest, Place, _remote, read_manifest
+from embedpipe.data import Manifest, Place, _files, read_manifest
 from embedpipe.errors import StorageError, UsageError
 from tests.data.serving import serving
 from tests.data.test_tar import write as write_tar
@@ -77,7 +77,7 @@ def test_keys_are_remembered_where_the_server_tells_versions(
             assert index.hashed == hashed
             index.close()
         (folder / "data/a/1.png").write_bytes(b"new")
-        _remote._look_up_version.cache_clear()  # as after two seconds
+        _files._look_up_version.cache_clear()  # as after two seconds
         index = KeyIndex(tmp_path / "memo.sqlite")
         second = read(index, f"{url}/data")
         index.close()
@@ -86,11 +86,11 @@ def test_keys_are_remembered_where_the_server_tells_versions(
 
 def test_a_version_needs_a_checksum_or_an_old_time() -> None:
     now = time.time()
-    assert _remote._version_of({"size": 1, "etag": "x", "mtime": now}) == "1 etag=x"
-    assert _remote._version_of({"size": 1, "mtime": now - 60}) is not None
-    assert _remote._version_of({"size": 1, "mtime": now}) is None
-    assert _remote._version_of({"size": 1, "name": "x"}) is None
-    assert _remote._version_of({"size": None, "etag": "x"}) is None
+    assert _files._version_of({"size": 1, "etag": "x", "mtime": now}) == "1 etag=x"
+    assert _files._version_of({"size": 1, "mtime": now - 60}) is not None
+    assert _files._version_of({"size": 1, "mtime": now}) is None
+    assert _files._version_of({"size": 1, "name": "x"}) is None
+    assert _files._version_of({"size": None, "etag": "x"}) is None
 
 
 def test_what_is_not_there_is_told_in_a_line(folder: Path, index: KeyIndex, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,11 +1,12 @@
-"""URLs, read through fsspec: list a folder, read a range of bytes, look up the version of a file.
+"""Files and URLs (through fsspec): read a range of bytes, list a folder, get the version of a file.
 
->>> read_url("s3://bucket/shard.tar", offset=512, size=1000)
+>>> read_file("s3://bucket/shard.tar", offset=512, size=1000)
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -28,19 +29,30 @@ def is_url(path: str) -> bool:
     return URL.match(path) is not None
 
 
-def read_url(url: str, offset: int, size: int) -> bytes:
-    """Return `size` bytes from `offset` on, or the whole file if `size` is -1; fewer at the end of the file."""
-    system, path = _open_system(url)
-    with _remote_errors(url):
+def read_file(path: str, offset: int = 0, size: int = -1) -> bytes:
+    """Return `size` bytes from `offset` on, all of them if `size` is -1; fewer at the end of the file."""
+    if not is_url(path):
+        with open(path, "rb") as stream:
+            stream.seek(offset)
+            return stream.read(size)
+    system, inner = _open_system(path)
+    with _remote_errors(path):
         # keywords, because the second positional parameter of s3fs is a version
-        return bytes(system.cat_file(path, start=offset, end=offset + size) if size >= 0 else system.cat_file(path))
+        return bytes(system.cat_file(inner, start=offset, end=offset + size) if size >= 0 else system.cat_file(inner))
 
 
-def open_url(url: str) -> IO[bytes]:
-    """Open a URL for reading and seeking."""
-    system, path = _open_system(url)
-    with _remote_errors(url):
-        stream: IO[bytes] = system.open(path, "rb")
+def open_file(path: str) -> IO[bytes]:
+    """Open a local file or a URL for reading and seeking.
+
+    Raises
+    ------
+    OSError    it cannot be opened
+    """
+    if not is_url(path):
+        return open(path, "rb")
+    system, inner = _open_system(path)
+    with _remote_errors(path):
+        stream: IO[bytes] = system.open(inner, "rb")
         return stream
 
 
@@ -54,9 +66,16 @@ def list_url(url: str) -> list[str]:
     return sorted(path.removeprefix(root) for path in paths if path.startswith(root))
 
 
-def url_version(url: str) -> str | None:
-    """Return the size and checksum of a file, else its size and modification time; None if its server tells neither."""
-    return _look_up_version(url, time.monotonic() // FRESH_S)
+def file_version(path: str) -> str | None:
+    """Return a text that changes with a file; None for a URL whose server tells neither a checksum nor a time.
+
+    It holds the size and modification time, with the inode and change time of a local file, or the size and checksum of a
+    remote file if its server has one.
+    """
+    if is_url(path):
+        return _look_up_version(path, time.monotonic() // FRESH_S)
+    status = os.stat(path)
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ino} {status.st_ctime_ns}"
 
 
 @lru_cache(10_000)
