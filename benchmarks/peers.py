@@ -35,8 +35,7 @@ BACKBONES = ("resnet18", "resnet50", "tf_efficientnet_lite0", "vit_small_patch16
 BATCH = 32
 WORKERS = 2
 WARM = 32  # images that are run before the clock starts
-TOLERANCE = 1e-7  # of the centred cosine distance, for exact pixels
-FAST_TOLERANCE = 1e-3  # for --pixels fast, whose pixels may be off by one grey level
+TOLERANCE = 1e-7  # of the centred cosine distance
 POOLED = {"vit_small_patch16_224": "head_drop"}  # the module whose output enters the classifier; else global_pool
 TORCHVISION = ("resnet18", "resnet50")  # what img2vec-pytorch knows of these
 
@@ -191,7 +190,6 @@ def _stand_in_for_tensorflow() -> None:
 OURS: dict[str, dict[str, Any]] = {
     "embedpipe": {},
     "embedpipe, openvino": {"executor": "openvino"},
-    "embedpipe, openvino, fast pixels": {"executor": "openvino", "pixels": "fast"},
 }
 PEERS = {
     "tutorial loop": tutorial,
@@ -229,9 +227,7 @@ def _can(name: str, backbone: str) -> bool:
 
 
 def _tolerance(name: str) -> float:
-    if name in OWN_WAYS:
-        return float("inf")
-    return FAST_TOLERANCE if "fast pixels" in name else TOLERANCE
+    return float("inf") if name in OWN_WAYS else TOLERANCE
 
 
 def _between(reference: np.ndarray) -> Parity:

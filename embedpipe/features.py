@@ -24,7 +24,7 @@ import numpy as np
 
 from embedpipe.cache import Cache, Space, dataset_name
 from embedpipe.data import SPLITS, Manifest, Sample
-from embedpipe.errors import UsageError
+from embedpipe.errors import ModelMismatch, UsageError
 from embedpipe.heads import Chunked
 from embedpipe.provenance import canonical_json
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 COPIES = 3  # of features, while a head is fitted: as they are read, standardised, and in bfloat16
+REMOVED_OPTIONS = ("pixels",)  # of `extract`; recorded in spaces and runs
 PENULTIMATE = "penultimate"  # the layer of a space by default: what enters the classifier
 
 
@@ -303,22 +304,56 @@ def _of_model(cache: Cache, manifest: Manifest, backbone: str | None, layers: Se
 
 def _lacking(manifest: Manifest, space: Space, layer: str) -> UsageError:
     """Return the error of images without features of a layer; `space` is one of the same model."""
-    from embedpipe.backbones import load_backbone
-
     same = space.spec["layer"] == layer
     count = FeatureSet(manifest, space).missing if same else len(manifest.samples)
-    usual = {name: one.default for name, one in inspect.signature(load_backbone).parameters.items()}
-    usual |= {"precision": "fp32", "store_dtype": "float32", "name": None}
-    options = {**space.loader, "precision": space.spec["precision"], "store_dtype": space.spec["stored_dtype"]}
-    options = {name: value for name, value in options.items() if value != usual.get(name)}
-    options = {"backbone": options.pop("name", None), **options, "layer": layer}
-    flags = [part for k, v in options.items() if v for part in (f"--{k.replace('_', '-')}", str(v))]
-    command = shlex.join(["embedpipe", "extract", *(source.argument for source in manifest.sources), *flags])
+    sources = [source.argument for source in manifest.sources]
+    command = extract_command(space.spec, {**space.loader, "layer": layer}, sources)
     return UsageError(
         f"{count} of {len(manifest.samples)} images of {manifest.name} have no features of the layer {layer}",
         hint=f"run `{command}`",
         layer=layer,
     )
+
+
+def extract_command(spec: Mapping[str, Any], loader: Mapping[str, Any], sources: Sequence[str] = ("DATA",)) -> str:
+    """Return the command that computes the rows of a space.
+
+    Parameters
+    ----------
+    spec : mapping      the space's spec
+    loader : mapping    keyword arguments of `load_backbone`, as recorded in the space
+    sources : sequence of str
+        Data sets, as `extract` takes them.
+    """
+    from embedpipe.backbones import load_backbone
+
+    usual = {name: one.default for name, one in inspect.signature(load_backbone).parameters.items()}
+    usual |= {"precision": "fp32", "store_dtype": "float32", "name": None}
+    options = {**loader, "precision": spec["precision"], "store_dtype": spec["stored_dtype"]}
+    options = {k: v for k, v in options.items() if v != usual.get(k) and k not in REMOVED_OPTIONS}
+    options = {"backbone": options.pop("name", None), **options, "layer": options.pop("layer", None)}
+    flags = [part for k, v in options.items() if v for part in (f"--{k.replace('_', '-')}", str(v))]
+    return shlex.join(["embedpipe", "extract", *sources, *flags])
+
+
+def loader_of(spec: Mapping[str, Any], loader: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of `load_backbone` that compute further rows of a space.
+
+    Parameters
+    ----------
+    spec, loader : mapping    as recorded with the rows
+
+    Raises
+    ------
+    ModelMismatch    the rows were computed with `--pixels fast`, which was removed
+    """
+    if loader.get("pixels") == "fast":
+        raise ModelMismatch(
+            f"features of {spec['source']}:{spec['architecture']} were extracted with --pixels fast, which was removed: "
+            "only images whose features are cached can be used",
+            hint=f"extract again with `{extract_command(spec, loader)}`, then fit the head again",
+        )
+    return {name: value for name, value in loader.items() if name not in REMOVED_OPTIONS}
 
 
 def _holds(manifest: Manifest, space: Space, *, every: bool = True) -> bool:

@@ -28,7 +28,7 @@ from embedpipe.backbones._state import fill, headless_state, read_weights
 from embedpipe.backbones._trace import Weightless
 from embedpipe.backbones.weights import package_for
 from embedpipe.errors import UsageError, WeightsUnavailable
-from embedpipe.images import Transform
+from embedpipe.images import Transform, check_pixels_option
 from embedpipe.storage import PathLike
 
 
@@ -42,7 +42,7 @@ def load_backbone(
     image_size: int | None = None,
     crop_pct: float | None = None,
     interpolation: str | None = None,
-    pixels: str = "exact",
+    pixels: str | None = None,
     transform: Images | None = None,
 ) -> Backbone:
     """Return a frozen backbone that gives the penultimate features, or those of an intermediate layer.
@@ -58,8 +58,10 @@ def load_backbone(
         dotted module name; None for what enters the classifier
     pool : "auto", "avg", "max", "cls" or "none"
         from maps and tokens to one vector; auto = average over patches
-    image_size, crop_pct, interpolation, pixels
+    image_size, crop_pct, interpolation
         change the model's own evaluation transform
+    pixels : str
+        no longer used: "exact" is a warning, "fast" an error
     transform : callable
         RGB image -> float32 (3, H, W), in place of it
 
@@ -69,7 +71,8 @@ def load_backbone(
     WeightsUnavailable    no network, or no package with weights for this model
     ModelMismatch         a weights file of another model
     """
-    asked = {"crop_pct": crop_pct, "interpolation": interpolation, "pixels": None if pixels == "exact" else pixels}
+    check_pixels_option(pixels)
+    asked = {"crop_pct": crop_pct, "interpolation": interpolation}
     if isinstance(name, nn.Module):
         _refuse("a module of your own", weights=weights, **asked)
         return wrap_module(name, layer=layer, pool=pool, image_size=image_size, transform=transform)
@@ -78,7 +81,7 @@ def load_backbone(
         return load_model(name, layer=layer, pool=pool, transform=transform)
     source, architecture = resolve_name(os.fspath(name))
     library = LIBRARIES[source]
-    canonical = replace(_transform_for(library, architecture, image_size, crop_pct, interpolation), pixels=pixels)
+    canonical = _transform_for(library, architecture, image_size, crop_pct, interpolation)
     options = library.options_for(architecture, image_size)
     pretrained = weights == "pretrained"
     full_name = f"{source}:{architecture}"

@@ -139,7 +139,8 @@ def _transform_of(stored: dict[str, Any], folder: Path) -> Transform:
         return Transform.from_dict(stored["transform"])
     except (ValueError, TypeError, AttributeError) as exc:
         raise ModelMismatch(
-            f"{folder} has a transform that cannot be made again: {exc}", hint="pass transform="
+            f"{folder} has a transform that cannot be applied any more: {exc}",
+            hint="extract and fine-tune again, or pass transform=",
         ) from exc
 
 

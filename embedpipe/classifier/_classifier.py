@@ -24,7 +24,7 @@ from embedpipe.classifier._scoring import Scored as Scored
 from embedpipe.classifier._scoring import answer, report_scores, write_scored
 from embedpipe.data import Failure, Place
 from embedpipe.errors import DecodeError, EmbedpipeError, ModelMismatch, UsageError
-from embedpipe.features import PENULTIMATE
+from embedpipe.features import PENULTIMATE, loader_of
 from embedpipe.inference import Progress, Rows, Runner, plan_forward, space_name, space_spec, stream_rows
 from embedpipe.provenance import differing_fields, environment
 from embedpipe.runs import RunFolder, find_run, read_run
@@ -90,7 +90,7 @@ class Reference:
         """
         from embedpipe.backbones import load_backbone
 
-        loader = dict(self.loader)
+        loader = loader_of(self.spec, self.loader)
         if "name" not in loader:
             raise ModelMismatch(
                 f"the backbone {self.name} was handed over from Python and cannot be loaded by name",

@@ -83,7 +83,7 @@ def explain_reuse(
     image_size: int | None = None,
     crop_pct: float | None = None,
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = None,
-    pixels: Literal["exact", "fast"] = "exact",
+    pixels: Literal["exact", "fast"] | None = None,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     store_dtype: Literal["float32", "float16"] = "float32",
     allow_outside: bool = False,
@@ -98,8 +98,10 @@ def explain_reuse(
         Folder or table of images as `extract` takes it, or a data set of the cache. Default: the one extracted last.
     backbone : str
         timm:NAME, torchvision:NAME, or the model/ folder of a fine-tuned run.
-    weights, layer, pool, image_size, crop_pct, interpolation, pixels, precision, store_dtype : as extract takes them
+    weights, layer, pool, image_size, crop_pct, interpolation, precision, store_dtype : as extract takes them
         As in `extract`.
+    pixels : str
+        No longer used: images are always resized exactly.
     allow_outside : bool
         Let a table name files outside its own folder.
 
@@ -109,12 +111,13 @@ def explain_reuse(
     """
     from embedpipe.backbones import load_backbone
     from embedpipe.cache import Cache, dataset_name
+    from embedpipe.images import check_pixels_option
     from embedpipe.inference import space_name, space_spec
 
+    check_pixels_option(pixels)
     cache = Cache(Path(cache_dir))
     manifest = _wanted_data(cache, dataset, allow_outside)
     shape: dict[str, Any] = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
-    shape |= {"pixels": pixels}
     loaded = load_backbone(backbone, weights=weights, layer=layer, pool=pool, seed=seed, **shape)
     spec = space_spec(loaded, precision, store_dtype)
     space = cache.open_space(spec, name=space_name(spec))

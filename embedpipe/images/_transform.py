@@ -1,7 +1,7 @@
 """Transform: the canonical, reproducible way from an RGB image to the tensor that a backbone takes.
 
 Its pixels are, bit for bit, those of torchvision's `ImageClassification` preset and of timm's
-evaluation transform; `pixels="fast"` is within a grey level of them.
+evaluation transform.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from embedpipe.errors import DecodeError
+from embedpipe.errors import DecodeError, check_removed_option
 from embedpipe.images._augment import AUGMENTS, RECIPES, augment, random_of
 from embedpipe.images._decode import MAX_PIXELS
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Resample = Callable[..., np.ndarray | None]
 Box = tuple[int, int, int, int]
-POLICIES = {"orientation": "exif", "alpha": "white", "frame": 0, "scale": "1/255"}
+POLICIES = {"pixels": "exact", "orientation": "exif", "alpha": "white", "frame": 0, "scale": "1/255"}
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,6 @@ class Transform:
     interpolation : str                    a Pillow filter: nearest, bilinear, bicubic, ...
     mean, std : three floats               of channels in [0, 1], in the order of `channels`
     channels : str                         "rgb" or "bgr", order in the result
-    pixels : str                           "exact": resize the whole image, then crop; "fast": resize
-                                           the part that the crop keeps; a pixel may be off by one
-                                           grey level
     augment, seed, view                    "none", or how `view` 1, 2, ... differs from the clean
                                            image, at random from `seed` and the image's content
     """
@@ -56,7 +53,6 @@ class Transform:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     channels: str = "rgb"
-    pixels: str = "exact"
     augment: str = "none"
     seed: int = 0
     view: int = 0
@@ -73,8 +69,6 @@ class Transform:
             raise ValueError(
                 f"view {self.view} by {self.augment!r}, expected view 0 by 'none', or 1 and more by one of {AUGMENTS}"
             )
-        if self.pixels not in ("exact", "fast"):
-            raise ValueError(f"pixels {self.pixels!r}, expected exact or fast")
         if self.interpolation.upper() not in Image.Resampling.__members__:
             raise ValueError(f"interpolation {self.interpolation!r}, expected a Pillow filter such as 'bicubic'")
 
@@ -98,8 +92,6 @@ class Transform:
             image = augment(image, self.augment, random_of(seed=self.seed, view=self.view, key=key))
         size = self._resized(image.width, image.height)
         box = self._box(*size)
-        if box and self.pixels == "fast":
-            return np.asarray(self._resize_box(image, size, box))
         if box and resample and size != image.size and size[0] * size[1] <= MAX_PIXELS:
             found = resample(image, size=size, box=box, interpolation=self.interpolation)
             if found is not None:
@@ -165,9 +157,11 @@ class Transform:
         ------
         ValueError    it was written under other policies
         """
+        written = {"pixels": "exact", **written}
         fixed = {**POLICIES, **RECIPES.get(written.get("augment", "none"), {})}
-        if {name: written.get(name) for name in fixed} != fixed:
-            raise ValueError(f"found the transform {dict(written)}, expected the policies {fixed}")
+        differing = {name: written.get(name) for name in fixed if written.get(name) != fixed[name]}
+        if differing:
+            raise ValueError(f"the stored transform has {differing}, expected { ({n: fixed[n] for n in differing}) }")
         own: dict[str, Any] = {k: v for k, v in written.items() if k not in fixed}
         own |= {k: tuple(v) for k, v in own.items() if isinstance(v, list)}
         return cls(**own)
@@ -178,14 +172,6 @@ class Transform:
         if self.resize_mode == "border" or width < crop_width or height < crop_height:
             return None
         return _offset(width, crop_width), _offset(height, crop_height), crop_width, crop_height
-
-    def _resize_box(self, image: Image.Image, size: tuple[int, int], box: Box) -> Image.Image:
-        """Resize what the centre crop will keep, and nothing else."""
-        left, top, width, height = box
-        across, down = image.width / size[0], image.height / size[1]
-        right, bottom = min((left + width) * across, image.width), min((top + height) * down, image.height)
-        region = (left * across, top * down, right, bottom)
-        return image.resize((width, height), Image.Resampling[self.interpolation.upper()], box=region)
 
     def _resize(self, image: Image.Image) -> Image.Image:
         width, height = self._resized(image.width, image.height)
@@ -229,3 +215,13 @@ def _sides(size: int | tuple[int, int]) -> str:
 def _offset(size: int, crop: int) -> int:
     """Where a centred crop begins, px; negative where the image is the smaller one."""
     return -((crop - size) // 2) if crop > size else round((size - crop) / 2)
+
+
+def check_pixels_option(pixels: str | None) -> None:
+    """Warn where `pixels` is "exact", raise UsageError where it is "fast"."""
+    check_removed_option(
+        "--pixels",
+        pixels,
+        harmless=("exact",),
+        reason="images are always resized exactly, by Pillow or to the same bits",
+    )

@@ -171,17 +171,6 @@ def test_a_dry_run_writes_nothing_and_tells_hits_and_misses(run: Run, photos: Pa
     assert "nothing was written" in run("extract", photos, *TINY, "--dry-run").out
 
 
-def test_fast_pixels_are_another_space_with_nearly_the_same_features(run: Run, photos: Path) -> None:
-    exact = run("extract", photos, *TINY, "--json").data
-    fast = run("extract", photos, *TINY, "--pixels", "fast", "--json").data
-    assert exact["fingerprint"] != fast["fingerprint"]
-    one, other = features_of(exact), features_of(fast)
-    for key, row in one.items():
-        a, b = row.astype(np.float64), other[key].astype(np.float64)
-        assert 1 - a @ b / np.linalg.norm(a) / np.linalg.norm(b) < 1e-5
-    assert any(row.tobytes() != other[key].tobytes() for key, row in one.items())
-
-
 def test_openvino_gives_the_features_of_eager_torch(run: Run, photos: Path) -> None:
     eager = run("extract", photos, *TINY, "--executor", "eager", "--json").data
     other = run("extract", photos, *TINY, "--executor", "openvino", "--cache-dir", "other", "--json").data

@@ -71,7 +71,6 @@ def mutations(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[s
     yield "image size", identity(load(image_size=96))
     yield "crop", identity(load(crop_pct=0.5))
     yield "interpolation", identity(load(interpolation="nearest"))
-    yield "pixels", identity(load(pixels="fast"))
     yield "build option", identity(load(name="timm:test_vit", image_size=64))
     yield "build option: another", identity(load(name="timm:test_vit", image_size=96))
     plain = load().transform

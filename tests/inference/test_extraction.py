@@ -79,8 +79,6 @@ def test_features_equal_the_plain_recipe(run, jpegs, tmp_path, recipe, name, suf
     np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
     shuffled = np.roll(wanted, 1, axis=0)
     assert cosine_distance(found, shuffled).min() > 1e-4  # the measure can tell images apart
-    fast, _ = from_command_line(run, jpegs[0].parent, "--backbone", name, "--weights", weights, "--pixels", "fast")
-    assert 0 < cosine_distance(fast, wanted).mean() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "mobilenetv3_small_050"])  # kernels of the second depend on the batch

@@ -212,8 +212,8 @@ def _which(features: FeatureSet, layers: tuple[str, ...], cache: Any) -> list[st
 
 def _loader_flags(features: FeatureSet) -> list[str]:
     """Return the options of `extract` that were not left at their defaults."""
-    options = {k: v for k, v in features.loader.items() if v is not None and k not in ("layer", "name")}
-    usual = {"weights": "pretrained", "pool": "auto", "pixels": "exact", "seed": 0}
+    options = {k: v for k, v in features.loader.items() if v is not None and k not in ("layer", "name", "pixels")}
+    usual = {"weights": "pretrained", "pool": "auto", "seed": 0}
     given = {"backbone": features.loader.get("name"), **{k: v for k, v in options.items() if v != usual.get(k)}}
     return [word for k, v in given.items() if v for word in (f"--{k.replace('_', '-')}", str(v))]
 

@@ -13,7 +13,7 @@ from typing import Any
 from embedpipe.backbones import describe_layers
 from embedpipe.cache import Cache, Space
 from embedpipe.errors import EmbedpipeWarning, UsageError
-from embedpipe.features import PENULTIMATE, FeatureSet, open_features
+from embedpipe.features import PENULTIMATE, FeatureSet, loader_of, open_features
 from embedpipe.inference import Progress
 from embedpipe.selection import check_classes, check_labelled, check_task
 
@@ -70,12 +70,12 @@ def _extract(cache: Cache, features: FeatureSet, lacking: list[str], progress: P
     """Fill the spaces of all layers in one pass; the sample table, with its splits, stays as it is."""
     from embedpipe.commands.extract import extract
 
+    spec = features.space.spec
+    options: dict[str, Any] = {k: v for k, v in loader_of(spec, features.loader).items() if k != "layer"}
     count = f"{len(lacking)} layers are not cached yet" if len(lacking) > 1 else f"{lacking[0]} is not cached yet"
     warnings.warn(
         f"{count}: extracting all layers of {features.manifest.name} in one pass", EmbedpipeWarning, stacklevel=4
     )
-    spec = features.space.spec
-    options: dict[str, Any] = {k: v for k, v in features.loader.items() if k != "layer"}
     settings = {"precision": spec["precision"], "store_dtype": spec["stored_dtype"], "layer": (PENULTIMATE, "all")}
     sources = [source.absolute for source in features.manifest.sources]
     done = extract(sources, options.pop("name"), **settings, **options, cache_dir=cache.root, progress=progress)

@@ -35,7 +35,7 @@ def extract(
     image_size: int | None = None,
     crop_pct: float | None = None,
     interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = None,
-    pixels: Literal["exact", "fast"] = "exact",
+    pixels: Literal["exact", "fast"] | None = None,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     store_dtype: Literal["float32", "float16"] = "float32",
     batch_size: int | Literal["auto"] = "auto",
@@ -79,7 +79,7 @@ def extract(
     interpolation : str
         Resize filter. Default: the model's own.
     pixels : str
-        exact, or fast: only the part that the crop keeps is resized; a pixel may be off by one grey level.
+        No longer used: images are always resized exactly.
     precision : str
         Arithmetic of the forward pass.
     store_dtype : str
@@ -130,11 +130,13 @@ def extract(
     from embedpipe.commands.extract._report import describe, describe_plan
     from embedpipe.commands.extract._requests import Workshop
     from embedpipe.features import FeatureSet
+    from embedpipe.images import check_pixels_option
 
+    check_pixels_option(pixels)
     start, cache = time.monotonic(), Cache(Path(cache_dir))
     reading: dict[str, Any] = {"split_by": split_by, "limit": limit, "allow_outside": allow_outside}
     reading |= {"val_fraction": val_fraction, "test_fraction": test_fraction}
-    shape = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation, "pixels": pixels}
+    shape = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
     loader = {"weights": weights, "seed": seed, "pool": pool, **shape}
     settings: dict[str, Any] = {"precision": precision, "store_dtype": store_dtype}
     settings |= {"device": device, "batch_size": batch_size, "workers": workers, "executor": _existing(executor)}

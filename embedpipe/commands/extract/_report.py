@@ -10,7 +10,7 @@ from embedpipe.data import Manifest
 from embedpipe.inference import Planned
 
 ADVICE = {
-    "decode": "decoding sets the pace: give it more cores (--workers), smaller files, or --pixels fast",
+    "decode": "decoding sets the pace: give it more cores (--workers), smaller files, or pip install 'embedpipe[fast-decode]'",
     "forward": "the backbone sets the pace: use a GPU, a smaller backbone or a smaller --image-size",
     "commit": "the disk sets the pace: name a --cache-dir on a faster one, or a larger --shard-rows",
 }

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from embedpipe.backbones import Backbone
     from embedpipe.data import Manifest
 
+REMOVED = {"pixels": "exact"}  # options that were removed, in records as they always were
 VIEWED = ("train", "all")  # splits that have views; val and test are only seen as they are
 
 
@@ -59,8 +60,8 @@ class Wish:
 
     @property
     def loader(self) -> dict[str, Any]:
-        """Keyword arguments of `load_backbone`; empty where the backbone came as an object."""
-        return {"name": self.backbone, **self.shape, "layer": self.layer} if self.named else {}
+        """Keyword arguments of `load_backbone` as they are recorded; empty where the backbone came as an object."""
+        return {"name": self.backbone, **self.shape, **REMOVED, "layer": self.layer} if self.named else {}
 
     @property
     def question(self) -> str:
@@ -180,7 +181,7 @@ class Workshop:
         elif wish.backbone in self.models:
             backbone = at_layer(self.models[wish.backbone], wish.layer, pool=wish.shape["pool"])
         else:
-            backbone = self.models[wish.backbone] = load_backbone(**wish.loader)
+            backbone = self.models[wish.backbone] = load_backbone(wish.backbone, **wish.shape, layer=wish.layer)
         if not wish.view:
             return backbone
         if not isinstance(backbone.transform, Transform):
