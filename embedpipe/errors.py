@@ -124,3 +124,13 @@ def check_removed_option(
         return
     expected = " or ".join([f"no {flag}", *(f"{flag} {one}" for one in harmless)])
     raise UsageError(f"{flag} {value} was removed: {reason}; expected {expected}", hint=hint or f"leave {flag} out")
+
+
+def check_pixels_option(pixels: str | None) -> None:
+    """Warn where `pixels` is "exact", raise UsageError where it is "fast"."""
+    check_removed_option(
+        "--pixels",
+        pixels,
+        harmless=("exact",),
+        reason="images are always resized exactly, by Pillow or to the same bits",
+    )

@@ -27,8 +27,8 @@ from embedpipe.backbones._saving import DESCRIPTION, load_model
 from embedpipe.backbones._state import fill, headless_state, read_weights
 from embedpipe.backbones._trace import Weightless
 from embedpipe.backbones.weights import package_for
-from embedpipe.errors import UsageError, WeightsUnavailable
-from embedpipe.images import Transform, check_pixels_option
+from embedpipe.errors import UsageError, WeightsUnavailable, check_pixels_option
+from embedpipe.images import Transform
 from embedpipe.storage import PathLike
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embedpipe.errors import CacheMismatch, EmbedpipeError, UsageError
+from embedpipe.errors import CacheMismatch, EmbedpipeError, UsageError, check_pixels_option
 from embedpipe.provenance import Difference, differing_fields, environment
 from embedpipe.storage import PathLike
 
@@ -111,7 +111,6 @@ def explain_reuse(
     """
     from embedpipe.backbones import load_backbone
     from embedpipe.cache import Cache, dataset_name
-    from embedpipe.images import check_pixels_option
     from embedpipe.inference import space_name, space_spec
 
     check_pixels_option(pixels)

@@ -11,7 +11,7 @@ torch.Size([3, 224, 224])
 from embedpipe.images._batches import ALL, Batch, Failed, image_batches
 from embedpipe.images._decode import DECODER, MAX_PIXELS, decode_image
 from embedpipe.images._isolation import start_decoders
-from embedpipe.images._transform import Transform, check_pixels_option
+from embedpipe.images._transform import Transform
 
 __all__ = [
     "ALL",
@@ -20,7 +20,6 @@ __all__ = [
     "Batch",
     "Failed",
     "Transform",
-    "check_pixels_option",
     "decode_image",
     "image_batches",
     "start_decoders",

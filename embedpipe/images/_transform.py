@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from embedpipe.errors import DecodeError, check_removed_option
+from embedpipe.errors import DecodeError
 from embedpipe.images._augment import AUGMENTS, RECIPES, augment, random_of
 from embedpipe.images._decode import MAX_PIXELS
 
@@ -215,13 +215,3 @@ def _sides(size: int | tuple[int, int]) -> str:
 def _offset(size: int, crop: int) -> int:
     """Where a centred crop begins, px; negative where the image is the smaller one."""
     return -((crop - size) // 2) if crop > size else round((size - crop) / 2)
-
-
-def check_pixels_option(pixels: str | None) -> None:
-    """Warn where `pixels` is "exact", raise UsageError where it is "fast"."""
-    check_removed_option(
-        "--pixels",
-        pixels,
-        harmless=("exact",),
-        reason="images are always resized exactly, by Pillow or to the same bits",
-    )

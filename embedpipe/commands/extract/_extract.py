@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, check_removed_option
+from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, check_pixels_option, check_removed_option
 from embedpipe.storage import PathLike
 
 if TYPE_CHECKING:
@@ -130,7 +130,6 @@ def extract(
     from embedpipe.commands.extract._report import describe, describe_plan
     from embedpipe.commands.extract._requests import Workshop
     from embedpipe.features import FeatureSet
-    from embedpipe.images import check_pixels_option
 
     check_pixels_option(pixels)
     start, cache = time.monotonic(), Cache(Path(cache_dir))
