@@ -187,10 +187,7 @@ def _stand_in_for_tensorflow() -> None:
     np.AxisError = np.exceptions.AxisError  # type: ignore[attr-defined]
 
 
-OURS: dict[str, dict[str, Any]] = {
-    "embedpipe": {},
-    "embedpipe, openvino": {"executor": "openvino"},
-}
+OURS: dict[str, dict[str, Any]] = {"embedpipe": {}, "embedpipe, openvino": {"executor": "openvino"}}
 PEERS = {
     "tutorial loop": tutorial,
     "timm loader": timm_loader,
