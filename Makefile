@@ -35,6 +35,7 @@ bench: $(BENCH)/.done
 	$(BENCH_RUN)/peers.py --images 384 --repeats 3 --backbones resnet18 tf_efficientnet_lite0
 	$(BENCH_RUN)/peers.py --images 128 --repeats 3 --backbones resnet50 vit_small_patch16_224
 	$(BENCH_RUN)/bound.py --images 256 --repeats 3
+	$(BENCH_RUN)/executors.py --images 100 700 --repeats 2
 	$(BENCH_RUN)/overlap.py --batches 60 --repeats 3
 	$(BENCH_RUN)/many.py --images 256 --repeats 3
 	$(BENCH_RUN)/second_extract.py --images 10000 --repeats 2

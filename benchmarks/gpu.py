@@ -43,13 +43,13 @@ def forward(data: str, backbone: str, precision: str, executor: str) -> dict[str
 
     settings = {"device": "cuda", "batch_size": "auto", "workers": "auto", "precision": precision, "executor": executor}
     runner = settle(load(backbone), plan_forward(**settings), _items(data), work=1_000_000)
-    images, size = runner.examples(), runner.forward.batch_size
-    with ThreadPoolExecutor(runner.forward.streams) as pool:
-        list(pool.map(lambda _: runner(images), range(2 * runner.forward.streams)))  # every stream is warm
+    images, size = runner.examples(), runner.settings.batch_size
+    with ThreadPoolExecutor(runner.settings.streams) as pool:
+        list(pool.map(lambda _: runner(images), range(2 * runner.settings.streams)))  # every stream is warm
         start = time.monotonic()
         list(pool.map(lambda _: runner(images), range(CALLS)))
         seconds = time.monotonic() - start
-    return {"rate": CALLS * size / seconds, "batch": size, "executor": runner.forward.executor}
+    return {"rate": CALLS * size / seconds, "batch": size, "executor": runner.settings.executor}
 
 
 def _items(data: str) -> list[tuple[Any, Path]]:

@@ -29,6 +29,7 @@ Way = Callable[..., dict[str, Any]]
 CHILD = "--run-way"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 EXECUTORS = ("auto", "eager", "compile", "openvino")
+VECTORS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve")
 HERE = Path(__file__).parent
 
 
@@ -88,6 +89,13 @@ def describe_machine() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), name)
     return f"{count_cores()} cores ({name})"
+
+
+def vector_flags() -> list[str]:
+    """Return the vector instructions of the processor that inference speed depends on."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return [flag for flag in VECTORS if flag in flags]
 
 
 def count_cores() -> int:

@@ -80,20 +80,20 @@ def forward(data: str, backbones: list[str], executor: str, cores: int = 1) -> d
     runner = open_runner(data, backbones, executor, streams=cores)
     batches = _held(data, runner)
     images = len(list_images(Path(data)))
-    calls = -(-images // runner.forward.batch_size)
+    calls = -(-images // runner.settings.batch_size)
     with torch_threads(1), ThreadPoolExecutor(cores) as pool:
         list(pool.map(runner, batches[:cores]))  # every thread is warm
         start = time.monotonic()
         list(pool.map(lambda call: runner(batches[call % len(batches)]), range(calls)))
         wall_s = time.monotonic() - start
-    done = calls * runner.forward.batch_size
-    return {"rate": done / wall_s, "core_s": wall_s * cores / done, "executor": runner.forward.executor}
+    done = calls * runner.settings.batch_size
+    return {"rate": done / wall_s, "core_s": wall_s * cores / done, "executor": runner.settings.executor}
 
 
 def _held(data: str, runner: Any) -> list[list[np.ndarray]]:
     from embedpipe.images import image_batches
 
-    size = runner.forward.batch_size
+    size = runner.settings.batch_size
     batches = image_batches(_items(data)[: max(HELD, size)], runner.windows, batch_size=size, workers=count_cores())
     return [runner.pad(batch.images) for batch in batches]
 

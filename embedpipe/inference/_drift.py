@@ -60,7 +60,7 @@ def check_drift(space: Space, view: SpaceView, items: Iterable[tuple[bytes, Plac
     CacheMismatch    a row is farther from the stored one than the tolerance of its precision
     """
     fields = (*SHAPING, *PINS)
-    forward = runner.forward
+    forward = runner.settings
     stored_in, here = _shaping(space.environments[-1], fields), _shaping(record_environment(forward, {}), fields)
     chosen = sorted(items)[: 2 * PROBES]  # by key, which is as good as random; spares for files that have changed
     worst, probed = 0.0, 0

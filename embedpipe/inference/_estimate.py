@@ -59,9 +59,9 @@ def plan_spaces(
         return Planned(spaces)
     start = time.monotonic()
     runner = settle(lacking, forward, ahead.items(), work=len(ahead))
-    short = dict(list(ahead.items())[: MEASURED_BATCHES * runner.forward.batch_size * runner.forward.streams])
+    short = dict(list(ahead.items())[: MEASURED_BATCHES * runner.settings.batch_size * runner.settings.streams])
     settled, count = time.monotonic(), 0
     for rows in stream_rows(short.items(), runner):
         count += len(rows) if rows.backbone == 0 else 0
     per_image_s = (time.monotonic() - settled) / max(count, 1)
-    return Planned(spaces, settled - start + per_image_s * len(ahead), len(short), runner.forward.executor)
+    return Planned(spaces, settled - start + per_image_s * len(ahead), len(short), runner.settings.executor)

@@ -17,7 +17,7 @@ from embedpipe.data import Manifest, Place, Sample
 from embedpipe.errors import CacheBusy, CacheMismatch, EmbedpipeWarning, StorageError
 from embedpipe.images import DECODER
 from embedpipe.inference._drift import check_drift, is_new, record_environment
-from embedpipe.inference._executor_selection import settle
+from embedpipe.inference._executor_selection import record_run, settle
 from embedpipe.inference._lookup import Filled, Lookup, Target, ahead_of, look_up, row_bytes, summarise
 from embedpipe.inference._runner import Rows, Runner
 from embedpipe.inference._settings import Forward
@@ -143,8 +143,8 @@ def _fill_together(order: Order, targets: Sequence[Target], forward: Forward) ->
         job.target.space.ensure_free()  # before anything is measured in vain
     runner = _settle(order, lacking, forward) if lacking else None
     if runner:
-        _keep_pins(pins_of(targets[0]), runner.forward)
-    forward, clock = runner.forward if runner else forward.definite, Clock()
+        _keep_pins(pins_of(targets[0]), runner.settings)
+    forward, clock = runner.settings if runner else forward.definite, Clock()
     for job in jobs:
         _prove(order, job, forward)
     with ExitStack() as held:
@@ -226,8 +226,8 @@ def _compute(order: Order, lacking: Sequence[Job], runner: Runner, clock: Clock)
     for numbers, items in passes.items():
         jobs = [lacking[n] for n in numbers]
         whole = len(jobs) == len(lacking)
-        one = runner if whole else Runner([job.target.backbone for job in jobs], runner.forward, graphs=order.graphs)
-        _stream(jobs, items, one, clock, report)
+        one = runner if whole else Runner([job.target.backbone for job in jobs], runner.settings, graphs=order.graphs)
+        _stream(jobs, items, one, clock, report, order.graphs)
 
 
 def _stream(
@@ -236,6 +236,7 @@ def _stream(
     runner: Runner,
     clock: Clock,
     report: Callable[[int], None],
+    graphs: Path | None,
 ) -> None:
     """Compute rows here and commit them in a thread of its own, so that neither waits for the other."""
     pending: deque[Future[None]] = deque()
@@ -248,8 +249,9 @@ def _stream(
                 report(len(rows))
         for future in pending:
             future.result()
-    clock.decode_s += runner.decode_s / runner.forward.workers
-    clock.forward_s += runner.forward_s / runner.forward.streams
+    record_run(runner, graphs)
+    clock.decode_s += runner.decode_s / runner.settings.workers
+    clock.forward_s += runner.forward_s / runner.settings.streams
 
 
 def _commit(job: Job, rows: Rows, clock: Clock) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,9 @@ from embedpipe.inference._torch import Torch
 
 if TYPE_CHECKING:
     from embedpipe.backbones import Backbone, Joint
+
+
+RECENT_CALLS = 512
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Runner:
     ----------
     windows : list       what the backbones want of an image: one array of each is taken by `__call__`
     decode_s, forward_s : float    seconds of work in decoders and in the session so far, summed over threads
+    image_s : deque      seconds an image of the last calls
     difference : float   from eager torch, of the largest feature, where another executor was tried on a batch
     """
 
@@ -67,7 +72,8 @@ class Runner:
     ) -> None:
         from embedpipe.backbones import join
 
-        self.backbones, self.forward = list(backbones), forward
+        self.backbones, self.settings = list(backbones), forward
+        self.image_s: deque[float] = deque(maxlen=RECENT_CALLS)
         self.decode_s = self.forward_s = self.difference = 0.0
         self.joints, self._joint = join(backbones)
         windows = [_window_of(backbone.transform) for backbone in backbones]
@@ -88,6 +94,7 @@ class Runner:
         features = {(joint, window): self._in_parts(joint, images[window]) for joint, window in passes}
         with self._lock:
             self.forward_s += time.monotonic() - start
+            self.image_s.append((time.monotonic() - start) / len(images[0]))
         return [
             features[joint, window][self.joints[joint].output_of(backbone)]
             for backbone, joint, window in zip(self.backbones, self._joint, self._window, strict=True)
@@ -95,7 +102,7 @@ class Runner:
 
     def _in_parts(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
         """Run batch by batch, each in as many parts as the device can hold; once halved, batches stay so."""
-        size, parts = self.forward.batch_size, self._parts
+        size, parts = self.settings.batch_size, self._parts
         try:
             cuts = range(0, len(images), -(-size // parts))
             done = [self.session(joint, images[cut : cut + cuts.step]) for cut in cuts]
@@ -109,11 +116,11 @@ class Runner:
     def examples(self, size: int | None = None) -> list[np.ndarray]:
         """Return black images, a whole batch or `size`, for each window."""
         of = [self._joint[self._window.index(window)] for window in range(len(self.windows))]
-        return [self.joints[joint].example(size or self.forward.batch_size).numpy() for joint in of]
+        return [self.joints[joint].example(size or self.settings.batch_size).numpy() for joint in of]
 
     def pad(self, images: Sequence[np.ndarray], size: int | None = None) -> list[np.ndarray]:
         """Return whole batches for each window, filled up, or images filled up to `size`, with black ones."""
-        batch = self.forward.batch_size
+        batch = self.settings.batch_size
         return [_pad(one, size or max(1, -(-len(one) // batch)) * batch) for one in images]
 
     def rows_of(self, batch: Batch[bytes]) -> list[Rows]:
@@ -129,7 +136,7 @@ class Runner:
         failures = [(f.key, f.stage, f.reason) for f in batch.failures if f.transform in (ALL, window)]
         failed = {key for key, _, _ in failures}
         with np.errstate(over="ignore"):
-            stored = features[: len(batch)].astype(self.forward.store_dtype)
+            stored = features[: len(batch)].astype(self.settings.store_dtype)
         finite = np.isfinite(stored).all(axis=1)
         good = [row for row, key in enumerate(batch.keys) if key not in failed and finite[row]]
         broken = [row for row, key in enumerate(batch.keys) if key not in failed and not finite[row]]
@@ -141,11 +148,11 @@ class Runner:
     def _explain(self, number: int, images: Sequence[np.ndarray]) -> list[str]:
         """Return for each image why its features are not finite: the first layer at fault, or the stored dtype."""
         joint, batch = self.joints[self._joint[number]], images[self._window[number]]
-        faults = find_faults(joint, lambda: open_torch([joint], self.forward, folded=False)(0, batch), len(batch))
+        faults = find_faults(joint, lambda: open_torch([joint], self.settings, folded=False)(0, batch), len(batch))
         return [self._reason(faults.get(row)) for row in range(len(batch))]
 
     def _reason(self, layer: str | None) -> str:
-        precision, stored = self.forward.precision, self.forward.store_dtype
+        precision, stored = self.settings.precision, self.settings.store_dtype
         if layer is None:
             return f"a feature is too large for {stored}; try --store-dtype float32"
         hint = "are the weights damaged?" if precision == "fp32" else "try --precision fp32"

@@ -21,7 +21,7 @@ def stream_rows(items: Iterable[tuple[bytes, Place | Path]], runner: Runner) -> 
     ------
     Rows    of at most `handed` images from one backbone, for each backbone in turn
     """
-    forward = runner.forward
+    forward = runner.settings
     batches: Any = image_batches(
         items, runner.windows, batch_size=forward.handed, workers=forward.workers, in_order=False
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,10 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+import torch
 
 import embedpipe as ep
-from embedpipe.errors import EmbedpipeWarning
+from embedpipe.errors import CacheMismatch, EmbedpipeWarning
 from embedpipe.images import Transform, decode_image
 from embedpipe.images._augment import AUGMENTS
 from tests.conftest import TINY, Run, write_photos
@@ -79,22 +81,44 @@ def test_a_backbone_handed_over_takes_layer_and_pool(photos: Path) -> None:
     assert names["avg"] != names["max"]
 
 
-def test_an_interrupted_extraction_whose_executor_fails_here_is_refused(
-    run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from dataclasses import replace
+class Untraceable(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not images.is_meta and torch.jit.is_tracing():
+            raise RuntimeError("not to be traced")
+        return images.mean((2, 3))
 
-    from embedpipe.cache._meta import read_meta, write_meta
-    from embedpipe.inference import _executor_selection as settling
 
-    space = Path(run("extract", photos, *TINY, "--executor", "openvino", "--limit", 4, "--json").data["space"])
-    meta = read_meta(space)
-    assert meta is not None
-    write_meta(space, replace(meta, pins=meta.environments[0]["pins"]))
-    monkeypatch.setattr(settling, "AGREEMENT", 0.0)
-    ended = run("extract", photos, *TINY)
-    assert ended.code == 4
-    assert "was interrupted under" in ended.err
+def test_an_interrupted_extraction_whose_executor_fails_here_is_refused(photos: Path, tmp_path: Path) -> None:
+    odd = ep.load_backbone(Untraceable(), transform=Transform((16, 16), 16))
+    options: dict[str, Any] = {"cache_dir": tmp_path / "cache"}
+    interrupt(ep.extract(photos, odd, limit=4, **options).space.folder, executor="openvino", batch_size=2)
+    with pytest.warns(EmbedpipeWarning, match="openvino cannot run"), pytest.raises(CacheMismatch) as refused:
+        ep.extract(photos, odd, **options)
+    assert refused.value.exit_code == 4
+    assert "was interrupted under" in str(refused.value)
+
+
+def test_a_second_run_chooses_by_what_the_first_ones_took(photos: Path, tmp_path: Path) -> None:
+    """Two named runs leave a record each; auto takes the one that the records say is faster, without a trial."""
+    from embedpipe.inference._executor_selection import read_records, record
+
+    many = write_photos(tmp_path / "many", per_class=25)
+    options: dict[str, Any] = {"weights": "none", "cache_dir": tmp_path / "cache"}
+    for executor in ("eager", "openvino"):
+        features = ep.extract(many, "timm:test_resnet", executor=executor, **options)
+        shutil.rmtree(features.space.folder)
+    (memo,) = (tmp_path / "cache" / "graphs").glob("*.json")
+    assert {name: sorted(known) for name, known in read_records(memo).items()} == {
+        "eager": ["run_s"],
+        "openvino": ["run_s", "warm_up_s"],
+    }
+    for slow, fast in (("eager", "openvino"), ("openvino", "eager")):
+        for _ in range(5):
+            record(memo, slow, "run_s", 1e3)
+            record(memo, fast, "run_s", 1e-3)
+        features = ep.extract(many, "timm:test_resnet", **options)
+        assert features.summary["executor"] == fast
+        shutil.rmtree(features.space.folder)
 
 
 def test_a_known_failure_of_one_space_is_one_of_the_other(run: Run, photos: Path) -> None:

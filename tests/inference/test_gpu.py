@@ -58,7 +58,7 @@ def test_any_order_gives_the_same_bits(backbone: Backbone, items: list[tuple[byt
 
 def test_the_batch_size_is_found(backbone: Backbone, items: list[tuple[bytes, Path]]) -> None:
     runner = settle([backbone], plan_forward(device="cuda", batch_size="auto", workers=4), items, work=50)
-    assert 1 <= runner.forward.batch_size <= 1024
+    assert 1 <= runner.settings.batch_size <= 1024
     assert len(features(items, runner)) == len(items)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import statistics
 import threading
 import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +21,7 @@ from embedpipe.backbones import Backbone, at_layer, load_backbone
 from embedpipe.errors import EmbedpipeWarning, UsageError
 from embedpipe.images import Transform, image_batches
 from embedpipe.inference import Forward, Rows, Runner, plan_forward, settle, stream_rows
-from embedpipe.inference import _executor_selection as settling
-from embedpipe.inference._executor_selection import find_batch
+from embedpipe.inference._executor_selection import find_batch, record, record_run
 
 FORWARD = Forward(batch_size=4, workers=2, streams=2)
 
@@ -191,44 +192,77 @@ def test_no_batch_size_fits() -> None:
 
 
 def choose(
-    backbone: Backbone, items: list[tuple[bytes, Path]], graphs: Path, *, work: int, executor: str = "auto"
+    backbone: Backbone,
+    items: list[tuple[bytes, Path]],
+    graphs: Path,
+    *,
+    work: int,
+    executor: str = "auto",
+    **options: float,
 ) -> Runner:
-    return settle([backbone], replace(FORWARD, executor=executor), items, work=work, graphs=graphs)
+    return settle([backbone], replace(FORWARD, executor=executor), items, work=work, graphs=graphs, **options)
 
 
 def test_little_work_is_done_by_eager_torch(
     backbone: Backbone, items: list[tuple[bytes, Path]], tmp_path: Path
 ) -> None:
     runner = choose(backbone, items, tmp_path / "graphs", work=14)
-    assert runner.forward.executor == "eager"
+    assert runner.settings.executor == "eager"
     assert not (tmp_path / "graphs").exists()
 
 
-def test_much_work_is_done_by_what_is_faster(
+def records_in(graphs: Path) -> Any:
+    (memo,) = graphs.glob("*.json")
+    return json.loads(memo.read_text())["executors"]
+
+
+def test_a_trial_chooses_for_much_work_and_is_recorded(
     backbone: Backbone, items: list[tuple[bytes, Path]], tmp_path: Path
 ) -> None:
     graphs = tmp_path / "graphs"
     runner = choose(backbone, items, graphs, work=10_000_000)
-    (memo,) = graphs.glob("*.json")
-    cost = json.loads(memo.read_text())
-    assert memo.stem.split("-")[1] == "openvino"
-    assert runner.forward.executor == ("openvino" if cost["gain"] > 0 else "eager")
-    assert cost["warm_up_s"] > 0
-    before = memo.write_text(json.dumps({"warm_up_s": 1.0, "gain": 0.0}))  # what was measured decides the next time
-    assert choose(backbone, items, graphs, work=10_000_000).forward.executor == "eager"
-    assert memo.stat().st_size == before  # nothing was tried
+    records = records_in(graphs)
+    assert records["openvino"]["warm_up_s"][0] > 0
+    faster = min(("eager", "openvino"), key=lambda name: records[name]["trial_s"][0])
+    assert runner.settings.executor == faster
 
 
-def test_an_executor_asked_for_by_name_is_proved(
-    items: list[tuple[bytes, Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("eager_s", "expected"), [(0.1, "openvino"), (0.01, "eager")])
+def test_recorded_runs_choose_without_a_trial(
+    backbone: Backbone, items: list[tuple[bytes, Path]], tmp_path: Path, eager_s: float, expected: str
 ) -> None:
-    executor, backbone = "openvino", load_backbone("timm:test_resnet", weights="none")
-    runner = choose(backbone, items, tmp_path, work=1, executor=executor)
-    assert runner.forward.executor == executor
+    choose(backbone, items, tmp_path, work=1, executor="openvino")
+    (memo,) = tmp_path.glob("*.json")
+    record(memo, "eager", "run_s", eager_s)
+    record(memo, "openvino", "run_s", 0.02)
+    before = records_in(tmp_path)
+    assert choose(backbone, items, tmp_path, work=10_000).settings.executor == expected
+    after = records_in(tmp_path)
+    tried = len(after["openvino"]["warm_up_s"]) - len(before["openvino"]["warm_up_s"])
+    assert (after["eager"], tried) == (before["eager"], int(expected == "openvino"))
+
+
+def test_a_run_records_its_speed_for_the_next(
+    backbone: Backbone, items: list[tuple[bytes, Path]], tmp_path: Path
+) -> None:
+    runner = choose(backbone, items, tmp_path, work=14, executor="eager")
+    list(stream_rows(items, runner))
+    record_run(runner, tmp_path)
+    assert not list(tmp_path.iterdir())  # four calls are too few
+    list(stream_rows(3 * items, runner))
+    record_run(runner, tmp_path)
+    assert records_in(tmp_path) == {"eager": {"run_s": [statistics.median(runner.image_s)]}}
+
+
+def test_an_executor_asked_for_by_name_is_checked(
+    backbone: Backbone, items: list[tuple[bytes, Path]], tmp_path: Path
+) -> None:
+    runner = choose(backbone, items, tmp_path, work=1, executor="openvino")
+    assert runner.settings.executor == "openvino"
     assert 0 < runner.difference < 1e-5
-    monkeypatch.setattr(settling, "AGREEMENT", runner.difference / 2)
-    with pytest.warns(EmbedpipeWarning, match=f"{executor} differs from eager torch by"):
-        assert choose(backbone, items, tmp_path, work=1, executor=executor).forward.executor == "eager"
+    with pytest.warns(EmbedpipeWarning, match="openvino differs from eager torch by"):
+        other = choose(backbone, items, tmp_path, work=1, executor="openvino", agreement=runner.difference / 2)
+    assert other.settings.executor == "eager"
 
 
 class Unconvertible(torch.nn.Module):
@@ -241,7 +275,7 @@ class Unconvertible(torch.nn.Module):
 def test_a_model_that_cannot_be_converted_runs_in_eager_torch(items: list[tuple[bytes, Path]], tmp_path: Path) -> None:
     odd = load_backbone(Unconvertible(), transform=Transform((16, 16), 16))
     with pytest.warns(EmbedpipeWarning, match="openvino cannot run"):
-        assert choose(odd, items, tmp_path, work=1, executor="openvino").forward.executor == "eager"
+        assert choose(odd, items, tmp_path, work=1, executor="openvino").settings.executor == "eager"
 
 
 def test_another_precision_is_refused(backbone: Backbone, items: list[tuple[bytes, Path]]) -> None:
