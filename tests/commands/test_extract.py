@@ -91,7 +91,7 @@ class Untraceable(torch.nn.Module):
 def test_an_interrupted_extraction_whose_executor_fails_here_is_refused(photos: Path, tmp_path: Path) -> None:
     odd = ep.load_backbone(Untraceable(), transform=Transform((16, 16), 16))
     options: dict[str, Any] = {"cache_dir": tmp_path / "cache"}
-    interrupt(ep.extract(photos, odd, limit=4, **options).space.folder, executor="openvino", batch_size=2)
+    interrupt(ep.extract(photos / "red", odd, **options).space.folder, executor="openvino", batch_size=2)
     with pytest.warns(EmbedpipeWarning, match="openvino cannot run"), pytest.raises(CacheMismatch) as refused:
         ep.extract(photos, odd, **options)
     assert refused.value.exit_code == 4

@@ -245,13 +245,14 @@ def test_recorded_runs_choose_without_a_trial(
 def test_a_run_records_its_speed_for_the_next(
     backbone: Backbone, items: list[tuple[bytes, Path]], tmp_path: Path
 ) -> None:
-    runner = choose(backbone, items, tmp_path, work=14, executor="eager")
+    graphs = tmp_path / "graphs"
+    runner = choose(backbone, items, graphs, work=14, executor="eager")
     list(stream_rows(items, runner))
-    record_run(runner, tmp_path)
-    assert not list(tmp_path.iterdir())  # four calls are too few
+    record_run(runner, graphs)
+    assert not graphs.exists()  # four calls are too few
     list(stream_rows(3 * items, runner))
-    record_run(runner, tmp_path)
-    assert records_in(tmp_path) == {"eager": {"run_s": [statistics.median(runner.image_s)]}}
+    record_run(runner, graphs)
+    assert records_in(graphs) == {"eager": {"run_s": [statistics.median(runner.image_s)]}}
 
 
 def test_an_executor_asked_for_by_name_is_checked(
