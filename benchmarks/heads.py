@@ -155,16 +155,16 @@ def scikit_learn(
 
 def folds(shape: Sequence[int], count: int, shared: bool) -> dict[str, Any]:
     """Cross-validate `ridge`, with one Gram for all folds or a new one for each fit."""
-    from embedpipe.selection import Recipe, cross_fit
+    from embedpipe.selection import HeadConfig, cross_fit
 
-    class Alone(Recipe):
+    class Alone(HeadConfig):
         def gram(self, *_: Any, **__: Any) -> None:
             return None
 
     X, y = features(*shape)
-    recipe = (Recipe if shared else Alone)(tuple(map(str, range(shape[2]))), solver="ridge")
+    config = (HeadConfig if shared else Alone)(tuple(map(str, range(shape[2]))), solver="ridge")
     start = time.process_time()
-    cross_fit(X, y, range(len(y)), recipe, folds=count, seed=0)
+    cross_fit(X, y, range(len(y)), config, folds=count, seed=0)
     return {"cpu_s": time.process_time() - start}
 
 

@@ -108,14 +108,14 @@ def audit(
     from embedpipe.data import SPLITS
     from embedpipe.features import FeatureSet, open_features
     from embedpipe.runs import new_run
-    from embedpipe.selection import Recipe, check_labelled, check_task, out_of_fold
+    from embedpipe.selection import HeadConfig, check_labelled, check_task, predict_out_of_fold
 
     features = dataset
     if not isinstance(features, FeatureSet):
         features = open_features(Cache(Path(cache_dir)), features, space=space, backbone=backbone, layer=layer)
     check_labelled(features)
     check_task(features, "audit")
-    done = out_of_fold(features, Recipe(features.classes, l2=l2), folds=folds, splits=SPLITS, seed=seed)
+    done = predict_out_of_fold(features, HeadConfig(features.classes, l2=l2), folds=folds, splits=SPLITS, seed=seed)
     issues = (*_label_issues(features, done), *_neighbour_issues(features, done))
     with new_run(Path(runs_dir), "audit") as run:
         found = Audit(features.dataset, len(done.samples), folds, issues, run.final / "audit.csv")

@@ -1,8 +1,8 @@
-"""Recipe: how a head is fitted, the same for the head of a run, for a point of a learning curve and for a fold.
+"""Head configuration: the options that shape a head, shared by the head of a run, learning curves and cross-validation.
 
->>> recipe = Recipe(("cat", "dog"), l2="auto")
->>> fitted = recipe.choose(X, y, X_val, y_val)
->>> recipe.fit(X, y, l2=fitted.l2).predict_proba(X_test)
+>>> config = HeadConfig(("cat", "dog"), l2="auto")
+>>> path = config.select(X, y, X_val, y_val)
+>>> config.fit(X, y, l2=path.l2).predict_proba(X_test)
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from embedpipe.heads import (
     KnnHead,
     LinearHead,
     Path,
-    PathPoint,
     class_weights,
     fit_blocks,
     fit_blocks_once,
@@ -38,22 +37,20 @@ Array = NDArray[Any]
 CLASS_WEIGHTS = ("none", "balanced")
 
 
-@dataclass(frozen=True, eq=False)
-class Fitted:
-    """A head, its l2 (None for knn) and the points of the path that it was chosen from."""
-
-    head: LinearHead | KnnHead
-    l2: float | None
-    points: tuple[PathPoint, ...] = ()
-
-
 @dataclass(frozen=True)
-class Recipe:
-    """The options of fit-head that shape a head; the deed explains them.
+class HeadConfig:
+    """How to fit a head; the parameters are those of `fit_head`.
 
-    task : str               what the head is to learn, as in a manifest
-    widths : tuple of int    features of each space, side by side; one space where there are none
-    max_bytes : float        that fitting may take; features that need more are read in chunks
+    Parameters
+    ----------
+    classes : C names
+    task : str               "single", "multilabel" or "regression", as in the manifest
+    widths : tuple of int    number of features of each space, in column order; empty for one space
+    max_bytes : float        memory limit of fitting; larger feature sets are read in chunks
+
+    Raises
+    ------
+    UsageError    unknown `class_weight`
     """
 
     classes: tuple[str, ...]
@@ -66,92 +63,90 @@ class Recipe:
     task: str = "single"
 
     def __post_init__(self) -> None:
-        """Refuse what would be taken for something else.
-
-        Raises
-        ------
-        UsageError    a weighting of classes that there is not
-        """
         if self.class_weight not in CLASS_WEIGHTS:
-            raise UsageError(f"class_weight {self.class_weight!r}, expected {' or '.join(CLASS_WEIGHTS)}")
+            raise UsageError(f"class_weight is {self.class_weight!r}, expected {' or '.join(CLASS_WEIGHTS)}")
 
     @property
-    def chooses(self) -> bool:
-        """Whether there is an l2 to choose."""
+    def selects_l2(self) -> bool:
+        """Whether l2 is selected from the grid."""
         return self.solver != "knn" and self.l2 == "auto"
 
     @property
-    def needs_val(self) -> bool:
-        """Whether validation samples are needed, to choose l2 on; ridge asks what it misses of each sample left out."""
-        return self.chooses and self.solver != "ridge" and self.task != "regression"
+    def needs_validation(self) -> bool:
+        """Whether selecting l2 needs validation samples; ridge and regression can use leave-one-out scores instead."""
+        return self.selects_l2 and self.solver != "ridge" and self.task != "regression"
 
     @property
-    def _most(self) -> float:
+    def _max_bytes(self) -> float:
         return math.inf if self.solver == "knn" else self.max_bytes
 
-    @property
-    def _memory(self) -> int:
-        return int(min(MEMORY_BYTES, max(1.0, self.max_bytes / 4)))
-
-    def data(self, features: FeatureSet, *splits: str) -> tuple[Array | Chunked, Array]:
-        """Return X (N, D) and y (N,), or (N, C), of the labelled images of splits."""
-        return features.labelled(*splits, max_bytes=self._most)
+    def arrays(self, features: FeatureSet, *splits: str) -> tuple[Array | Chunked, Array]:
+        """Return X (N, D) and y (N,) or (N, C) of the labelled images of some splits."""
+        return features.labelled(*splits, max_bytes=self._max_bytes)
 
     def rows(self, features: FeatureSet, samples: tuple[Sample, ...]) -> Any:
         """Return the features (N, D) of samples."""
-        return features.rows(samples, max_bytes=self._most)
+        return features.rows(samples, max_bytes=self._max_bytes)
 
     def gram(self, X: Array | Chunked, y: Array, *, origin: Array | None = None) -> Gram | None:
-        """Return the Gram of rows that several fits share, for `choose` and `fit`; None where it would not be asked for."""
-        asked = self.solver == "ridge" and self.task == "single" and self.class_weight == "none"
-        return Gram.of(X, y, len(self.classes), origin) if asked and len(self.widths) < 2 else None
+        """Return the Gram matrix that several ridge fits share, or None where no fit uses one."""
+        used = self.solver == "ridge" and self.task == "single" and self.class_weight == "none"
+        return Gram.of(X, y, len(self.classes), origin) if used and len(self.widths) < 2 else None
 
-    def choose(
+    def select(
         self, X: Array | Chunked, y: Array, X_val: Array | Chunked, y_val: Array, *, gram: Gram | None = None
-    ) -> Fitted:
-        """Fit on X, y with the l2 that is best on X_val, y_val, or with the one that was named.
+    ) -> Path:
+        """Fit a head for each l2 on X, y and select the one that scores best on X_val, y_val.
 
-        X : float32 (N, D); y : as `FeatureSet.arrays` gives it
+        Parameters
+        ----------
+        X : float32 (N, D)
+        y : int64 (N,), or float (N, C) for several labels, or float (N,) for regression
+
+        Returns
+        -------
+        Path
+            With one point for a fixed l2; for kNN without points, l2 is None.
 
         Raises
         ------
-        UsageError    fewer than two classes, or nothing to choose l2 on
+        UsageError    fewer than two classes, or no validation samples to select l2 on
         """
         if self.solver == "knn":
-            return Fitted(self._neighbours(X, y), None)
-        path = self.path(X, y, X_val, y_val, gram=gram)
-        return Fitted(path.head, path.l2, path.points)
-
-    def path(
-        self, X: Array | Chunked, y: Array, X_val: Array | Chunked, y_val: Array, *, gram: Gram | None = None
-    ) -> Path:
-        """Fit a linear head for every l2, as `choose` does."""
+            head: Any = self._fit_knn(X, y)
+            return Path(head, None, ())  # type: ignore[arg-type]
         return fit_blocks(X, y, X_val, y_val, l2=self.l2, gram=gram, **self._options(X, y))
 
     def fit(self, X: Array | Chunked, y: Array, *, l2: float | None, gram: Gram | None = None) -> LinearHead | KnnHead:
-        """Fit on X, y with this l2."""
+        """Fit a head on X, y with a fixed l2."""
         if self.solver == "knn" or l2 is None:
-            return self._neighbours(X, y)
+            return self._fit_knn(X, y)
         return fit_blocks_once(X, y, l2=l2, gram=gram, **self._options(X, y))
 
-    def _neighbours(self, X: Array | Chunked, y: Array) -> KnnHead:
+    def _fit_knn(self, X: Array | Chunked, y: Array) -> KnnHead:
         if self.task != "single":
-            raise UsageError(f"the solver knn knows no {self.task} targets", hint="leave out --solver knn")
+            raise UsageError(f"the solver knn does not support {self.task} targets", hint="leave out --solver knn")
         return fit_knn(X[:], y, classes=self.classes)
 
     def _options(self, X: Array | Chunked, y: Array) -> dict[str, Any]:
-        weight = class_weights(y, len(self.classes))[y] if self.class_weight == "balanced" else None
-        common = {"classes": self.classes, "task": self.task, "solver": self.solver, "standardize": self.standardize}
-        return {**common, "widths": self.widths or (X.shape[1],), "sample_weight": weight, "memory_bytes": self._memory}
+        return {
+            "classes": self.classes,
+            "task": self.task,
+            "solver": self.solver,
+            "standardize": self.standardize,
+            "widths": self.widths or (X.shape[1],),
+            "sample_weight": class_weights(y, len(self.classes))[y] if self.class_weight == "balanced" else None,
+            "memory_bytes": int(min(MEMORY_BYTES, max(1.0, self.max_bytes / 4))),
+        }
 
 
 def check_labelled(features: FeatureSet) -> None:
-    """Refuse data without labels and data that are not extracted whole, in the user's words."""
+    """Raise UsageError for a data set without labels or with missing features."""
     name = features.manifest.name
     if not features.manifest.labelled:
         raise UsageError(
             f"{name} has no labels, expected class folders or a manifest with a column label, labels or target",
-            hint="sort the images into one folder a class",
+            hint="sort the images into one folder per class",
         )
     if features.missing:
         raise UsageError(
@@ -162,47 +157,49 @@ def check_labelled(features: FeatureSet) -> None:
 
 
 def check_task(features: FeatureSet, *options: str) -> None:
-    """Refuse options, as they are typed, that make sense only where every image has one class."""
+    """Raise UsageError for options (as typed) that need a single class per image where the task is another."""
     if options and features.manifest.task != "single":
         raise UsageError(
-            f"{features.manifest.name} has {features.manifest.task} targets, {options[0]} needs one class an image",
-            hint=f"do without {options[0]}",
+            f"{features.manifest.name} has {features.manifest.task} targets, but {options[0]} needs one class per image",
+            hint=f"leave out {options[0]}",
         )
 
 
-def check_neighbours(recipe: Recipe) -> None:
-    """Refuse options, as they are typed, that a kNN head has no use for."""
-    idle = {
-        "--l2": recipe.l2 != "auto",
-        "--class-weight": recipe.class_weight != "none",
-        "--no-standardize": not recipe.standardize,
+def check_knn_options(config: HeadConfig) -> None:
+    """Raise UsageError for options that a kNN head does not use."""
+    unused = {
+        "--l2": config.l2 != "auto",
+        "--class-weight": config.class_weight != "none",
+        "--no-standardize": not config.standardize,
     }
-    if recipe.solver == "knn" and any(idle.values()):
-        option = next(name for name, given in idle.items() if given)
-        raise UsageError(f"--solver knn has no use for {option}", hint=f"leave out {option}, or take another solver")
+    if config.solver == "knn" and any(unused.values()):
+        option = next(name for name, is_set in unused.items() if is_set)
+        raise UsageError(f"--solver knn does not use {option}", hint=f"leave out {option}, or choose another solver")
 
 
 def check_classes(features: FeatureSet) -> None:
-    """Refuse a train split without two classes, labels or numbers; warn of classes that it lacks."""
+    """Raise UsageError for a train split without two different targets; warn about classes without training images."""
     name, task = features.manifest.name, features.manifest.task
     labels = {sample.label or "" for sample in features.samples("train", labelled=True)}
     if not labels:
         raise UsageError(f"the train split of {name} has no images", hint="move images into train/")
     if task != "single" and len(labels) < 2:
         raise UsageError(
-            f"the train split of {name} has the same target everywhere, expected at least 2",
-            hint="add images with another one",
+            f"all images in the train split of {name} have the same target, expected at least 2 different ones",
+            hint="add images with another target",
         )
     if task == "regression":
         return
-    found = sorted({one for label in labels for one in names_of(label, task)})
-    if task == "single" and len(found) < 2:
+    present = sorted({part for label in labels for part in names_of(label, task)})
+    if task == "single" and len(present) < 2:
         raise UsageError(
-            f"the train split of {name} has {len(found)} class ({', '.join(found) or 'none'}), expected at least 2",
+            f"the train split of {name} has {len(present)} class ({', '.join(present) or 'none'}), expected at least 2",
             hint="add a folder of images for every other class",
         )
-    lacking = [name for name in features.classes if name not in found]
-    if lacking:
+    absent = [name for name in features.classes if name not in present]
+    if absent:
         warnings.warn(
-            f"no training image of {', '.join(lacking)}: the head will never answer so", EmbedpipeWarning, stacklevel=3
+            f"no training images for class {', '.join(absent)}: it will never be predicted",
+            EmbedpipeWarning,
+            stacklevel=3,
         )

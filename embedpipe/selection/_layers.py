@@ -1,11 +1,11 @@
-"""Ranking: which spaces of a data set a head is best fitted on, one alone or several side by side; val decides, test is not read.
+"""Layer selection: on which cached spaces of a data set, one or several side by side, a head scores best on val.
 
-Every space is measured with a head of its own, l2 tuned. Several earn their place only by a gain over the last layer that
-is beyond the noise of val; the last layer wins ties.
+A head with its own l2 is fitted on each space. Several spaces replace the last layer only where the gain on val exceeds
+its noise; ties go to the last layer. The test split is not read.
 
->>> [one["layer"] for one in choose_space(features, fit).report["ranking"]]
+>>> [row["layer"] for row in select_space(features, fit).report["ranking"]]
 ['layer3', 'penultimate', 'layer2']
->>> choose_blocks(features, fit).features.widths
+>>> select_blocks(features, fit).features.widths
 (256, 512)
 """
 
@@ -24,18 +24,18 @@ from embedpipe.evaluation import losses
 from embedpipe.features import PENULTIMATE, FeatureSet
 from embedpipe.heads import Path, block_scales
 
-DRAWS, SEED = 10_000, 0  # of the bootstrap
+BOOTSTRAP_DRAWS, BOOTSTRAP_SEED = 10_000, 0
 
 Fit = Callable[[FeatureSet], Path]
 
 
 @dataclass(frozen=True, eq=False)
-class Ranked:
-    """The head that val chose on some spaces, and what it gives there.
+class Candidate:
+    """A head fitted on some spaces, with its predictions on val.
 
-    features : FeatureSet
+    features : FeatureSet    of these spaces
     path : Path
-    probabilities : float64 (n, C) of the val split
+    probabilities : float64 (n, C)
     y : int64 (n,)
     """
 
@@ -45,159 +45,151 @@ class Ranked:
     y: NDArray[np.int64]
 
     @cached_property
-    def right(self) -> NDArray[np.bool_]:
+    def correct(self) -> NDArray[np.bool_]:
+        """Whether each prediction is correct, bool (n,)."""
         return np.asarray(self.probabilities.argmax(axis=1) == self.y)
-
-    @property
-    def accuracy(self) -> float:
-        return float(self.right.mean())
 
     @cached_property
     def losses(self) -> NDArray[np.float64]:
-        """Negative log probability of the truth of each sample."""
+        """Negative log probability of the true class, float64 (n,)."""
         return losses(self.probabilities, self.y)
 
     @property
-    def log_loss(self) -> float:
-        return float(self.losses.mean())
+    def score(self) -> tuple[float, float]:
+        """Accuracy, then negative log loss: higher is better."""
+        return float(self.correct.mean()), -float(self.losses.mean())
 
     @property
-    def merit(self) -> tuple[float, float]:
-        return self.accuracy, -self.log_loss
-
-    @property
-    def least_loss(self) -> float:
-        """The lowest log loss on the path over l2: smoother than that of the point with the best accuracy."""
+    def lowest_loss(self) -> float:
+        """Lowest log loss along the path over l2; less noisy than the loss at the most accurate point."""
         return min(point.val_log_loss for point in self.path.points if point.val_log_loss is not None)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"l2": self.path.l2, "val_accuracy": self.accuracy, "val_log_loss": self.log_loss}
+        accuracy, negative_loss = self.score
+        return {"l2": self.path.l2, "val_accuracy": accuracy, "val_log_loss": -negative_loss}
+
+    def describe(self) -> dict[str, Any]:
+        """Return the record of a candidate on one space."""
+        space = self.features.space
+        return {
+            "space": space.folder.name,
+            "backbone": f"{space.spec['source']}:{space.spec['architecture']}",
+            "layer": space.spec["layer"],
+            "pool": space.spec["pool"],
+            "dim": self.features.feature_dim,
+            **self.to_dict(),
+        }
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
-    """Which spaces val chose: the features of these alone, and what is reported of the choice."""
+class Selection:
+    """The features of the selected spaces, and the report of the selection."""
 
     features: FeatureSet
     report: dict[str, Any]
 
 
-def rank(features: FeatureSet, fit: Fit) -> Ranked:
-    """Fit a head on all columns of `features` and look at val."""
+def _evaluate(features: FeatureSet, fit: Fit) -> Candidate:
+    """Fit a head on all columns of `features` and predict val."""
     path = fit(features)
     X, y = features.arrays("val")
-    return Ranked(features, path, path.head.predict_proba(X), y)
+    return Candidate(features, path, path.head.predict_proba(X), y)
 
 
-def rank_spaces(features: FeatureSet, fit: Fit) -> list[Ranked]:
-    """Fit a head on each space alone, in the order of the columns."""
-    return [rank(features.only([space]), fit) for space in features.spaces]
+def _evaluate_each(features: FeatureSet, fit: Fit) -> list[Candidate]:
+    """Fit a head on each space alone, in column order."""
+    return [_evaluate(features.only([space]), fit) for space in features.spaces]
 
 
-def choose_space(features: FeatureSet, fit: Fit) -> Chosen:
-    """Return the space whose head has the highest accuracy on val (ties: the lowest log loss), and the table of all."""
-    ranked = rank_spaces(features, fit)
-    best = max(ranked, key=lambda one: one.merit)
-    return Chosen(best.features, {"ranking": describe_ranking(ranked)})
+def select_space(features: FeatureSet, fit: Fit) -> Selection:
+    """Select the space with the highest accuracy on val (ties: the lowest log loss), and report the ranking.
 
-
-def describe_ranking(ranked: Sequence[Ranked]) -> list[dict[str, Any]]:
-    """Return a record a space, the best first.
-
-    `difference` is its accuracy on val less that of the best, with the 95 % interval of a paired bootstrap.
+    In the ranking, `difference` is a space's accuracy minus the best one's, with a 95 % paired bootstrap interval.
     """
-    ordered = sorted(ranked, key=lambda one: one.merit, reverse=True)
+    ranked = sorted(_evaluate_each(features, fit), key=lambda candidate: candidate.score, reverse=True)
     table = []
-    for one in ordered:
-        difference, interval = paired_difference(one.right, ordered[0].right)
-        about = {**_space_of(one), **one.to_dict(), "difference": difference, "difference_ci95": interval}
-        table.append({**about, "chosen": one is ordered[0]})
-    return table
+    for candidate in ranked:
+        difference, interval = paired_difference(candidate.correct, ranked[0].correct)
+        row = {**candidate.describe(), "difference": difference, "difference_ci95": interval}
+        table.append({**row, "chosen": candidate is ranked[0]})
+    return Selection(ranked[0].features, {"ranking": table})
 
 
-def choose_blocks(features: FeatureSet, fit: Fit) -> Chosen:
-    """Choose among the spaces of `features` by forward selection, and let the result prove itself against the last layer.
+def select_blocks(features: FeatureSet, fit: Fit) -> Selection:
+    """Select several spaces by forward selection, or the last layer where they do not improve on it beyond noise.
 
-    The last layer is what enters the classifier, else the last one in the order of the model; of several backbones, the one
-    that does best on val. The others are tried in the order of their own log loss on val, and stay where the log loss
-    of the head on all that stays becomes lower: two fits a space. Whether the result then replaces the last layer
-    is told by `is_beyond_noise`.
+    The last layer is the penultimate one, or else the last in model order; of several backbones, the one that scores best
+    on val. The other spaces are tried in the order of their own log loss on val. A space is added where the log loss of
+    the joint head becomes lower. This takes two fits per space. `is_beyond_noise` makes the final decision.
     """
-    ranked = rank_spaces(features, fit)
-    last = max(_last_layers(ranked), key=lambda one: one.merit)
-    grown = last
-    for one in sorted((one for one in ranked if one is not last), key=lambda one: one.least_loss):
-        kept = {*(space.folder for space in grown.features.spaces), one.features.space.folder}
-        tried = rank(features.only(space for space in features.spaces if space.folder in kept), fit)
-        grown = tried if tried.least_loss < grown.least_loss else grown
-    wins = is_beyond_noise(grown, last)
-    winner = grown if wins else last
-    return Chosen(winner.features, _describe_blocks(features, ranked, winner, last=last, grown=grown))
+    candidates = _evaluate_each(features, fit)
+    last = max(_last_layers(candidates), key=lambda candidate: candidate.score)
+    blocks = last
+    for candidate in sorted((one for one in candidates if one is not last), key=lambda one: one.lowest_loss):
+        folders = {*(space.folder for space in blocks.features.spaces), candidate.features.space.folder}
+        joint = _evaluate(features.only(space for space in features.spaces if space.folder in folders), fit)
+        blocks = joint if joint.lowest_loss < blocks.lowest_loss else blocks
+    winner = blocks if is_beyond_noise(blocks, last) else last
+    return Selection(winner.features, _describe_blocks(candidates, winner, last=last, blocks=blocks))
 
 
-def is_beyond_noise(new: Ranked, old: Ranked) -> bool:
-    """Whether a head is better on val than another by more than noise: more answers are right, and that or the loss shows it.
+def is_beyond_noise(new: Candidate, old: Candidate) -> bool:
+    """Return True if `new` is better on val than `old` by more than noise.
 
-    Of the samples on which the two disagree, `gained` - `lost` - 1 >= sqrt(gained + lost): McNemar's statistic with
-    continuity correction at one standard error. Or the mean difference of log loss is two standard errors and more: it
-    moves long before answers do, but alone it proves nothing about them.
+    More predictions must be correct, and one of two tests must hold. (1) McNemar's statistic with continuity correction
+    is at least one standard error: gained - lost - 1 >= sqrt(gained + lost), over the samples on which the two disagree.
+    (2) The mean difference of the log loss is at least two standard errors. The log loss reacts earlier than accuracy,
+    but alone it is no evidence of more correct predictions.
+
+    Source: McNemar, Psychometrika 12 (1947).
     """
-    gained, lost = int((new.right & ~old.right).sum()), int((old.right & ~new.right).sum())
+    gained, lost = int((new.correct & ~old.correct).sum()), int((old.correct & ~new.correct).sum())
     saved = old.losses - new.losses
-    surer = saved.mean() >= 2 * saved.std() / math.sqrt(len(saved))
-    return gained > lost and bool(surer or gained - lost - 1 >= math.sqrt(gained + lost))
+    lower_loss = saved.mean() >= 2 * saved.std() / math.sqrt(len(saved))
+    return gained > lost and bool(lower_loss or gained - lost - 1 >= math.sqrt(gained + lost))
 
 
-def paired_difference(right: NDArray[np.bool_], other: NDArray[np.bool_]) -> tuple[float, list[float]]:
-    """Return how much more often `right` (n,) holds than `other` (n,), with the 95 % interval of a paired bootstrap."""
-    n = len(right)
-    gained, lost = int((right & ~other).sum()), int((other & ~right).sum())
+def paired_difference(correct: NDArray[np.bool_], other: NDArray[np.bool_]) -> tuple[float, list[float]]:
+    """Return the difference in accuracy of two predictors on the same samples, with a 95 % paired bootstrap interval.
+
+    Parameters
+    ----------
+    correct, other : bool (n,)    whether each prediction is correct
+    """
+    n = len(correct)
+    gained, lost = int((correct & ~other).sum()), int((other & ~correct).sum())
     shares = [gained / n, lost / n, 1 - (gained + lost) / n]
-    draws = np.random.default_rng(SEED).multinomial(n, shares, DRAWS)
+    draws = np.random.default_rng(BOOTSTRAP_SEED).multinomial(n, shares, BOOTSTRAP_DRAWS)
     low, high = np.quantile((draws[:, 0] - draws[:, 1]) / n, [0.025, 0.975])
     return (gained - lost) / n, [float(low), float(high)]
 
 
-def _last_layers(ranked: Sequence[Ranked]) -> list[Ranked]:
-    """Return the last layer of each backbone: spaces of one stand together, in its order."""
-    last: dict[str, Ranked] = {}
-    for one in ranked:
-        spec = one.features.space.spec
+def _last_layers(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return the last layer of each backbone; the spaces of one backbone are adjacent and in model order."""
+    last: dict[str, Candidate] = {}
+    for candidate in candidates:
+        spec = candidate.features.space.spec
         model = f"{spec['source']}:{spec['architecture']}:{spec['weights']}"
         if model not in last or last[model].features.space.spec["layer"] != PENULTIMATE:
-            last[model] = one
+            last[model] = candidate
     return list(last.values())
 
 
 def _describe_blocks(
-    features: FeatureSet, ranked: Sequence[Ranked], winner: Ranked, *, last: Ranked, grown: Ranked
+    candidates: Sequence[Candidate], winner: Candidate, *, last: Candidate, blocks: Candidate
 ) -> dict[str, Any]:
-    kept = [space.folder for space in winner.features.spaces]
-    widths = winner.features.widths
-    scales = dict(zip(kept, block_scales(widths).tolist(), strict=True)) if len(kept) > 1 else {}
-    blocks = [
-        {**_space_of(one), **one.to_dict(), "scale": scales.get(folder), "chosen": folder in kept}
-        for one, folder in zip(ranked, (space.folder for space in features.spaces), strict=True)
+    chosen = [space.folder for space in winner.features.spaces]
+    scales = dict(zip(chosen, block_scales(winner.features.widths).tolist(), strict=True)) if len(chosen) > 1 else {}
+    rows = [
+        {**candidate.describe(), "scale": scales.get(folder), "chosen": folder in chosen}
+        for candidate, folder in ((one, one.features.space.folder) for one in candidates)
     ]
-    gain, interval = paired_difference(grown.right, last.right)
-    layers = [space.spec["layer"] for space in grown.features.spaces]
+    gain, interval = paired_difference(blocks.correct, last.correct)
     decision = {
         "chosen": "last" if winner is last else "blocks",
         "last": {"layer": last.features.space.spec["layer"], **last.to_dict()},
-        "blocks": {"layers": layers, **grown.to_dict()},
+        "blocks": {"layers": [space.spec["layer"] for space in blocks.features.spaces], **blocks.to_dict()},
         "gain": gain,
         "gain_ci95": interval,
     }
-    return {"blocks": blocks, "decision": decision}
-
-
-def _space_of(one: Ranked) -> dict[str, Any]:
-    space = one.features.space
-    spec = space.spec
-    return {
-        "space": space.folder.name,
-        "backbone": f"{spec['source']}:{spec['architecture']}",
-        "layer": spec["layer"],
-        "pool": spec["pool"],
-        "dim": one.features.feature_dim,
-    }
+    return {"blocks": rows, "decision": decision}

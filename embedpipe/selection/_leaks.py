@@ -1,4 +1,4 @@
-"""Leaks: images of val and test that training has seen: copies by content, near copies by features, and shared groups.
+"""Leaks: images of val and test that are also in an earlier split, as exact copies, near copies or members of one group.
 
 >>> find_leaks(features, scored)["leaked"]
 {'val': 0, 'test': 3}
@@ -23,16 +23,20 @@ if TYPE_CHECKING:
     from embedpipe.data import Sample
     from embedpipe.features import FeatureSet
 
-SHOWN = 20  # pairs and groups that are named
-MOST_WORK = 2e11  # multiply-adds of a search for near copies: a few seconds on one core
-SCALE_ROWS = 2000  # of train, evenly spaced, that measure how near rows are
-MAIN = {"single": "accuracy", "multilabel": "mean_average_precision", "regression": "r2"}  # score, by task
-STEPS = ("train", "val", "test")  # what comes earlier shapes the head that is scored on what comes later
+REPORTED = 20  # pairs and groups in the report
+MAX_PRODUCTS = 2e11  # multiply-adds of a search for near copies: a few seconds on one core
+REFERENCE_ROWS = 2000  # evenly spaced training rows that give the typical distance
+MAIN_METRIC = {"single": "accuracy", "multilabel": "mean_average_precision", "regression": "r2"}  # by task
+SPLIT_ORDER = ("train", "val", "test")  # a split may leak into the later ones
 
 
 @dataclass(frozen=True)
 class Leak:
-    """An image and its twin in an earlier split; kind "exact", "near" or "group"; the cosine of their features, if known."""
+    """An image that has a counterpart in an earlier split.
+
+    kind : str                    "exact", "near" or "group"
+    similarity : float or None    cosine of the centred features, where computed
+    """
 
     sample: Sample
     twin: Sample
@@ -42,7 +46,11 @@ class Leak:
 
 @dataclass(frozen=True)
 class NearCopies:
-    """What a search for near copies found, the ratio that it went by (`neighbours.copy_ratio`), and why it was left out."""
+    """Result of a search for near copies.
+
+    ratio : float or None    threshold that was used (`evaluation.copy_ratio`)
+    skipped : str or None    why there was no search
+    """
 
     leaks: tuple[Leak, ...] = ()
     ratio: float | None = None
@@ -50,24 +58,24 @@ class NearCopies:
 
 
 def find_leaks(features: FeatureSet, scored: Mapping[str, Scored], *, max_bytes: float = math.inf) -> dict[str, Any]:
-    """Report images of val and test that are in train too, and the accuracy without them; warn where there are any.
+    """Report images of val and test that are in an earlier split, and the scores without them; warn if there are any.
 
     Parameters
     ----------
-    scored : mapping of str to Scored    predictions for each split
-    max_bytes : float                    that the search for near copies may take; where features need more there is none
+    scored : mapping of str to Scored    predictions of each split
+    max_bytes : float                    memory limit; larger feature sets are not searched for near copies
 
     Returns
     -------
     dict
-        duplicates_of_train : {split: count}        the very bytes
+        duplicates_of_train : {split: count}        identical files
         duplicates_of_val : {"test": count}
-        near_duplicates_of_train : {split: count}   almost the same features; null where not looked for
-        near_ratio, near_skipped                    how near is near (`embedpipe.evaluation`); why it was left out
+        near_duplicates_of_train : {split: count}   nearly identical features; null if not searched
+        near_ratio, near_skipped                    threshold (`evaluation.copy_ratio`); why there was no search
         groups_across_splits : int; groups : [{group, splits: {name: count}}], the first 20
-        leaked : {split: count}                     images with any of these, each once
-        accuracy_without_leaks : {split: {accuracy, accuracy_ci95, n}}; accuracy null where nothing is left; of single labels
-        score_without_leaks : {split: {mean_average_precision or r2, its ci95, n}}; of several labels, or of numbers
+        leaked : {split: count}                     images with any of these, counted once
+        accuracy_without_leaks : {split: {accuracy, accuracy_ci95, n}}; single labels; null if no image is left
+        score_without_leaks : {split: {mean_average_precision or r2, its ci95, n}}; several labels or regression
         pairs : [{path, split, kind, twin, similarity}], the first 20
     """
     exact = find_exact(features.samples())
@@ -75,7 +83,7 @@ def find_leaks(features: FeatureSet, scored: Mapping[str, Scored], *, max_bytes:
     groups = find_groups(features.samples())
     found = (*exact, *near.leaks, *group_leaks(features.samples(), groups))
     leaked = {leak.sample for leak in found}
-    others = [split for split in features.splits if split in STEPS[1:]]
+    others = [split for split in features.splits if split in SPLIT_ORDER[1:]]
     report = {
         "duplicates_of_train": _count(exact, "train", others),
         "duplicates_of_val": _count(exact, "val", [split for split in others if split == "test"]),
@@ -83,22 +91,22 @@ def find_leaks(features: FeatureSet, scored: Mapping[str, Scored], *, max_bytes:
         "near_ratio": near.ratio,
         "near_skipped": near.skipped,
         "groups_across_splits": len(groups),
-        "groups": [{"group": name, "splits": dict(counts)} for name, counts in list(groups.items())[:SHOWN]],
+        "groups": [{"group": name, "splits": dict(counts)} for name, counts in list(groups.items())[:REPORTED]],
         "leaked": {split: sum(sample.split == split for sample in leaked) for split in others},
         "accuracy_without_leaks": {},
         "score_without_leaks": {},
-        **_all_without(scored, features.classes, leaked),
-        "pairs": [_pair(features, leak) for leak in found[:SHOWN]],
+        **_scores_without(scored, features.classes, leaked),
+        "pairs": [_pair(features, leak) for leak in found[:REPORTED]],
     }
     _warn(report)
     return report
 
 
 def find_exact(samples: Sequence[Sample]) -> tuple[Leak, ...]:
-    """Return the images of val and test whose very content is in an earlier split, train before val."""
+    """Return the images of val and test whose file content is in an earlier split; train takes precedence over val."""
     seen: dict[bytes, Sample] = {}
     leaks = []
-    for split in STEPS:
+    for split in SPLIT_ORDER:
         mine = [sample for sample in samples if sample.split == split]
         leaks += [Leak(sample, seen[sample.key], "exact", 1.0) for sample in mine if sample.key in seen]
         for sample in mine:
@@ -107,22 +115,22 @@ def find_exact(samples: Sequence[Sample]) -> tuple[Leak, ...]:
 
 
 def find_near(features: FeatureSet, *, max_bytes: float = math.inf) -> NearCopies:
-    """Return the images of val and test with almost the features of one in train, and other bytes.
+    """Return the images of val and test whose features nearly equal those of a training image with other file content.
 
-    The similarity is the cosine of features that are centred by the mean of train; `embedpipe.evaluation` says when it is near.
+    The similarity is the cosine of the features, centred by the mean of train. The threshold is `evaluation.copy_ratio`.
     """
     train = features.samples("train")
     known = {sample.key for sample in train}
-    others = tuple(s for s in features.samples() if s.split in STEPS[1:] and s.key not in known)
-    skipped = _why_not(len(train), len(others), features.feature_dim)
+    others = tuple(s for s in features.samples() if s.split in SPLIT_ORDER[1:] and s.key not in known)
+    skipped = _reason_to_skip(len(train), len(others), features.feature_dim)
     if not features.fits(max_bytes):
-        skipped = "the features are more than --max-memory holds"
+        skipped = "the features exceed --max-memory"
     if skipped or not others:
         return NearCopies(skipped=skipped)
     X = features.read(train)
     mean = X.mean(axis=0, dtype=np.float64).astype(np.float32)
     base = unit_rows(X - mean)
-    own = np.unique(np.linspace(0, len(base) - 1, SCALE_ROWS).astype(np.int64))
+    own = np.unique(np.linspace(0, len(base) - 1, REFERENCE_ROWS).astype(np.int64))
     ratio = copy_ratio(find_neighbours(base[own], base, own=own), len(others))
     found = find_neighbours(unit_rows(features.read(others) - mean), base)
     rows = np.flatnonzero(found.copies(ratio))
@@ -132,16 +140,18 @@ def find_near(features: FeatureSet, *, max_bytes: float = math.inf) -> NearCopie
     return NearCopies(leaks, ratio)
 
 
-def _why_not(n_train: int, n_others: int, dim: int) -> str | None:
+def _reason_to_skip(n_train: int, n_others: int, dim: int) -> str | None:
     if n_train < LEAST_ROWS:
-        return f"{n_train} training images, at least {LEAST_ROWS} are needed to know how alike different images are"
-    if n_train * n_others * dim > MOST_WORK:
-        return f"{n_train} x {n_others} images of {dim} features, at most {MOST_WORK:.0e} products are computed"
+        return (
+            f"{n_train} training images, at least {LEAST_ROWS} are needed to estimate how similar different images are"
+        )
+    if n_train * n_others * dim > MAX_PRODUCTS:
+        return f"{n_train} x {n_others} images of {dim} features, expected at most {MAX_PRODUCTS:.0e} products"
     return None
 
 
 def find_groups(samples: Sequence[Sample]) -> dict[str, Counter[str]]:
-    """Return the groups that are in several splits, with their count in each, by name."""
+    """Return the groups that are in several splits, sorted by name, with their image count in each split."""
     splits: dict[str, Counter[str]] = defaultdict(Counter)
     for sample in samples:
         if sample.group:
@@ -150,9 +160,9 @@ def find_groups(samples: Sequence[Sample]) -> dict[str, Counter[str]]:
 
 
 def group_leaks(samples: Sequence[Sample], groups: Mapping[str, Counter[str]]) -> list[Leak]:
-    """Return the images whose group is in an earlier split too."""
+    """Return the images whose group is also in an earlier split."""
     first: dict[str, Sample] = {}
-    for split in STEPS:
+    for split in SPLIT_ORDER:
         for sample in samples:
             if sample.split == split and sample.group and sample.group in groups:
                 first.setdefault(sample.group, sample)
@@ -165,17 +175,17 @@ def _count(leaks: Sequence[Leak], twin_split: str, splits: Sequence[str]) -> dic
     return {split: counts[split] for split in splits}
 
 
-def _all_without(scored: Mapping[str, Scored], classes: Sequence[str], leaked: set[Sample]) -> dict[str, Any]:
-    """Return what val and test score without leaks, under the name that the task gives it."""
-    some = {split: one for split, one in scored.items() if split in STEPS[1:]}
+def _scores_without(scored: Mapping[str, Scored], classes: Sequence[str], leaked: set[Sample]) -> dict[str, Any]:
+    """Return the scores of val and test without the leaked images."""
+    some = {split: one for split, one in scored.items() if split in SPLIT_ORDER[1:]}
     name = "accuracy" if all(one.task == "single" for one in some.values()) else "score"
-    return {f"{name}_without_leaks": {split: _without(one, classes, leaked) for split, one in some.items()}}
+    return {f"{name}_without_leaks": {split: _score_without(one, classes, leaked) for split, one in some.items()}}
 
 
-def _without(scored: Scored, classes: Sequence[str], leaked: set[Sample]) -> dict[str, Any]:
-    """Return the score of the samples that are no leaks, with its interval."""
+def _score_without(scored: Scored, classes: Sequence[str], leaked: set[Sample]) -> dict[str, Any]:
+    """Return the main metric of the samples that are not leaked, with its interval."""
     kept = [row for row, sample in enumerate(scored.samples) if sample not in leaked]
-    name, samples = MAIN[scored.task], tuple(scored.samples[row] for row in kept)
+    name, samples = MAIN_METRIC[scored.task], tuple(scored.samples[row] for row in kept)
     metrics = (
         replace(scored, samples=samples, probabilities=scored.probabilities[kept]).metrics(classes) if kept else {}
     )
@@ -189,7 +199,7 @@ def _pair(features: FeatureSet, leak: Leak) -> dict[str, Any]:
 
 
 def _warn(report: Mapping[str, Any]) -> None:
-    """Say in one line which splits leak, and what they score without."""
+    """Warn in one line about the leaked images of each split and its score without them."""
     parts = []
     for split, count in report["leaked"].items():
         found = {**report["accuracy_without_leaks"], **report["score_without_leaks"]}.get(split, {})
@@ -198,7 +208,7 @@ def _warn(report: Mapping[str, Any]) -> None:
         parts += [f"{count} of {split}{without}"] if count else []
     if parts:
         warnings.warn(
-            f"images that an earlier split has too, as copies, near copies or by group: {', '.join(parts)}",
+            f"images that are also in an earlier split, as copies, near copies or by group: {', '.join(parts)}",
             EmbedpipeWarning,
             stacklevel=4,
         )

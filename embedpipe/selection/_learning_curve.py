@@ -1,6 +1,6 @@
-"""Learning curves: heads on a few training images a class, or on a share of them, scored on val and test.
+"""Learning curves: heads fitted on a few training images per class, or on a share of them, and scored on val and test.
 
->>> learning_curve(recipe, parse_shots("1,5,10%"), train, {"val": val, "test": test}, repeats=5, seed=0)[0]["metrics"]
+>>> learning_curve(config, parse_shots("1,5,10%"), train, {"val": val, "test": test}, repeats=5, seed=0)[0]["metrics"]
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from embedpipe.errors import EmbedpipeWarning, UsageError
 from embedpipe.heads import Chunked, some_of
 
 if TYPE_CHECKING:
-    from embedpipe.selection._head_configuration import Recipe
+    from embedpipe.selection._head_configuration import HeadConfig
 
 Int64 = NDArray[np.int64]
-Shots = int | float  # images a class, or a share of them
+Shots = int | float  # images per class, or a share of them
 Labelled = tuple[NDArray[Any] | Chunked, Int64]  # X float32 (N, D), y int64 (N,)
 
 
 def parse_shots(shots: str | int | Sequence[str | int]) -> dict[str | int, Shots]:
-    """Return what is asked for, in its order: images a class (5) by the number, a share of train (0.1) by its text "10%".
+    """Parse the points of a learning curve: 5 (images per class) stays a number, "10%" becomes the share 0.1.
 
     Raises
     ------
-    UsageError    neither a count from 1 up nor a percentage up to 100
+    UsageError    neither a count of at least 1 nor a percentage in (0, 100]
     """
     texts = [shots] if isinstance(shots, str | int) else shots
     parts = [part.strip() for text in texts for part in str(text).split(",")]
@@ -43,14 +43,14 @@ def _parse(text: str) -> tuple[str | int, Shots]:
         value = 0
     if not (0 < value <= 1 if share else value >= 1):
         raise UsageError(
-            f"--shots {text!r}, expected numbers of images a class or percentages",
+            f"--shots {text!r}, expected numbers of images per class, or percentages",
             hint="for example --shots 1,5,10,50%",
         )
     return text if share else int(value), value
 
 
 def learning_curve(
-    recipe: Recipe,
+    config: HeadConfig,
     shots: Mapping[str | int, Shots],
     train: Labelled,
     others: Mapping[str, Labelled],
@@ -58,24 +58,24 @@ def learning_curve(
     repeats: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Fit heads on small draws of train and report their mean accuracy.
+    """Fit heads on random subsets of train and report their mean accuracy.
 
-    A repeat puts the training images of each class into one random order, and every draw is a beginning of it: the images of
-    1 shot are among those of 5, and the draws of 5 are the same whatever else is asked for. l2 is chosen on the whole of val;
-    test is only reported. What uses all of train is fitted once.
+    Each repeat shuffles the training images of each class once, and its subsets are prefixes of that order: the images of
+    1 shot are among those of 5, and the subset for 5 does not depend on the other points. l2 is selected on the whole
+    val split; test is only reported. A point that uses all of train is fitted once.
 
     Parameters
     ----------
-    shots : mapping          what `parse_shots` returns
+    shots : mapping          as returned by `parse_shots`
     train : X (N, D), y (N,)
     others : mapping of split to X, y
-    repeats : int            draws of each size
+    repeats : int            subsets of each size
 
     Returns
     -------
     list of dict
-        shots, n_train, repeats, l2 (of each repeat), short (classes with fewer images, which use all they have),
-        metrics : {split: {accuracy (mean), accuracy_ci95 (t interval over the repeats; null for one repeat)}}
+        shots, n_train, repeats, l2 (of each repeat), short (classes with fewer images; they use all of them),
+        metrics : {split: {accuracy (mean), accuracy_ci95 (t interval over the repeats; null for a single repeat)}}
 
     Raises
     ------
@@ -84,42 +84,42 @@ def learning_curve(
     if repeats < 1:
         raise UsageError(f"--repeats {repeats}, expected 1 or more")
     X, y = train
-    counts = np.bincount(y, minlength=len(recipe.classes))
-    places = [place_in_class(y, np.random.default_rng((seed % 2**64, repeat))) for repeat in range(repeats)]
+    counts = np.bincount(y, minlength=len(config.classes))
+    ranks = [rank_in_class(y, np.random.default_rng((seed % 2**64, repeat))) for repeat in range(repeats)]
     val = others.get("val", (X[:0], y[:0]))
     curve = []
     for name, amount in shots.items():
-        wanted = take(counts, amount)
-        draws = [np.flatnonzero(place < wanted[y]) for place in places[: 1 if (wanted == counts).all() else None]]
-        heads = [recipe.choose(some_of(X, draw), y[draw], *val) for draw in draws]
+        sizes = class_sizes(counts, amount)
+        subsets = [np.flatnonzero(rank < sizes[y]) for rank in ranks[: 1 if (sizes == counts).all() else None]]
+        heads = [config.select(some_of(X, subset), y[subset], *val) for subset in subsets]
         accuracy = {split: [_accuracy(one.head, *pair) for one in heads] for split, pair in others.items()}
-        short = [c for c, count in zip(recipe.classes, counts.tolist(), strict=True) if count < amount]
-        point = {"shots": name, "n_train": len(draws[0]), "repeats": len(draws), "l2": [one.l2 for one in heads]}
-        metrics = {split: summarise(values) for split, values in accuracy.items()}
+        short = [c for c, count in zip(config.classes, counts.tolist(), strict=True) if count < amount]
+        point = {"shots": name, "n_train": len(subsets[0]), "repeats": len(subsets), "l2": [one.l2 for one in heads]}
+        metrics = {split: mean_with_interval(values) for split, values in accuracy.items()}
         curve.append({**point, "short": short if isinstance(amount, int) else [], "metrics": metrics})
     _warn(curve)
     return curve
 
 
-def place_in_class(y: Int64, rng: np.random.Generator) -> Int64:
-    """Return the place of each row in a random order of its class, int64 (N,), from 0."""
+def rank_in_class(y: Int64, rng: np.random.Generator) -> Int64:
+    """Return the rank of each row in a random order of its class, int64 (N,), starting at 0."""
     order = rng.permutation(len(y))
     order = order[np.argsort(y[order], kind="stable")]
     counts = np.bincount(y)
-    place = np.empty(len(y), np.int64)
-    place[order] = np.arange(len(y)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return place
+    rank = np.empty(len(y), np.int64)
+    rank[order] = np.arange(len(y)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return rank
 
 
-def take(counts: Int64, amount: Shots) -> Int64:
-    """Return how many images each class gives, int64 (C,): the same number, or the same share and at least one."""
+def class_sizes(counts: Int64, amount: Shots) -> Int64:
+    """Return the number of images to use of each class, int64 (C,): the same number, or the same share and at least 1."""
     if isinstance(amount, int):
         return np.minimum(counts, amount)
     return np.asarray(np.minimum(counts, np.maximum(1, np.rint(amount * counts).astype(np.int64))))
 
 
-def summarise(values: Sequence[float]) -> dict[str, Any]:
-    """Return the mean of some accuracies and its 95 % t interval, within [0, 1]; no interval for one value."""
+def mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
+    """Return the mean of accuracies and its 95 % t interval, clipped to [0, 1]; no interval for a single value."""
     from scipy.special import stdtrit
 
     mean, n = float(np.mean(values)), len(values)
@@ -137,5 +137,5 @@ def _warn(curve: Sequence[Mapping[str, Any]]) -> None:
     short = [f"{len(point['short'])} class(es) have fewer than {point['shots']}" for point in curve if point["short"]]
     if short:
         warnings.warn(
-            f"--shots: {', '.join(short)} training images and use all they have", EmbedpipeWarning, stacklevel=4
+            f"--shots: {', '.join(short)} training images and use all of them", EmbedpipeWarning, stacklevel=4
         )

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedpipe.errors import UsageError
-from embedpipe.selection import INNER, Recipe, assign_folds, cross_fit
+from embedpipe.selection import INNER_FOLDS, HeadConfig, assign_folds, cross_fit
 
 CLASSES = ("a", "b", "c")
 
@@ -47,10 +47,10 @@ def test_labels_without_meaning_are_not_predicted() -> None:
     X = np.repeat(rng.normal(size=(150, 200)), 2, axis=0).astype(np.float32)  # every image twice
     y = np.repeat(rng.integers(0, 2, 150), 2)
     ties = [f"image {k // 2}" for k in range(300)]
-    _, probabilities, l2 = cross_fit(X, y, ties, Recipe(("a", "b")), folds=5, seed=0)
+    _, probabilities, l2 = cross_fit(X, y, ties, HeadConfig(("a", "b")), folds=5, seed=0)
     assert 0.35 < np.mean(probabilities.argmax(axis=1) == y) < 0.65
     assert len(l2) == 5
-    loose = cross_fit(X, y, range(300), Recipe(("a", "b"), l2=1e-6), folds=5, seed=0)[1]
+    loose = cross_fit(X, y, range(300), HeadConfig(("a", "b"), l2=1e-6), folds=5, seed=0)[1]
     assert np.mean(loose.argmax(axis=1) == y) > 0.8  # what copies on both sides would have said
 
 
@@ -58,14 +58,14 @@ def test_each_fold_is_predicted_by_a_head_of_the_others() -> None:
     rng = np.random.default_rng(1)
     y = np.arange(90) % 3
     X = (rng.normal(size=(90, 5)) + y[:, None]).astype(np.float32)
-    recipe = Recipe(CLASSES)
-    fold, probabilities, l2 = cross_fit(X, y, range(90), recipe, folds=3, seed=0)
+    config = HeadConfig(CLASSES)
+    fold, probabilities, l2 = cross_fit(X, y, range(90), config, folds=3, seed=0)
     for number in range(3):
         held = fold == number
-        inner = assign_folds(y[~held], np.arange(90)[~held], folds=INNER, seed=0) == 0
+        inner = assign_folds(y[~held], np.arange(90)[~held], folds=INNER_FOLDS, seed=0) == 0
         train, val = (X[~held][~inner], y[~held][~inner]), (X[~held][inner], y[~held][inner])
-        assert l2[number] == recipe.choose(*train, *val).l2
-        head = recipe.fit(X[~held], y[~held], l2=l2[number])
+        assert l2[number] == config.select(*train, *val).l2
+        head = config.fit(X[~held], y[~held], l2=l2[number])
         np.testing.assert_array_equal(probabilities[held], head.predict_proba(X[held]))
 
 
@@ -74,14 +74,14 @@ def test_folds_that_share_a_gram_predict_as_folds_that_do_not() -> None:
     y = np.arange(300) % 3
     X = (rng.normal(size=(300, 20)) + rng.normal(size=(3, 20))[y] / 2).astype(np.float32)
 
-    class Alone(Recipe):
+    class Alone(HeadConfig):
         def gram(self, *_: object, **__: object) -> None:
             return None
 
-    recipe = Recipe(CLASSES, solver="ridge")
-    assert recipe.gram(X, y) is not None
-    assert Recipe(CLASSES, solver="ridge", class_weight="balanced").gram(X, y) is None
-    shared = cross_fit(X, y, range(300), recipe, folds=4, seed=0)
+    config = HeadConfig(CLASSES, solver="ridge")
+    assert config.gram(X, y) is not None
+    assert HeadConfig(CLASSES, solver="ridge", class_weight="balanced").gram(X, y) is None
+    shared = cross_fit(X, y, range(300), config, folds=4, seed=0)
     alone = cross_fit(X, y, range(300), Alone(CLASSES, solver="ridge"), folds=4, seed=0)
     np.testing.assert_allclose(shared[1], alone[1], atol=1e-4)
     assert shared[2] == alone[2]

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import embedpipe as ep
 from embedpipe.cache import Cache
 from embedpipe.errors import UsageError
 from embedpipe.features import open_features
-from embedpipe.selection import Ranked, is_beyond_noise, paired_difference
+from embedpipe.selection import Candidate, is_beyond_noise, paired_difference
 from tests.conftest import TINY, Run, write_photos
 
 LAYERS = ("layer1", "layer3", "penultimate")
@@ -25,10 +26,25 @@ def features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ep.FeatureSet:
     return ep.extract("photos", "timm:test_resnet", weights="none", layer=("all", "penultimate"))
 
 
-def answers(right: list[int], confidence: float = 0.9) -> Ranked:
+def write_textures(folder: Path) -> Path:
+    """Write four classes of pixel patterns under coarse noise: earlier layers see them, the last one hardly does."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:64, :64]
+    patterns = [(x + y) % 2, x % 2, y % 2, (x // 2 + y // 2) % 2]
+    for split, count in (("train", 20), ("val", 24), ("test", 4)):
+        for number, pattern in enumerate(patterns):
+            (folder / split / f"pattern{number}").mkdir(parents=True)
+            for k in range(count):
+                noise = rng.integers(0, 256, (8, 8, 3)).repeat(8, 0).repeat(8, 1)
+                image = np.clip(noise + 14 * (2 * pattern[..., None] - 1), 0, 255).astype(np.uint8)
+                Image.fromarray(image).save(folder / split / f"pattern{number}" / f"{k}.png")
+    return folder
+
+
+def answers(right: list[int], confidence: float = 0.9) -> Candidate:
     """A stand-in of n answers to class 0 of two, right or wrong, all as sure."""
     p = np.where(right, confidence, 1 - confidence)
-    return Ranked(None, None, np.stack([p, 1 - p], axis=1), np.zeros(len(right), np.int64))  # type: ignore[arg-type]
+    return Candidate(None, None, np.stack([p, 1 - p], axis=1), np.zeros(len(right), np.int64))  # type: ignore[arg-type]
 
 
 def test_a_gain_within_noise_is_none() -> None:
@@ -100,11 +116,12 @@ def test_several_layers_predict_alike_with_and_without_a_cache(features: ep.Feat
     assert len(again.parts) == 3
 
 
-def test_a_run_on_several_layers(features: ep.FeatureSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    from embedpipe.selection import _layers as ranking
-
-    monkeypatch.setattr(ranking, "is_beyond_noise", lambda new, old: True)  # random weights prove nothing
+def test_a_run_on_several_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    textures = write_textures(tmp_path / "textures")
+    ep.extract(textures, "timm:test_resnet", weights="none", layer=("layer1", "penultimate"), image_size=64)
     fitted = ep.fit_head(layer="all")
+    assert fitted.report["decision"]["gain"] > 0
     assert fitted.folder is not None
     blocks, decision = fitted.report["blocks"], fitted.report["decision"]
     used = [block for block in blocks if block["chosen"]]
@@ -113,8 +130,7 @@ def test_a_run_on_several_layers(features: ep.FeatureSet, monkeypatch: pytest.Mo
     loaded = ep.Classifier.load(fitted.folder)
     assert len(loaded.reference.parts) == len(used) > 1
     assert ep.evaluate(loaded).metrics == fitted.report["metrics"]["test"]
-    write_photos(Path("new"), per_class=2)
-    new = [str(path) for path in sorted(Path("new").rglob("*.png"))]
+    new = [str(path) for path in sorted(textures.rglob("3.png"))]
     np.testing.assert_allclose(loaded.predict_proba(new), fitted.predict_proba(new), atol=1e-6)
     with pytest.raises(UsageError, match="expected the penultimate features alone"):
         ep.finetune(loaded, unfreeze="layer4")
@@ -122,13 +138,9 @@ def test_a_run_on_several_layers(features: ep.FeatureSet, monkeypatch: pytest.Mo
         ep.finetune(unfreeze="layer4")
 
 
-def test_where_the_last_layer_wins_the_run_is_an_ordinary_one(
-    features: ep.FeatureSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_the_last_layer_wins_the_run_is_an_ordinary_one(features: ep.FeatureSet) -> None:
     from embedpipe.runs import read_run
-    from embedpipe.selection import _layers as ranking
 
-    monkeypatch.setattr(ranking, "is_beyond_noise", lambda new, old: False)
     one, plain = ep.fit_head(layer=("layer1", "penultimate")), ep.fit_head(layer="penultimate")
     assert one.folder is not None
     assert plain.folder is not None
@@ -154,11 +166,10 @@ def test_layers_are_ranked_on_val(features: ep.FeatureSet) -> None:
     assert {row["layer"] for row in some} == {"layer1", "layer2"}
 
 
-def test_two_backbones(features: ep.FeatureSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    from embedpipe.selection import _layers as ranking
-
-    monkeypatch.setattr(ranking, "is_beyond_noise", lambda new, old: True)
-    ep.extract("photos", ("timm:test_vit", "timm:test_resnet"), weights="none", layer=("all", "penultimate"))
+def test_two_backbones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    textures, layers = write_textures(tmp_path / "textures"), ("all", "penultimate")
+    ep.extract(textures, ("timm:test_vit", "timm:test_resnet"), weights="none", layer=layers, image_size=160)
     every = [
         space.spec["layer"] for space in open_features(Cache(Path("cache")), backbone="test_vit", layer="all").spaces
     ]
@@ -173,12 +184,12 @@ def test_two_backbones(features: ep.FeatureSet, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_cannot_be_chosen(features: ep.FeatureSet) -> None:
-    with pytest.raises(UsageError, match="knn takes one space"):
+    with pytest.raises(UsageError, match="knn uses one space"):
         ep.fit_head(layer="all", solver="knn")
     manifest = features.manifest
     samples = tuple(replace(s, split="train" if s.split == "val" else s.split) for s in manifest.samples)
     both = open_features(Cache(Path("cache")), layer="all")
-    with pytest.raises(UsageError, match="no validation samples to choose layers on"):
+    with pytest.raises(UsageError, match="no validation samples to select layers on"):
         ep.fit_head(replace(both, manifest=replace(manifest, samples=samples)), l2=0.1)
 
 

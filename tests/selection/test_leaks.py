@@ -110,7 +110,7 @@ def scored(features: ep.FeatureSet, wrong: set[str]) -> dict[str, Scored]:
 
 
 def test_every_kind_of_leak_is_counted_once(leaky: ep.FeatureSet) -> None:
-    with pytest.warns(EmbedpipeWarning, match="images that an earlier split has too"):
+    with pytest.warns(EmbedpipeWarning, match="images that are also in an earlier split"):
         report = find_leaks(leaky, scored(leaky, set()))
     assert report["duplicates_of_train"] == {"val": 2, "test": 1}
     assert report["duplicates_of_val"] == {"test": 1}

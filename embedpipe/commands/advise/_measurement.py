@@ -25,7 +25,16 @@ from embedpipe.data import Sample
 from embedpipe.evaluation import find_label_errors, paired_interval, wilson_interval
 from embedpipe.features import FeatureSet
 from embedpipe.heads import KnnHead, LinearHead, fit_knn
-from embedpipe.selection import STEPS, OutOfFold, Recipe, find_exact, find_groups, find_near, group_leaks, out_of_fold
+from embedpipe.selection import (
+    SPLIT_ORDER,
+    HeadConfig,
+    OutOfFold,
+    find_exact,
+    find_groups,
+    find_near,
+    group_leaks,
+    predict_out_of_fold,
+)
 
 Bools = NDArray[np.bool_]
 Int64 = NDArray[np.int64]
@@ -132,7 +141,7 @@ class Judged:
     """Images of some layers, judged out of fold; how long the choice of l2 took, as `fit-head` makes it."""
 
     features: FeatureSet
-    recipe: Recipe
+    config: HeadConfig
     out: OutOfFold
     seconds: float
 
@@ -157,7 +166,7 @@ class Judged:
         layers = tuple(space.spec["layer"] for space in self.features.spaces)
         difference = Difference.of(self.right, last.right)
         return HeadEvidence(
-            layers, self.features.feature_dim, float(self.recipe.l2), self.accuracy, difference, self.seconds
+            layers, self.features.feature_dim, float(self.config.l2), self.accuracy, difference, self.seconds
         )
 
 
@@ -195,7 +204,7 @@ def measure(features: FeatureSet, *, seed: int = 0) -> Evidence:
         several=several.against(last),
         curve={round(fitted * share): float(right.mean()) for share, right in {**shares, 1.0: last.right}.items()},
         slope=Difference.of(last.right, shares[HALF]),
-        separable=float(np.mean(last.recipe.fit(X, y, l2=FREE_L2).predict_proba(X).argmax(axis=1) == y)),
+        separable=float(np.mean(last.config.fit(X, y, l2=FREE_L2).predict_proba(X).argmax(axis=1) == y)),
         knn=float(np.mean(neighbours == y)),
         wrong_labels=Counted.of([name(last.out.samples[row]) for row in wrong], agreed),
         leaked=Counted.of([name(sample) for sample in find_copies(features)], count["val"] + count["test"]),
@@ -209,10 +218,10 @@ def is_near(accuracy: float, best: float, chance: float) -> bool:
 
 def judge(features: FeatureSet, seed: int) -> Judged:
     """Choose l2 on val for a head on train, and judge both splits out of fold with it."""
-    recipe, start = Recipe(features.classes, widths=features.widths), time.monotonic()
-    fitted = recipe.choose(*features.arrays("train"), *features.arrays("val"))
-    recipe, seconds = replace(recipe, l2=fitted.l2 or 0.0), time.monotonic() - start
-    return Judged(features, recipe, out_of_fold(features, recipe, folds=FOLDS, seed=seed), seconds)
+    config, start = HeadConfig(features.classes, widths=features.widths), time.monotonic()
+    fitted = config.select(*features.arrays("train"), *features.arrays("val"))
+    config, seconds = replace(config, l2=fitted.l2 or 0.0), time.monotonic() - start
+    return Judged(features, config, predict_out_of_fold(features, config, folds=FOLDS, seed=seed), seconds)
 
 
 def find_wrong(y: Int64, guesses: Sequence[Int64], judged: Judged) -> tuple[list[int], int]:
@@ -228,7 +237,7 @@ def find_wrong(y: Int64, guesses: Sequence[Int64], judged: Judged) -> tuple[list
 
 def find_copies(features: FeatureSet) -> list[Sample]:
     """Return the images of val and test that an earlier split has too: by content, by features of the last layer, by group."""
-    samples = [sample for sample in features.samples() if sample.split in STEPS]
+    samples = [sample for sample in features.samples() if sample.split in SPLIT_ORDER]
     near = find_near(features.only(features.spaces[-1:]))
     leaks = (*find_exact(samples), *near.leaks, *group_leaks(samples, find_groups(samples)))
     return sorted({leak.sample for leak in leaks}, key=lambda sample: sample.path)
@@ -246,7 +255,7 @@ def _learn(judged: Judged, share: float, seed: int) -> Int64:
 
     The strength of the penalty against all images together stays, so l2 grows as the share falls.
     """
-    return _refit(judged, partial(judged.recipe.fit, l2=float(judged.recipe.l2) / share), share=share, seed=seed)
+    return _refit(judged, partial(judged.config.fit, l2=float(judged.config.l2) / share), share=share, seed=seed)
 
 
 def _refit(judged: Judged, fit: Fit, *, share: float = 1.0, seed: int) -> Int64:

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 
 import embedpipe as ep
-from embedpipe.commands.fit_head._fit_head import _warn_of_an_edge
+from embedpipe.commands.fit_head._fit_head import _warn_at_edge
 from embedpipe.errors import EmbedpipeWarning, UsageError
 from embedpipe.heads import fit_linear, fit_path
-from embedpipe.selection import Fitted
 from tests.conftest import TINY, Run, write_photos
 
 CLASSES = ("blue", "red")
-pytestmark = pytest.mark.filterwarnings("ignore:images that an earlier split has too")
+pytestmark = pytest.mark.filterwarnings("ignore:images that are also in an earlier split")
 
 
 @pytest.fixture
@@ -66,9 +65,9 @@ def test_a_data_set_is_named_by_its_path_too(features: ep.FeatureSet) -> None:
     [
         ({"class_weight": {"red": 2}}, "class_weight {'red': 2}, expected none or balanced"),
         ({"l2": None}, "l2 = None, expected a positive number"),
-        ({"solver": "knn", "l2": 0.1}, "--solver knn has no use for --l2"),
-        ({"solver": "knn", "class_weight": "balanced"}, "--solver knn has no use for --class-weight"),
-        ({"solver": "knn", "standardize": False}, "--solver knn has no use for --no-standardize"),
+        ({"solver": "knn", "l2": 0.1}, "--solver knn does not use --l2"),
+        ({"solver": "knn", "class_weight": "balanced"}, "--solver knn does not use --class-weight"),
+        ({"solver": "knn", "standardize": False}, "--solver knn does not use --no-standardize"),
     ],
 )
 def test_options_that_would_be_taken_for_something_else(
@@ -108,9 +107,8 @@ def test_a_best_l2_on_the_edge_is_warned_of(grid: tuple[float, ...], warned: str
     y = random.integers(3, size=300)
     X = (random.normal(size=(3, 40)) * 0.5)[y] + random.normal(size=(300, 40))
     path = fit_path(X[:60], y[:60], X[60:], y[60:], classes=("a", "b", "c"), grid=grid)
-    fitted = Fitted(path.head, path.l2, path.points)
     with warnings.catch_warnings(record=True) as told:
-        _warn_of_an_edge(fitted)
+        _warn_at_edge(path)
     assert len(told) == bool(warned)
     assert all(re.search(warned, str(one.message)) for one in told)
 

@@ -163,17 +163,17 @@ def test_what_needs_one_class_an_image_is_refused_in_a_line(run: Run, digits: Pa
     ):  # fmt: skip
         ended = run("fit-head", *layer, *option)
         assert (ended.code, option[0] in ended.line) == (2, True)
-        assert "needs one class an image" in ended.line
+        assert "needs one class per image" in ended.line
     for command in (["fit-head", "--layer", "all"], ["fit-head", "--compare-layers"], ["audit"]):
         ended = run(*command)
-        assert (ended.code, "needs one class an image" in ended.line) == (2, True)
+        assert (ended.code, "needs one class per image" in ended.line) == (2, True)
     name = run("fit-head", *layer, "--refit", "--json").data["run"]
     for command, said in (
         (["finetune", "--unfreeze", "none"], "expected one class an image"),
         (["compare", name, name], "expected single labels"),
         (["evaluate", name, "--confusion", "c.csv"], "have no confusion matrix"),
         (["fit-head", *layer, "--solver", "lbfgs"], "the solver lbfgs knows no"),
-        (["fit-head", *layer, "--solver", "knn"], "the solver knn knows no"),
+        (["fit-head", *layer, "--solver", "knn"], "the solver knn does not support"),
         (["evaluate", name, digits / ("value.csv" if table == "several.csv" else "several.csv")], "was fitted on"),
     ):
         ended = run(*command)
