@@ -26,10 +26,10 @@ from embedpipe.evaluation import (
     log_loss,
     per_class,
     reliability,
+    scale_temperature,
     score_fully,
     score_multilabel,
     score_regression,
-    soften,
 )
 from embedpipe.heads import KnnHead, LinearHead
 from embedpipe.runs import RunFolder, csv_text
@@ -195,10 +195,11 @@ def _calibration(scored: Mapping[str, Scored], classes: Sequence[str], applied: 
     """Return the calibration block; where a temperature is folded in already, before is without it."""
     truths = {split: one.labels(classes) for split, one in scored.items()}
     raw = {
-        split: soften(one.probabilities, 1 / applied) if applied else one.probabilities for split, one in scored.items()
+        split: scale_temperature(one.probabilities, 1 / applied) if applied else one.probabilities
+        for split, one in scored.items()
     }
     temperature = applied or fit_temperature(raw["val"], truths["val"])
-    stages = {"before": raw, "after": {split: soften(p, temperature) for split, p in raw.items()}}
+    stages = {"before": raw, "after": {split: scale_temperature(p, temperature) for split, p in raw.items()}}
     return {
         "temperature": temperature,
         "fitted_on": "val",

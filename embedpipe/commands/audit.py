@@ -153,11 +153,11 @@ def _search(features: FeatureSet, samples: tuple[Any, ...]) -> tuple[list[tuple[
     """Return near copies and outliers among different images; none, and a warning, for too few or too many."""
     import numpy as np
 
-    from embedpipe.evaluation import LEAST_ROWS, copy_ratio, find_neighbours, kth_distance, outlying, unit_rows
+    from embedpipe.evaluation import MIN_ROWS, copy_ratio, find_neighbours, find_outliers, kth_distance, unit_rows
 
     n, dim = len(samples), features.feature_dim
-    if n < LEAST_ROWS or n * n * dim > MOST_WORK:
-        bounds = f"expected {LEAST_ROWS} to {int((MOST_WORK / dim) ** 0.5)}"
+    if n < MIN_ROWS or n * n * dim > MOST_WORK:
+        bounds = f"expected {MIN_ROWS} to {int((MOST_WORK / dim) ** 0.5)}"
         text = f"outliers and near copies are not looked for among {n} images of {dim} features, {bounds}"
         warnings.warn(text, EmbedpipeWarning, stacklevel=4)
         return [], {}
@@ -165,7 +165,7 @@ def _search(features: FeatureSet, samples: tuple[Any, ...]) -> tuple[list[tuple[
     X = X - X.mean(axis=0, dtype=np.float64).astype(np.float32)
     unit = unit_rows(X)
     found = find_neighbours(unit, unit, own=np.arange(n))
-    return list(found.pairs(copy_ratio(found, n))), outlying(kth_distance(X))
+    return list(found.pairs(copy_ratio(found, n))), find_outliers(kth_distance(X))
 
 
 def _issue(

@@ -224,12 +224,12 @@ def _answers(table: Mapping[Sample, Predicted], common: Sequence[Sample]) -> Ans
     """Return which common samples are right, bool (n,), and their losses, float64 (n,), where the run has them."""
     import numpy as np
 
-    from embedpipe.evaluation import LEAST_PROBABILITY
+    from embedpipe.evaluation import MIN_PROBABILITY
 
     found = [table[sample] for sample in common]
     right = np.array([one.predicted == one.label for one in found])
     true = [one.probability_of_label for one in found if one.probability_of_label is not None]
-    return right, -np.log(np.clip(true, LEAST_PROBABILITY, 1.0)) if len(true) == len(found) else None
+    return right, -np.log(np.clip(true, MIN_PROBABILITY, 1.0)) if len(true) == len(found) else None
 
 
 def _compared(run: Run, n_split: int, right: np.ndarray, losses: np.ndarray | None) -> Compared:

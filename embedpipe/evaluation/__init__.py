@@ -9,24 +9,24 @@ from embedpipe.evaluation._calibration import (
     expected_calibration_error,
     fit_temperature,
     reliability,
-    soften,
+    scale_temperature,
 )
 from embedpipe.evaluation._intervals import mcnemar, mean_interval, paired_interval, wilson_interval
 from embedpipe.evaluation._label_errors import find_label_errors
 from embedpipe.evaluation._multilabel import THRESHOLD, binary_log_loss, score_multilabel
 from embedpipe.evaluation._neighbours import (
     FALSE_ALARMS,
-    LEAST_ROWS,
+    MIN_ROWS,
     K,
     copy_ratio,
     find_neighbours,
+    find_outliers,
     kth_distance,
-    outlying,
     unit_rows,
 )
 from embedpipe.evaluation._regression import score_regression
 from embedpipe.evaluation._scores import (
-    LEAST_PROBABILITY,
+    MIN_PROBABILITY,
     balanced_accuracy,
     balanced_accuracy_interval,
     confusion_matrix,
@@ -42,8 +42,8 @@ from embedpipe.evaluation._similarity import linear_cka
 __all__ = [
     "FALSE_ALARMS",
     "K",
-    "LEAST_PROBABILITY",
-    "LEAST_ROWS",
+    "MIN_PROBABILITY",
+    "MIN_ROWS",
     "TEMPERATURES",
     "THRESHOLD",
     "balanced_accuracy",
@@ -62,7 +62,7 @@ __all__ = [
     "macro_f1_interval",
     "mcnemar",
     "mean_interval",
-    "outlying",
+    "find_outliers",
     "paired_interval",
     "per_class",
     "reliability",
@@ -70,7 +70,7 @@ __all__ = [
     "score_fully",
     "score_multilabel",
     "score_regression",
-    "soften",
+    "scale_temperature",
     "unit_rows",
     "wilson_interval",
 ]

@@ -1,7 +1,7 @@
-"""Is 0.9 right nine times in ten, and which temperature makes it so.
+"""Calibration: how well confidence matches accuracy, and temperature scaling.
 
 >>> temperature = fit_temperature(probabilities_val, y_val)
->>> calibrated = soften(probabilities_test, temperature)
+>>> calibrated = scale_temperature(probabilities_test, temperature)
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 ECE_BINS = 15
-TEMPERATURES = (0.05, 20.0)  # the least and the largest: separable data have no optimum
-TOLERANCE, STEPS = 1e-10, 100
+TEMPERATURES = (0.05, 20.0)  # smallest and largest; separable data have no optimum
+TOLERANCE = 1e-10  # of the derivative of the loss
 TINY = float(np.finfo(np.float64).tiny)
 
 
@@ -25,24 +25,24 @@ def expected_calibration_error(
     Parameters
     ----------
     confidence : float64 (N,)    probability of the predicted class
-    correct : bool (N,)          whether the prediction was right
+    correct : bool (N,)          whether the prediction was correct
 
     Source: Guo et al., ICML 2017, equation 3.
     """
-    gaps = np.bincount(_place(confidence, bins), weights=confidence - correct, minlength=bins)
+    gaps = np.bincount(_bin(confidence, bins), weights=confidence - correct, minlength=bins)
     return float(np.abs(gaps).sum() / len(confidence))
 
 
 def reliability(probabilities: ArrayLike, y: ArrayLike) -> list[dict[str, Any]]:
     """Return the bins of a reliability diagram, for probabilities float (N, C) and class indices int (N,).
 
-    A bin is (low, high]; its mean confidence and accuracy are None where it is empty.
+    A bin is (low, high]; mean confidence and accuracy of an empty bin are None.
     """
     table = np.asarray(probabilities, dtype=np.float64)
     confidence, correct = table.max(axis=1), table.argmax(axis=1) == np.asarray(y)
-    place = _place(confidence, ECE_BINS)
-    counts = np.bincount(place, minlength=ECE_BINS).tolist()
-    sums = [np.bincount(place, weights=values, minlength=ECE_BINS).tolist() for values in (confidence, correct)]
+    bin_ = _bin(confidence, ECE_BINS)
+    counts = np.bincount(bin_, minlength=ECE_BINS).tolist()
+    sums = [np.bincount(bin_, weights=values, minlength=ECE_BINS).tolist() for values in (confidence, correct)]
     return [
         {
             "low": k / ECE_BINS,
@@ -55,16 +55,16 @@ def reliability(probabilities: ArrayLike, y: ArrayLike) -> list[dict[str, Any]]:
     ]
 
 
-def soften(probabilities: ArrayLike, temperature: float) -> NDArray[np.float64]:
-    """Return softmax(log p / T), float64 (N, C): the probabilities of the logits divided by T; the order stays."""
+def scale_temperature(probabilities: ArrayLike, temperature: float) -> NDArray[np.float64]:
+    """Return softmax(log p / T), float64 (N, C): probabilities after division of the logits by T; their order stays the same."""
     return _softmax(_logits(probabilities) / temperature)
 
 
 def fit_temperature(probabilities: ArrayLike, y: ArrayLike) -> float:
-    """Return the T in `TEMPERATURES` that minimises the log loss of softmax(log p / T).
+    """Return the T within `TEMPERATURES` that minimises the log loss of softmax(log p / T).
 
-    The loss is convex in 1/T: Newton's steps, bisected where they leave the bracket. Where no T in the
-    range is the best (every sample right, say), the bound itself is returned.
+    The loss is convex in 1/T, so the root of its derivative is found by Brent's method. If the minimum is outside the
+    range (for example if every sample is correct), the nearest bound is returned.
 
     Parameters
     ----------
@@ -73,33 +73,25 @@ def fit_temperature(probabilities: ArrayLike, y: ArrayLike) -> float:
 
     Source: Guo et al., ICML 2017, section 4.2.
     """
+    from scipy.optimize import brentq
+
     logits = _logits(probabilities)
     own = np.take_along_axis(logits, np.asarray(y, dtype=np.int64)[:, None], axis=1)[:, 0]
 
-    def slopes(inverse: float) -> tuple[float, float]:
-        """Return the first and second derivative of the loss by 1/T."""
-        p = _softmax(logits * inverse)
-        mean = (p * logits).sum(axis=1)
-        return float(np.mean(mean - own)), float(np.mean((p * (logits - mean[:, None]) ** 2).sum(axis=1)))
+    def slope(inverse: float) -> float:
+        """Return the derivative of the loss with respect to 1/T."""
+        return float(np.mean((_softmax(logits * inverse) * logits).sum(axis=1) - own))
 
     low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
-    at_low, at_high = slopes(low)[0], slopes(high)[0]
+    at_low, at_high = slope(low), slope(high)
     if max(abs(at_low), abs(at_high)) <= TOLERANCE:
-        return 1.0  # every temperature is as good
+        return 1.0  # the loss does not depend on the temperature
     if at_low >= -TOLERANCE or at_high <= TOLERANCE:
         return TEMPERATURES[1 if at_low >= -TOLERANCE else 0]
-    inverse = 1.0
-    for _ in range(STEPS):
-        first, second = slopes(inverse)
-        if abs(first) <= TOLERANCE:
-            break
-        low, high = (low, inverse) if first > 0 else (inverse, high)
-        step = inverse - first / second if second > 0 else low
-        inverse = step if low < step < high else (low + high) / 2
-    return 1 / inverse
+    return float(1 / brentq(slope, low, high, xtol=1e-13))
 
 
-def _place(confidence: NDArray[np.float64], bins: int) -> NDArray[np.int64]:
+def _bin(confidence: NDArray[np.float64], bins: int) -> NDArray[np.int64]:
     return np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
 
 

@@ -1,4 +1,4 @@
-"""Scores where an image may have any number of labels.
+"""Metrics of several labels per image.
 
 >>> score_multilabel([[0.9, 0.2], [0.1, 0.8]], [[1, 0], [0, 1]])["mean_average_precision"]
 1.0
@@ -12,31 +12,31 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from embedpipe.errors import UsageError
-from embedpipe.evaluation._intervals import wilson_interval
-from embedpipe.evaluation._scores import LEAST_PROBABILITY
+from embedpipe.evaluation._intervals import _wilson, wilson_interval
+from embedpipe.evaluation._scores import MIN_PROBABILITY
 
 THRESHOLD = 0.5
 
 
 def score_multilabel(probabilities: ArrayLike, Y: ArrayLike) -> dict[str, Any]:
-    """Score probabilities of labels that do not exclude each other.
+    """Score the probabilities of labels that are not mutually exclusive.
 
     Parameters
     ----------
-    probabilities : float (N, C)    each in [0, 1]; from 0.5 on the label is predicted
-    Y : 0 or 1 (N, C)               the truth
+    probabilities : float (N, C)    each in [0, 1]; a label is predicted from 0.5 on
+    Y : 0 or 1 (N, C)               true labels
 
     Returns
     -------
     dict
-        `mean_average_precision` over the classes that occur, with its interval, `roc_auc` over those that occur and are
-        absent, `micro_f1` over all cells, `macro_f1` over the classes that occur or are predicted, `exact_match` (the
-        share of images with all labels right) with its Wilson interval, `log_loss` over all cells, `n`. A mean over classes
-        is None where there is no such class.
+        `mean_average_precision` over the classes that occur, with its interval, `roc_auc` over the classes with positive
+        and negative samples, `micro_f1` over all cells, `macro_f1` over the classes that occur or are predicted,
+        `exact_match` (the share of images with all labels correct) with its Wilson interval, `log_loss` over all cells,
+        `n`. A mean over classes is None if there is no such class.
 
     Raises
     ------
-    UsageError    shapes that do not fit, no sample, values that are not finite, or a truth that is not 0 or 1
+    UsageError    shapes that differ, no sample, values that are not finite, or true labels other than 0 and 1
     """
     from sklearn.metrics import roc_auc_score
 
@@ -61,18 +61,18 @@ def score_multilabel(probabilities: ArrayLike, Y: ArrayLike) -> dict[str, Any]:
 
 
 def binary_log_loss(probabilities: ArrayLike, Y: ArrayLike) -> float:
-    """Return the mean over images and labels of binary cross-entropy; probabilities and 0 or 1, both (N, C)."""
+    """Return the mean binary cross-entropy over images and labels, for probabilities and 0 or 1, both (N, C)."""
     table, truth = np.asarray(probabilities, dtype=np.float64), np.asarray(Y, dtype=bool)
-    return float(-np.log(np.maximum(np.where(truth, table, 1 - table), LEAST_PROBABILITY)).mean())
+    return float(-np.log(np.maximum(np.where(truth, table, 1 - table), MIN_PROBABILITY)).mean())
 
 
 def mean_average_precision(
     table: NDArray[np.float64], truth: NDArray[np.bool_]
 ) -> tuple[float | None, list[float] | None]:
-    """Return the mean over classes that occur, and its interval.
+    """Return the mean of the average precision over classes that occur, and its interval.
 
-    The jackknife over images gives the variance and the bias, which is upward where positives are few; the interval is
-    Wilson's around the value without it, with at most as many samples as if each positive were a draw.
+    A jackknife over images estimates the variance and the bias, which is positive for few positives. The interval is
+    Wilson's around the bias-corrected value; its effective sample size is at most that of one draw per positive.
     """
     n, classes = truth.shape
     if not classes:
@@ -84,18 +84,18 @@ def mean_average_precision(
     effective = classes**2 / float(np.sum(1 / truth.sum(axis=0)))
     if variance > 0 and 0 < centre < 1:
         effective = min(effective, centre * (1 - centre) / variance)
-    return value, list(wilson_interval(centre * effective, effective))
+    return value, list(_wilson(centre, effective))
 
 
 def average_precision(scores: NDArray[np.float64], y: NDArray[np.bool_]) -> tuple[float, NDArray[np.float64]]:
-    """Return the average precision, and what it is with each sample left out, float64 (N,).
+    """Return the average precision, and its values with each sample left out, float64 (N,).
 
-    The mean over positives of T / R: of all samples with a score as high or higher, the positives T, and all R.
+    It is the mean over positives of T / R: R samples have a score at least as high, T of them are positive.
 
     Parameters
     ----------
     scores : float64 (N,)
-    y : bool (N,)            at least one positive; a lone one, left out, changes nothing
+    y : bool (N,)            at least one positive; leaving out a single positive has no effect
 
     Source: Efron, The Jackknife, the Bootstrap and Other Resampling Plans (1982), chapter 2.
     """
@@ -126,5 +126,5 @@ def _checked(probabilities: ArrayLike, Y: ArrayLike) -> tuple[NDArray[np.float64
     if not np.isfinite(table).all():
         raise UsageError("a probability is not finite, expected numbers from 0 to 1")
     if not np.isin(truth, (0, 1)).all():
-        raise UsageError("a label is neither 0 nor 1, expected one column a class")
+        raise UsageError("a label is neither 0 nor 1, expected one column per class")
     return table, truth.astype(bool)

@@ -1,4 +1,4 @@
-"""Scores of a predicted number.
+"""Metrics of regression.
 
 >>> score_regression([1.0, 2.0, 3.5], [1.0, 2.0, 3.0])["mae"]
 0.1666...
@@ -28,12 +28,12 @@ def score_regression(predicted: ArrayLike, y: ArrayLike) -> dict[str, Any]:
     -------
     dict
         `r2` = 1 - sum of squared errors / sum of squares around the mean of y, `mae`, `rmse` in the unit of y, each
-        with its 95 % interval, `spearman`'s rank correlation (ties have their mean rank), `n`. `r2` and `spearman` are
-        None where a side is constant, intervals for one sample.
+        with its 95 % interval, `spearman`'s rank correlation (ties get their mean rank), `n`. `r2` and `spearman` are
+        None if the predictions or the targets are constant, intervals are None for a single sample.
 
     Raises
     ------
-    UsageError    shapes that do not fit, no sample, or values that are not finite
+    UsageError    shapes that differ, no sample, or values that are not finite
     """
     guess, truth = _checked(predicted, y)
     squares, errors = (guess - truth) ** 2, np.abs(guess - truth)
@@ -46,13 +46,13 @@ def score_regression(predicted: ArrayLike, y: ArrayLike) -> dict[str, Any]:
         "mae_ci95": _positive(mean_interval(errors)),
         "rmse": sqrt(squares.mean()),
         "rmse_ci95": mse and [sqrt(one) for one in _positive(mse) or mse],
-        "spearman": _correlation(_ranks(guess), _ranks(truth)),
+        "spearman": _spearman(guess, truth),
         "n": len(truth),
     }
 
 
 def _r2(squares: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float | None, list[float] | None]:
-    """Return R2 and its interval: that of the mean of its linear terms, never above 1."""
+    """Return R2 and its interval by the delta method, clipped at 1."""
     around = (y - y.mean()) ** 2
     if not around.any():
         return None, None
@@ -65,15 +65,10 @@ def _positive(interval: list[float] | None) -> list[float] | None:
     return interval and [max(0.0, one) for one in interval]
 
 
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
+    from scipy.stats import spearmanr
 
-
-def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:
-    a, b = a - a.mean(), b - b.mean()
-    size = float((a @ a) * (b @ b))
-    return float(a @ b) / sqrt(size) if size else None
+    return None if np.ptp(a) == 0 or np.ptp(b) == 0 else float(spearmanr(a, b).statistic)
 
 
 def _checked(predicted: ArrayLike, y: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -1,4 +1,4 @@
-"""Scores of class probabilities.
+"""Metrics of class probabilities.
 
 >>> score(np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 1]))["accuracy"]
 1.0
@@ -16,11 +16,11 @@ from embedpipe.evaluation._calibration import expected_calibration_error
 from embedpipe.evaluation._intervals import effective_interval, mean_interval, wilson_interval
 
 TOP = 5
-LEAST_PROBABILITY = float(np.finfo(np.float64).eps)  # where log loss is clipped
+MIN_PROBABILITY = float(np.finfo(np.float64).eps)  # log loss clips probabilities here
 
 
 def score(probabilities: ArrayLike, y: ArrayLike) -> dict[str, Any]:
-    """Score class probabilities against the truth, in plain numbers, ready for JSON.
+    """Score class probabilities against the true classes; return plain numbers, ready for JSON.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def score(probabilities: ArrayLike, y: ArrayLike) -> dict[str, Any]:
 
     Raises
     ------
-    UsageError    no sample, or a label that is no column of `probabilities`
+    UsageError    no sample, or a label outside [0, C)
     """
     table, truth = _checked(probabilities, y)
     predicted = table.argmax(axis=1)
@@ -47,14 +47,14 @@ def score(probabilities: ArrayLike, y: ArrayLike) -> dict[str, Any]:
 
 
 def score_fully(probabilities: ArrayLike, y: ArrayLike) -> dict[str, Any]:
-    """Return what `score` does, and more of it; raises as `score` does.
+    """Return the metrics of `score` and further ones; raises as `score` does.
 
     Returns
     -------
     dict
-        `balanced_accuracy_ci95`, `macro_f1_ci95` and `log_loss_ci95` (None for one sample) are 95 % intervals. Beyond
-        five classes `top5`: the share of samples whose truth is among the five most probable, with `top5_ci95`.
-        For two classes `roc_auc`, None where only one occurs.
+        `balanced_accuracy_ci95`, `macro_f1_ci95` and `log_loss_ci95` (None for a single sample) are 95 % intervals. With
+        more than five classes `top5`: the share of samples whose true class is among the five most probable, with
+        `top5_ci95`. With two classes `roc_auc`, None if only one of them occurs.
     """
     table, truth = _checked(probabilities, y)
     n, n_classes = table.shape
@@ -68,14 +68,14 @@ def score_fully(probabilities: ArrayLike, y: ArrayLike) -> dict[str, Any]:
     }
     if n_classes > TOP:
         full["top5"] = top_k_accuracy(table, truth, TOP)
-        full["top5_ci95"] = list(wilson_interval(full["top5"] * n, n))
+        full["top5_ci95"] = list(wilson_interval(round(full["top5"] * n), n))
     if n_classes == 2:
         full["roc_auc"] = _roc_auc(table[:, 1], truth)
     return full
 
 
 def confusion_matrix(y: ArrayLike, predicted: ArrayLike, n_classes: int) -> NDArray[np.int64]:
-    """Count samples by truth (rows) and prediction (columns): int64 (C, C)."""
+    """Count samples by true class (rows) and predicted class (columns): int64 (C, C)."""
     cells = np.asarray(y, dtype=np.int64) * n_classes + np.asarray(predicted, dtype=np.int64)
     return np.bincount(cells, minlength=n_classes**2).reshape(n_classes, n_classes)
 
@@ -92,7 +92,7 @@ def balanced_accuracy_interval(confusion: NDArray[np.int64]) -> tuple[float, flo
     support, value = confusion.sum(axis=1), balanced_accuracy(confusion)
     present = support > 0
     n, recall = support[present], np.diag(confusion)[present] / support[present]
-    single = value * (1 - value)  # one sample says nothing of its class's variance
+    single = value * (1 - value)  # a single sample gives no variance of its class
     variances = np.where(n > 1, recall * (1 - recall) / np.maximum(n - 1, 1), single)
     return effective_interval(value, float(variances.sum()) / len(n) ** 2, len(n) ** 2 / float((1 / n).sum()))
 
@@ -105,10 +105,10 @@ def macro_f1(confusion: NDArray[np.int64]) -> float:
 
 
 def macro_f1_interval(confusion: NDArray[np.int64]) -> tuple[float, float]:
-    """Return the 95 % interval of the macro F1, from the variance of its linear terms.
+    """Return the 95 % interval of the macro F1 by the delta method.
 
-    A sample of class i that is called j changes the macro F1 by ([i = j] 2 / t_i - F_i / t_i - F_j / t_j) / C to first
-    order, t the number of times that a class occurs or is predicted.
+    A sample of class i predicted as j changes the macro F1 by ([i = j] 2 / t_i - F_i / t_i - F_j / t_j) / C to first
+    order, where t_i is how often class i occurs plus how often it is predicted.
 
     Source: the delta method; Takahashi et al., Applied Intelligence 52 (2022).
     """
@@ -116,24 +116,24 @@ def macro_f1_interval(confusion: NDArray[np.int64]) -> tuple[float, float]:
     rows, columns = np.nonzero(confusion)
     counts, n, present = confusion[rows, columns], int(confusion.sum()), total > 0
     share = 1 / np.maximum(total, 1)
-    pull = 2 * np.diag(confusion) * share * share
-    terms = np.where(rows == columns, 2 * share[rows], 0) - pull[rows] - pull[columns]
-    spread = float((counts * terms**2).sum()) / int(present.sum()) ** 2 * n / max(n - 1, 1)
-    return effective_interval(macro_f1(confusion), spread, int(present.sum()) ** 2 / float(2 * share[present].sum()))
+    weight = 2 * np.diag(confusion) * share * share
+    terms = np.where(rows == columns, 2 * share[rows], 0) - weight[rows] - weight[columns]
+    variance = float((counts * terms**2).sum()) / int(present.sum()) ** 2 * n / max(n - 1, 1)
+    return effective_interval(macro_f1(confusion), variance, int(present.sum()) ** 2 / float(2 * share[present].sum()))
 
 
 def log_loss(probabilities: NDArray[np.float64], y: NDArray[np.int64]) -> float:
-    """Return the mean negative log probability of the truth, in nats."""
+    """Return the mean negative log probability of the true class, in nats."""
     return float(np.mean(losses(probabilities, y)))
 
 
 def losses(probabilities: NDArray[np.float64], y: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the negative log probability of each truth, float64 (N,), in nats; finite also for probability 0."""
-    return np.abs(np.log(np.clip(probabilities[np.arange(len(y)), y], LEAST_PROBABILITY, 1.0)))
+    """Return the negative log probability of each true class, float64 (N,), in nats; finite also for probability 0."""
+    return np.abs(np.log(np.clip(probabilities[np.arange(len(y)), y], MIN_PROBABILITY, 1.0)))
 
 
 def top_k_accuracy(probabilities: NDArray[np.float64], y: NDArray[np.int64], k: int) -> float:
-    """Return the share of samples whose truth is among the k most probable classes; of equal ones the first count."""
+    """Return the share of samples whose true class is among the k most probable; ties go to the lower class index."""
     own = np.take_along_axis(probabilities, y[:, None], axis=1)
     before = np.arange(probabilities.shape[1]) < y[:, None]
     rank = (probabilities > own).sum(axis=1) + ((probabilities == own) & before).sum(axis=1)
@@ -141,8 +141,12 @@ def top_k_accuracy(probabilities: NDArray[np.float64], y: NDArray[np.int64], k: 
 
 
 def per_class(confusion: NDArray[np.int64]) -> list[dict[str, Any]]:
-    """Return one row a class: n samples of it; None where a value does not exist (no sample, no answer)."""
-    hits, support, answers = np.diag(confusion).tolist(), confusion.sum(axis=1).tolist(), confusion.sum(axis=0).tolist()
+    """Return one record per class; a value is None where it is undefined (no sample, or never predicted)."""
+    hits, support, predicted = (
+        np.diag(confusion).tolist(),
+        confusion.sum(axis=1).tolist(),
+        confusion.sum(axis=0).tolist(),
+    )
     return [
         {
             "n": n,
@@ -151,7 +155,7 @@ def per_class(confusion: NDArray[np.int64]) -> list[dict[str, Any]]:
             "recall_ci95": list(wilson_interval(k, n)) if n else None,
             "f1": 2 * k / (n + m) if n + m else None,
         }
-        for k, n, m in zip(hits, support, answers, strict=True)
+        for k, n, m in zip(hits, support, predicted, strict=True)
     ]
 
 

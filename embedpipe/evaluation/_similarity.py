@@ -1,4 +1,4 @@
-"""How alike two representations of the same images are."""
+"""Similarity of two representations of the same images."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from numpy.typing import NDArray
 
 
 def linear_cka(X: NDArray[np.floating], Y: NDArray[np.floating]) -> float:
-    """Return the linear CKA of X (N, D) and Y (N, E): 1 where they agree up to rotation and scale, near 0 where unrelated.
+    """Return the linear CKA of X (N, D) and Y (N, E): 1 if they are equal up to rotation and scale, near 0 if unrelated.
 
-    It is biased upwards where N is small beside D and E; NaN where one of them is constant.
+    It is biased upwards if N is small compared with D and E, and NaN if X or Y is constant.
 
     Source: Kornblith et al., Similarity of Neural Network Representations Revisited, ICML 2019.
     """

@@ -30,7 +30,7 @@ KEPT_BYTES = 2**29  # of probabilities; more are computed again for every produc
 SMALL = 2**22  # features of a problem that is carried in float64
 BLOCK_NUMBERS, BLOCK_BYTES = 2**18, 2**23  # of logits and of features in a block, which stays in cache
 BLOCK_ROWS = 4096  # in a block at most
-LEAST_ROWS = 512  # in a block: sums over blocks cost less than products
+MIN_ROWS = 512  # in a block: sums over blocks cost less than products
 COLUMNS = 256  # of logits that are looked at together, about: more would not fill products better
 SLOW = 3  # steps that gain little, before bfloat16 is given up
 PROBES = 1024  # rows that are enough to measure what few weights see
@@ -338,7 +338,7 @@ class Sweeps:
         most = READ_ROWS if isinstance(self._X, Chunked) else BLOCK_ROWS
         columns = self._together(many)[0].stop * self.rows
         size = min(BLOCK_NUMBERS // columns, BLOCK_BYTES // (self.width * 4))
-        size = min(max(size // 64 * 64, LEAST_ROWS), most)
+        size = min(max(size // 64 * 64, MIN_ROWS), most)
         for start in range(0, self.n, size):
             rows = slice(start, min(start + size, self.n))
             yield rows, self._read(rows, dtype or self.dtype) if copy is None else copy[rows]

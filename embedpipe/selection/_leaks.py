@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embedpipe.errors import EmbedpipeWarning
-from embedpipe.evaluation import LEAST_ROWS, copy_ratio, find_neighbours, unit_rows
+from embedpipe.evaluation import MIN_ROWS, copy_ratio, find_neighbours, unit_rows
 
 if TYPE_CHECKING:
     from embedpipe.classifier import Scored
@@ -141,10 +141,8 @@ def find_near(features: FeatureSet, *, max_bytes: float = math.inf) -> NearCopie
 
 
 def _reason_to_skip(n_train: int, n_others: int, dim: int) -> str | None:
-    if n_train < LEAST_ROWS:
-        return (
-            f"{n_train} training images, at least {LEAST_ROWS} are needed to estimate how similar different images are"
-        )
+    if n_train < MIN_ROWS:
+        return f"{n_train} training images, at least {MIN_ROWS} are needed to estimate how similar different images are"
     if n_train * n_others * dim > MAX_PRODUCTS:
         return f"{n_train} x {n_others} images of {dim} features, expected at most {MAX_PRODUCTS:.0e} products"
     return None

@@ -12,7 +12,7 @@ import embedpipe as ep
 from embedpipe.classifier import Scored, answer, read_predictions, report_scores, worst_classes
 from embedpipe.data import Sample
 from embedpipe.errors import EmbedpipeWarning, UsageError
-from embedpipe.evaluation import fit_temperature, log_loss, losses, soften
+from embedpipe.evaluation import fit_temperature, log_loss, losses, scale_temperature
 from embedpipe.heads import LinearHead
 from tests.conftest import COLOURS, TINY, Run, write_photo, write_photos
 
@@ -93,7 +93,7 @@ def test_the_temperature_sees_val_alone(features: ep.FeatureSet) -> None:
     assert (block["fitted_on"], block["applied"], block["at_bound"]) == ("val", False, False)
     gaps = block["splits"]["test"]
     assert gaps["before"]["log_loss"] == pytest.approx(done.report["metrics"]["test"]["log_loss"])
-    assert gaps["after"]["log_loss"] == pytest.approx(log_loss(soften(p_test, block["temperature"]), y_test))
+    assert gaps["after"]["log_loss"] == pytest.approx(log_loss(scale_temperature(p_test, block["temperature"]), y_test))
     assert gaps["after"]["log_loss"] < gaps["before"]["log_loss"]
     bins = block["reliability"]["test"]
     assert sum(one["n"] for one in bins["before"]) == sum(one["n"] for one in bins["after"]) == len(y_test)

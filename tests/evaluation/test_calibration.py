@@ -11,7 +11,7 @@ from embedpipe.evaluation import (
     fit_temperature,
     log_loss,
     reliability,
-    soften,
+    scale_temperature,
 )
 
 
@@ -31,7 +31,7 @@ def test_the_temperature_is_what_sharpened_the_logits(sharper: float) -> None:
     temperature = fit_temperature(probabilities, y)
     assert temperature == pytest.approx(sharper, rel=0.04)
     others, truth = drawn(5_000, 4, seed=1, sharper=sharper)
-    softened = soften(others, temperature)
+    softened = scale_temperature(others, temperature)
     assert expected_calibration_error(softened.max(axis=1), softened.argmax(axis=1) == truth) < 0.02
 
 
@@ -39,10 +39,10 @@ def test_the_temperature_is_what_sharpened_the_logits(sharper: float) -> None:
 def test_no_other_temperature_has_a_lower_loss(n: int, n_classes: int, seed: int, sharper: float) -> None:
     probabilities, y = drawn(n, n_classes, seed, sharper)
     temperature = fit_temperature(probabilities, y)
-    best = log_loss(soften(probabilities, temperature), y)
+    best = log_loss(scale_temperature(probabilities, temperature), y)
     assert TEMPERATURES[0] <= temperature <= TEMPERATURES[1]
     for other in np.geomspace(*TEMPERATURES, 50):
-        assert best <= log_loss(soften(probabilities, float(other)), y) + 1e-8
+        assert best <= log_loss(scale_temperature(probabilities, float(other)), y) + 1e-8
 
 
 def test_data_without_an_optimum_end_at_a_bound() -> None:
@@ -58,10 +58,10 @@ def test_data_without_an_optimum_end_at_a_bound() -> None:
 @given(n=st.integers(1, 30), n_classes=st.integers(2, 6), seed=st.integers(0, 999), temperature=st.floats(0.1, 10))
 def test_softening_keeps_the_order_and_can_be_undone(n: int, n_classes: int, seed: int, temperature: float) -> None:
     probabilities, _ = drawn(n, n_classes, seed)
-    softened = soften(probabilities, temperature)
+    softened = scale_temperature(probabilities, temperature)
     assert np.array_equal(softened.argmax(axis=1), probabilities.argmax(axis=1))
     np.testing.assert_allclose(softened.sum(axis=1), 1)
-    np.testing.assert_allclose(soften(softened, 1 / temperature), probabilities, atol=1e-9)
+    np.testing.assert_allclose(scale_temperature(softened, 1 / temperature), probabilities, atol=1e-9)
 
 
 @given(n=st.integers(1, 60), n_classes=st.integers(2, 5), seed=st.integers(0, 999))

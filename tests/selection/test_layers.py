@@ -11,8 +11,10 @@ from PIL import Image
 
 import embedpipe as ep
 from embedpipe.cache import Cache
+from embedpipe.classifier import Classifier, Reference
 from embedpipe.errors import UsageError
 from embedpipe.features import open_features
+from embedpipe.heads import fit_blocks
 from embedpipe.selection import Candidate, is_beyond_noise, paired_difference
 from tests.conftest import TINY, Run, write_photos
 
@@ -95,9 +97,6 @@ def test_images_without_a_layer_are_refused_with_the_command_that_computes_them(
 
 def test_several_layers_predict_alike_with_and_without_a_cache(features: ep.FeatureSet) -> None:
     """What the classifier computes for new images, one pass for all layers, is what the cache holds."""
-    from embedpipe.classifier import Classifier, Reference
-    from embedpipe.heads import fit_blocks
-
     some = open_features(Cache(Path("cache")), layer=LAYERS)
     X, y = some.arrays()
     head = fit_blocks(X, y, X, y, classes=some.classes, widths=some.widths, l2=0.1).head
@@ -166,10 +165,8 @@ def test_layers_are_ranked_on_val(features: ep.FeatureSet) -> None:
     assert {row["layer"] for row in some} == {"layer1", "layer2"}
 
 
-def test_two_backbones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    textures, layers = write_textures(tmp_path / "textures"), ("all", "penultimate")
-    ep.extract(textures, ("timm:test_vit", "timm:test_resnet"), weights="none", layer=layers, image_size=160)
+def test_two_backbones(features: ep.FeatureSet) -> None:
+    ep.extract("photos", ("timm:test_vit", "timm:test_resnet"), weights="none", layer=("all", "penultimate"))
     every = [
         space.spec["layer"] for space in open_features(Cache(Path("cache")), backbone="test_vit", layer="all").spaces
     ]
@@ -178,9 +175,11 @@ def test_two_backbones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     both = open_features(Cache(Path("cache")), backbone=("timm:test_vit", "test_resnet"))
     assert [space.spec["architecture"] for space in both.spaces] == ["test_vit", "test_resnet"]
     fitted = ep.fit_head(both)
-    assert len(fitted.report["blocks"]) == len(fitted.reference.parts) == 2
-    with pytest.raises(UsageError, match="no run of fit-head that fits"):  # both penultimate, and yet two
-        ep.finetune(unfreeze="layer4")
+    assert len(fitted.report["blocks"]) == 2
+    X, y = both.arrays()
+    head = fit_blocks(X, y, X, y, classes=both.classes, widths=both.widths, l2=0.1).head
+    with pytest.raises(UsageError, match="expected the penultimate features alone"):  # both penultimate, and yet two
+        ep.finetune(Classifier(head, Reference.of(both.spaces)), unfreeze="layer4")
 
 
 def test_what_cannot_be_chosen(features: ep.FeatureSet) -> None:

@@ -123,7 +123,7 @@ def _finetuning(evidence: Evidence) -> list[Choice]:
     least = 1 - max(evidence.best.accuracy, evidence.several.accuracy)
     kind = kind_of(evidence)
     low, middle, high = REMOVED[kind] if evidence.beats_chance else (0.0, 0.0, REMOVED[kind][2])
-    fewest, most = wilson_interval(errors * n, n)
+    fewest, most = wilson_interval(round(errors * n), n)
     gain, interval = middle * errors, (low * fewest, high * most)
     reason = (
         f"the head on {evidence.last.layers[0]} errs on {errors:.1%} of the images, the best heads on {least:.1%}; of "

@@ -130,7 +130,7 @@ class Evidence:
     def beats_chance(self) -> bool:
         """Whether a head is right more often, beyond chance, than always naming the largest class."""
         accuracy = max(self.best.accuracy, self.several.accuracy)
-        return wilson_interval(accuracy * self.n_judged, self.n_judged)[0] > self.chance
+        return wilson_interval(round(accuracy * self.n_judged), self.n_judged)[0] > self.chance
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
