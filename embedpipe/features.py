@@ -1,7 +1,7 @@
-"""FeatureSet: the cached features of a data set, by split, read when asked for.
+"""FeatureSet: the cached features of a data set, by split, read when accessed.
 
-What `extract` returns and `fit_head` takes. Labels and splits come from the sample table, rows from a space, or from several
-side by side; a row is read from the memory-mapped file when somebody looks at it.
+`extract` returns it and `fit_head` takes it. Labels and splits come from the sample table, rows from one space or from several
+side by side. Rows are read from the memory-mapped file on access.
 
 >>> X, y = open_features(Cache(Path("cache"))).arrays("train")
 >>> open_features(Cache(Path("cache")), layer=("layer3", "penultimate")).widths
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
     from embedpipe.cache import SpaceView
 
 
-COPIES = 3  # of features, while a head is fitted: as they are read, standardised, and in bfloat16
+COPIES = 3  # of the features while a head is fitted: as read, standardised, and in bfloat16
+PENULTIMATE = "penultimate"  # the default layer: the input of the classifier
 REMOVED_OPTIONS = ("pixels",)  # of `extract`; recorded in spaces and runs
-PENULTIMATE = "penultimate"  # the layer of a space by default: what enters the classifier
 
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of one data set in one space, or in several whose rows stand side by side.
+    """Features of one data set in one space, or in several whose columns are concatenated.
 
     manifest : Manifest     samples with label, split and group
-    space : Space           where the rows are
+    space : Space           first space
     backbone : Backbone     what made them, where it is at hand
     summary : dict          what extracting them took (the JSON of `extract`)
     beside : tuple of Space    further spaces: their columns follow, row by row of the same image
@@ -57,27 +57,27 @@ class FeatureSet:
 
     @property
     def spaces(self) -> tuple[Space, ...]:
-        """All of them, in the order of the columns."""
+        """All spaces in column order."""
         return (self.space, *self.beside)
 
     def only(self, spaces: Iterable[Space]) -> FeatureSet:
-        """Return the same samples with the columns of some spaces."""
+        """Return the same samples with the columns of some spaces only."""
         first, *others = spaces
         return replace(self, space=first, beside=tuple(others))
 
-    def reopened(self, **asked: Any) -> FeatureSet:
-        """Return what `open_features` finds for the same data set in the same cache."""
+    def reopened(self, **requested: Any) -> FeatureSet:
+        """Return the features that `open_features` finds for the same data set in the same cache."""
         cache = Cache(self.space.folder.parent.parent)
-        return replace(open_features(cache, self.dataset, **asked), backbone=self.backbone)
+        return replace(open_features(cache, self.dataset, **requested), backbone=self.backbone)
 
     @property
     def dataset(self) -> str:
-        """Name of the data set's sample table."""
+        """Name of the sample table of the data set."""
         return dataset_name(self.manifest)
 
     @property
     def loader(self) -> dict[str, Any]:
-        """Keyword arguments of `load_backbone` that made the rows; empty for a backbone handed over as an object."""
+        """Keyword arguments of `load_backbone` for the backbone of the rows; empty for a backbone passed as an object."""
         return self.space.loader
 
     @property
@@ -86,7 +86,7 @@ class FeatureSet:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Columns of each space."""
+        """Number of columns of each space."""
         return tuple(space.feature_dim or 0 for space in self.spaces)
 
     @property
@@ -104,18 +104,18 @@ class FeatureSet:
 
     @property
     def missing(self) -> int:
-        """Samples without a row that are not recorded failures: what another `extract` would compute."""
+        """Number of samples without a row that are not recorded failures: another `extract` would compute them."""
         views = self._views
         return sum(any(s.key not in v and s.key not in v.failures for v in views) for s in self.manifest.samples)
 
     @property
     def splits(self) -> dict[str, int]:
-        """Count of samples with a row, by split."""
+        """Number of samples with a row, by split."""
         counts = Counter(sample.split for sample in self._present)
         return {split: counts[split] for split in SPLITS if counts[split]}
 
     def samples(self, split: str | None = None, *, labelled: bool = False) -> tuple[Sample, ...]:
-        """Return the samples that have a row, in order; of one split, and with a label, if asked so."""
+        """Return the samples with a row, in order; optionally of one split, or with a label only."""
         return tuple(
             sample
             for sample in self._present
@@ -123,14 +123,14 @@ class FeatureSet:
         )
 
     def paths(self, split: str | None = None) -> list[str]:
-        """Return one path a row of `arrays(split)`: the DATA argument joined with the relative path."""
+        """Return the path of each row of `arrays(split)`: the DATA argument joined with the relative path."""
         return [self.manifest.name_of(s) for s in self._rows_of(split)]
 
     def arrays(self, split: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return features float32 (N, D) of a split, or of all, and class indices int64 (N,).
+        """Return features float32 (N, D) and class indices int64 (N,) of a split, or of all samples.
 
-        Of several labels an image, float32 (N, C) of 0 and 1; of numbers, float64 (N,). In labelled data, images without a
-        label are left out; in unlabelled data every index is -1.
+        The targets of several labels per image are float32 (N, C) of 0 and 1, those of regression float64 (N,). In labelled
+        data, images without a label are left out; in unlabelled data every index is -1.
 
         Raises
         ------
@@ -148,34 +148,33 @@ class FeatureSet:
         return self.samples(split, labelled=self.manifest.labelled)
 
     def labelled(self, *splits: str, max_bytes: float) -> tuple[np.ndarray | Chunked, np.ndarray]:
-        """Return features (N, D) and targets, as `arrays` does, of the labelled images of splits.
+        """Return features (N, D) and targets of the labelled images of some splits, in the order of storage.
 
-        They come in the order in which they are stored, to be read in chunks where memory does not hold them (`fits`).
+        Features that exceed `max_bytes` (`fits`) are returned as a reader of chunks.
         """
         found = [sample for split in splits for sample in self.samples(split, labelled=True)]
         samples = tuple(sorted(found, key=lambda sample: sample.key))
         return self.rows(samples, max_bytes=max_bytes), self.manifest.targets(samples)
 
     def rows(self, samples: tuple[Sample, ...], *, max_bytes: float) -> np.ndarray | Chunked:
-        """Return features (N, D) of samples that have a row, to be read in chunks where memory does not hold them (`fits`)."""
+        """Return features (N, D) of samples with a row; a reader of chunks if they exceed `max_bytes` (`fits`)."""
         return self.read(samples) if self.fits(max_bytes) else self.chunked(samples)
 
     def fits(self, max_bytes: float) -> bool:
-        """Whether so much memory holds all features COPIES times."""
+        """Whether COPIES times the features fit into `max_bytes`."""
         return COPIES * len(self._present) * self.feature_dim * 4 <= max_bytes
 
     def chunked(self, samples: Sequence[Sample]) -> Chunked:
-        """Return features float32 (N, D) of samples that have a row, to be read when somebody asks for them."""
+        """Return features float32 (N, D) of samples with a row as a reader of chunks."""
         keys = [sample.key for sample in samples]
 
         def read(rows: Any) -> np.ndarray:
-            wanted = keys[rows] if isinstance(rows, slice) else [keys[row] for row in rows]
-            return self._read(wanted)
+            return self._read(keys[rows] if isinstance(rows, slice) else [keys[row] for row in rows])
 
         return Chunked((len(keys), self.feature_dim), read)
 
     def read(self, samples: tuple[Sample, ...]) -> np.ndarray:
-        """Return features float32 (N, D) of samples that have a row."""
+        """Return features float32 (N, D) of samples with a row."""
         if not samples:
             return np.empty((0, self.feature_dim), np.float32)
         return self._read([sample.key for sample in samples])
@@ -199,19 +198,19 @@ def open_features(
     Parameters
     ----------
     dataset : str
-        Name, id or source path of a data set; the one extracted last when not given.
+        Name, id or source path of a data set. Default: the one that was extracted last.
     space, backbone, layer : str or several
-        Which spaces: the folder's name or a prefix, the backbone's name, the layer ("all": every one that the cache holds,
-        in the order of the model). Several stand side by side. Default: the only one, or the one filled last.
+        Spaces to use: folder name or prefix, name of the backbone, layer ("all": every cached one, in model order). The
+        columns of several spaces are concatenated. Default: the only space, or the one that was extracted last.
     every : bool
-        All spaces that hold every image and fit `backbone` and `layer`.
+        Use all complete spaces that match `backbone` and `layer`.
 
     Raises
     ------
-    UsageError    nothing extracted yet, or what is asked for does not name one space each, or a space lacks images
+    UsageError    no features, an ambiguous choice, or a space that lacks images
     """
     manifest = cache.read_dataset(dataset)
-    names, backbones, layers = _several(space), _several(backbone), _several(layer)
+    names, backbones, layers = _as_tuple(space), _as_tuple(backbone), _as_tuple(layer)
     if names:
         found = [cache.find_space(name) for name in names]
     elif every:
@@ -221,35 +220,35 @@ def open_features(
         found = [one for name in backbones or (None,) for one in _of_model(cache, manifest, name, asked)]
     else:
         found = [_only_complete(cache, manifest, next(iter(backbones), None), next(iter(layers), None))]
-    first, *others = {one.folder: one for one in found}.values()  # asked for twice, it stands there once
+    first, *others = {space.folder: space for space in found}.values()  # without duplicates
     features = FeatureSet(manifest, first, beside=tuple(others))
     for one in features.spaces:
         one.mark_used()
     return features
 
 
-def _several(given: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given or ())
+def _as_tuple(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def _only_complete(cache: Cache, manifest: Manifest, backbone: str | None, layer: str | None) -> Space:
-    fitting = [one for one in feature_spaces(cache) if _fits(one, backbone, layer)]
-    complete = [one for one in fitting if _holds(manifest, one)]
+    matching = [space for space in feature_spaces(cache) if _matches(space, backbone, layer)]
+    complete = [space for space in matching if _is_complete(manifest, space)]
     if complete:
         return _pick(cache, manifest, complete)
-    siblings = [one for one in feature_spaces(cache) if _fits(one, backbone, None) and _holds(manifest, one)]
+    siblings = [one for one in feature_spaces(cache) if _matches(one, backbone, None) and _is_complete(manifest, one)]
     if layer and siblings:
-        raise _lacking(manifest, siblings[0], layer)
-    given = [(kind, name) for kind, name in (("backbone", backbone), ("layer", layer)) if name]
-    asked, flags = " and ".join(map(" ".join, given)), "".join(f" --{kind} {name}" for kind, name in given)
+        raise _missing_layer(manifest, siblings[0], layer)
+    names = [(kind, name) for kind, name in (("backbone", backbone), ("layer", layer)) if name]
+    request, flags = " and ".join(map(" ".join, names)), "".join(f" --{kind} {name}" for kind, name in names)
     raise UsageError(
-        f"no space holds the features of every image of {manifest.name}{asked and f' with {asked}'}",
+        f"no space holds the features of every image of {manifest.name}{request and f' with {request}'}",
         hint=f"run `embedpipe extract {manifest.sources[0].argument}{flags}`",
     )
 
 
 def _pick(cache: Cache, manifest: Manifest, spaces: Sequence[Space]) -> Space:
-    """Return the only one, or the first of the last extraction."""
+    """Return the only space, or the first one of the last extraction."""
     latest = (cache.latest() or {"spaces": []})["spaces"]
     newest = sorted((s for s in spaces if s.folder.name in latest), key=lambda s: latest.index(s.folder.name))
     if len(spaces) == 1 or newest:
@@ -259,31 +258,40 @@ def _pick(cache: Cache, manifest: Manifest, spaces: Sequence[Space]) -> Space:
 
 
 def _every(cache: Cache, manifest: Manifest, backbones: Sequence[str], layers: Sequence[str]) -> list[Space]:
-    """Return all complete spaces that fit, those of a model together and in its order."""
+    """Return all complete spaces that match, grouped by model and in model order."""
     models: dict[str, list[Space]] = defaultdict(list)
     for one in feature_spaces(cache):
-        named = not backbones or any(_fits(one, name, None) for name in backbones)
-        if named and (not layers or one.spec["layer"] in layers) and not one.spec["view"] and _holds(manifest, one):
+        named = not backbones or any(_matches(one, name, None) for name in backbones)
+        if (
+            named
+            and (not layers or one.spec["layer"] in layers)
+            and not one.spec["view"]
+            and _is_complete(manifest, one)
+        ):
             models[_model_of(one)].append(one)
     if not models:
         raise UsageError(
             f"no space holds the features of every image of {manifest.name}",
             hint=f"run `embedpipe extract {manifest.sources[0].argument} --layer all`",
         )
-    return [one for spaces in models.values() for one in _in_order(spaces)]
+    return [one for spaces in models.values() for one in _in_model_order(spaces)]
 
 
 def _of_model(cache: Cache, manifest: Manifest, backbone: str | None, layers: Sequence[str]) -> list[Space]:
-    """Return the spaces of layers of one model, in its order.
+    """Return the spaces of layers of one model, in model order.
 
     Raises
     ------
-    UsageError    there are several such models, or a layer lacks images
+    UsageError    several models match, or a layer lacks images
     """
-    some = [one for one in feature_spaces(cache) if _fits(one, backbone, None) and _holds(manifest, one, every=False)]
+    some = [
+        one
+        for one in feature_spaces(cache)
+        if _matches(one, backbone, None) and _is_complete(manifest, one, every=False)
+    ]
     if not some:
         return [_only_complete(cache, manifest, backbone, None)]
-    full = {one.folder for one in some if _holds(manifest, one)}
+    full = {one.folder for one in some if _is_complete(manifest, one)}
     models: dict[str, list[Space]] = defaultdict(list)
     for one in some:
         models[_model_of(one)].append(one)
@@ -297,13 +305,13 @@ def _of_model(cache: Cache, manifest: Manifest, backbone: str | None, layers: Se
         there = [one for one in held if one.spec["layer"] == layer]
         complete = [one for one in there if one.folder in full]
         if not complete:
-            raise _lacking(manifest, (there or held)[0], layer)
+            raise _missing_layer(manifest, (there or held)[0], layer)
         found.append(_pick(cache, manifest, complete))
-    return _in_order(found)
+    return _in_model_order(found)
 
 
-def _lacking(manifest: Manifest, space: Space, layer: str) -> UsageError:
-    """Return the error of images without features of a layer; `space` is one of the same model."""
+def _missing_layer(manifest: Manifest, space: Space, layer: str) -> UsageError:
+    """Return the error for images without features of a layer; `space` is a space of the same model."""
     same = space.spec["layer"] == layer
     count = FeatureSet(manifest, space).missing if same else len(manifest.samples)
     sources = [source.argument for source in manifest.sources]
@@ -356,34 +364,34 @@ def loader_of(spec: Mapping[str, Any], loader: Mapping[str, Any]) -> dict[str, A
     return {name: value for name, value in loader.items() if name not in REMOVED_OPTIONS}
 
 
-def _holds(manifest: Manifest, space: Space, *, every: bool = True) -> bool:
-    """Whether a space has clean rows of the data set; of every image."""
+def _is_complete(manifest: Manifest, space: Space, *, every: bool = True) -> bool:
+    """Whether a space has rows of the data set, by default of every image."""
     features = FeatureSet(manifest, space)
     return bool(features.splits) and not (every and features.missing)
 
 
 def feature_spaces(cache: Cache) -> list[Space]:
-    """Return the spaces of features; those of activations at a cut are for fine-tuning alone."""
+    """Return the spaces of features, without those of activations, which only fine-tuning uses."""
     return [one for one in cache.spaces() if "cut" not in one.spec]
 
 
-def _fits(space: Space, backbone: str | None, layer: str | None) -> bool:
+def _matches(space: Space, backbone: str | None, layer: str | None) -> bool:
     name = f"{space.spec['source']}:{space.spec['architecture']}"
     named = backbone is None or backbone in (name, name.removeprefix("timm:"))
     return named and (layer is None or layer == space.spec["layer"])
 
 
 def _model_of(space: Space) -> str:
-    """Return what spaces of the layers of one model have in common."""
+    """Return the part of a spec that the layers of one model share."""
     return canonical_json({k: v for k, v in space.spec.items() if k not in ("layer", "pool")})
 
 
-def _in_order(spaces: Sequence[Space]) -> list[Space]:
-    """Return spaces of one model in the order in which it computes them; what enters the classifier comes last."""
+def _in_model_order(spaces: Sequence[Space]) -> list[Space]:
+    """Return the spaces of one model in the order of computation; the input of the classifier comes last."""
     from embedpipe.backbones import describe_layers
 
     stages: list[str] = []
-    with suppress(UsageError):  # handed over from Python, or a folder that is not there any more
+    with suppress(UsageError):  # a backbone passed from Python, or a folder that was removed
         stages = [stage.name for stage in describe_layers(str(spaces[0].loader.get("name")))]
 
     def place(space: Space) -> tuple[bool, int, list[str | int], str]:

@@ -1,7 +1,7 @@
-"""Run folders: `<time>-<verb>-<id>/`, written whole and found again by id, unique prefix or path.
+"""Run folders: `<time>-<verb>-<id>/`, written atomically and found by id, unique prefix or path.
 
-Any room may enter. A folder that is there is complete: it is filled under a hidden name and renamed at the end. What a
-run that takes long needs to go on lies in `.unfinished-<its name>/` until then.
+A run folder is complete: it is written under a hidden name and renamed at the end. Until then, the checkpoints of a long
+run are in `.unfinished-<name>/`.
 
 >>> with new_run(Path("runs"), "fit-head") as run:
 ...     run.write_json("run.json", {"verb": "fit-head"})
@@ -32,10 +32,10 @@ UNFINISHED = ".unfinished-"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run being written.
+    """A run that is being written.
 
-    folder : Path    where files go now; after the block they are at `final`
-    final : Path     the name that users see
+    folder : Path    temporary folder; it is renamed to `final` at the end
+    final : Path     final name
     """
 
     folder: Path
@@ -52,13 +52,13 @@ class RunFolder:
 
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Return rows as CSV, each ended by a line feed alone; a carriage return in a name is quoted, as a line feed is."""
+    """Return rows as CSV with line feeds; carriage returns and line feeds within a cell are quoted."""
     return "".join(map(_line, rows))
 
 
 def _line(row: Iterable[Any]) -> str:
     out = io.StringIO()
-    csv.writer(out, lineterminator="\r\n").writerow(row)  # what ends a line is what it quotes
+    csv.writer(out, lineterminator="\r\n").writerow(row)  # csv quotes the characters of the line terminator
     return out.getvalue()[:-2] + "\n"
 
 
@@ -68,11 +68,11 @@ def new_name(verb: str) -> str:
 
 @contextmanager
 def new_run(runs_dir: Path, verb: str, *, name: str | None = None) -> Iterator[RunFolder]:
-    """Make a run folder; it appears under its name when the block ends well, and not at all otherwise.
+    """Create a run folder, which gets its final name if the block succeeds and is removed otherwise.
 
     Parameters
     ----------
-    name : str    of an unfinished run that is held; default: a new one
+    name : str    name of the unfinished run that is continued; default: a new name
 
     Raises
     ------
@@ -85,12 +85,12 @@ def new_run(runs_dir: Path, verb: str, *, name: str | None = None) -> Iterator[R
 
 @contextmanager
 def hold_unfinished(runs_dir: Path, name: str) -> Iterator[Path]:
-    """Hold the folder of an unfinished run, made where it is missing; it goes when the block ends well, or without a file.
+    """Create and lock the folder of an unfinished run; it is removed if the block succeeds or if it is empty.
 
     Raises
     ------
-    CacheBusy       another process works on this run
-    StorageError    the folder cannot be made
+    CacheBusy       another process holds the lock of this run
+    StorageError    the folder cannot be created
     """
     _sweep_unfinished(runs_dir)
     folder = unfinished_folder(runs_dir, name)
@@ -113,7 +113,7 @@ def _locked(folder: Path) -> Iterator[None]:
     except BlockingIOError as exc:
         os.close(descriptor)
         name = folder.name.removeprefix(UNFINISHED)
-        raise CacheBusy(f"another process works on the run {name}", hint="wait for it, or name another run") from exc
+        raise CacheBusy(f"another process works on the run {name}", hint="wait for it, or choose another run") from exc
     try:
         yield
     finally:
@@ -121,12 +121,12 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _sweep_unfinished(runs_dir: Path) -> None:
-    """Remove what killed processes left and nobody can go on with: their run is there, or no checkpoint of it."""
-    for left in runs_dir.glob(f"{UNFINISHED}*"):
-        done = (runs_dir / left.name.removeprefix(UNFINISHED)).exists()
-        if done or not any(left.glob("[!.]*")):
-            with suppress(OSError), _locked(left):
-                shutil.rmtree(left)
+    """Remove unfinished folders of killed processes that are of no use: the run is complete, or there is no checkpoint."""
+    for folder in runs_dir.glob(f"{UNFINISHED}*"):
+        done = (runs_dir / folder.name.removeprefix(UNFINISHED)).exists()
+        if done or not any(folder.glob("[!.]*")):
+            with suppress(OSError), _locked(folder):
+                shutil.rmtree(folder)
 
 
 def unfinished_folder(runs_dir: Path, name: str) -> Path:
@@ -134,20 +134,18 @@ def unfinished_folder(runs_dir: Path, name: str) -> Path:
 
 
 def find_unfinished(runs_dir: Path, verb: str, text: str | None = None) -> str:
-    """Return the name of the latest unfinished run of a verb, or of the one that `text` names as in `find_run`.
+    """Return the name of the latest unfinished run of a command, or of the one named by `text` as in `find_run`.
 
     Raises
     ------
-    UsageError    none or several fit
+    UsageError    none or several match
     """
     folders = [p for p in runs_dir.glob(f"{UNFINISHED}*-{verb}-*") if any(p.glob("[!.]*"))]
     names = sorted(name for p in folders if not (runs_dir / (name := p.name.removeprefix(UNFINISHED))).exists())
     hits = [name for name in names if text is None or _is_named(name, text)]
     if not hits or (text and len(hits) > 1):
         shown = ", ".join(names[-3:])
-        wanted = f"{len(hits) or 'no'} unfinished runs of {verb} in {runs_dir}" + (
-            f" begin with {text!r}" if text else ""
-        )
+        wanted = f"{len(hits) or 'no'} unfinished runs of {verb} in {runs_dir}" + (f" match {text!r}" if text else "")
         raise UsageError(wanted, hint=f"found {shown}" if shown else "leave out --resume to start one")
     return hits[-1]
 
@@ -157,36 +155,34 @@ def _is_named(name: str, text: str) -> bool:
 
 
 def list_runs(runs_dir: Path) -> list[Path]:
-    """Return the complete runs, oldest first."""
+    """Return the folders of complete runs, oldest first."""
     if not runs_dir.is_dir():
         return []
     return sorted(p.parent for p in runs_dir.glob("*/run.json") if not p.parent.name.startswith("."))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Return what `run.json` holds.
+    """Return the content of `run.json`.
 
     Raises
     ------
-    ModelMismatch    the file is missing or is not what embedpipe writes
+    ModelMismatch    the file is missing or was not written by embedpipe
     """
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         if not isinstance(record, dict) or "verb" not in record:
-            raise ValueError("no verb in it")
+            raise ValueError("it has no verb")
     except (OSError, ValueError, RecursionError) as exc:
-        raise ModelMismatch(
-            f"{folder} holds no readable run.json ({exc})", hint="name a folder that fit-head wrote"
-        ) from exc
+        raise ModelMismatch(f"{folder} holds no readable run.json ({exc})", hint="name the folder of a run") from exc
     return record
 
 
 def find_run(runs_dir: Path, text: PathLike) -> Path:
-    """Return the run that `text` names: a folder, a run's name, its id, or a unique prefix of either.
+    """Return the folder of the run named by `text`: a folder, a name, an id, or a unique prefix of either.
 
     Raises
     ------
-    UsageError    none or several fit
+    UsageError    none or several match
     """
     text = os.fspath(text)
     if (Path(text) / "run.json").is_file():
@@ -197,7 +193,9 @@ def find_run(runs_dir: Path, text: PathLike) -> Path:
         return hits[0]
     if hits:
         shown = ", ".join(p.name for p in hits[-3:])
-        raise UsageError(f"{len(hits)} runs begin with {text!r}: {shown}", hint="give more of the name")
+        raise UsageError(
+            f"{text!r} is ambiguous: it matches {len(hits)} runs, among them {shown}", hint="use a longer prefix"
+        )
     close = nearest(text, [p.name for p in runs]) or [p.name for p in runs[-3:]]
     raise UsageError(
         f"no run {text!r} in {runs_dir}",
@@ -206,7 +204,7 @@ def find_run(runs_dir: Path, text: PathLike) -> Path:
 
 
 def latest_run(runs_dir: Path, verb: str, accept: Callable[[dict[str, Any]], bool] = lambda _: True) -> Path:
-    """Return the newest run of `verb` whose record `accept` takes.
+    """Return the newest run of `verb` whose record satisfies `accept`.
 
     Raises
     ------

@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
+
+hypothesis.settings.register_profile("embedpipe", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("embedpipe")
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 180, 60), "red": (210, 50, 40)}
 TINY = ["--backbone", "timm:test_resnet", "--weights", "none"]  # random weights: mechanics, no accuracy

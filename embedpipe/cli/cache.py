@@ -83,7 +83,7 @@ def rm(session: Session, names: tuple[str, ...], **options: Any) -> None:
     tell_removed(session, caretaking.remove_from_cache(names, **options))
 
 
-def tell_removed(session: Session, done: caretaking.Collected) -> None:
+def tell_removed(session: Session, done: caretaking.Removal) -> None:
     """Say what went, what was left alone, and the bytes."""
     lines = [f"{one['name']}: {show_size(one['bytes'])}, {one['reason']}" for one in done.removed]
     lines += [f"left alone: {one['reason']}" for one in done.skipped]

@@ -1,6 +1,6 @@
-"""audit: images whose label, content or place in the data set deserve a look, from cached features alone.
+"""audit: suspected label errors, outliers and copies, from cached features alone.
 
-Every label is predicted out of fold, and every neighbourhood looked at.
+Labels are checked against out-of-fold predictions, outliers and copies are found among nearest neighbours.
 
 >>> audit("pets").counts
 {'label': 12, 'outlier': 3, 'duplicate': 5}
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 KINDS = ("label", "outlier", "duplicate")
 HEADER = ("path", "split", "label", "suggested", "score", "kind", "twin")
-MOST_WORK = 5e12  # multiply-adds of a search for neighbours: a minute or two on one core
+MAX_PRODUCTS = 5e12  # multiply-adds of a neighbour search: a minute or two on one core
 
 
 @dataclass(frozen=True)
 class Issue:
-    """One image that deserves a look.
+    """One image to review.
 
-    suggested : str or None    another label: what heads say, or what the twin is called
-    score : float              the higher the worse. label: 0.5 to 1; outlier: 1 and more; duplicate: cosine to the twin
+    suggested : str or None    another label: the predicted one, or that of the copy
+    score : float              higher is more suspicious. label: 0.5 to 1; outlier: at least 1; duplicate: cosine to the copy
     kind : str                 "label", "outlier" or "duplicate"
-    twin : str or None         path of the image that this one is a copy of
+    twin : str or None         path of the image that this one copies
     """
 
     path: str
@@ -49,7 +49,7 @@ class Issue:
 
 @dataclass(frozen=True)
 class Audit:
-    """The issues of a data set, by kind, the worst first; `csv` is the file that lists them."""
+    """The issues of a data set by kind, the most suspicious first; `csv` is the file that lists them."""
 
     dataset: str
     n: int
@@ -82,26 +82,26 @@ def audit(
 ) -> Audit:
     """List suspected label errors, outliers and copies among all labelled images.
 
-    Every image is judged by a head that has not seen it. Nothing is changed or removed.
+    Each image is predicted by a head that was fitted without it. Nothing is changed or removed.
 
     Parameters
     ----------
     dataset : FeatureSet, or name, id or path of a data set
-        Default: the data set extracted last.
+        Default: the data set that was extracted last.
     folds : int
-        Heads to fit, each on all folds but one.
+        Number of folds; each head is fitted on all folds but one.
     l2 : float or auto
-        Strength of the penalty; auto chooses it inside each fold.
+        Penalty strength; auto selects it within each fold.
     space : str
-        Which space, when the data set has features in several: its folder's name or a prefix.
+        Space to use if the data set has several: folder name or prefix.
     backbone : str
-        Take the space of this backbone.
+        Use the space of this backbone.
     layer : str
-        Take the space of this layer.
+        Use the space of this layer.
 
     Raises
     ------
-    UsageError           nothing extracted, no labels, fewer than two classes, or fewer images than folds
+    UsageError           no features, no labels, fewer than two classes, or fewer images than folds
     NonFiniteFeatures    NaN or inf in the features
     """
     from embedpipe.cache import Cache
@@ -115,50 +115,50 @@ def audit(
         features = open_features(Cache(Path(cache_dir)), features, space=space, backbone=backbone, layer=layer)
     check_labelled(features)
     check_task(features, "audit")
-    done = predict_out_of_fold(features, HeadConfig(features.classes, l2=l2), folds=folds, splits=SPLITS, seed=seed)
-    issues = (*_label_issues(features, done), *_neighbour_issues(features, done))
+    result = predict_out_of_fold(features, HeadConfig(features.classes, l2=l2), folds=folds, splits=SPLITS, seed=seed)
+    issues = (*_label_issues(features, result), *_neighbour_issues(features, result))
     with new_run(Path(runs_dir), "audit") as run:
-        found = Audit(features.dataset, len(done.samples), folds, issues, run.final / "audit.csv")
+        found = Audit(features.dataset, len(result.samples), folds, issues, run.final / "audit.csv")
         run.write_csv("audit.csv", [HEADER, *map(_row, issues)])
         run.write_json("run.json", {"verb": "audit", "dataset": features.dataset, "report": found.to_dict()})
     return found
 
 
-def _label_issues(features: FeatureSet, done: OutOfFold) -> Iterator[Issue]:
+def _label_issues(features: FeatureSet, result: OutOfFold) -> Iterator[Issue]:
     from embedpipe.evaluation import find_label_errors
 
-    found = find_label_errors(done.probabilities, done.labels)
+    found = find_label_errors(result.probabilities, result.labels)
     for row, guess, score in zip(found.rows.tolist(), found.suggested.tolist(), found.score.tolist(), strict=True):
-        yield _issue(features, done, row, kind="label", score=score, suggested=features.classes[guess])
+        yield _issue(features, result, row, kind="label", score=score, suggested=features.classes[guess])
 
 
-def _neighbour_issues(features: FeatureSet, done: OutOfFold) -> list[Issue]:
-    """Return outliers and copies; one of each set of images with the same bytes is looked at, the others are copies of it."""
+def _neighbour_issues(features: FeatureSet, result: OutOfFold) -> list[Issue]:
+    """Return outliers and copies; of identical files the first is searched, the others are copies of it."""
     first: dict[bytes, int] = {}
     copies: list[tuple[int, int, float]] = []
-    for row, sample in enumerate(done.samples):
+    for row, sample in enumerate(result.samples):
         if first.setdefault(sample.key, row) != row:
             copies.append((row, first[sample.key], 1.0))
     rows = list(first.values())
-    near, far = _search(features, tuple(done.samples[row] for row in rows))
+    near, far = _search(features, tuple(result.samples[row] for row in rows))
     copies += [(rows[row], rows[twin], score) for row, twin, score in sorted(near, key=lambda pair: -pair[2])]
     outliers = sorted(((rows[i], score) for i, score in far.items()), key=lambda pair: -pair[1])
     return [
-        *(_issue(features, done, row, kind="outlier", score=score) for row, score in outliers),
-        *(_copy(features, done, row, twin=twin, score=score) for row, twin, score in copies),
+        *(_issue(features, result, row, kind="outlier", score=score) for row, score in outliers),
+        *(_copy(features, result, row, twin=twin, score=score) for row, twin, score in copies),
     ]
 
 
 def _search(features: FeatureSet, samples: tuple[Any, ...]) -> tuple[list[tuple[int, int, float]], dict[int, float]]:
-    """Return near copies and outliers among different images; none, and a warning, for too few or too many."""
+    """Return near copies and outliers among different images; none, with a warning, for too few or too many images."""
     import numpy as np
 
     from embedpipe.evaluation import MIN_ROWS, copy_ratio, find_neighbours, find_outliers, kth_distance, unit_rows
 
     n, dim = len(samples), features.feature_dim
-    if n < MIN_ROWS or n * n * dim > MOST_WORK:
-        bounds = f"expected {MIN_ROWS} to {int((MOST_WORK / dim) ** 0.5)}"
-        text = f"outliers and near copies are not looked for among {n} images of {dim} features, {bounds}"
+    if n < MIN_ROWS or n * n * dim > MAX_PRODUCTS:
+        bounds = f"expected {MIN_ROWS} to {int((MAX_PRODUCTS / dim) ** 0.5)}"
+        text = f"no search for outliers and near copies among {n} images of {dim} features, {bounds}"
         warnings.warn(text, EmbedpipeWarning, stacklevel=4)
         return [], {}
     X = features.read(samples)
@@ -169,14 +169,14 @@ def _search(features: FeatureSet, samples: tuple[Any, ...]) -> tuple[list[tuple[
 
 
 def _issue(
-    features: FeatureSet, done: OutOfFold, row: int, *, kind: str, score: float, suggested: str | None = None
+    features: FeatureSet, result: OutOfFold, row: int, *, kind: str, score: float, suggested: str | None = None
 ) -> Issue:
-    sample = done.samples[row]
+    sample = result.samples[row]
     return Issue(features.manifest.name_of(sample), sample.split, sample.label or "", suggested, score, kind)
 
 
-def _copy(features: FeatureSet, done: OutOfFold, row: int, *, twin: int, score: float) -> Issue:
-    one, other = _issue(features, done, row, kind="duplicate", score=score), done.samples[twin]
+def _copy(features: FeatureSet, result: OutOfFold, row: int, *, twin: int, score: float) -> Issue:
+    one, other = _issue(features, result, row, kind="duplicate", score=score), result.samples[twin]
     suggested = other.label if other.label != one.label else None
     return replace(one, suggested=suggested, twin=features.manifest.name_of(other))
 

@@ -1,4 +1,4 @@
-"""Caring for a cache: what is there, what may go, and leaving with it.
+"""cache ls, info, gc, rm and export: list, prune and export the feature cache.
 
 >>> list_cache(cache_dir="cache").spaces[0].rows
 """
@@ -24,7 +24,7 @@ SECONDS = {"S": 1, "M": 60, "H": 3600, "D": 86400, "W": 604800}
 
 @dataclass(frozen=True)
 class SpaceRecord:
-    """One space: what made it, how large it is, when it was used last; `damage` or `unsupported` says why it cannot be read."""
+    """A space: its origin, size and last use; `damage` or `unsupported` says why it cannot be read."""
 
     space: str
     bytes: int
@@ -41,7 +41,7 @@ class SpaceRecord:
 
 @dataclass(frozen=True)
 class DatasetRecord:
-    """One data set: its images, classes and sources; `damage` where its table cannot be read."""
+    """A data set: its images, classes and sources; `damage` says why its table cannot be read."""
 
     dataset: str
     images: int | None = None
@@ -52,7 +52,7 @@ class DatasetRecord:
 
 @dataclass(frozen=True)
 class Listing:
-    """All that a cache holds."""
+    """The spaces and data sets of a cache."""
 
     spaces: list[SpaceRecord]
     datasets: list[DatasetRecord]
@@ -60,8 +60,8 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class Collected:
-    """What was removed ({name, bytes, reason} each), what could not be ({name, reason}), and the bytes before and after."""
+class Removal:
+    """Removed items {name, bytes, reason}, skipped items {name, reason}, and the bytes that were freed and are left."""
 
     removed: list[dict[str, Any]]
     skipped: list[dict[str, str]]
@@ -118,17 +118,17 @@ def _describe_dataset(cache: Cache, name: str) -> DatasetRecord:
 
 
 def describe_space(space: str, *, cache_dir: PathLike = "cache") -> dict[str, Any]:
-    """Tell all about one space: its spec, the environments that made it, the pins of an interrupted extraction, its files.
+    """Describe a space: its spec, its environments, the pins of an interrupted extraction, its files.
 
     Parameters
     ----------
     space : str
-        Its name, or a beginning of it.
+        Name of the space, or a unique prefix.
 
     Raises
     ------
-    UsageError       none or several begin so
-    CacheMismatch    it is damaged
+    UsageError       none or several match
+    CacheMismatch    the space is damaged
     """
     from embedpipe.cache import Cache, measure
 
@@ -156,8 +156,8 @@ def collect_garbage(
     unused: bool = False,
     dry_run: bool = False,
     cache_dir: PathLike = "cache",
-) -> Collected:
-    """Remove graphs that executors keep, which only save time, and whole spaces, never one that a writer holds.
+) -> Removal:
+    """Remove converted graphs, which only save time, and whole spaces, except those that are being written.
 
     Parameters
     ----------
@@ -166,36 +166,36 @@ def collect_garbage(
     older_than : str
         Remove those not used for this long, such as 30d, 12h or 2w.
     unused : bool
-        Remove those in which no data set has a row, all graphs, and temporary files that killed processes left an hour ago
-        or longer.
+        Remove spaces without rows of any data set, all graphs, and temporary files of killed processes older than an hour.
     dry_run : bool
-        Only say what would go.
+        Only report what would be removed.
 
     Raises
     ------
-    UsageError       nothing asked for, or no such size or time
-    CacheMismatch    --unused with a damaged data set: what it names is not known
+    UsageError       no option, or an invalid size or time
+    CacheMismatch    --unused with a damaged data set, whose rows are unknown
     """
     from embedpipe.cache import Cache, last_used, measure, sweep_leftovers
 
     if max_size is None and older_than is None and not unused:
-        raise UsageError("nothing to collect", hint="give --max-size, --older-than or --unused")
+        raise UsageError("gc has no criterion", hint="give --max-size, --older-than or --unused")
     limit = float("inf") if max_size is None else parse_amount(max_size, BYTES, "--max-size", "10GB")
     oldest = 0.0 if older_than is None else time.time() - parse_amount(older_than, SECONDS, "--older-than", "30d")
     cache = Cache(Path(cache_dir))
-    left, idle = measure(cache.root), _unused(cache) if unused else {}
-    swept = sweep_leftovers(cache.root, dry_run=dry_run) if unused else {}
+    size_before, unused_spaces = measure(cache.root), _find_unused(cache) if unused else {}
+    leftovers = sweep_leftovers(cache.root, dry_run=dry_run) if unused else {}
     removed: list[dict[str, Any]] = [
-        {"name": name, "bytes": size, "reason": "left by a killed process"} for name, size in swept.items()
+        {"name": name, "bytes": size, "reason": "temporary file of a killed process"}
+        for name, size in leftovers.items()
     ]
-    for path, why in _idle_graphs(cache, left - limit, oldest, unused=unused):
+    for path, why in _old_graphs(cache, size_before - limit, oldest, unused=unused):
         removed.append({"name": path.name, "bytes": measure(path), "reason": why})
         if not dry_run:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     skipped, freed = [], sum(one["bytes"] for one in removed)
     for used, name in sorted((last_used(cache.spaces_folder / name), name) for name in cache.space_names()):
-        reason = idle.get(name) or (f"not used for {older_than}" if used < oldest else None)
-        reason = reason or (f"the cache is over {max_size}" if left - freed > limit else None)
+        reason = unused_spaces.get(name) or (f"not used for {older_than}" if used < oldest else None)
+        reason = reason or (f"the cache is over {max_size}" if size_before - freed > limit else None)
         if reason:
             size = measure(cache.spaces_folder / name)
             try:
@@ -205,23 +205,23 @@ def collect_garbage(
             else:
                 removed.append({"name": name, "bytes": size, "reason": reason})
                 freed += size
-    return Collected(removed, skipped, freed, left - freed, dry_run)
+    return Removal(removed, skipped, freed, size_before - freed, dry_run)
 
 
-def _idle_graphs(cache: Cache, excess: float, oldest: float, *, unused: bool) -> Iterator[tuple[Path, str]]:
-    """Yield kept graphs to remove and why, the oldest first, until `excess` bytes are gone."""
+def _old_graphs(cache: Cache, excess: float, oldest: float, *, unused: bool) -> Iterator[tuple[Path, str]]:
+    """Yield converted graphs to remove and the reason, the oldest first, until `excess` bytes are removed."""
     from embedpipe.cache import measure
 
     for path in sorted(cache.graphs_folder.glob("[!.]*"), key=lambda path: path.stat().st_mtime):
         if unused or path.stat().st_mtime < oldest or excess > 0:
             excess -= measure(path)
-            yield path, "a graph is converted again when it is needed"
+            yield path, "the graph is converted again when needed"
 
 
-def _unused(cache: Cache) -> dict[str, str]:
-    """Return the spaces in which no data set has a row or a failure, or that cannot be read any more, and why.
+def _find_unused(cache: Cache) -> dict[str, str]:
+    """Return the spaces without a row or failure of any data set, and unsupported ones, with the reason.
 
-    A damaged table is an error, for it might name their rows.
+    A damaged sample table raises an error, because it might name the rows.
     """
     named = {sample.key for name in cache.datasets() for sample in cache.read_dataset(name).samples}
     found = {}
@@ -233,24 +233,24 @@ def _unused(cache: Cache) -> dict[str, str]:
                 continue
             view = space.view()
         except CacheMismatch:
-            continue  # what a damaged space holds is not known
+            continue  # the content of a damaged space is unknown
         if named.isdisjoint({*map(bytes, view.keys), *view.failures}):
-            found[name] = "no data set has rows in it"
+            found[name] = "no data set has rows in this space"
     return found
 
 
-def remove_from_cache(names: Sequence[str], *, cache_dir: PathLike = "cache") -> Collected:
-    """Remove spaces and sample tables by name; image files are never touched.
+def remove_from_cache(names: Sequence[str], *, cache_dir: PathLike = "cache") -> Removal:
+    """Remove spaces and data sets by name; image files are never touched.
 
     Parameters
     ----------
     names : sequence of str
-        Spaces and data sets: names, or beginnings of them.
+        Names or unique prefixes of spaces and data sets.
 
     Raises
     ------
-    UsageError    a name that is not there: nothing is removed
-    CacheBusy     a writer holds the space
+    UsageError    an unknown name; nothing is removed
+    CacheBusy     a space is being written
     """
     from embedpipe.cache import Cache, measure
 
@@ -268,7 +268,7 @@ def remove_from_cache(names: Sequence[str], *, cache_dir: PathLike = "cache") ->
             cache.remove_dataset(name)
         removed.append({"name": name, "bytes": size, "reason": reason})
         freed += size
-    return Collected(removed, [], freed, measure(cache.root), False)
+    return Removal(removed, [], freed, measure(cache.root), False)
 
 
 def export_features(
@@ -281,26 +281,26 @@ def export_features(
     layer: str | None = None,
     cache_dir: PathLike = "cache",
 ) -> dict[str, Any]:
-    """Write features, labels, paths, splits, classes and keys of a data set into one file that needs no embedpipe.
+    """Write features, labels, paths, splits, classes and keys of a data set into one file for other programs.
 
     Parameters
     ----------
     dataset : str
-        Name, id or source of a data set. Default: the one extracted last.
+        Name, id or source of a data set. Default: the one that was extracted last.
     format : str
         h5 (plain HDF5), npy (one .npz, no pickle) or parquet.
     out : str
-        The file to write, whole or not at all. Default: the data set's name in the present folder.
+        Output file, written atomically. Default: the name of the data set in the current folder.
     space : str
-        Which space, by name or a beginning of it.
+        Space to export: name or unique prefix.
     backbone : str
-        Which space, by its backbone.
+        Export the space of this backbone.
     layer : str
-        Which space, by its layer.
+        Export the space of this layer.
 
     Raises
     ------
-    UsageError      no such features, or several; parquet without pyarrow
+    UsageError      no such features, or an ambiguous choice; parquet without pyarrow
     StorageError    the file cannot be written
     """
     from embedpipe.cache import Cache, Exported, writer_of
@@ -312,14 +312,14 @@ def export_features(
     samples = features.samples()
     if not samples:
         raise UsageError(f"{features.manifest.name} has no rows in {features.space.folder.name}")
-    told = {"dataset": features.dataset, "space": features.space.folder.name}
-    about = {**told, "fingerprint": features.space.fingerprint, "spec": canonical_json(features.space.spec)}
+    origin = {"dataset": features.dataset, "space": features.space.folder.name}
+    about = {**origin, "fingerprint": features.space.fingerprint, "spec": canonical_json(features.space.spec)}
     path = Path(out or f"{features.dataset}.{'npz' if format == 'npy' else format}")
     publish(path, writer_of(format, Exported(features.manifest, samples, features.space.view()), about))
     return {
         "path": str(path),
         "format": format,
-        **told,
+        **origin,
         "rows": len(samples),
         "feature_dim": features.feature_dim,
         "bytes": path.stat().st_size,

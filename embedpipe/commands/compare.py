@@ -1,7 +1,7 @@
-"""compare: runs on the same samples, pair by pair.
+"""compare: paired comparison of runs on the same samples.
 
-Two accuracies with intervals that overlap may still differ: the runs have seen the same images, and only those on which
-they disagree say which one is better.
+Two accuracies may differ significantly although their intervals overlap: the runs predict the same images, and the images on
+which they disagree decide which run is better.
 
 >>> compare(["fit-head-run", "finetune-run"]).pairs[0].p_value
 """
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from embedpipe.classifier import Classifier, Predicted
 
-Sample = tuple[str, str, int]  # content key or path, label, and which one of several that are alike
-Answers = tuple["np.ndarray", "np.ndarray | None"]
-LEAST_ALIKE = 3  # images; of two, all features agree
+SampleId = tuple[str, str, int]  # content key or path, label, and number among equal ones
+Outcomes = tuple["np.ndarray", "np.ndarray | None"]
+MIN_CKA_IMAGES = 3  # the CKA of two images is always 1
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Compared:
     """One run on the common samples.
 
     accuracy, accuracy_ci95    with its 95 % Wilson interval
-    log_loss, log_loss_ci95    None where predictions.csv has no probabilities of the labels
-    n_split                    samples of the split that the run was scored on; `Comparison.n` are in common
+    log_loss, log_loss_ci95    None if predictions.csv has no probabilities of the labels
+    n_split                    samples of the split in this run; `Comparison.n` counts the common ones
     """
 
     run: str
@@ -48,13 +48,13 @@ class Compared:
 
 @dataclass(frozen=True)
 class Pair:
-    """Another run against the first.
+    """Comparison of another run with the first one.
 
     difference, difference_ci95                      accuracy of `other` minus accuracy of `run`, with its 95 % interval
-    b, c                                             samples that only `run`, and only `other`, has right
-    p_value                                          exact McNemar test: two-sided binomial of b in b + c
-    log_loss_difference, log_loss_difference_ci95    `other` minus `run`: below 0, `other` is better
-    cka    how alike their features of these images are, from 0 to 1; None where the cache lacks those of one of them
+    b, c                                             samples that only `run`, or only `other`, predicts correctly
+    p_value                                          exact McNemar test: two-sided binomial test of b out of b + c
+    log_loss_difference, log_loss_difference_ci95    `other` minus `run`: negative if `other` is better
+    cka    similarity of their features of these images, from 0 to 1; None if the cache lacks features of one run
     """
 
     run: str
@@ -71,9 +71,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """n common samples of a split, matched by "content" or by "path"; every run, and every other run against the first.
+    """Comparison of runs on n common samples of a split, matched by "content" or by "path".
 
-    chosen_on : names of the runs for which this split helped to choose the head
+    chosen_on : names of the runs whose head was selected on this split
     """
 
     split: str
@@ -88,8 +88,8 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run as it is compared: its name, classes, the split that chose it, its predictions, and the spec of its features."""
+class RunToCompare:
+    """A run to compare: name, classes, the split it was selected on, predictions, and the spec of its features."""
 
     name: str
     classes: tuple[str, ...]
@@ -97,15 +97,15 @@ class Run:
     predictions: tuple[Predicted, ...]
     spec: Mapping[str, Any] | None = None
 
-    def of(self, split: str, by: str) -> dict[Sample, Predicted]:
-        """Return the predictions of a split by sample."""
-        alike: Counter[tuple[str, str]] = Counter()
+    def of(self, split: str, by: str) -> dict[SampleId, Predicted]:
+        """Return the predictions of a split by sample id."""
+        seen: Counter[tuple[str, str]] = Counter()
         found = {}
         for one in self.predictions:
             if one.split == split:
                 name = (one.key if by == "content" else one.path, one.label)
-                found[(*name, alike[name])] = one
-                alike[name] += 1
+                found[(*name, seen[name])] = one
+                seen[name] += 1
         return found
 
 
@@ -116,25 +116,25 @@ def compare(
     cache_dir: PathLike = "cache",
     runs_dir: PathLike = "runs",
 ) -> Comparison:
-    """Compare runs on the samples that all of them were scored on: which one is better, and is that more than chance.
+    """Compare runs on the samples that all of them predicted.
 
-    Where the cache holds the features of both, it also says how alike these are: after `extract --backbone RUN/model`, how far
-    fine-tuning has moved them.
+    If the cache holds the features of both runs, their similarity (CKA) is reported too: after
+    `extract --backbone RUN/model` it shows how far fine-tuning has changed the features.
 
     Parameters
     ----------
     runs : ids, prefixes or folders of two runs or more
-        The first is what the others are compared with.
+        The others are compared with the first one.
     split : str
-        Which split to compare on; auto is test, or val where a run has no test.
+        Split to compare on; auto means test, or val if a run has no test split.
 
     Raises
     ------
-    UsageError       fewer than two runs, other classes, or no sample in common
+    UsageError       fewer than two runs, different classes, or no common sample
     ModelMismatch    a run without readable predictions.csv
     """
     if len(runs) < 2:
-        raise UsageError(f"found {len(runs)} run, expected at least 2", hint="see `embedpipe compare --help`")
+        raise UsageError(f"got {len(runs)} run, expected at least 2", hint="see `embedpipe compare --help`")
     read = [_read(run, Path(runs_dir)) for run in runs]
     first = read[0]
     _check_classes(first, read[1:])
@@ -145,30 +145,30 @@ def compare(
     if not common:
         counts = " and ".join(f"{run.name} {len(table)}" for run, table in zip(read, tables, strict=True))
         raise UsageError(
-            f"no sample of {chosen} in common by {by} and label: {counts}",
+            f"the runs have no common sample in {chosen}, by {by} and label: {counts}",
             hint="compare runs that were fitted on the same data set, or name another --split",
         )
     most = max(len(table) for table in tables)
     if len(common) < most:
         warnings.warn(f"{len(common)} of {most} images of {chosen} are in all runs", EmbedpipeWarning, stacklevel=2)
-    answers = [_answers(table, common) for table in tables]
-    compared = [_compared(run, len(table), *one) for run, table, one in zip(read, tables, answers, strict=True)]
+    outcomes = [_outcomes(table, common) for table in tables]
+    compared = [_compared(run, len(table), *one) for run, table, one in zip(read, tables, outcomes, strict=True)]
     keys = list(dict.fromkeys(name for name, _, _ in common)) if by == "content" else []
     pairs = [
-        replace(_pair((first.name, run.name), answers[0], one), cka=_cka(first, run, keys, Path(cache_dir)))
-        for run, one in zip(read[1:], answers[1:], strict=True)
+        replace(_pair((first.name, run.name), outcomes[0], one), cka=_cka(first, run, keys, Path(cache_dir)))
+        for run, one in zip(read[1:], outcomes[1:], strict=True)
     ]
     tuned = tuple(run.name for run in read if run.chosen_on == chosen)
     return Comparison(chosen, len(common), by, tuple(compared), tuple(pairs), tuned)
 
 
-def _read(run: Classifier | PathLike, runs_dir: Path) -> Run:
+def _read(run: Classifier | PathLike, runs_dir: Path) -> RunToCompare:
     from embedpipe.classifier import read_predictions
     from embedpipe.runs import find_run, read_run
 
     folder = find_run(runs_dir, run) if isinstance(run, str | os.PathLike) else run.folder
     if folder is None:
-        raise UsageError("found a classifier without a run folder, expected what fit_head or finetune returned")
+        raise UsageError("got a classifier without a run folder, expected one returned by fit_head or finetune")
     record = read_run(folder)
     report = record.get("report")
     if not isinstance(report, Mapping) or not isinstance(report.get("classes"), list):
@@ -176,15 +176,17 @@ def _read(run: Classifier | PathLike, runs_dir: Path) -> Run:
     if report.get("task", "single") != "single":
         raise UsageError(
             f"{folder.name} is a run of {report['task']} targets, expected single labels",
-            hint="read the scores of each in its metrics.json: the intervals say what is more than chance",
+            hint="compare the metrics and intervals in their run.json",
         )
     reference = record.get("reference") or {}
     spec = None if reference.get("beside") else reference.get("spec")
-    return Run(folder.name, tuple(report["classes"]), report.get("chosen_on"), tuple(read_predictions(folder)), spec)
+    return RunToCompare(
+        folder.name, tuple(report["classes"]), report.get("chosen_on"), tuple(read_predictions(folder)), spec
+    )
 
 
-def _cka(first: Run, other: Run, keys: Sequence[str], cache_dir: Path) -> float | None:
-    """Return how alike the features of two runs are on the images (hexadecimal keys) of which the cache has both."""
+def _cka(first: RunToCompare, other: RunToCompare, keys: Sequence[str], cache_dir: Path) -> float | None:
+    """Return the CKA of the features of two runs on the images (hexadecimal keys) whose features the cache has for both."""
     from embedpipe.cache import Cache
     from embedpipe.evaluation import linear_cka
     from embedpipe.inference import space_name
@@ -194,34 +196,34 @@ def _cka(first: Run, other: Run, keys: Sequence[str], cache_dir: Path) -> float 
     cache = Cache(cache_dir)
     views = [cache.open_space(spec, name=space_name(spec)).view() for spec in (first.spec, other.spec)]
     both = [key for key in map(bytes.fromhex, keys) if all(key in view for view in views)]
-    if len(both) < LEAST_ALIKE:
+    if len(both) < MIN_CKA_IMAGES:
         return None
     found = linear_cka(*(view.read(both) for view in views))
     return found if found == found else None
 
 
-def _check_classes(first: Run, others: Sequence[Run]) -> None:
+def _check_classes(first: RunToCompare, others: Sequence[RunToCompare]) -> None:
     for other in others:
-        strange = sorted(set(other.classes) ^ set(first.classes))
-        if strange:
+        unmatched = sorted(set(other.classes) ^ set(first.classes))
+        if unmatched:
             raise UsageError(
-                f"only one of {first.name} and {other.name} has the class {strange[0]!r}, expected the same classes",
+                f"only one of {first.name} and {other.name} has the class {unmatched[0]!r}, expected the same classes",
                 hint="compare runs that were fitted on the same classes",
             )
 
 
-def _split_of(runs: Sequence[Run]) -> str:
-    """Return test, or val, with a word about it, where a run has no test."""
+def _split_of(runs: Sequence[RunToCompare]) -> str:
+    """Return "test", or "val" with a warning if a run has no test split."""
     found = {run.name: {one.split for one in run.predictions} for run in runs}
-    lacking = [name for name, splits in found.items() if "test" not in splits]
-    if not lacking:
+    without_test = [name for name, splits in found.items() if "test" not in splits]
+    if not without_test:
         return "test"
-    warnings.warn(f"{lacking[0]} has no test split: compared on val", EmbedpipeWarning, stacklevel=3)
+    warnings.warn(f"{without_test[0]} has no test split; the runs are compared on val", EmbedpipeWarning, stacklevel=3)
     return "val"
 
 
-def _answers(table: Mapping[Sample, Predicted], common: Sequence[Sample]) -> Answers:
-    """Return which common samples are right, bool (n,), and their losses, float64 (n,), where the run has them."""
+def _outcomes(table: Mapping[SampleId, Predicted], common: Sequence[SampleId]) -> Outcomes:
+    """Return whether each common sample is predicted correctly, bool (n,), and the losses, float64 (n,), if the run has them."""
     import numpy as np
 
     from embedpipe.evaluation import MIN_PROBABILITY
@@ -232,7 +234,7 @@ def _answers(table: Mapping[Sample, Predicted], common: Sequence[Sample]) -> Ans
     return right, -np.log(np.clip(true, MIN_PROBABILITY, 1.0)) if len(true) == len(found) else None
 
 
-def _compared(run: Run, n_split: int, right: np.ndarray, losses: np.ndarray | None) -> Compared:
+def _compared(run: RunToCompare, n_split: int, right: np.ndarray, losses: np.ndarray | None) -> Compared:
     from embedpipe.evaluation import mean_interval, wilson_interval
 
     correct, n = int(right.sum()), len(right)
@@ -240,7 +242,7 @@ def _compared(run: Run, n_split: int, right: np.ndarray, losses: np.ndarray | No
     return Compared(run.name, correct / n, list(wilson_interval(correct, n)), loss, interval, n_split)
 
 
-def _pair(names: tuple[str, str], first: Answers, other: Answers) -> Pair:
+def _pair(names: tuple[str, str], first: Outcomes, other: Outcomes) -> Pair:
     from embedpipe.evaluation import mcnemar, mean_interval, paired_interval
 
     (right, losses), (other_right, other_losses) = first, other

@@ -1,4 +1,4 @@
-"""evaluate: scores with intervals on labelled images.
+"""evaluate: metrics with intervals on labelled images.
 
 >>> evaluate("20260101-120000-fit-head-0a1b2c", "holdout/").metrics["accuracy_ci95"]
 """
@@ -23,18 +23,17 @@ if TYPE_CHECKING:
     from embedpipe.data import Failure, Manifest, Sample
     from embedpipe.inference import Progress
 
-SHOWN = 8  # classes that a message names
+MAX_NAMED = 8  # classes in a message
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of one classifier on labelled images.
+    """Metrics of one classifier on labelled images.
 
-    metrics : dict                 as `Scored.metrics` gives them: accuracy with its 95 % interval, and so on
-    confusion : int64 (C, C)       rows are true classes, columns predicted ones; None but for single labels
-    classes : tuple of str
-    failed : images left out
-    chosen_on : str or None        the split, where it helped to choose the head; None for one that did not
+    metrics : dict                 as returned by `Scored.metrics`
+    confusion : int64 (C, C)       rows are true classes, columns predicted ones; None unless the task is single labels
+    failed : tuple of Failure      images without a prediction
+    chosen_on : str or None        the split, if it was used to select the head
     """
 
     run: str
@@ -59,11 +58,11 @@ class Evaluation:
         }
 
     def confusion_csv(self) -> str:
-        """Return the confusion matrix as CSV: a header of predicted classes, then a row a true class.
+        """Return the confusion matrix as CSV: a header of predicted classes, then one row per true class.
 
         Raises
         ------
-        UsageError    there is none
+        UsageError    the task is not single labels
         """
         from embedpipe.classifier import confusion_csv
 
@@ -95,23 +94,23 @@ def evaluate(
     data : path or several
         Class folders or a manifest with labels. Default: the data set that the run was fitted on.
     split : str
-        Which split to score; auto is test on the run's own data, and all images of other data.
+        Split to score; auto means test of the run's own data, and all images of other data.
     confusion : str
         Write the confusion matrix to this CSV file; single labels only.
     batch_size : int or auto
-        Images a forward pass.
+        Images per forward pass.
     device : str
         auto, cpu, cuda, cuda:K or mps.
     workers : int or auto
-        Decoding threads.
+        Decoder processes.
     strict : bool
-        Exit with 1, not 3, when an image failed.
+        Exit with 1 instead of 3 if an image failed.
     allow_outside : bool
-        Let a manifest name files outside its own folder.
+        Allow a manifest to name files outside its own folder.
 
     Raises
     ------
-    UsageError    no labels, a label or a task that the head does not know, or no sample in the split
+    UsageError    no labels, a label or a task that the head does not support, or no sample in the split
     """
     from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier, Scored, classify, confusion_of
@@ -133,13 +132,14 @@ def evaluate(
     matrix = confusion_of(scored, run.classes) if run.task == "single" else None
     scores, failed = scored.metrics(run.classes), (*manifest.unreadable, *result.failed)
     chosen_on = run.report.get("chosen_on") if data is None else None
-    seen = chosen_on if chosen_on == split else None
     if data is not None:
-        _warn_of_known(run, cache, scored.samples)
-    done = Evaluation(run.name, split, scores, matrix, run.classes, failed, seen, run.task)
+        _warn_about_training_images(run, cache, scored.samples)
+    evaluation = Evaluation(
+        run.name, split, scores, matrix, run.classes, failed, chosen_on if chosen_on == split else None, run.task
+    )
     if confusion:
-        publish(Path(confusion), done.confusion_csv().encode("utf-8", "surrogateescape"))
-    return done
+        publish(Path(confusion), evaluation.confusion_csv().encode("utf-8", "surrogateescape"))
+    return evaluation
 
 
 def _manifest(
@@ -154,8 +154,8 @@ def _manifest(
         return read_manifest(data, key_of=index.key_of, allow_outside=allow_outside)
 
 
-def _warn_of_known(run: Classifier, cache: Cache, samples: Sequence[Sample]) -> None:
-    """Warn of images that the head was fitted or chosen on, where the cache still knows which these were."""
+def _warn_about_training_images(run: Classifier, cache: Cache, samples: Sequence[Sample]) -> None:
+    """Warn if images were in the train or val split of the run, as far as the cache still has its data set."""
     used: set[bytes] = set()
     with suppress(EmbedpipeError):
         used = {one.key for one in cache.read_dataset(run.dataset).samples if one.split in ("train", "val")}
@@ -163,7 +163,7 @@ def _warn_of_known(run: Classifier, cache: Cache, samples: Sequence[Sample]) -> 
     if known:
         warnings.warn(
             f"{len(known)} of {len(samples)} images are in train or val of {run.name} (first: {known[0].path}): "
-            "the scores are no estimate of what it does on new images",
+            "the metrics do not estimate its performance on new images",
             EmbedpipeWarning,
             stacklevel=3,
         )
@@ -174,23 +174,23 @@ def _check(manifest: Manifest, run: Classifier, labels: list[str], split: str) -
 
     if not labels:
         raise UsageError(
-            f"{manifest.name} has no labelled image in the split {split}",
+            f"{manifest.name} has no labelled images in the split {split}",
             hint=f"found {', '.join(manifest.splits) or 'no split'}; name one with --split, or give labelled DATA",
         )
     if manifest.task != run.task:
         raise UsageError(
-            f"{manifest.name} has {manifest.task} targets, and {run.name} was fitted on {run.task} ones",
-            hint="evaluate on data with the column that the head was fitted on",
+            f"{manifest.name} has {manifest.task} targets, but {run.name} was fitted on {run.task} targets",
+            hint="evaluate on data with the label column that the head was fitted on",
         )
-    strange = sorted({name for label in labels for name in names_of(label, run.task)} - set(run.classes))
-    if strange:
+    unknown = sorted({name for label in labels for name in names_of(label, run.task)} - set(run.classes))
+    if unknown:
         raise UsageError(
-            f"{manifest.name} has the class {strange[0]!r}, expected {_shown(run.classes)}",
-            hint="evaluate on images of the classes that the head knows",
+            f"{manifest.name} has the class {unknown[0]!r}, expected {_list_classes(run.classes)}",
+            hint="evaluate on images of these classes",
         )
 
 
-def _shown(classes: Sequence[str]) -> str:
-    """Return the first classes, and how many there are beside."""
-    more = len(classes) - SHOWN
-    return ", ".join(classes[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+def _list_classes(classes: Sequence[str]) -> str:
+    """Return the first class names and the number of the others."""
+    more = len(classes) - MAX_NAMED
+    return ", ".join(classes[:MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -1,4 +1,4 @@
-"""predict: labels and probabilities for images; what the cache knows is not computed again.
+"""predict: labels and probabilities of images; features in the cache are not computed again.
 
 >>> predict("20260101-120000-fit-head-0a1b2c", ["photos/"]).predictions[0].label
 """
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image: what the head says, and all probabilities float64 (C,) in order of `classes`; of numbers the value (1,).
+    """The prediction of one image.
 
-    label : str                    the most probable class; or all labels from 0.5 on, joined by "|"; or the number
-    probability : float or None    of the class; of the least probable of these labels, None for none of them; None for a number
+    values : float64 (C,)          probabilities in the order of `classes`; regression: the number (1,)
+    label : str                    most probable class; several labels: those with a probability of at least 0.5, joined by
+                                   "|"; regression: the number
+    probability : float or None    of the class, or of the least probable of several labels; None without label and for numbers
     """
 
     path: str
@@ -47,7 +49,7 @@ class Prediction:
 
     @property
     def value(self) -> float:
-        """The number that was asked for."""
+        """The predicted number of a regression head."""
         return float(self.values[0])
 
     def top(self, count: int) -> list[tuple[str, float]]:
@@ -72,7 +74,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictions:
-    """predictions : list of Prediction, in the order of the images; failed : images without one; task : of the head."""
+    """Predictions in the order of the images, the images that failed, and the task of the head."""
 
     predictions: list[Prediction]
     failed: tuple[Failure, ...]
@@ -91,28 +93,28 @@ def predict(
     runs_dir: PathLike = "runs",
     progress: Progress | None = None,
 ) -> Predictions:
-    """Classify image files and all images in folders.
+    """Predict image files and all images in folders.
 
-    A head of several labels an image gives those with a probability of 0.5 and more, joined by `|`, and the least of these
-    probabilities; a head of numbers gives the value.
+    A head of several labels per image returns the labels with a probability of at least 0.5, joined by `|`, and the lowest of
+    these probabilities. A regression head returns the number.
 
     Parameters
     ----------
     run : Classifier, or id, prefix or folder of a run of fit-head or finetune
     images : path or several
     batch_size : int or auto
-        Images a forward pass.
+        Images per forward pass.
     device : str
         auto, cpu, cuda, cuda:K or mps.
     workers : int or auto
-        Decoding threads.
+        Decoder processes.
     strict : bool
-        Exit with 1, not 3, when an image failed.
+        Exit with 1 instead of 3 if an image failed.
 
     Raises
     ------
     UsageError       no such run, path or image
-    ModelMismatch    the backbone's weights are not those that the head was fitted on
+    ModelMismatch    the weights of the backbone differ from those that the head was fitted on
     """
     from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier, classify

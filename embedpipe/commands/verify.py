@@ -1,4 +1,4 @@
-"""Proving a cache: why it is (not) reused, and whether what it holds is true.
+"""cache why and cache verify: why features are (not) reused, and whether the cache is undamaged.
 
 >>> verify_cache(cache_dir="cache").damaged
 False
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What an extraction would find, and how the nearest other space differs from the one that it wants.
+    """What an extraction would reuse, and how the nearest other space differs from the requested one.
 
     hits, misses, failures : int    images with a row, without one, and recorded as failures
-    nearest : str                   the space with the fewest differing fields, then the most hits; None: no miss, or no other
+    nearest : str or None           space with the fewest differing fields (ties: the most hits), if there are misses
     """
 
     dataset: str
@@ -48,7 +48,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Recomputed:
-    """Rows of one space computed again: how many, and the largest difference as a share of a row's length."""
+    """Recomputed rows of a space: their number, and the largest difference relative to the norm of a row."""
 
     space: str
     rows: int
@@ -58,7 +58,7 @@ class Recomputed:
 
 @dataclass(frozen=True)
 class Verification:
-    """All that verifying found."""
+    """The findings of `verify_cache`."""
 
     findings: list[Finding]
     spaces: list[Recomputed]
@@ -90,12 +90,12 @@ def explain_reuse(
     cache_dir: PathLike = "cache",
     seed: int = 0,
 ) -> Explanation:
-    """Say what an extraction would reuse, and how the nearest space differs where it would compute; computes nothing.
+    """Report what an extraction would reuse, and how the nearest space differs otherwise; nothing is computed.
 
     Parameters
     ----------
     dataset : str
-        Folder or table of images as `extract` takes it, or a data set of the cache. Default: the one extracted last.
+        Images as for `extract`, or a data set of the cache. Default: the one that was extracted last.
     backbone : str
         timm:NAME, torchvision:NAME, or the model/ folder of a fine-tuned run.
     weights, layer, pool, image_size, crop_pct, interpolation, precision, store_dtype : as extract takes them
@@ -103,7 +103,7 @@ def explain_reuse(
     pixels : str
         No longer used: images are always resized exactly.
     allow_outside : bool
-        Let a table name files outside its own folder.
+        Allow a table to name files outside its own folder.
 
     Raises
     ------
@@ -115,7 +115,7 @@ def explain_reuse(
 
     check_pixels_option(pixels)
     cache = Cache(Path(cache_dir))
-    manifest = _wanted_data(cache, dataset, allow_outside)
+    manifest = _read_data(cache, dataset, allow_outside)
     shape: dict[str, Any] = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
     loaded = load_backbone(backbone, weights=weights, layer=layer, pool=pool, seed=seed, **shape)
     spec = space_spec(loaded, precision, store_dtype)
@@ -128,8 +128,8 @@ def explain_reuse(
     return Explanation(dataset_name(manifest), name, exists, len(keys), hits, misses, failures, *near)
 
 
-def _wanted_data(cache: Cache, dataset: str | None, allow_outside: bool) -> Manifest:
-    """Return the manifest of a source as it is now, or of a data set of the cache."""
+def _read_data(cache: Cache, dataset: str | None, allow_outside: bool) -> Manifest:
+    """Return the current manifest of a source, or that of a data set of the cache."""
     from embedpipe.cache import KeyIndex
     from embedpipe.data import is_source, read_manifest
 
@@ -139,12 +139,12 @@ def _wanted_data(cache: Cache, dataset: str | None, allow_outside: bool) -> Mani
         return read_manifest(dataset, key_of=index.key_of, allow_outside=allow_outside)
 
 
-def _nearest(cache: Cache, wanted: Space, keys: set[bytes]) -> tuple[str | None, int, list[Difference]]:
-    """Return the other space with the fewest differing fields, then the most hits, with both."""
+def _nearest(cache: Cache, requested: Space, keys: set[bytes]) -> tuple[str | None, int, list[Difference]]:
+    """Return the other space with the fewest differing fields (ties: the most hits), its hits and the differing fields."""
     found: list[tuple[str | None, int, list[Difference]]] = [
-        (space.folder.name, sum(key in view for key in keys), differing_fields(space.spec, wanted.spec))
+        (space.folder.name, sum(key in view for key in keys), differing_fields(space.spec, requested.spec))
         for space in cache.spaces()
-        if space.folder != wanted.folder and (view := space.view()) is not None
+        if space.folder != requested.folder and (view := space.view()) is not None
     ]
     return min(found, key=lambda one: (len(one[2]), -one[1], one[0]), default=(None, 0, []))
 
@@ -159,34 +159,34 @@ def verify_cache(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Verification:
-    """Prove every byte of the cache, the keys against the image files, and rows by computing them again.
+    """Check every byte of the cache against its digest, keys against image files, and recompute some rows.
 
     Parameters
     ----------
     names : sequence of str
         Data sets and spaces; default: all.
     sample : int
-        Rows of each space to compute again, chosen by --seed; 0: none.
+        Rows of each space to recompute, drawn with --seed; 0: none.
     all : bool
-        Compute all rows again.
+        Recompute all rows.
     device : str
         auto, cpu, cuda, cuda:K or mps.
 
     Returns
     -------
     Verification
-        `damaged` says whether anything is wrong with the cache itself.
+        `damaged` is True if the cache itself is damaged.
 
     Raises
     ------
-    UsageError    a name or a device that is not there
+    UsageError    an unknown name or a missing device
     """
     from embedpipe.cache import DAMAGE, Cache, Finding, prove_files, prove_latest, prove_space
 
     if sample < 0:
         raise UsageError(f"--sample is {sample}, expected 0 or more")
     cache = Cache(Path(cache_dir))
-    spaces, datasets = _chosen(cache, names)
+    spaces, datasets = _select(cache, names)
     findings = [] if names else list(prove_latest(cache))
     tables: dict[str, Manifest] = {}
     for name in cache.datasets():
@@ -213,8 +213,8 @@ def verify_cache(
     return Verification(findings, recomputed, sum(len(known) for known, _ in proved.values()))
 
 
-def _chosen(cache: Cache, names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the spaces and the data sets that `names` mean, all of both when there are none."""
+def _select(cache: Cache, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the spaces and data sets that `names` refer to; all of them if there are no names."""
     spaces, datasets = cache.space_names(), cache.datasets()
     if not names:
         return spaces, datasets
@@ -225,7 +225,7 @@ def _chosen(cache: Cache, names: Sequence[str]) -> tuple[list[str], list[str]]:
 def _coverage(
     space: Space, tables: Mapping[str, Manifest], datasets: Sequence[str], *, whole: bool
 ) -> Iterator[Finding]:
-    """Yield samples without row or failure, where a data set has rows in the space, and rows that no data set names."""
+    """Yield samples without a row or failure in a space with other rows of their data set, and rows of no data set."""
     from embedpipe.cache import Finding
 
     view = space.view()
@@ -240,7 +240,7 @@ def _coverage(
             )
     orphaned = sum(key.tobytes() not in named for key in view.keys)
     if orphaned and whole:
-        yield Finding("orphaned", space.folder.name, f"{orphaned} rows are named by no data set")
+        yield Finding("orphaned", space.folder.name, f"{orphaned} rows belong to no data set")
 
 
 def _recompute(
@@ -252,7 +252,7 @@ def _recompute(
     seed: int,
     progress: Progress | None = None,
 ) -> tuple[Recomputed, list[Finding]]:
-    """Compute rows again with the recorded loader, under the recorded pins, and compare."""
+    """Recompute rows with the recorded loader and pins, and compare them with the stored ones."""
     from embedpipe.cache import Finding
     from embedpipe.classifier import Reference
     from embedpipe.inference import Runner, plan_forward, row_distances, stream_rows
@@ -266,17 +266,17 @@ def _recompute(
     try:
         backbone = Reference(space.spec, space.loader).load()
     except EmbedpipeError as exc:
-        return none, [Finding("unproved", name, f"no row can be computed again: {exc.message}")]
+        return none, [Finding("unproved", name, f"no row can be recomputed: {exc.message}")]
     arithmetic = {"precision": space.spec["precision"], "store_dtype": space.spec["stored_dtype"]}
     forward = plan_forward(device=device, batch_size="auto", workers="auto", executor="eager", **arithmetic)
     pins = space.environments[-1].get("pins") or (space.meta and space.meta.pins)
     forward = forward.pinned({**pins, "executor": "eager"}) if pins else forward
-    here, made = environment(forward.device), space.environments[-1]
-    moved = differing_fields({name: made[name] for name in here if name in made}, here)
+    current, stored = environment(forward.device), space.environments[-1]
+    changes = differing_fields({name: stored[name] for name in current if name in stored}, current)
     done, largest, findings = 0, 0.0, list[Finding]()
     for rows in stream_rows([(key, files[key]) for key in chosen], Runner([backbone], forward.definite)):
         distances = row_distances(view.read(rows.keys), rows.features)
-        findings += _differing(space, rows, distances.tolist(), moved)
+        findings += _differing(space, rows, distances.tolist(), changes)
         largest = max([largest, *distances.tolist()])
         done += len(rows)
         if progress:
@@ -284,20 +284,24 @@ def _recompute(
     return Recomputed(name, len(view), done, largest), findings
 
 
-def _differing(space: Space, rows: Rows, distances: list[float], moved: list[Difference]) -> Iterator[Finding]:
-    """Yield the rows that cannot be computed again, or come out farther from what is stored than their precision allows."""
+def _differing(space: Space, rows: Rows, distances: list[float], changes: list[Difference]) -> Iterator[Finding]:
+    """Yield rows that cannot be recomputed or whose distance from the stored ones exceeds the tolerance of the precision."""
     from embedpipe.cache import DAMAGE, Finding
     from embedpipe.inference import TOLERANCE
 
     limit, place = TOLERANCE[space.spec["precision"]], space.folder.name
-    elsewhere = f"; it was made elsewhere: {', '.join(map(str, moved))}" if moved else ""
+    origin = f"; it was computed in another environment: {', '.join(map(str, changes))}" if changes else ""
     failed = [
         (key, "unproved" if stage in ("read", "limit") else DAMAGE, reason) for key, stage, reason in rows.failures
     ]
     failed += [
-        (key, DAMAGE, f"it is {far:.1e} of its length from what is stored, expected at most {limit:g}{elsewhere}")
-        for key, far in zip(rows.keys, distances, strict=True)
-        if far > limit
+        (
+            key,
+            DAMAGE,
+            f"it differs from the stored row by {distance:.1e} of its norm, expected at most {limit:g}{origin}",
+        )
+        for key, distance in zip(rows.keys, distances, strict=True)
+        if distance > limit
     ]
     for key, kind, why in failed:
-        yield Finding(kind, place, f"row {key.hex()[:12]}, computed again: {why}")
+        yield Finding(kind, place, f"row {key.hex()[:12]}, recomputed: {why}")

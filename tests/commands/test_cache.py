@@ -239,7 +239,7 @@ def test_a_false_row_made_elsewhere_says_where(run: Run, extracted: dict[str, An
     write_meta(space.folder, replace(meta, environments=({**meta.environments[0], "torch": "2.6.0"},)))
     done = run("cache", "verify", "--json")
     assert done.code == 4
-    assert "made elsewhere: torch: 2.6.0 -> " in kinds(done)["damage"]
+    assert "computed in another environment: torch: 2.6.0 -> " in kinds(done)["damage"]
 
 
 def test_half_precision_is_given_more_room(run: Run, photos: Path) -> None:

@@ -111,16 +111,16 @@ def test_val_is_taken_with_a_word_about_it(features: ep.FeatureSet) -> None:
     shutil.rmtree("data/test")
     data = ep.extract("data", features.backbone)
     runs = [ep.fit_head(data), ep.fit_head(data, l2=1.0)]
-    with pytest.warns(EmbedpipeWarning, match="has no test split: compared on val"):
+    with pytest.warns(EmbedpipeWarning, match="has no test split; the runs are compared on val"):
         done = ep.compare(runs)
     assert (done.split, done.n, done.chosen_on) == ("val", 12, (runs[0].name,))
-    with pytest.raises(UsageError, match="no sample of test in common by content and label"):
+    with pytest.raises(UsageError, match="no common sample in test, by content and label"):
         ep.compare(runs, split="test")
 
 
 def test_what_cannot_be_compared(features: ep.FeatureSet) -> None:
     first = ep.fit_head(features, l2=0.1)
-    with pytest.raises(UsageError, match="found 1 run, expected at least 2"):
+    with pytest.raises(UsageError, match="got 1 run, expected at least 2"):
         ep.compare([first])
     shutil.rmtree("data/train/red")
     for split in ("val", "test"):
@@ -132,7 +132,7 @@ def test_what_cannot_be_compared(features: ep.FeatureSet) -> None:
     for path in Path("others").rglob("*.png"):
         path.write_bytes(path.read_bytes() + b"other")
     strange = ep.fit_head(ep.extract("others", features.backbone), l2=0.1)
-    with pytest.raises(UsageError, match="no sample of test in common"):
+    with pytest.raises(UsageError, match="no common sample in test"):
         ep.compare([first, strange])
     assert first.folder is not None
     for damage in (b"\xff\x00", b"", b"path,split\na,test\n", b"path,split,label,predicted\na,test\n"):

@@ -64,7 +64,7 @@ def test_what_cannot_be_scored(head: ep.Classifier) -> None:
     (Path("strange") / "red").rename("strange/violet")
     with pytest.raises(UsageError, match="has the class 'violet', expected blue, green, red"):
         ep.evaluate(head, "strange")
-    with pytest.raises(UsageError, match="no labelled image in the split all"):
+    with pytest.raises(UsageError, match="no labelled images in the split all"):
         ep.evaluate(head, "photos/red")
     write_photos(Path("torn"), per_class=2, seed=1)
     Path("torn/red/000.png").write_bytes(b"torn")

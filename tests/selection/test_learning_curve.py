@@ -31,7 +31,7 @@ def test_what_shots_may_be() -> None:
     assert parse_shots(()) == {}
     assert parse_shots(("1, 5", 10, "25%", "100%")) == {1: 1, 5: 5, 10: 10, "25%": 0.25, "100%": 1.0}
     for wrong in ("0", "-1", "1.5", "0%", "101%", "many", "", "nan%"):
-        with pytest.raises(UsageError, match="expected numbers of images a class or percentages"):
+        with pytest.raises(UsageError, match="expected numbers of images per class, or percentages"):
             parse_shots(wrong)
 
 

@@ -69,7 +69,7 @@ def test_the_latest_is_meant_or_the_one_named(head: ep.Classifier) -> None:
     first, second = stop(head), stop(head, seed=1)
     with pytest.raises(UsageError, match="2 unfinished runs of finetune"):
         find_unfinished(RUNS, "finetune", first[:4])
-    with pytest.raises(UsageError, match="no unfinished runs of finetune in runs begin with 'x'") as none:
+    with pytest.raises(UsageError, match="no unfinished runs of finetune in runs match 'x'") as none:
         ep.finetune(resume="x")
     assert first in none.value.hint
     latest = max(first, second)
