@@ -5,14 +5,12 @@ spec: everything that determines a feature, such as weights, layer, transform an
 
 Modules, each of which uses only those before it:
 
-_structure    reads the structure of an untrusted HDF5 file
-_sealed       HDF5 files with a checksum of their header
-_features     feature files: rows, keys, failures, and a checksum of each MiB
+_sealed       HDF5 files with a checksum of their header; their structure is not trusted
 _meta         the folder of a space, and meta.json
+_features     feature files: rows, keys, failures, and a checksum of each MiB
 _view         reading a space without a lock
 _lock         the lock of the writer
 _writer       writing a space: shards, commits and merges
-_eviction     size, last use and removal of spaces
 _space        a space
 _datasets     sample tables: paths, labels, splits and groups
 _cache        the cache folder
@@ -27,11 +25,11 @@ _verify       verification
 >>> space.view().read(keys)
 """
 
-from embedpipe.cache._cache import Cache
+from embedpipe.cache._cache import Cache, measure, sweep_leftovers
 from embedpipe.cache._datasets import dataset_name
-from embedpipe.cache._eviction import last_used, measure, sweep_leftovers
 from embedpipe.cache._export import Exported, writer_of
 from embedpipe.cache._index import KeyIndex
+from embedpipe.cache._meta import last_used
 from embedpipe.cache._space import Space
 from embedpipe.cache._verify import DAMAGE, Finding, prove_files, prove_latest, prove_space
 from embedpipe.cache._view import SpaceView

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import time
+import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from embedpipe.cache._datasets import dataset_name, has_source, read_table, write_table
-from embedpipe.cache._eviction import mark_used, remove_folder
-from embedpipe.cache._meta import FEATURES, FILE, SHARDS, read_meta
+from embedpipe.cache._lock import WriterLock
+from embedpipe.cache._meta import FEATURES, FILE, LOCK, SHARDS, mark_used, read_meta
+from embedpipe.cache._sealed import damage_error
 from embedpipe.cache._space import Space
-from embedpipe.cache._structure import damage_error
 from embedpipe.data import Manifest
-from embedpipe.errors import CacheMismatch, UsageError
+from embedpipe.errors import CacheMismatch, StorageError, UsageError
 from embedpipe.provenance import canonical_json, fingerprint, nearest
-from embedpipe.storage import publish, storage_errors
+from embedpipe.storage import TEMPORARY, publish, storage_errors, sync_path
 
+LEFTOVER_S = 3600.0  # a younger temporary file may still be in use
 EXTRACT_FIRST = "run `embedpipe extract DATA` first"
 
 
@@ -137,17 +142,29 @@ class Cache:
     def remove_space(self, name: str, *, dry_run: bool = False) -> None:
         """Remove a space under its writer lock; with `dry_run`, only check that this is possible.
 
+        The folder is renamed to a temporary name before it is deleted, so a killed process leaves no half of a space.
+
         Raises
         ------
         CacheBusy       another process writes to the space
         StorageError    the lock does not exclude other writers, or the operating system refused
         """
-        remove_folder(self.spaces_folder / name, dry_run=dry_run)
+        folder = self.spaces_folder / name
+        with closing(WriterLock(folder / LOCK)) as lock, storage_errors(folder, "remove"):
+            if not lock.exclusive:
+                hint = "remove the folder by hand when nothing writes to it"
+                raise StorageError(f"locks on {folder} exclude nobody, another process may be writing", hint=hint)
+            if dry_run:
+                return
+            hidden = folder.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+            folder.rename(hidden)
+            sync_path(folder.parent)
+            shutil.rmtree(hidden)
         with suppress(CacheMismatch):  # a damaged latest.json names nothing
-            latest = self.latest()
-            if not dry_run and latest and name in latest["spaces"]:
-                spaces = [space for space in latest["spaces"] if space != name]
-                publish(self._latest, _serialize({**latest, "spaces": spaces}))
+            latest = self.latest() or {"spaces": []}
+            if name in latest["spaces"]:
+                latest["spaces"].remove(name)
+                publish(self._latest, _serialize(latest))
 
     def remove_dataset(self, name: str) -> None:
         """Remove a sample table, and latest.json if it names that data set."""
@@ -209,3 +226,27 @@ def _pick(text: str, names: Sequence[str], kind: str) -> str:
     near = nearest(text, names) or list(names)[:3]
     hint = f"did you mean {' or '.join(near)}?" if near else EXTRACT_FIRST
     raise UsageError(f"no {kind} {text!r} in the cache", hint=hint, found=text, near=near)
+
+
+def measure(path: Path) -> int:
+    """Return the bytes of a file, or of all files below a folder; files that vanish meanwhile count as empty."""
+    below = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    total = 0
+    for file in below if path.is_dir() else [path]:
+        with suppress(FileNotFoundError):
+            total += os.lstat(file).st_size
+    return total
+
+
+def sweep_leftovers(root: Path, *, dry_run: bool) -> dict[str, int]:
+    """Remove temporary files and folders that are older than an hour; return their names and bytes."""
+    swept = {}
+    for folder in (root, root / "spaces", root / "datasets", root / "graphs"):
+        for path in sorted(folder.glob(f"{TEMPORARY}*")):
+            with storage_errors(path, "remove"), suppress(FileNotFoundError):
+                if path.lstat().st_mtime > time.time() - LEFTOVER_S:
+                    continue
+                swept[path.name] = measure(path)
+                if not dry_run:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return swept

@@ -8,29 +8,20 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from embedpipe.cache._features import KEY_BYTES, decode_texts, encode_texts, key_matrix
-from embedpipe.cache._sealed import FORMAT_VERSION, SealedFile, build_header, open_sealed, seal
-from embedpipe.cache._structure import Array, damage_error
+from embedpipe.cache._sealed import FORMAT_VERSION, SealedFile, build_header, damage_error, open_sealed, seal
 from embedpipe.data import TASKS, Manifest, Sample, Source, absolute_argument, root_of
 from embedpipe.storage import publish
 
 TEXTS = ("path", "label", "split", "group")
 OPTIONAL = ("part",)  # absent if every image is a whole file
-SCHEMA = {
-    **dict.fromkeys((*TEXTS, *OPTIONAL), ("S", 1)),
-    "key": ("u1", 2),
-    "source": ("i4", 1),
-    "classes": ("S", 1),
-    "warnings": ("S", 1),
-    "sources/argument": ("S", 1),
-    "sources/absolute": ("S", 1),
-    "sources/root": ("S", 1),
-}
+SOURCE_FIELDS = ("argument", "absolute", "root")
+SCHEMA = dict.fromkeys((*TEXTS, *OPTIONAL, "classes", "warnings", *(f"sources/{n}" for n in SOURCE_FIELDS)), ("S", 1))
+SCHEMA |= {"key": ("u1", 2), "source": ("i4", 1)}
 
 
 def dataset_name(manifest: Manifest) -> str:
@@ -48,16 +39,13 @@ def write_table(path: Path, manifest: Manifest) -> None:
     """
     samples, sources = manifest.samples, manifest.sources
     names = (*TEXTS, *(name for name in OPTIONAL if any(getattr(sample, name) for sample in samples)))
-    columns = {name: _encode(getattr(sample, name) for sample in samples) for name in names}
     arrays = {
-        **columns,
+        **{name: encode_texts(getattr(sample, name) or "" for sample in samples) for name in names},
         "key": key_matrix(sample.key for sample in samples),
         "source": np.array([sample.source for sample in samples], dtype="<i4"),
-        "classes": _encode(manifest.classes),
-        "warnings": _encode(manifest.warnings),
-        "sources/argument": _encode(source.argument for source in sources),
-        "sources/absolute": _encode(source.absolute for source in sources),
-        "sources/root": _encode(str(source.root) for source in sources),
+        "classes": encode_texts(manifest.classes),
+        "warnings": encode_texts(manifest.warnings),
+        **{f"sources/{name}": encode_texts(str(getattr(source, name)) for source in sources) for name in SOURCE_FIELDS},
     }
     attrs: dict[str, int | str] = {
         "name": os.fsencode(manifest.name).hex(),
@@ -115,7 +103,3 @@ def has_source(path: Path, source: str) -> bool:
     """Return True if the folder, file or URL `source` is a source of the table."""
     table = open_sealed(path, SCHEMA, optional=OPTIONAL)
     return absolute_argument(source) in decode_texts(table.arrays["sources/absolute"])
-
-
-def _encode(values: Iterable[str | None]) -> Array:
-    return encode_texts(value or "" for value in values)

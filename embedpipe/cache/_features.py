@@ -21,8 +21,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from embedpipe.cache._sealed import FORMAT_VERSION, USER_BLOCK, build_header, map_again, open_sealed, seal
-from embedpipe.cache._structure import Array, ArrayInfo, Bytes, damage_error
+from embedpipe.cache._meta import Meta
+from embedpipe.cache._sealed import FORMAT_VERSION, ArrayInfo, build_header, damage_error, map_again, open_sealed, seal
 from embedpipe.provenance import canonical_json, fingerprint
 
 BLOCK = 1 << 20
@@ -36,6 +36,8 @@ SCHEMA = {
     **dict.fromkeys(FAILURE_FIELDS, ("S", 1)),
 }
 
+Array = np.ndarray[Any, Any]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 FailureRecord = tuple[str, str, str]
 TOMBSTONE: FailureRecord = ("", "", "")  # in a shard: the failure recorded before no longer holds
 
@@ -46,30 +48,23 @@ def key_matrix(keys: Iterable[bytes]) -> Bytes:
 
 
 def write_features(
-    stream: IO[bytes],
-    spec: Mapping[str, Any],
-    keys: Bytes,
-    chunks: Iterable[Array],
-    *,
-    shape: tuple[int, int],
-    dtype: np.dtype[Any],
-    failures: Mapping[bytes, FailureRecord],
+    stream: IO[bytes], meta: Meta, keys: Bytes, chunks: Iterable[Array], failures: Mapping[bytes, FailureRecord]
 ) -> None:
     """Write a feature file to a stream, one chunk of rows in memory at a time.
 
     Parameters
     ----------
+    meta : Meta    of the space: its spec, and width D and dtype of the rows
     keys : uint8 (n, 32)
-    chunks : arrays of `dtype` (any, D), together (n, D)
-    shape : (n, D)
+    chunks : arrays (any, D), together (n, D)
     """
-    large = ArrayInfo("features", shape, dtype)
+    large = ArrayInfo("features", (len(keys), meta.feature_dim), np.dtype(meta.dtype))
     n_blocks = _count_blocks(large.nbytes) + _count_blocks(keys.size)
     arrays = {"keys": keys, "blocks": np.zeros((n_blocks, 32), np.uint8), **_failure_arrays(failures)}
     attrs: dict[str, int | str] = {
-        "fingerprint": fingerprint(spec),
-        "spec": canonical_json(spec),
-        "rows": shape[0],
+        "fingerprint": fingerprint(meta.spec),
+        "spec": canonical_json(meta.spec),
+        "rows": len(keys),
         "format_version": FORMAT_VERSION,
     }
     stream.seek(len(build_header(arrays, attrs, large)))
@@ -142,7 +137,7 @@ class FeatureFile:
         self.failures = _failures_of(sealed.arrays, path)
         self._checked = np.zeros(row_blocks, bool)
         self._mapped: Bytes | None = sealed.mapped
-        self._user_block = sealed.mapped[:USER_BLOCK].tobytes()
+        self._user_block = sealed.user_block
 
     def release(self) -> None:
         """Close the memory map; the next read opens the file again."""

@@ -71,7 +71,8 @@ class KeyIndex:
         place, now = Place.of(place), time.time_ns()
         name = os.fsencode(place.path) + (b"\0" + os.fsencode(place.part) if place.part else b"")
         before = _identity_of(place)
-        known = self._look_up(name, before) if before else None
+        query = "SELECT key FROM keys WHERE (path, size, mtime_ns, inode, ctime_ns) = (?, ?, ?, ?, ?)"
+        known = self._select(query, (name, *before), bytes) if before else None
         if known is not None:
             return known
         key = _digest(place)
@@ -101,10 +102,6 @@ class KeyIndex:
             self._flush()
             self._database.close()
 
-    def _look_up(self, name: bytes, identity: Identity) -> bytes | None:
-        query = "SELECT key FROM keys WHERE (path, size, mtime_ns, inode, ctime_ns) = (?, ?, ?, ?, ?)"
-        return self._select(query, (name, *identity), bytes)
-
     def _select(self, query: str, values: tuple[bytes | int | str, ...], kind: type[T]) -> T | None:
         with self._lock, suppress(sqlite3.Error):
             row = self._database.execute(query, values).fetchone()
@@ -112,10 +109,9 @@ class KeyIndex:
         return None
 
     def _flush(self) -> None:
-        insert = "INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?, ?)"
+        rows, self._new = self._new if self._keep else [], []
         with suppress(sqlite3.Error), self._database:
-            self._database.executemany(insert, self._new if self._keep else [])
-        self._new = []
+            self._database.executemany("INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?, ?)", rows)
 
 
 def _digest(place: Place) -> bytes:

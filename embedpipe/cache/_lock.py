@@ -22,7 +22,7 @@ UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errn
 
 
 class WriterLock:
-    """A lock that is held from construction to `release`.
+    """A lock that is held from construction to `close`.
 
     Attributes
     ----------
@@ -41,10 +41,10 @@ class WriterLock:
             try:
                 self.exclusive = self._acquire(path) and _excludes(path)
             except BaseException:
-                self.release()
+                self.close()
                 raise
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Release the lock, and erase the name of the holder."""
         if self._named:
             with suppress(OSError):
@@ -79,10 +79,8 @@ def _excludes(path: Path) -> bool:
     second = _open(path)
     try:
         fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    except OSError as exc:
+        return isinstance(exc, BlockingIOError)
     finally:
         _close(second)
     return False

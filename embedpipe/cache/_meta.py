@@ -14,8 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from embedpipe.cache._sealed import FORMAT_VERSION, check_version
-from embedpipe.cache._structure import damage_error
+from embedpipe.cache._sealed import FORMAT_VERSION, check_version, damage_error
 from embedpipe.provenance import fingerprint
 from embedpipe.storage import publish, storage_errors
 
@@ -48,6 +47,18 @@ def list_shards(folder: Path) -> list[Path]:
     with storage_errors(shards, "list"), suppress(FileNotFoundError):
         names = os.listdir(shards)
     return [shards / name for name in sorted(names) if SHARD_NAME.fullmatch(name)]
+
+
+def mark_used(folder: Path) -> None:
+    """Set the time of meta.json, which records the last use, to now; a read-only cache is left as it is."""
+    with suppress(OSError):
+        os.utime(folder / FILE)
+
+
+def last_used(folder: Path) -> float:
+    """Return when a space was last written or read, Unix time in seconds."""
+    path = folder / FILE
+    return (path if path.exists() else folder).stat().st_mtime
 
 
 def write_meta(folder: Path, meta: Meta) -> None:

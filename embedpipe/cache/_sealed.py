@@ -11,6 +11,10 @@ the header alone. The data are checked later: the header holds a sha256 of each 
 
 HDF5 builds the header in memory and never writes to the disk, so a full disk is an ordinary OSError.
 
+The structure of a file is not trusted. Accepted are plain attributes and contiguous, unfiltered arrays inside the file. Links,
+virtual, external, chunked or compressed arrays are errors, so a crafted file cannot make HDF5 open another file or
+allocate more than it stores.
+
 >>> stream.write(seal(build_header({"keys": keys}, {"rows": 3})))
 >>> open_sealed(path, {"keys": ("u1", 2)}).arrays["keys"]
 """
@@ -20,17 +24,18 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import mmap
 import os
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from embedpipe.cache._structure import ArrayInfo, Bytes, Schema, damage_error, read_structure
 from embedpipe.errors import CacheMismatch
 from embedpipe.provenance import canonical_json
 from embedpipe.storage import storage_errors
@@ -38,6 +43,28 @@ from embedpipe.storage import storage_errors
 FORMAT_VERSION = 1
 USER_BLOCK = 512
 ALIGNMENT = 64
+
+Schema = Mapping[str, tuple[str, int]]
+
+
+class ArrayInfo(NamedTuple):
+    """Name, shape and dtype of an array, and the position and number of its bytes in the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int = 0
+    stored_bytes: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that shape and dtype amount to."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self, mapped: NDArray[np.uint8]) -> NDArray[Any]:
+        """Return a copy of the array from the bytes of the file."""
+        raw = mapped[self.offset : self.offset + self.stored_bytes].tobytes()
+        return np.frombuffer(raw, self.dtype).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -50,6 +77,7 @@ class SealedFile:
     arrays : dict of str to ndarray    copies of all arrays but the large one
     large : ArrayInfo or None
     offset : int                       where the data begin
+    user_block : bytes
     mapped : uint8 (file size,)        memory map of the whole file; its data are not checked yet
     """
 
@@ -57,7 +85,8 @@ class SealedFile:
     arrays: dict[str, Any]
     large: ArrayInfo | None
     offset: int
-    mapped: Bytes
+    user_block: bytes
+    mapped: NDArray[np.uint8]
 
 
 class _HeaderStream(io.BytesIO):
@@ -92,15 +121,12 @@ def build_header(arrays: Mapping[str, Any], attrs: Mapping[str, int | str], larg
 
 def _allocate(file: Any, large: ArrayInfo) -> tuple[int, int]:
     """Allocate a contiguous array without writing it; return its offset and number of bytes."""
-    from h5py import h5d, h5p, h5s, h5t
+    from h5py import h5d, h5p
 
     creation = h5p.create(h5p.DATASET_CREATE)
-    creation.set_layout(h5d.CONTIGUOUS)
     creation.set_alloc_time(h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5d.FILL_TIME_NEVER)
-    creation.set_obj_track_times(False)
-    dtype, shape = h5t.py_create(large.dtype, logical=True), h5s.create_simple(large.shape)
-    dataset = h5d.create(file.id, large.name.encode(), dtype, shape, creation)
+    dataset = file.create_dataset(large.name, large.shape, large.dtype, dcpl=creation).id
     return dataset.get_offset() or 0, dataset.get_storage_size()
 
 
@@ -123,7 +149,7 @@ def open_sealed(path: Path, schema: Schema, *, large: str | None = None, optiona
 
     Parameters
     ----------
-    schema, optional : as in `read_structure`
+    schema, optional : as in `_read_structure`
     large : str    name of the large array
 
     Raises
@@ -137,15 +163,92 @@ def open_sealed(path: Path, schema: Schema, *, large: str | None = None, optiona
     with storage_errors(path, "read", missing_ok=True), open(path, "rb", opener=_open_regular) as stream:
         mapped = _map(stream, path)
         offset, size = _check_seal(mapped, path)
-        attrs, infos = read_structure(stream, path, schema, file_bytes=mapped.size, optional=optional)
+        attrs, infos = _read_structure(stream, path, schema, file_bytes=mapped.size, optional=optional)
     arrays = {name: info.read(mapped) for name, info in infos.items() if name != large}
     data = infos[large] if large else None
     if data and (data.offset, data.stored_bytes) != (offset if size else 0, size):
         raise damage_error(path, "its user block and its structure disagree")
-    return SealedFile(attrs, arrays, data, offset, mapped)
+    return SealedFile(attrs, arrays, data, offset, mapped[:USER_BLOCK].tobytes(), mapped)
 
 
-def map_again(path: Path, user_block: bytes) -> Bytes:
+def _read_structure(
+    stream: IO[bytes], path: Path, schema: Schema, *, file_bytes: int, optional: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, ArrayInfo]]:
+    """Return the attributes of a file, and the description of each array; the arrays are not read.
+
+    Parameters
+    ----------
+    schema : mapping of array name to (dtypes such as "f4|f2", or "S"; number of dimensions)
+    optional : names of arrays that may be absent
+
+    Raises
+    ------
+    CacheMismatch    not HDF5; links; virtual, external, chunked or filtered arrays; attributes that are not scalar; other
+                     arrays than those of the schema
+    """
+    import h5py
+
+    try:
+        with h5py.File(stream, "r") as file:
+            attrs = {name: _attribute(file, name, path) for name in file.attrs}
+            arrays = {name: _array_info(name, member, path) for name, member in _members(file, path)}
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as exc:
+        if isinstance(exc, CacheMismatch):
+            raise
+        raise damage_error(path, f"HDF5 says {exc}") from exc
+    if not set(schema) - set(optional) <= set(arrays) <= set(schema):
+        raise damage_error(path, f"it holds {sorted(arrays)}, expected {sorted(schema)}")
+    for name, info in arrays.items():
+        _check_array(info, *schema[name], file_bytes, path)
+    return attrs, arrays
+
+
+def _check_array(info: ArrayInfo, kinds: str, ndim: int, file_bytes: int, path: Path) -> None:
+    """Check dtype and number of dimensions, and that all bytes that the shape needs are stored inside the file."""
+    name, shape, dtype, offset, stored_bytes = info
+    fits = dtype.kind == "S" if kinds == "S" else dtype.str[1:] in kinds.split("|")
+    if not fits or len(shape) != ndim or dtype.str[0] == ">":
+        raise damage_error(path, f"{name} is {dtype} {shape}, expected {kinds} in {ndim} dimensions")
+    if stored_bytes != info.nbytes or offset < 0 or offset + stored_bytes > file_bytes:
+        raise damage_error(path, f"{name} has the shape {shape}, but {stored_bytes} bytes are stored")
+
+
+def _members(group: Any, path: Path, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    import h5py
+
+    for name in group:
+        if type(group.get(name, getlink=True)) is not h5py.HardLink:
+            raise damage_error(path, f"{prefix}{name} is a soft or external link")
+        member = group[name]
+        if isinstance(member, h5py.Group) and not prefix:
+            yield from _members(member, path, f"{name}/")
+        elif isinstance(member, h5py.Dataset):
+            yield f"{prefix}{name}", member
+        else:
+            raise damage_error(path, f"{prefix}{name} is not an array")
+
+
+def _array_info(name: str, dataset: Any, path: Path) -> ArrayInfo:
+    from h5py import h5d
+
+    creation = dataset.id.get_create_plist()
+    plain = creation.get_layout() == h5d.CONTIGUOUS and not creation.get_nfilters()
+    if not plain or creation.get_external_count() or dataset.shape is None:
+        raise damage_error(path, f"{name} is virtual, external, chunked, filtered or null")
+    size = dataset.id.get_storage_size()
+    offset = dataset.id.get_offset() if size else 0
+    return ArrayInfo(name, dataset.shape, dataset.dtype, -1 if offset is None else offset, size)
+
+
+def _attribute(file: Any, name: str, path: Path) -> int | str:
+    attribute = file.attrs.get_id(name)
+    if attribute.shape != () or attribute.dtype.kind not in "iS":
+        raise damage_error(path, f"the attribute {name} is {attribute.dtype} {attribute.shape}")
+    value = file.attrs[name]
+    return int(value) if attribute.dtype.kind == "i" else bytes(value).decode()
+
+
+def map_again(path: Path, user_block: bytes) -> NDArray[np.uint8]:
     """Map a file that has been checked before; files never change, so an equal user block means the same file.
 
     Raises
@@ -164,14 +267,14 @@ def _open_regular(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
-def _map(stream: IO[bytes], path: Path) -> Bytes:
+def _map(stream: IO[bytes], path: Path) -> NDArray[np.uint8]:
     status = os.fstat(stream.fileno())
     if not stat.S_ISREG(status.st_mode) or status.st_size < USER_BLOCK:
         raise damage_error(path, "it is not a file of at least 512 bytes")
     return np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
-def _check_seal(mapped: Bytes, path: Path) -> tuple[int, int]:
+def _check_seal(mapped: NDArray[np.uint8], path: Path) -> tuple[int, int]:
     """Check user block and header; return offset and size of the data."""
     block = mapped[:USER_BLOCK].tobytes()
     try:
@@ -190,9 +293,11 @@ def _check_seal(mapped: Bytes, path: Path) -> tuple[int, int]:
 def check_version(version: int, path: Path) -> None:
     """Raise CacheMismatch if a newer version of embedpipe wrote the file."""
     if version > FORMAT_VERSION:
-        raise CacheMismatch(
-            f"{path} has format version {version}, this version of embedpipe reads up to {FORMAT_VERSION}",
-            hint="update embedpipe, or choose another --cache-dir",
-            found=version,
-            expected=FORMAT_VERSION,
-        )
+        message = f"{path} has format version {version}, this version of embedpipe reads up to {FORMAT_VERSION}"
+        raise CacheMismatch(message, hint="update embedpipe, or choose another --cache-dir")
+
+
+def damage_error(path: Path, reason: str) -> CacheMismatch:
+    """Return the error for a file whose content is not what embedpipe wrote."""
+    hint = "move the file away and run the same command again: its rows are computed again"
+    return CacheMismatch(f"{path} is damaged or foreign: {reason}", hint=hint, path=str(path))

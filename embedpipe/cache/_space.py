@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embedpipe.cache._eviction import mark_used
 from embedpipe.cache._lock import WriterLock
-from embedpipe.cache._meta import FEATURES, LOCK, SHARDS, Meta, list_shards, read_meta, write_meta
+from embedpipe.cache._meta import FEATURES, LOCK, Meta, list_shards, mark_used, read_meta, write_meta
 from embedpipe.cache._view import MAX_OPEN_FILES, SpaceView
 from embedpipe.cache._writer import SpaceWriter
 from embedpipe.errors import CacheMismatch, StorageError
@@ -60,12 +59,6 @@ class Space:
         return meta.feature_dim if meta else None
 
     @property
-    def dtype(self) -> str | None:
-        """ "float32" or "float16", None before the first writer."""
-        meta = self.meta
-        return meta.dtype if meta else None
-
-    @property
     def environments(self) -> tuple[dict[str, Any], ...]:
         """The records of libraries and device that computed rows, oldest first."""
         meta = self.meta
@@ -87,11 +80,6 @@ class Space:
     def features_path(self) -> Path:
         """The base file; absent before the first merge."""
         return self.folder / FEATURES
-
-    @property
-    def shards_folder(self) -> Path:
-        """The folder of the shards, which hold the rows committed after the last merge."""
-        return self.folder / SHARDS
 
     def shard_paths(self) -> list[Path]:
         """Return the committed shards, oldest first."""
@@ -124,31 +112,28 @@ class Space:
         CacheBusy    another process writes to this space
         """
         with suppress(StorageError):  # no folder yet, or an error that the writer itself will raise
-            WriterLock(self.folder / LOCK).release()
+            WriterLock(self.folder / LOCK).close()
 
     def discard_pending(self) -> None:
-        """Remove the shards that are not merged yet, and the pins of the interrupted extraction that wrote them.
+        """Remove the shards that are not merged yet, and the pins of the unfinished extraction that wrote them.
 
         Raises
         ------
         CacheBusy        another process writes to this space
         CacheMismatch    the file system has no locks, so that another process may be writing
         """
-        lock = WriterLock(self.folder / LOCK)
-        try:
+        with closing(WriterLock(self.folder / LOCK)) as lock:
             if not lock.exclusive:
                 raise CacheMismatch(
                     f"{self.folder.name} has rows of an interrupted extraction that cannot be continued, "
                     "and the file system has no locks, so they cannot be removed safely",
                     hint=f"`embedpipe cache rm {self.folder.name}`, and run the same command again",
                 )
-            with storage_errors(self.shards_folder, "remove unfinished rows from"):
+            with storage_errors(self.folder, "remove unfinished rows from"):
                 for path in self.shard_paths():
                     path.unlink(missing_ok=True)
             if meta := self.meta:
                 write_meta(self.folder, replace(meta, pins=None))
-        finally:
-            lock.release()
 
     def writer(
         self,

@@ -45,7 +45,8 @@ def prove_space(cache: Cache, name: str) -> Iterator[Finding]:
     if space.unsupported:
         yield Finding("unsupported", str(folder), space.unsupported)
         return
-    expected = (space.feature_dim, space.dtype)
+    meta = space.meta
+    assert meta is not None
     for path in (*space.shard_paths(), space.features_path):
         try:
             file = FeatureFile(path, space.fingerprint)
@@ -55,8 +56,9 @@ def prove_space(cache: Cache, name: str) -> Iterator[Finding]:
         except CacheMismatch as exc:
             damage = [exc.message]
         else:
-            if (file.shape[1], file.dtype.name) != expected:
-                damage.append(f"it has {file.shape[1]} x {file.dtype} a row, expected {expected[0]} x {expected[1]}")
+            if (file.shape[1], file.dtype.name) != (meta.feature_dim, meta.dtype):
+                found = f"{file.shape[1]} x {file.dtype} a row"
+                damage.append(f"it has {found}, expected {meta.feature_dim} x {meta.dtype}")
         yield from (Finding(DAMAGE, str(path), detail) for detail in damage)
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from embedpipe.cache._features import KEY_BYTES, TOMBSTONE, FailureRecord, FeatureFile, key_matrix
+from embedpipe.cache._features import KEY_BYTES, TOMBSTONE, Array, Bytes, FailureRecord, FeatureFile, key_matrix
 from embedpipe.cache._meta import FEATURES, list_shards, read_meta
-from embedpipe.cache._structure import Array, Bytes, damage_error
+from embedpipe.cache._sealed import damage_error
 
 CHUNK_BYTES = 32 << 20
 MAX_OPEN_FILES = 64

@@ -16,18 +16,17 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
 
-from embedpipe.cache._features import TOMBSTONE, FailureRecord, key_matrix, write_features
+from embedpipe.cache._features import TOMBSTONE, Array, FailureRecord, key_matrix, write_features
 from embedpipe.cache._lock import WriterLock
 from embedpipe.cache._meta import FEATURES, LOCK, SHARDS, Meta, list_shards, read_meta, write_meta
-from embedpipe.cache._structure import Array, Bytes
 from embedpipe.cache._view import CHUNK_BYTES, SpaceView
 from embedpipe.errors import CacheMismatch, NonFiniteFeatures
 from embedpipe.provenance import fingerprint
@@ -64,7 +63,7 @@ class SpaceWriter:
         self._shard_rows, self._commit_seconds = shard_rows, commit_seconds
         self._rows: list[tuple[Sequence[bytes], Array]] = []
         self._failures: dict[bytes, FailureRecord] = {}
-        self._pending_since = time.monotonic()
+        self._pending_since: float | None = None
 
     def __enter__(self) -> Self:
         make_folder(self._folder)
@@ -74,7 +73,7 @@ class SpaceWriter:
             self._recover()
             self._meta = self._merge_meta(self._meta, read_meta(self._folder, fingerprint(self._meta.spec)))
         except BaseException:
-            self._lock.release()
+            self._lock.close()
             raise
         return self
 
@@ -82,7 +81,7 @@ class SpaceWriter:
         try:
             self.commit()
         finally:
-            self._lock.release()
+            self._lock.close()
 
     @property
     def pins(self) -> dict[str, Any]:
@@ -109,20 +108,18 @@ class SpaceWriter:
         with np.errstate(over="ignore"):
             stored = np.array(features, dtype=f"<{np.dtype(self._meta.dtype).str[1:]}", order="C")
         _check_finite(keys, features, stored)
-        self._start_clock()
         self._rows.append((list(keys), stored))
         self._commit_if_due()
 
     def fail(self, key: bytes, stage: str, reason: str, decoder: str) -> None:
         """Record an image that cannot be decoded, with the version of the decoder; commit if that is due."""
-        self._start_clock()
         self._failures[key] = (stage, reason, decoder)
         self._commit_if_due()
 
     def forget_failures(self, keys: Iterable[bytes]) -> None:
-        """Remove recorded failures, so that these images are tried again."""
-        self._start_clock()
+        """Remove recorded failures, so that these images are tried again; commit if that is due."""
         self._failures.update(dict.fromkeys(keys, TOMBSTONE))
+        self._commit_if_due()
 
     def commit(self) -> None:
         """Write pending rows and failures as one shard."""
@@ -131,8 +128,8 @@ class SpaceWriter:
         keys = key_matrix(chain.from_iterable(keys for keys, _ in self._rows))
         numbers = [int(path.name.partition("-")[0]) for path in list_shards(self._folder)]
         name = f"{max(numbers, default=0) + 1:08d}-{uuid.uuid4().hex}.h5"
-        self._write(self._folder / SHARDS / name, keys, [features for _, features in self._rows], self._failures)
-        self._rows, self._failures = [], {}
+        self._write_file(self._folder / SHARDS / name, keys, [features for _, features in self._rows], self._failures)
+        self._rows, self._failures, self._pending_since = [], {}, None
 
     def finish(self, *, merge_below_bytes: int = MERGED_BELOW_BYTES, chunk_bytes: int = CHUNK_BYTES) -> None:
         """Commit, merge the shards if that is due, and clear the pins.
@@ -147,7 +144,7 @@ class SpaceWriter:
         base = self._folder / FEATURES
         shards = [path for path in view.paths if path != base]
         if self._lock.exclusive and shards and self._merge_is_due(base, merge_below_bytes):
-            self._write(base, view.keys, view.read_chunks(view.keys, chunk_bytes), view.failures)
+            self._write_file(base, view.keys, view.read_chunks(view.keys, chunk_bytes), view.failures)
             with storage_errors(self._folder / SHARDS, "remove merged files from"):
                 for path in shards:
                     path.unlink(missing_ok=True)
@@ -180,13 +177,10 @@ class SpaceWriter:
             write_meta(self._folder, merged)
         return merged
 
-    def _start_clock(self) -> None:
-        if not self._rows and not self._failures:
-            self._pending_since = time.monotonic()
-
     def _commit_if_due(self) -> None:
-        pending = sum(len(keys) for keys, _ in self._rows) + len(self._failures)
-        if pending >= self._shard_rows or time.monotonic() - self._pending_since >= self._commit_seconds:
+        now, pending = time.monotonic(), sum(len(keys) for keys, _ in self._rows) + len(self._failures)
+        self._pending_since = self._pending_since or now
+        if pending >= self._shard_rows or now - self._pending_since >= self._commit_seconds:
             self.commit()
 
     def _merge_is_due(self, base: Path, merge_below_bytes: int) -> bool:
@@ -195,13 +189,9 @@ class SpaceWriter:
             shard_bytes = sum(path.stat().st_size for path in list_shards(self._folder))
         return base_bytes + shard_bytes < merge_below_bytes or shard_bytes > MERGED_SHARE * base_bytes
 
-    def _write(self, path: Path, keys: Bytes, chunks: Iterable[Array], failures: Mapping[bytes, FailureRecord]) -> None:
-        shape, dtype = (len(keys), self._meta.feature_dim), np.dtype(self._meta.dtype)
-
-        def write(stream: IO[bytes]) -> None:
-            write_features(stream, self._meta.spec, keys, chunks, shape=shape, dtype=dtype, failures=failures)
-
-        publish(path, write)
+    def _write_file(self, path: Path, *content: Any) -> None:
+        """Write a feature file atomically; `content` are the last arguments of `write_features`."""
+        publish(path, lambda stream: write_features(stream, self._meta, *content))
 
 
 def _check_finite(keys: Sequence[bytes], features: Array, stored: Array) -> None:

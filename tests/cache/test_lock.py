@@ -89,17 +89,17 @@ def test_without_an_exclusive_lock_writers_only_add(space: Space, monkeypatch: p
         space.writer(**OPTIONS) as one,  # type: ignore[arg-type]
         space.writer(**OPTIONS) as two,  # type: ignore[arg-type]
     ):
-        (space.shards_folder / ".tmp-of-the-other").touch()
+        ((space.folder / "shards") / ".tmp-of-the-other").touch()
         one.append(keys[2:6], X[2:6])
         two.append(keys[4:], X[4:])
         one.finish()
         two.finish()
-    assert (space.shards_folder / ".tmp-of-the-other").exists()
+    assert ((space.folder / "shards") / ".tmp-of-the-other").exists()
     assert (space.pending_shards, space.features_path.read_bytes()) == (2, base)
     assert (space.view().read(keys) == X).all()
     monkeypatch.undo()
     write(space, [], X[:0])
-    assert not list(space.shards_folder.iterdir())
+    assert not list((space.folder / "shards").iterdir())
     assert (space.view().read(keys) == X).all()
 
 

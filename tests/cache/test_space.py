@@ -34,7 +34,7 @@ def test_reads_what_was_written_in_any_order(space: Space) -> None:
 
 
 def test_nothing_is_made_before_the_first_writer(cache: Cache, space: Space) -> None:
-    assert (len(space.view()), space.feature_dim, space.dtype) == (0, None, None)
+    assert (len(space.view()), space.feature_dim, space.meta) == (0, None, None)
     assert space.view().read([]).shape[0] == 0
     assert (cache.spaces(), cache.datasets(), cache.latest()) == ([], [], None)
     assert not cache.root.exists()
@@ -93,7 +93,8 @@ def test_plain_h5py_reads_the_documented_schema(space: Space) -> None:
 def test_float16_is_stored_as_such(space: Space) -> None:
     keys, X = rows(5)
     write(space, keys, X, dtype="float16")
-    assert space.dtype == "float16"
+    assert space.meta is not None
+    assert space.meta.dtype == "float16"
     assert (space.view().read(keys) == X.astype(np.float16)).all()
     with pytest.raises(CacheMismatch, match="8 x float16"):
         write(space, keys, X, dtype="float32")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from embedpipe.cache._features import key_matrix, write_features
 from embedpipe.cache._sealed import USER_BLOCK, seal
 from embedpipe.data import Manifest, Place, Sample, Source
 
-from .conftest import SPEC, rows, write
+from .conftest import rows, write
 
 KEYS, X = rows(300, 1024)
 
@@ -38,10 +39,10 @@ def flip(path: Path, place: int) -> None:
 
 def rewrite(space: Space, keys: list[bytes], features: np.ndarray) -> None:
     """Replace the base by a valid file with these values."""
+    assert space.meta is not None
+    meta = replace(space.meta, feature_dim=features.shape[1])
     with space.features_path.open("wb") as stream:
-        write_features(
-            stream, SPEC, key_matrix(keys), [features], shape=features.shape, dtype=features.dtype, failures={}
-        )
+        write_features(stream, meta, key_matrix(keys), [features], {})
 
 
 def test_an_intact_space_has_no_damage(cache: Cache, filled: Space) -> None:

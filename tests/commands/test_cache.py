@@ -52,9 +52,10 @@ def flip(path: Path, place: int) -> None:
 
 def rewrite(space: Space, features: np.ndarray) -> None:
     """Replace the rows of a space by others, sealed as they should be."""
-    keys = space.view().keys
+    keys, meta = space.view().keys, space.meta
+    assert meta is not None
     with space.features_path.open("wb") as stream:
-        write_features(stream, space.spec, keys, [features], shape=features.shape, dtype=features.dtype, failures={})
+        write_features(stream, meta, keys, [features], {})
 
 
 def stored(space: Space) -> np.ndarray:

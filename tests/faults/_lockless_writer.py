@@ -41,7 +41,7 @@ def write_one(space: Space, root: Path) -> None:
 
     with space.writer(**OPTIONS) as writer:
         commit_each(writer, range(5, 15))
-        publish(space.shards_folder / "one.txt", half)
+        publish(space.folder / "shards/one.txt", half)
         commit_each(writer, range(15, 25))
         writer.finish()
 

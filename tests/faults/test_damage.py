@@ -56,7 +56,7 @@ def facts_of(cache: Cache, space: Space) -> Iterator[Fact]:
     yield "latest", cache.latest
     for name in cache.datasets():
         yield name, lambda name=name: cache.read_dataset(name)
-    yield "environments", lambda: (space.environments, space.interrupted, space.feature_dim, space.dtype)
+    yield "environments", lambda: (space.environments, space.interrupted, space.feature_dim, space.loader, space.meta)
     yield "spaces", lambda: [(one.folder, one.spec) for one in cache.spaces()]
     yield "keys", lambda: space.view().keys.tobytes()
     yield "failures", lambda: space.view().failures

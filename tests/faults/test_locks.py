@@ -49,11 +49,11 @@ def test_two_writers_without_locks_only_add(tmp_path: Path, without_locks: Path,
     finally:
         for process in writers:
             process.kill()
-    assert (space.shards_folder / "one.txt").read_bytes() == b"first half, second half"
+    assert (space.folder / "shards" / "one.txt").read_bytes() == b"first half, second half"
     assert space.features_path.read_bytes() == base
     assert space.pending_shards == 20 + 30
     assert read_all(space) == set(KEYS)
-    (space.shards_folder / ".tmp-of-a-killed-one").touch()
+    (space.folder / "shards" / ".tmp-of-a-killed-one").touch()
     with space.writer(**OPTIONS) as later:
         later.finish()
     assert space.pending_shards == 0
