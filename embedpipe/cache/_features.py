@@ -171,8 +171,10 @@ class FeatureFile:
                 raise damage_error(self.path, f"MiB {block} of its features has changed")
             self._checked[block] = True
 
-    def find_damage(self) -> Iterator[str]:
-        """Read the whole file again, and yield each changed MiB, changed keys, and rows with NaN or infinity."""
+    def find_damage(self, meta: Meta) -> Iterator[str]:
+        """Read the whole file again; yield each changed MiB, changed keys, rows with NaN or infinity, and another width."""
+        if (self.shape[1], self.dtype.name) != (meta.feature_dim, meta.dtype):
+            yield f"it has {self.shape[1]} x {self.dtype} a row, expected {meta.feature_dim} x {meta.dtype}"
         data = map_again(self.path, self._user_block)[self._offset :]
         expected = [block.tobytes() for block in self._blocks]
         changed = [n for n, digest in enumerate(_block_digests(data)) if digest != expected[n]]

@@ -85,16 +85,16 @@ class KeyIndex:
                 self._flush()
         return key
 
-    def recall(self, question: str) -> str | None:
+    def get_text(self, name: str) -> str | None:
         """Return the text stored under a name, None if there is none or SQLite reports an error."""
-        return self._select("SELECT answer FROM answers WHERE question = ?", (question,), str)
+        return self._select("SELECT answer FROM answers WHERE question = ?", (name,), str)
 
-    def remember(self, question: str, answer: str) -> None:
+    def put_text(self, name: str, text: str) -> None:
         """Store a text under a name; an error of SQLite is ignored."""
         if not self._keep:
             return
         with self._lock, suppress(sqlite3.Error), self._database:
-            self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (question, answer))
+            self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (name, text))
 
     def close(self) -> None:
         """Write new keys and close the database."""

@@ -33,11 +33,6 @@ class Space:
     spec: Mapping[str, Any]
 
     @property
-    def name(self) -> str:
-        """The readable prefix of the folder."""
-        return self.folder.name.rpartition("-")[0]
-
-    @property
     def fingerprint(self) -> str:
         """The sha256 of the spec, 64 hex digits."""
         return fingerprint(self.spec)
@@ -148,7 +143,7 @@ class Space:
         """Return the writer, a context manager; see `SpaceWriter`."""
         self._check_supported()
         requested = Meta(
-            name=self.name,
+            name=self.folder.name.rpartition("-")[0],
             spec=dict(self.spec),
             feature_dim=feature_dim,
             dtype=np.dtype(dtype).name,

@@ -49,16 +49,11 @@ def prove_space(cache: Cache, name: str) -> Iterator[Finding]:
     assert meta is not None
     for path in (*space.shard_paths(), space.features_path):
         try:
-            file = FeatureFile(path, space.fingerprint)
-            damage = list(file.find_damage())
+            damage = list(FeatureFile(path, space.fingerprint).find_damage(meta))
         except FileNotFoundError:
             continue  # merged meanwhile, or no base yet
         except CacheMismatch as exc:
             damage = [exc.message]
-        else:
-            if (file.shape[1], file.dtype.name) != (meta.feature_dim, meta.dtype):
-                found = f"{file.shape[1]} x {file.dtype} a row"
-                damage.append(f"it has {found}, expected {meta.feature_dim} x {meta.dtype}")
         yield from (Finding(DAMAGE, str(path), detail) for detail in damage)
 
 

@@ -80,11 +80,11 @@ def _keep(index: KeyIndex, question: str, backbone: Backbone, answer: Mapping[st
     stats = [(str(file), _stat(file)) for file in backbone.files or ()]
     young = any(stat is None or max(stat[1], stat[3]) > time.time_ns() - RACY_S * 1e9 for _, stat in stats)
     if backbone.files is not None and not young:
-        index.remember(question, json.dumps({**answer, "files": stats}))
+        index.put_text(question, json.dumps({**answer, "files": stats}))
 
 
 def _find(index: KeyIndex, question: str) -> dict[str, Any] | None:
-    answer = index.recall(question)
+    answer = index.get_text(question)
     if answer is None:
         return None
     try:

@@ -98,12 +98,12 @@ def test_a_weights_file_that_changes_is_read_again(here: Path, run: Run) -> None
 
 def test_a_lost_or_foreign_answer_costs_time_only(tmp_path: Path) -> None:
     index = KeyIndex(tmp_path / "index.sqlite")
-    assert index.recall("a question") is None
-    index.remember("a question", "an answer")
+    assert index.get_text("a question") is None
+    index.put_text("a question", "an answer")
     index.close()
     again = KeyIndex(tmp_path / "index.sqlite")
-    assert again.recall("a question") == "an answer"
+    assert again.get_text("a question") == "an answer"
     again.close()
     blocked = KeyIndex(Path("/proc/no/index.sqlite"))
-    blocked.remember("a question", "an answer")
+    blocked.put_text("a question", "an answer")
     blocked.close()
