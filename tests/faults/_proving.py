@@ -1,4 +1,4 @@
-"""Rows that prove themselves: the features of a key are its own 32 bytes, so a wrong, mixed or half row shows."""
+"""Self-checking rows: the features of a key are its own 32 bytes, so a wrong, mixed or partial row is detected."""
 
 from __future__ import annotations
 

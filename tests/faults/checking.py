@@ -1,4 +1,4 @@
-"""What a folder must hold after what was said; each check returns the first thing that is wrong, or None."""
+"""Checks of a folder after faults, against what the process reported as safe; each raises at the first error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def problem_of(check: Callable[..., None], *arguments: Any) -> str | None:
 
 
 def check_published(root: Path, said: Said) -> None:
-    """All that was said to be safe is there, and no row is wrong."""
+    """Check that everything reported as safe is there, and that no row is wrong."""
     space, cache = space_of(root), Cache(root / "cache")
     view = space.view()
     for i, key in enumerate(KEYS):
@@ -58,7 +58,7 @@ def check_published(root: Path, said: Said) -> None:
 
 
 def check_resumed(root: Path, whole: bytes) -> None:
-    """The same deed again computes exactly what is missing and ends with the same file."""
+    """Check that the same command again computes exactly what is missing and ends with the same file."""
     space = space_of(root)
     view = space.view()
     missing = sum(key not in view for key in KEYS)
@@ -78,7 +78,7 @@ def check_no_trace(folder: Path) -> None:
 
 
 def check_plain(root: Path, said: Said) -> None:
-    """The rows that were said to be safe are in the plain HDF5 file."""
+    """Check that the rows reported as safe are in the plain HDF5 file."""
     rows = [row for message in said for row in message.get("rows", ())]
     if not rows:
         return

@@ -1,4 +1,4 @@
-"""A count of what was tried, and the processes to be hurt."""
+"""Counts of trials, and the processes that faults are injected into."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.fixture(scope="session")
 def command_line() -> Iterator[Warm]:
     """The real command line, everything imported."""
-    rooms = ("extraction", "pipeline", "features", "backbones", "cache", "images", "cli.extract")
-    with Warm("embedpipe.cli:main", "torch", "timm", "h5py", *(f"embedpipe.{room}" for room in rooms)) as warm:
+    packages = ("commands.extract", "inference", "features", "backbones", "cache", "images", "cli.extract")
+    with Warm("embedpipe.cli:main", "torch", "timm", "h5py", *(f"embedpipe.{name}" for name in packages)) as warm:
         yield warm
 
 

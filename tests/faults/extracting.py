@@ -1,4 +1,4 @@
-"""Real extractions to be hurt: photos, the command line, and what the cache must hold afterwards."""
+"""Real extractions with injected faults: photos, the command line, and checks of the cache afterwards."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Extraction:
         self.whole, self.rows = space.features_path.read_bytes(), rows_of(space)
 
     def start(self, folder: Path, cache: object, *more: object, fresh: bool = False, go: bool = True) -> Trial:
-        """Start the command line, everything imported or as a user does; without `go` it waits to be told."""
+        """Start the command line, everything imported or as a user does; without `go` it waits for `Trial.go`."""
         argv = ["extract", self.photos, *TINY, *SMALL, "--cache-dir", cache, *more]
         environment = {"XDG_CACHE_HOME": str(self.folder / "user-cache")}
         trial = (start_fresh if fresh else self.warm.start)(folder, *argv, **environment)

@@ -1,4 +1,4 @@
-"""Processes to be hurt: forked from one that has everything imported, watched and injected by strace."""
+"""Processes with injected faults: forked from one that has everything imported, traced and injected by strace."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class Call:
     line: str
 
     def inject(self, fault: str) -> tuple[str, str]:
-        """Return strace's options that hurt this call: fault is KILL, or the name of an error."""
+        """Return the options of strace that inject a fault into this call: KILL, or the name of an error."""
         what = "signal=KILL" if fault == "KILL" else f"error={fault}"
         return "-y", f"--inject={self.name}:{what}:when={self.number}"
 

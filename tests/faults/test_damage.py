@@ -1,4 +1,4 @@
-"""Bits flipped and ends cut off, anywhere in any file of a cache: proof finds each, and no reader gives another value."""
+"""Flipped bits and truncation anywhere in any file of a cache: each is detected, and no reader returns a wrong value."""
 
 from __future__ import annotations
 

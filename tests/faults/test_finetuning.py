@@ -103,8 +103,15 @@ class Tuning:
 @pytest.fixture(scope="module")
 def tuning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuning]:
     """Processes with everything imported, forked from one."""
-    rooms = ("extraction", "fitting", "finetuning._tuning", "network", "training", "classifier", "cli.finetune")
-    with Warm("embedpipe.cli:main", "torch", "timm", "h5py", *(f"embedpipe.{room}" for room in rooms)) as warm:
+    packages = (
+        "commands.extract",
+        "commands.fit_head",
+        "commands.finetune._tuning",
+        "training",
+        "classifier",
+        "cli.finetune",
+    )
+    with Warm("embedpipe.cli:main", "torch", "timm", "h5py", *(f"embedpipe.{name}" for name in packages)) as warm:
         yield Tuning(warm, tmp_path_factory.mktemp("tuning"))
 
 

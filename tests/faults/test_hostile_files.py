@@ -268,7 +268,7 @@ def forge_table(path: Path, craft: Callable[[dict[str, Any], dict[str, Any]], No
     ],
 )  # fmt: skip
 def test_a_forged_record_of_a_space_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    """Its seal is made anew, as whoever forges it would."""
+    """Its seal is computed again, as a forger would."""
     space = Cache(tmp_path).open_space(SPEC, name="x")
     with space.writer(feature_dim=8, dtype="float32", environment={}, pins={}) as writer:
         writer.append(KEYS, X)

@@ -43,7 +43,7 @@ def key_of(content: bytes) -> bytes:
 def extract(
     root: Path, *, shard: int, told: Callable[[list[bytes]], object] = id, stop_after: int | None = None
 ) -> int:
-    """Do what the deed does, with a stub for decoder and backbone; tell what is committed; return how many were new."""
+    """Extract with a stub for decoder and backbone; report what is committed; return how many rows were new."""
     cache, index = Cache(root / "cache"), KeyIndex(root / "index.sqlite")
     manifest = read_manifest([root / "data"], key_of=index.key_of)
     index.close()

@@ -16,7 +16,7 @@ from .processes import CALLS, Call, Trial, Warm, calls_below, last_lines, was_hi
 
 pytestmark = pytest.mark.usefixtures("strace")
 FAULTS = ("KILL", "ENOSPC", "EIO")
-# The name of the holder in the lock file is a courtesy, and a lock that cannot be proved forbids only the merge.
+# The name of the holder in the lock file is optional, and without an exclusive lock only merging is forbidden.
 # A close that strace refuses is not executed: the lock stays held, and this process finds itself busy (75).
 COURTESY = ("ftruncate", "pwrite64", "flock", "close")
 
