@@ -1,22 +1,19 @@
 """Backbones: any classification model of timm and torchvision, or a user's own, as a frozen
 function from images to features.
 
-Upper floors enter here, and only inside functions: the room imports torch. timm lives behind `_timm`, torchvision's
-models behind `_torchvision`; the rest of the room does not know which of them it handles.
+Importing this package imports torch, so other packages import it inside functions. Only `_timm` uses timm, and only
+`_torchvision` uses torchvision's models.
 
 >>> backbone = load_backbone("timm:resnet18", weights="none")
 >>> backbone.module(backbone.transform(image)[None]).shape
 torch.Size([1, 512])
 """
 
-from embedpipe.backbones._assembling import at_layer
-from embedpipe.backbones._backbone import Backbone, Layer, refresh
-from embedpipe.backbones._cut import Cut, cut_before, trunk_of
-from embedpipe.backbones._headless import Headless
-from embedpipe.backbones._joint import Joint, join
-from embedpipe.backbones._libraries import list_models
-from embedpipe.backbones._loading import describe_layers, load_backbone
-from embedpipe.backbones._saving import load_model, open_whole, save_model
+from embedpipe.backbones._backbone import Backbone, Joint, Layer, at_layer, cut_before, join, refresh, trunk_of
+from embedpipe.backbones._cut import Cut
+from embedpipe.backbones._extractor import Headless
+from embedpipe.backbones._loading import describe_layers, list_models, load_backbone, load_model
+from embedpipe.backbones._saving import open_whole, save_model
 from embedpipe.backbones._unfreezing import frozen_modules, unfreeze_parameters
 
 __all__ = [

@@ -1,4 +1,15 @@
-"""The nouns of the room: `Backbone`, `Layer`, and the stages of a model in the order in which they run.
+"""`Backbone`: a frozen model without its classifier, and everything that shapes its features.
+
+`make_backbone` turns a library's model into one:
+
+1. A pass on the meta device records which modules run, on which shapes (`_trace`).
+2. Each classifier is replaced by a module that passes its input on.
+3. `choose_hooks` finds the features: the input of the classifier, or the output of a layer (`_extractor`). Several
+   classifiers: their inputs, concatenated; a convolutional one: its pooled input; none: the output of the model.
+4. The spec records all that shapes a feature, with a digest of the weights.
+
+`join` groups backbones that share their model and their normalisation. Each group becomes one `Joint` module, which runs
+the model once and returns the feature of every layer that the group needs.
 
 >>> [layer.name for layer in backbone.layers]
 ['conv1', 'layer1', 'layer2', 'layer3', 'layer4']
@@ -6,21 +17,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from embedpipe.backbones._cut import Cut, cut
-from embedpipe.backbones._headless import Headless
-from embedpipe.backbones._trace import Trace
+from embedpipe.backbones._cut import Cut, cut_at, cut_latest
+from embedpipe.backbones._extractor import FeatureHook, Headless, PassThrough, Pooling, choose_hooks, is_same
+from embedpipe.backbones._trace import FORWARD_ERRORS, Trace, trace_model
+from embedpipe.errors import UsageError
+from embedpipe.images import MAX_PIXELS, Transform
 from embedpipe.provenance import digest_arrays
 
-STAGES_WANTED = 4
+SCHEMA = 1
+MIN_STAGES = 4
+Images = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,37 +50,34 @@ class Layer:
 
 @dataclass(frozen=True, eq=False)
 class Backbone:
-    """A frozen model without its classifier, and everything that shapes a feature of it.
+    """A frozen model without its classifier, and everything that shapes its features.
 
     Parameters
     ----------
     name : str              "timm:resnet18"
     module : Headless       images float32 (N, 3, H, W) -> features (N, D); eval mode, no gradients
-    transform : callable    RGB image -> float32 (3, H, W); an `images.Transform` unless the user
-        brought another
+    transform : callable    RGB image -> float32 (3, H, W); an `images.Transform` unless the user passes another
     feature_dim : int       D
-    spec : dict             JSON-able: all that shapes a feature but precision and stored dtype
-    origin : str            where the weights came from; recorded, never hashed
-    trace : Trace           what runs when in the model
-    heads : tuple of str    where the classifiers stood
-    build : dict            arguments of the library's builder that made this model
-    files : tuple of Path   the files that its weights were read from; None where that is not known
+    spec : dict             JSON-serialisable: all that shapes a feature except precision and stored dtype
+    origin : str            where the weights come from; recorded but not hashed
+    trace : Trace           the modules of the model in the order in which they run
+    heads : tuple of str    names of the classifiers that were replaced
+    files : tuple of Path   the files that the weights were read from; None if not known
     """
 
     name: str
     module: Headless
-    transform: Callable[[Any], torch.Tensor]
+    transform: Images
     feature_dim: int
     spec: dict[str, Any]
     origin: str
     trace: Trace = field(repr=False)
     heads: tuple[str, ...] = ()
-    build: dict[str, Any] = field(default_factory=dict)
     files: tuple[Path, ...] | None = None
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(H, W) that the model was checked with."""
+        """(H, W) of the images that the model was traced with."""
         return self.trace.image_size
 
     @cached_property
@@ -73,47 +86,257 @@ class Backbone:
         return find_stages(self.module.model, self.trace)
 
     def cut(self, layer: str) -> Cut:
-        """Return the part before a layer and the part from it on; see `_cut.cut`."""
-        return cut(self, layer)
+        """Return the part before a layer (a stage or any module) and the part from it on.
+
+        Raises
+        ------
+        UsageError    no such layer, or the model cannot be cut there
+        """
+        return cut_at(self.module, self.trace, layer, name=self.name)
+
+
+def make_backbone(
+    model: nn.Module,
+    *,
+    name: str,
+    heads: Sequence[str],
+    layer: str | None,
+    pool: str,
+    transform: Images,
+    image_size: tuple[int, int],
+    origin: str,
+    build: dict[str, Any],
+    files: tuple[Path, ...] | None = None,
+) -> Backbone:
+    """Remove the classifiers (`heads`) from a model and return its backbone.
+
+    Raises
+    ------
+    UsageError    unknown layer or pool; an image size that the model refuses
+    """
+    model.eval().requires_grad_(False)
+    trace, heads = remove_classifiers(model, heads, image_size, name)
+    source, _, architecture = name.partition(":")
+    spec = {
+        "schema": SCHEMA,
+        "source": source,
+        "architecture": architecture.partition(".")[0] if source == "timm" else architecture,
+        "build": build,
+        "weights": digest_weights(model),
+        "layer": None,
+        "pool": None,
+        "transform": describe_transform(transform),
+    }
+    backbone = Backbone(name, Headless(model), transform, 0, spec, origin, trace, heads, files)
+    return at_layer(backbone, layer, pool=pool)
+
+
+def at_layer(backbone: Backbone, layer: str | None, *, pool: str = "auto") -> Backbone:
+    """Return the backbone of another layer of the same model; None for the penultimate features.
+
+    The two share their weights, and one pass if they are joined.
+
+    Raises
+    ------
+    UsageError    unknown layer or pool
+    """
+    model, trace = backbone.module.model, backbone.trace
+    hooks = choose_hooks(model, trace, heads=backbone.heads, layer=layer, pool=pool, name=backbone.name)
+    outputs = [(hook.pooling, trace.modules[hook.name].output) for hook in hooks]
+    vectors = [pooling(output) for pooling, output in outputs if output is not None] or [trace.output.flatten(1)]
+    kinds = "+".join(hook.pooling.kind for hook in hooks) or "none"
+    return replace(
+        backbone,
+        module=Headless(model, hooks).eval(),
+        feature_dim=sum(vector.shape[1] for vector in vectors),
+        spec={**backbone.spec, "layer": layer or "penultimate", "pool": kinds},
+    )
+
+
+def trunk_of(backbone: Backbone, cut: Cut) -> Backbone:
+    """Return the trunk of a cut as a backbone: its feature is the activation, flattened, and its spec names the cut."""
+    return replace(
+        backbone,
+        module=Headless(backbone.module.model, [FeatureHook(cut.layer, Pooling("none", "map"), at_input=True)]).eval(),
+        feature_dim=math.prod(cut.shape),
+        spec={**backbone.spec, "layer": f"into {cut.layer}", "pool": "none", "cut": cut.layer},
+    )
+
+
+def cut_before(backbone: Backbone, unfrozen: Sequence[str]) -> Cut | None:
+    """Return the latest cut that has all unfrozen parameters in its tail; None if `unfrozen` is empty.
+
+    Parameters
+    ----------
+    unfrozen : sequence of str    as `unfreeze_parameters` returns them
+
+    Raises
+    ------
+    UsageError    no such cut; the message says what prevents the latest one
+    """
+    return cut_latest(backbone.module, backbone.trace, unfrozen, name=backbone.name) if unfrozen else None
+
+
+class Joint(nn.Module):
+    """Images to the features of all backbones that share a model and a normalisation, in one pass.
+
+    Takes uint8 (N, H, W, 3) if the transform is an `images.Transform`, which then normalises here, on the device of
+    the images; otherwise float32 (N, 3, H, W).
+
+    Attributes
+    ----------
+    groups : tuple    the hooks of each feature that a pass returns
+    """
+
+    def __init__(self, backbones: Sequence[Backbone]) -> None:
+        super().__init__()
+        self.first = backbones[0]
+        self.groups = tuple(dict.fromkeys(backbone.module.taps for backbone in backbones))
+        single = len(self.groups) == 1
+        self.headless = self.first.module if single else Headless(self.first.module.model, *self.groups).eval()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(self.first.transform, Transform):
+            images = self.first.transform.normalise(images)
+        return self.features(images)
+
+    def features(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Return the features of normalised images, float32 (N, 3, H, W)."""
+        features = self.headless(images)
+        return features if isinstance(features, tuple) else (features,)
+
+    def output_of(self, backbone: Backbone) -> int:
+        """Return the index of a backbone's feature among those that a pass returns."""
+        return self.groups.index(backbone.module.taps)
+
+    def example(self, size: int) -> Tensor:
+        """Return a batch of `size` black images, as `forward` takes them."""
+        height, width = self.first.image_size
+        if isinstance(self.first.transform, Transform):
+            return torch.zeros((size, height, width, 3), dtype=torch.uint8)
+        return torch.zeros((size, 3, height, width))
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """All that shapes what `forward` computes, JSON-serialisable."""
+        transform = self.first.transform
+        return {
+            **{name: self.first.spec[name] for name in ("schema", "source", "architecture", "build", "weights")},
+            "groups": repr(self.groups),
+            "colours": repr(transform.colours) if isinstance(transform, Transform) else None,
+        }
+
+
+def join(backbones: Sequence[Backbone]) -> tuple[list[Joint], list[int]]:
+    """Group backbones by model and normalisation.
+
+    Returns
+    -------
+    joints : one `Joint` per group
+    indices : for each backbone the index of its joint
+    """
+    groups: dict[tuple[int, object], list[Backbone]] = {}
+    keys = []
+    for backbone in backbones:
+        transform = backbone.transform
+        shared = transform.colours if isinstance(transform, Transform) else id(transform)
+        keys.append((id(backbone.module.model), shared))
+        groups.setdefault(keys[-1], []).append(backbone)
+    numbers = {key: number for number, key in enumerate(groups)}
+    return [Joint(group) for group in groups.values()], [numbers[key] for key in keys]
 
 
 def refresh(backbone: Backbone, origin: str) -> Backbone:
-    """Return the backbone with its present weights in the spec, frozen again: what fine-tuning ends with."""
+    """Return the backbone after training: frozen, in eval mode, with the digest of its present weights in the spec."""
     backbone.module.eval().requires_grad_(False)
-    spec = {**backbone.spec, "weights": digest_weights(backbone.module.model)}
-    return replace(backbone, spec=spec, origin=origin)
+    return replace(backbone, spec={**backbone.spec, "weights": digest_weights(backbone.module.model)}, origin=origin)
 
 
 def digest_weights(model: nn.Module) -> str:
-    """Return the digest of all parameters and buffers that the library stores; the classifier is gone by now."""
+    """Return the digest of all parameters and buffers in the state dict."""
     return digest_arrays({name: value for name, value in model.state_dict().items() if hasattr(value, "detach")})
 
 
-def find_stages(model: nn.Module, record: Trace) -> tuple[Layer, ...]:
-    """Cut a model into stages: its largest composite module is opened until four of them stand side by side.
+def describe_transform(transform: Images) -> Any:
+    """Return the description of a transform in the spec."""
+    if hasattr(transform, "to_dict"):
+        return transform.to_dict()
+    text = repr(transform)
+    if " at 0x" in text:
+        raise UsageError(
+            f"the transform does not describe itself: {text}",
+            hint="give it a to_dict() that names all that shapes a pixel, or use images.Transform",
+        )
+    return text
+
+
+def remove_classifiers(
+    model: nn.Module, names: Sequence[str], image_size: tuple[int, int], name: str
+) -> tuple[Trace, tuple[str, ...]]:
+    """Replace each classifier by a module that passes its input on, in the model and in its trace.
+
+    Returns
+    -------
+    trace : Trace
+    heads : tuple of str    those of `names` that the model has and that are not `nn.Identity`
+    """
+    modules = dict(model.named_modules())
+    heads = tuple(n for n in names if not isinstance(modules.get(n, nn.Identity()), nn.Identity))
+    trace = _trace_or_raise(model, image_size, name)
+    for head in heads:
+        model.set_submodule(head, PassThrough())
+        record = trace.modules.get(head)
+        if record is None or record.input is None or record.output is None:
+            continue
+        if len(heads) == 1 and is_same(trace.output, record.output):
+            trace = replace(trace, output=record.input.flatten(1))
+        record.output = record.input
+    return trace, heads
+
+
+def _trace_or_raise(model: nn.Module, image_size: tuple[int, int], name: str) -> Trace:
+    """Return the model's trace, or raise a UsageError if it refuses images of this size."""
+    height, width = image_size
+    if height * width > MAX_PIXELS:
+        raise UsageError(
+            f"images of {height} x {width}, expected at most {MAX_PIXELS} pixels", hint="give a smaller --image-size"
+        )
+    try:
+        return trace_model(model, image_size)
+    except FORWARD_ERRORS as exc:
+        reason = str(exc).partition("\n")[0]
+        raise UsageError(
+            f"{name} refuses images of {height} x {width}: {reason}",
+            hint="use the model's own --image-size",
+            image_size=image_size,
+        ) from exc
+
+
+def find_stages(model: nn.Module, trace: Trace) -> tuple[Layer, ...]:
+    """Divide a model into stages: open its largest composite module until it has at least four stages.
 
     Modules without a weight matrix or kernel (norms, activations, pools) belong to the stage before them.
     """
     modules = dict(model.named_modules())
-    names = _children(modules, record, "")
-    while parts := {name: inside for name in names if (inside := _children(modules, record, name))}:
-        silent = [name for name in parts if name not in record.visits]  # a ModuleList has no output
-        if len(parts) >= STAGES_WANTED and not silent:
+    names = _children(modules, trace, "")
+    while parts := {name: inside for name in names if (inside := _children(modules, trace, name))}:
+        silent = [name for name in parts if name not in trace.modules]  # a ModuleList has no output
+        if len(parts) >= MIN_STAGES and not silent:
             break
         largest = max(silent or parts, key=lambda name: _count(modules[name]))
         names = [n for name in names for n in (parts[name] if name == largest else [name])]
-    ordered = sorted((name for name in names if name in record.visits), key=record.start_of)
-    return tuple(Layer(n, _count(modules[n]), record.visits[n].shape[1:]) for n in ordered)
+    ordered = sorted((name for name in names if name in trace.modules), key=trace.start_of)
+    return tuple(Layer(n, _count(modules[n]), trace.modules[n].shape[1:]) for n in ordered)
 
 
-def _children(modules: dict[str, nn.Module], record: Trace, prefix: str) -> list[str]:
+def _children(modules: dict[str, nn.Module], trace: Trace, prefix: str) -> list[str]:
     """Return the child modules that run and hold a weight matrix or kernel."""
     names = [f"{prefix}.{name}".lstrip(".") for name, _ in modules[prefix].named_children()]
-    return [n for n in names if n in modules and record.start_below(n) is not None and _has_kernel(modules[n])]
-
-
-def _has_kernel(module: nn.Module) -> bool:
-    return any(parameter.ndim > 1 for parameter in module.parameters())
+    return [
+        n
+        for n in names
+        if n in modules and trace.start_below(n) is not None and any(p.ndim > 1 for p in modules[n].parameters())
+    ]
 
 
 def _count(module: nn.Module) -> int:

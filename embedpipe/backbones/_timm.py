@@ -1,4 +1,4 @@
-"""The door to timm's models. `_torchvision` has the same verbs.
+"""timm's models. `_torchvision` has the same functions.
 
 >>> build("resnet18", options={}, pretrained=False)
 """
@@ -23,8 +23,6 @@ from torch import nn
 from embedpipe.errors import WeightsUnavailable
 from embedpipe.images import Transform
 
-AUXILIARY: tuple[str, ...] = ()
-
 
 def names() -> list[str]:
     """Return the architectures, without pretrained tags."""
@@ -32,20 +30,15 @@ def names() -> list[str]:
 
 
 def knows(architecture: str) -> bool:
-    """Tell whether timm has this architecture, with or without a pretrained tag (`resnet18.a1_in1k`)."""
+    """Return True if timm has this architecture, with or without a pretrained tag (`resnet18.a1_in1k`)."""
     try:
         return bool(timm.is_model(architecture)) and bool(timm.get_pretrained_cfg(architecture))
     except RuntimeError:  # an unknown tag
         return False
 
 
-def bare_name(architecture: str) -> str:
-    """Return the architecture without its pretrained tag: the weights' digest says the rest."""
-    return architecture.partition(".")[0]
-
-
 def options_for(architecture: str, image_size: int | None) -> dict[str, Any]:
-    """Return the builder's arguments: models of one fixed input size are built for the size that is wanted."""
+    """Return the arguments of the builder: models with a fixed input size are built for the requested size."""
     fixed = timm.get_pretrained_cfg(architecture).fixed_input_size
     return {"img_size": image_size} if image_size and fixed else {}
 
@@ -55,8 +48,8 @@ def build(architecture: str, *, options: dict[str, Any], pretrained: bool) -> nn
 
     Raises
     ------
-    WeightsUnavailable    pretrained, and timm publishes none
-    OSError               pretrained, and the hub cannot be reached
+    WeightsUnavailable    `pretrained`, and timm publishes no weights
+    OSError               `pretrained`, and the hub cannot be reached
     """
     if not pretrained:
         return _create(architecture, options)
@@ -64,41 +57,34 @@ def build(architecture: str, *, options: dict[str, Any], pretrained: bool) -> nn
         raise WeightsUnavailable(
             f"timm publishes no pretrained weights for {architecture}", hint="use --weights FILE or --weights none"
         )
-    with _quick_when_offline():
+    with _fail_fast_offline():
         return _create(architecture, {"pretrained": True, **options})
 
 
-def origin_of(architecture: str) -> str:
-    """Name the hub entry that pretrained weights come from."""
+def origin_of(architecture: str) -> tuple[str, tuple[Path, ...] | None]:
+    """Return the hub entry of the pretrained weights, and their file in the hub's cache; None if it is not there."""
     cfg = timm.get_pretrained_cfg(architecture)
-    return f"hub: {cfg.hf_hub_id or cfg.url}"
-
-
-def files_of(architecture: str) -> tuple[Path, ...] | None:
-    """Return the file in the hub's cache that pretrained weights were read from; None where it is not found."""
-    cfg = timm.get_pretrained_cfg(architecture)
-    if not cfg.hf_hub_id:
-        return None
-    repository, _, revision = cfg.hf_hub_id.partition("@")
+    origin = f"hub: {cfg.hf_hub_id or cfg.url}"
+    repository, _, revision = (cfg.hf_hub_id or "").partition("@")
     for name in (cfg.hf_hub_filename, "model.safetensors", "pytorch_model.bin"):
-        found = try_to_load_from_cache(repository, name, revision=revision or None) if name else None
-        if isinstance(found, str):
-            return (Path(found),)
-    return None
+        path = try_to_load_from_cache(repository, name, revision=revision or None) if repository and name else None
+        if isinstance(path, str):
+            return origin, (Path(path),)
+    return origin, None
 
 
 def classifiers_of(architecture: str, model: nn.Module) -> tuple[str, ...]:
-    """Return the classifiers that the default configuration names, in its order."""
+    """Return the classifiers in the order in which the default configuration names them."""
     named = timm.get_pretrained_cfg(architecture).classifier or ()
     return (named,) if isinstance(named, str) else tuple(named)
 
 
 def transform_for(
-    architecture: str, *, image_size: int | None, crop_pct: float | None, interpolation: str | None
+    architecture: str, image_size: int | None, crop_pct: float | None, interpolation: str | None
 ) -> Transform:
-    """Return what timm's own evaluation transform does, from the default configuration."""
-    asked = {"img_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
-    data = resolve_data_config(asked, pretrained_cfg=timm.get_pretrained_cfg(architecture).to_dict())
+    """Return timm's evaluation transform, from the default configuration."""
+    overrides = {"img_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
+    data = resolve_data_config(overrides, pretrained_cfg=timm.get_pretrained_cfg(architecture).to_dict())
     height, width = data["input_size"][1:]
     resized = (math.floor(height / data["crop_pct"]), math.floor(width / data["crop_pct"]))
     mode = data["crop_mode"] if data["crop_mode"] in ("squash", "border") else "short"
@@ -113,13 +99,13 @@ def transform_for(
 
 
 def config_for(architecture: str, *, n_classes: int, transform: Any) -> dict[str, Any]:
-    """Return what `timm.create_model("local-dir:FOLDER")` reads in `config.json` beside what is said of any model."""
+    """Return the entries of `config.json` that only `timm.create_model("local-dir:FOLDER")` reads."""
     cfg = timm.get_pretrained_cfg(architecture).to_dict(remove_source=True, remove_null=True)
     return {"pretrained_cfg": cfg | {"num_classes": n_classes, "tag": "embedpipe"} | _data_config(transform)}
 
 
 def open_folder(folder: Path) -> nn.Module:
-    """Return the whole model in a folder, its classifier included, as timm's users open it."""
+    """Return the model in a folder, with its classifier, as users of timm open it."""
     return _create(f"local-dir:{folder}", {"pretrained": True}).eval()
 
 
@@ -147,8 +133,8 @@ def _create(architecture: str, arguments: dict[str, Any]) -> nn.Module:
 
 
 @contextmanager
-def _quick_when_offline() -> Iterator[None]:
-    """Spare the hub client's 50 s of retries where its host does not answer; what is stored is still found."""
+def _fail_fast_offline() -> Iterator[None]:
+    """Set the hub client to offline mode if its host does not answer, which avoids 50 s of retries; its cache still works."""
     before = hub.HF_HUB_OFFLINE
     hub.HF_HUB_OFFLINE = before or not _answers(hub.ENDPOINT)
     try:
@@ -158,7 +144,7 @@ def _quick_when_offline() -> Iterator[None]:
 
 
 def _answers(endpoint: str, timeout_s: float = 5.0) -> bool:
-    """Tell whether the endpoint, or the proxy in front of it, accepts a connection."""
+    """Return True if the endpoint, or the proxy in front of it, accepts a connection."""
     url = urllib.parse.urlsplit(endpoint)
     proxy = urllib.request.getproxies().get(url.scheme)
     if proxy and not urllib.request.proxy_bypass(url.hostname or ""):

@@ -1,4 +1,4 @@
-"""The door to torchvision's classification models. `_timm` has the same verbs.
+"""torchvision's classification models. `_timm` has the same functions.
 
 >>> build("resnet18", options={}, pretrained=False)
 """
@@ -17,8 +17,7 @@ from torchvision import models
 
 from embedpipe.images import Transform
 
-AUXILIARY: tuple[str, ...] = ("aux1", "aux2", "AuxLogits")  # training-time classifiers, never built here
-
+AUXILIARY = ("aux1", "aux2", "AuxLogits")  # training-time classifiers: in published weights, but not built here
 INCEPTION = {"aux_logits": False, "transform_input": True, "init_weights": True}
 OPTIONS = {"googlenet": INCEPTION, "inception_v3": INCEPTION}
 
@@ -29,17 +28,12 @@ def names() -> list[str]:
 
 
 def knows(architecture: str) -> bool:
-    """Tell whether torchvision has this classification model."""
+    """Return True if torchvision has this classification model."""
     return architecture in names()
 
 
-def bare_name(architecture: str) -> str:
-    """Return the name itself: torchvision has no tags."""
-    return architecture
-
-
 def options_for(architecture: str, image_size: int | None) -> dict[str, Any]:
-    """Return the builder's arguments: what torchvision itself uses with its default weights."""
+    """Return the arguments of the builder: those that torchvision uses with its default weights."""
     if not architecture.startswith("vit_"):
         return dict(OPTIONS.get(architecture, {}))
     return {"image_size": models.get_model_weights(architecture).DEFAULT.meta["min_size"][0]}
@@ -50,36 +44,35 @@ def build(architecture: str, *, options: dict[str, Any], pretrained: bool) -> nn
 
     Raises
     ------
-    OSError    pretrained, and the server cannot be reached
+    OSError    `pretrained`, and the server cannot be reached
     """
-    state = _download(architecture) if pretrained else None
+    state = None
+    if pretrained:
+        with redirect_stdout(sys.stderr):  # torch announces the download on stdout
+            state = models.get_model_weights(architecture).DEFAULT.get_state_dict(progress=False, check_hash=True)
     model: nn.Module = models.get_model(architecture, weights=None, **options)
     if state is not None:
         model.load_state_dict({k: v for k, v in state.items() if not k.startswith(AUXILIARY)})
     return model
 
 
-def origin_of(architecture: str) -> str:
-    """Name the file that pretrained weights come from."""
-    return f"hub: {models.get_model_weights(architecture).DEFAULT.url}"
-
-
-def files_of(architecture: str) -> tuple[Path, ...] | None:
-    """Return the downloaded file that pretrained weights were read from; None where it is not found."""
-    file = Path(hub.get_dir(), "checkpoints", PurePath(models.get_model_weights(architecture).DEFAULT.url).name)
-    return (file,) if file.is_file() else None
+def origin_of(architecture: str) -> tuple[str, tuple[Path, ...] | None]:
+    """Return the URL of the pretrained weights, and the downloaded file; None if it is not there."""
+    url = models.get_model_weights(architecture).DEFAULT.url
+    file = Path(hub.get_dir(), "checkpoints", PurePath(url).name)
+    return f"hub: {url}", (file,) if file.is_file() else None
 
 
 def classifiers_of(architecture: str, model: nn.Module) -> tuple[str, ...]:
-    """Return the last linear layer, or the convolution that stands for it."""
+    """Return the last linear layer or convolution, and the auxiliary classifiers."""
     weighted = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    return (weighted[-1],)
+    return (weighted[-1], *AUXILIARY)
 
 
 def transform_for(
-    architecture: str, *, image_size: int | None, crop_pct: float | None, interpolation: str | None
+    architecture: str, image_size: int | None, crop_pct: float | None, interpolation: str | None
 ) -> Transform:
-    """Return the transform of the default weights; `image_size` keeps their ratio of crop to resize."""
+    """Return the transform of the default weights; another `image_size` keeps their ratio of crop to resize."""
     preset = models.get_model_weights(architecture).DEFAULT.transforms()
     default = preset.crop_size[0]
     crop = image_size or default
@@ -95,22 +88,14 @@ def transform_for(
 
 
 def config_for(architecture: str, *, n_classes: int, transform: Any) -> dict[str, Any]:
-    """Return nothing: `models.get_model(architecture, **model_args)` takes what is said of any model."""
+    """Return no further entries of `config.json`: `get_model(architecture, **model_args)` needs none."""
     return {}
 
 
 def open_folder(folder: Path) -> nn.Module:
-    """Return the whole model in a folder, its classifier included, as torchvision's users open it."""
+    """Return the model in a folder, with its classifier, as users of torchvision open it."""
     config = json.loads((folder / "config.json").read_text())
-    model: nn.Module = models.get_model(
-        config["architecture"], num_classes=config["num_classes"], **config["model_args"]
-    )
+    options = {"num_classes": config["num_classes"], **config["model_args"]}
+    model = build(config["architecture"], options=options, pretrained=False)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()
-
-
-def _download(architecture: str) -> dict[str, Any]:
-    entry = models.get_model_weights(architecture).DEFAULT
-    with redirect_stdout(sys.stderr):  # torch announces the download on stdout
-        state: dict[str, Any] = entry.get_state_dict(progress=False, check_hash=True)
-    return state

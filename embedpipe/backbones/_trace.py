@@ -1,25 +1,37 @@
-"""What runs when in a model, found by one forward pass on the meta device: no weights are read, nothing is computed.
+"""One forward pass of a model on the meta device: which modules run, in which order, on which shapes.
 
->>> trace(model, (224, 224)).visits["layer4"].shape
+The pass reads no weights and computes no numbers. Every parameter and buffer is replaced by a tensor on PyTorch's meta
+device, which has a shape and a dtype but no data, and hooks on all modules record each call.
+
+>>> trace_model(model, (224, 224)).modules["layer4"].shape
 (2, 512, 7, 7)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from embedpipe.provenance import nearest
+
 BATCH = 2
+FORWARD_ERRORS = (RuntimeError, AssertionError, ValueError, TypeError, IndexError)  # what models raise on bad shapes
 
 
-class Weightless(TorchFunctionMode):
-    """Build models inside without memory for their weights: blank tensors go to the meta device."""
+class MetaWeights(TorchFunctionMode):
+    """Build models inside this context without memory for their weights: new tensors go to the meta device.
+
+    `torch.device("meta")` would also move the small tensors whose values some constructors read.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -28,13 +40,24 @@ class Weightless(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@dataclass(eq=False)
+class Call:
+    """One call of a module. `start` and `end` count events; `end` is infinite if the pass ended inside the call."""
+
+    name: str
+    start: int
+    inputs: tuple[Any, ...]
+    end: float = math.inf
+    output: Any = None
+
+
 @dataclass
-class Visit:
-    """One module in a forward pass: its start, how often it ran, what it took and gave last."""
+class ModuleRecord:
+    """One module in a forward pass: its rank by first call, the number of calls, its last input and output."""
 
     first: int
     count: int = 0
-    entered: Tensor | None = None
+    input: Tensor | None = None
     output: Tensor | None = None
 
     @property
@@ -44,36 +67,41 @@ class Visit:
 
 @dataclass(frozen=True)
 class Trace:
-    """A forward pass: the modules that ran, by name in order of their start, and the output."""
+    """A forward pass: a record of each module that ran, by name and in order of first calls, and the output."""
 
-    visits: Mapping[str, Visit]
+    modules: Mapping[str, ModuleRecord]
     output: Tensor
     image_size: tuple[int, int]
 
     def start_of(self, name: str) -> int:
-        """Return when a module started; one never called counts with the caller that holds it."""
-        while name not in self.visits:
+        """Return the rank of a module's first call; for a module that was never called, of the module that holds it."""
+        while name not in self.modules:
             name = owner_of(name)
-        return self.visits[name].first
+        return self.modules[name].first
 
     def start_below(self, prefix: str) -> int | None:
-        """Return when the first module at or below a dotted prefix started, None when none ran."""
-        starts = [v.first for n, v in self.visits.items() if is_below(n, prefix)]
-        return min(starts, default=None)
+        """Return the rank of the first call at or below a dotted prefix, None if nothing there ran."""
+        return min((m.first for n, m in self.modules.items() if is_below(n, prefix)), default=None)
 
 
 def is_below(name: str, prefix: str) -> bool:
-    """Tell whether a dotted name is `prefix` or lies under it; all lie under the empty one."""
+    """Return True if a dotted name is `prefix` or lies below it; every name lies below the empty prefix."""
     return not prefix or name == prefix or name.startswith(f"{prefix}.")
 
 
 def owner_of(name: str) -> str:
-    """Return the module that holds a parameter or a module."""
+    """Return the name of the module that holds a parameter or a module."""
     return name.rpartition(".")[0]
 
 
+def layer_hint(name: str, known: Iterable[str]) -> str:
+    """Return the hint of an error about an unknown layer: the closest known names."""
+    close = " or ".join(map(repr, nearest(name, known)))
+    return f"did you mean {close}?" if close else "see `embedpipe layers`"
+
+
 def first_tensor(output: Any) -> Tensor | None:
-    """Return the first tensor in what a module returned (a tuple, a dict, ...)."""
+    """Return the first tensor in nested tuples, lists and mappings."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping):
@@ -83,52 +111,59 @@ def first_tensor(output: Any) -> Tensor | None:
     return next((tensor for part in output if (tensor := first_tensor(part)) is not None), None)
 
 
-@torch.no_grad()
-def trace(model: nn.Module, image_size: tuple[int, int]) -> Trace:
+def trace_model(model: nn.Module, image_size: tuple[int, int]) -> Trace:
     """Run `model` on the meta device with two images of `image_size` (H, W).
 
     Raises
     ------
-    whatever the model raises for images of this size
+    TypeError    the model returns no tensor
+    Exception    whatever the model raises for images of this size
     """
-    visits: dict[str, Visit] = {}
-    names = {module: name for name, module in model.named_modules()}
-
-    def enter(module: nn.Module, inputs: Any) -> None:
-        visits.setdefault(names[module], Visit(len(visits))).entered = first_tensor(inputs)
-
-    def leave(module: nn.Module, _: Any, output: Any) -> None:
-        visit = visits[names[module]]
-        visit.count, visit.output = visit.count + 1, first_tensor(output)
-
-    handles = [module.register_forward_pre_hook(enter) for module in names]
-    handles += [module.register_forward_hook(leave) for module in names]
-    try:
-        with _on_meta(model):
-            model(torch.empty(BATCH, 3, *image_size, device="meta"))
-    finally:
-        for handle in handles:
-            handle.remove()
-    output = visits[""].output
+    modules: dict[str, ModuleRecord] = {}
+    for call in record_calls(model, torch.empty(BATCH, 3, *image_size, device="meta")):
+        record = modules.setdefault(call.name, ModuleRecord(len(modules)))
+        record.count += 1
+        record.input, record.output = first_tensor(call.inputs), first_tensor(call.output)
+    output = modules[""].output
     if output is None:
         raise TypeError(f"{type(model).__name__} returns no tensor")
-    return Trace(visits, output, image_size)
+    return Trace(modules, output, image_size)
 
 
-@contextmanager
-def _on_meta(model: nn.Module) -> Iterator[None]:
-    """Put ghosts in the place of all parameters and buffers; shared ones stay shared."""
-    tables: list[dict[str, Any]] = []
-    for module in model.modules():
-        tables += [module._parameters, module._buffers]
-    before = [dict(table) for table in tables]
-    ghosts: dict[Any, Any] = {None: None}
-    for table in before:
-        ghosts |= {t: torch.empty_like(t, device="meta") for t in table.values() if t is not None}
-    try:
-        for table in tables:
-            table.update({name: ghosts[tensor] for name, tensor in table.items()})
-        yield
-    finally:
-        for table, old in zip(tables, before, strict=True):
-            table.update(old)
+@torch.no_grad()
+def record_calls(model: nn.Module, images: Tensor, *, run: nn.Module | None = None) -> Sequence[Call]:
+    """Return the calls of all modules of `model`, in order of their start, in a pass of `run` on the meta device.
+
+    Parameters
+    ----------
+    images : Tensor (N, 3, H, W)    only its shape and dtype are used
+    run : nn.Module                 a module that holds `model`; `model` itself if None
+    """
+    names = {module: name for name, module in model.named_modules()}
+    calls: list[Call] = []
+    running: list[Call] = []
+    clock = count()
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        running.append(Call(names[module], next(clock), (*args, *kwargs.values())))
+        calls.append(running[-1])
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        call = running.pop()
+        call.end, call.output = next(clock), output
+
+    run = model if run is None else run
+    tensors = {
+        f"{name}.{key}".lstrip("."): tensor
+        for name, module in run.named_modules()  # each module once, with all its parameters: some models share both
+        for key, tensor in (module._parameters | module._buffers).items()
+        if tensor is not None
+    }
+    meta = {tensor: torch.empty_like(tensor, device="meta") for tensor in tensors.values()}
+    state = {name: meta[tensor] for name, tensor in tensors.items()}
+    with ExitStack() as stack:
+        for module in names:
+            stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
+            stack.enter_context(module.register_forward_hook(leave))
+        functional_call(run, state, (torch.empty_like(images, device="meta"),), tie_weights=False)
+    return calls

@@ -1,12 +1,13 @@
-"""Classifier: a backbone, a head and class names as one deployable object, its predictions and their scores.
+"""Classifier: a backbone, a head and class names as one deployable object; its predictions and their scores.
 
 >>> Classifier.load("runs/...").predict(["a.jpg"])
 """
 
-from embedpipe.classifier._classifier import Classifier, Reference, Scored, classify, save_run
+from embedpipe.classifier._classifier import Classifier, Reference, classify, save_run
 from embedpipe.classifier._network import Network, parameter_groups, release
 from embedpipe.classifier._scoring import (
     Predicted,
+    Scored,
     answer,
     calibrated,
     confusion_csv,

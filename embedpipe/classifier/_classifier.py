@@ -1,7 +1,7 @@
-"""Classifier: backbone, head, classes and transform as one deployable thing, saved into a run folder and loaded from it.
+"""Classifier: backbone, head, classes and transform as one deployable object, saved in a run folder and loaded from it.
 
-`fit_head` and `finetune` return one, `predict`, `evaluate` and `finetune` take one. After fit-head the run holds the head
-and a reference to the backbone; after finetune it holds all weights, in `model/`.
+`fit_head` and `finetune` return a classifier; `predict`, `evaluate` and `finetune` take one. After fit-head the run holds
+the head and a reference to the backbone; after finetune it also holds all weights, in `model/`.
 
 >>> Classifier.load(Path("runs/20260101-120000-fit-head-0a1b2c")).predict_proba(["a.jpg"])
 """
@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embedpipe.cache import Cache, KeyIndex, Space
-from embedpipe.classifier._scoring import Scored as Scored
-from embedpipe.classifier._scoring import answer, report_scores, write_scored
+from embedpipe.classifier._scoring import Scored, answer, report_scores, write_scored
 from embedpipe.data import Failure, Place
 from embedpipe.errors import DecodeError, EmbedpipeError, ModelMismatch, UsageError
 from embedpipe.features import PENULTIMATE, loader_of
@@ -35,16 +34,18 @@ if TYPE_CHECKING:
     from embedpipe.features import FeatureSet
     from embedpipe.heads import KnnHead, LinearHead
 
-TAPPED = ("layer", "pool")  # what of a spec is where the features are taken, not which model they come from
+LAYER_FIELDS = ("layer", "pool")  # the fields of a spec that say where in the model the features are taken
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Where a head's features come from, without the weights themselves.
+    """Where the features of a head come from, without the weights themselves.
 
-    spec : dict      all that shapes a row: the space's spec
-    loader : dict    keyword arguments of `load_backbone`; `{"name": folder}` for a stored model
-    beside : tuple of Reference    further spaces, whose rows stand to the right of this one's
+    Parameters
+    ----------
+    spec : dict      the spec of the space: all that shapes a row
+    loader : dict    keyword arguments of `load_backbone`; `{"name": folder}` for a saved model
+    beside : tuple of Reference    further spaces, whose columns follow those of this one
     """
 
     spec: Mapping[str, Any]
@@ -53,19 +54,19 @@ class Reference:
 
     @classmethod
     def of(cls, spaces: Sequence[Space]) -> Reference:
-        """Return the reference to the rows of spaces, side by side."""
+        """Return the reference to several spaces, whose columns are concatenated."""
         first, *others = (cls(space.spec, space.loader) for space in spaces)
         return replace(first, beside=tuple(others))
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Reference:
-        """Return what `to_dict` told.
+        """Return the reference that `to_dict` described.
 
         Raises
         ------
-        KeyError, TypeError    a field is missing, unknown or of another kind
+        KeyError, TypeError    a field is missing, unknown or of another type
         """
-        beside = tuple(cls(one["spec"], one["loader"]) for one in fields.get("beside", ()))
+        beside = tuple(cls(part["spec"], part["loader"]) for part in fields.get("beside", ()))
         return cls(**{**fields, "beside": beside})
 
     @property
@@ -74,60 +75,60 @@ class Reference:
 
     @property
     def parts(self) -> tuple[Reference, ...]:
-        """One reference a space, in the order of the columns."""
+        """One reference per space, in the order of the columns."""
         return (replace(self, beside=()), *self.beside)
 
     def to_dict(self) -> dict[str, Any]:
-        beside = {"beside": [one.to_dict() for one in self.beside]} if self.beside else {}
+        beside = {"beside": [part.to_dict() for part in self.beside]} if self.beside else {}
         return {"spec": dict(self.spec), "loader": dict(self.loader), **beside}
 
     def load(self, folder: Path | None = None) -> Backbone:
-        """Return the backbone that made the features; `folder` is the run that holds a stored model.
+        """Return the backbone that computed the features; `folder` is the run that holds a saved model.
 
         Raises
         ------
-        ModelMismatch    it was handed over from Python, or what loads now gives other features
+        ModelMismatch    it was passed from Python, or the backbone that loads now computes other features
         """
         from embedpipe.backbones import load_backbone
 
         loader = loader_of(self.spec, self.loader)
         if "name" not in loader:
             raise ModelMismatch(
-                f"the backbone {self.name} was handed over from Python and cannot be loaded by name",
-                hint="extract with a backbone of timm or torchvision, or work with the Classifier in Python",
+                f"the backbone {self.name} was passed from Python and cannot be loaded by name",
+                hint="extract with a backbone of timm or torchvision, or use the Classifier in Python",
             )
         if folder is not None and loader["name"] == "model":
             loader["name"] = str(folder / "model")
-        return self._proved(load_backbone(**loader))
+        return self._checked(load_backbone(**loader))
 
     def is_of(self, backbone: Backbone) -> bool:
-        """Whether the features are those of this very model, at whatever layer."""
-        return all(self.spec.get(name) == value for name, value in backbone.spec.items() if name not in TAPPED)
+        """Return True if the features come from this model, at any layer."""
+        return all(self.spec.get(name) == value for name, value in backbone.spec.items() if name not in LAYER_FIELDS)
 
     def taken_from(self, backbone: Backbone) -> Backbone:
-        """Return a backbone of the same model at the layer of these features; the two share the model."""
+        """Return the backbone of the same model at the layer of these features; the two share the model."""
         from embedpipe.backbones import at_layer
 
-        if all(self.spec[name] == backbone.spec[name] for name in TAPPED):
+        if all(self.spec[name] == backbone.spec[name] for name in LAYER_FIELDS):
             return backbone
         layer = None if self.spec["layer"] == PENULTIMATE else self.spec["layer"]
         pool = self.loader.get("pool", self.spec["pool"] if layer else "auto")
-        return self._proved(at_layer(backbone, layer, pool=pool))
+        return self._checked(at_layer(backbone, layer, pool=pool))
 
-    def _proved(self, backbone: Backbone) -> Backbone:
+    def _checked(self, backbone: Backbone) -> Backbone:
         differing = differing_fields(self.spec, space_spec(backbone, self.spec["precision"], self.spec["stored_dtype"]))
         if differing:
             raise ModelMismatch(
-                f"{self.name} is not the backbone that made these features: {', '.join(map(str, differing))}",
+                f"{self.name} is not the backbone that computed these features: {', '.join(map(str, differing))}",
                 hint="extract and fit the head again with the present weights",
-                fields=[one.field for one in differing],
+                fields=[difference.field for difference in differing],
             )
         return backbone
 
 
 @dataclass(frozen=True)
 class Probabilities:
-    """paths : list of str, values : float64 (N, C), and the images that have none."""
+    """Probabilities `values` float64 (N, C) of the images at `paths`, and the images that failed."""
 
     paths: list[str]
     values: np.ndarray
@@ -138,10 +139,12 @@ class Probabilities:
 class Classifier:
     """A head and the backbone that its features come from.
 
+    Parameters
+    ----------
     head : LinearHead or KnnHead
     reference : Reference
-    report : dict        what fitting it took and scored (the JSON of the verb that made it)
-    folder : Path        the run it lies in
+    report : dict        the JSON of the command that fitted it
+    folder : Path        the run that holds it
     dataset : str        id of the data set that it was fitted on
     """
 
@@ -154,7 +157,7 @@ class Classifier:
 
     @property
     def name(self) -> str:
-        """The run's name, for messages."""
+        """The name of the run, for messages."""
         return self.folder.name if self.folder else "this classifier"
 
     @property
@@ -168,7 +171,7 @@ class Classifier:
 
     @property
     def backbone(self) -> Backbone:
-        """The backbone (of the first space, where there are several), loaded when first asked for.
+        """The backbone (of the first space if there are several), loaded on first access.
 
         Raises
         ------
@@ -178,39 +181,38 @@ class Classifier:
 
     @cached_property
     def backbones(self) -> tuple[Backbone, ...]:
-        """One a space; those of one model share it, so that an image passes it once."""
+        """One per space; those of the same model share it, so that an image passes through it once."""
         loaded = [self._backbone] if self._backbone else []
-        found = []
+        backbones = []
         for part in self.reference.parts:
-            model = next((one for one in loaded if part.is_of(one)), None)
-            found.append(part.taken_from(model) if model else part.load(self.folder))
-            loaded.append(found[-1])
-        return tuple(found)
+            model = next((backbone for backbone in loaded if part.is_of(backbone)), None)
+            backbones.append(part.taken_from(model) if model else part.load(self.folder))
+            loaded.append(backbones[-1])
+        return tuple(backbones)
 
     def predict_proba(self, paths: Sequence[PathLike]) -> np.ndarray:
-        """Return probabilities float64 (N, C) of image files, or numbers (N, 1), as the head gives them.
+        """Return the probabilities float64 (N, C) of image files, or the predicted numbers (N, 1) of a regression.
 
         Raises
         ------
-        DecodeError    an image cannot be read; its path and the reason are named
-        UsageError     a path, and no list of paths
+        DecodeError    an image cannot be read; the message gives its path and the reason
+        UsageError     `paths` is a single path instead of a list
         """
         if isinstance(paths, str | os.PathLike):
-            raise UsageError(f"found {str(paths)!r}, expected a list of paths", hint="put it into brackets")
-        files = [Path(path) for path in paths]
-        result = classify(self, files)
+            raise UsageError(f"got the path {str(paths)!r}, expected a list of paths", hint="put it into brackets")
+        result = classify(self, [Path(path) for path in paths])
         if result.failed:
             first = result.failed[0]
             raise DecodeError(f"{first.path}: {first.reason}", hint="leave the file out", path=first.path)
         return result.values
 
     def predict(self, paths: Sequence[PathLike]) -> list[str]:
-        """Return what the head says of each image file: the most probable class; labels joined by "|"; the number as text."""
+        """Return the prediction for each image file: the most probable class; labels joined by "|"; the number as text."""
         return [answer(row, self.classes, self.task)[0] for row in self.predict_proba(paths)]
 
     @classmethod
     def of(cls, run: Classifier | PathLike, runs_dir: PathLike) -> Classifier:
-        """Return a classifier as it is, and that in a run by the run's id, a prefix of it, or its folder; see `load`."""
+        """Return a classifier unchanged, or load that of a run from its id, a prefix of the id, or its folder; see `load`."""
         return run if isinstance(run, Classifier) else cls.load(find_run(Path(runs_dir), run))
 
     @classmethod
@@ -219,7 +221,7 @@ class Classifier:
 
         Raises
         ------
-        UsageError       a run of another verb
+        UsageError       a run of another command
         ModelMismatch    not a run folder
         """
         from embedpipe.heads import load_head
@@ -245,7 +247,7 @@ def classify(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> Probabilities:
-    """Return probabilities of image files, in their order; rows that the cache holds are not computed again.
+    """Return the probabilities of image files, in their order; rows in the cache are not computed again.
 
     Returns
     -------
@@ -253,7 +255,7 @@ def classify(
 
     Raises
     ------
-    EmbedpipeError    strict, and an image failed
+    EmbedpipeError    `strict`, and an image failed
     """
     keys: dict[Place | Path, bytes] = {}
     failed: dict[Place | Path, tuple[str, str]] = {}
@@ -276,7 +278,7 @@ def classify(
             progress("predict", len(done), len(unknown))
     if strict and failed:
         file, (_, reason) = next(iter(failed.items()))
-        raise EmbedpipeError(f"{file}: {reason}", hint="mend or remove it")
+        raise EmbedpipeError(f"{file}: {reason}", hint="repair or remove it")
     good = [file for file in files if file not in failed]
     values = np.empty((0, len(classifier.classes)))
     if good:
@@ -288,7 +290,7 @@ def classify(
 
 
 def _cached_rows(reference: Reference, cache: Cache | None, keys: Iterable[bytes]) -> dict[bytes, np.ndarray]:
-    """Return the rows that the space of a reference holds, by key."""
+    """Return the rows in the space of a reference, by key."""
     if cache is None:
         return {}
     spec = dict(reference.spec)
@@ -305,15 +307,15 @@ def _computed_rows(
     rows: Sequence[Mapping[bytes, np.ndarray]],
     **machine: Any,
 ) -> Iterator[tuple[int, Rows]]:
-    """Yield the number of a space and rows that it lacks; spaces that lack the same images share decode and model."""
+    """Yield the index of a space and computed rows that it lacks; spaces that lack the same images share one pass."""
     passes: dict[tuple[Any, ...], dict[bytes, Place | Path]] = defaultdict(dict)
     for key, file in unknown.items():
         lacking: dict[tuple[str, str], list[int]] = defaultdict(list)
         for number, part in enumerate(classifier.reference.parts):
             if key not in rows[number]:
                 lacking[part.spec["precision"], part.spec["stored_dtype"]].append(number)
-        for (precision, dtype), numbers in lacking.items():
-            passes[precision, dtype, *numbers][key] = file
+        for arithmetic, numbers in lacking.items():
+            passes[*arithmetic, *numbers][key] = file
     for (precision, dtype, *numbers), items in passes.items():
         forward = plan_forward(precision=precision, store_dtype=dtype, **machine)
         runner = Runner([classifier.backbones[n] for n in numbers], forward.definite)
@@ -331,12 +333,12 @@ def save_run(
     *,
     seconds: float,
 ) -> Classifier:
-    """Score what was predicted for each split, write the run's files, and return the classifier as it lies in the run.
+    """Score the predictions of each split, write the files of the run, and return the classifier of the run.
 
     Parameters
     ----------
     scored : mapping of str to Scored    by split
-    report : mapping                     the JSON of the verb, without `run`, `folder`, `seconds` and the scores
+    report : mapping                     the JSON of the command, without `run`, `folder`, `seconds` and the scores
     """
     classes, applied = classifier.classes, classifier.head.provenance.get("temperature")
     report = {
@@ -349,14 +351,6 @@ def save_run(
     classifier.head.save(run.folder)
     run.write_json("metrics.json", report["metrics"])
     write_scored(run, scored, classes, features.manifest)
-    run.write_json(
-        "run.json",
-        {
-            "verb": verb,
-            "dataset": features.dataset,
-            "reference": classifier.reference.to_dict(),
-            "report": report,
-            "environment": environment(),
-        },
-    )
+    record = {"verb": verb, "dataset": features.dataset, "reference": classifier.reference.to_dict(), "report": report}
+    run.write_json("run.json", record | {"environment": environment()})
     return replace(classifier, report=report, folder=run.final, dataset=features.dataset)

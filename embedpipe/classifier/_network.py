@@ -1,6 +1,6 @@
-"""Network: a backbone and a linear head as one trainable module, and what of it may move.
+"""Network: a backbone and a linear head as one trainable module, and which of its parameters train.
 
-The finetuning deed enters here. Names in `unfrozen` are those of the network's state dict: `backbone.model.*` and `head.*`.
+Names of parameters are those of the network's state dict: `backbone.model.*` and `head.*`.
 
 >>> network = Network(backbone.module, head)
 >>> unfrozen, keep_eval = release(network, backbone, ["layer4"], bn="affine")
@@ -21,7 +21,6 @@ from embedpipe.heads import LinearHead
 from embedpipe.training import keeps_size, layer_numbers
 
 PREFIX = "backbone.model."
-BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 
 
 class Network(nn.Module):
@@ -42,24 +41,21 @@ class Network(nn.Module):
 
     @contextmanager
     def checkpointing(self, name: str, *, wanted: bool) -> Iterator[None]:
-        """Compute activations a second time within the block, where that is wanted.
+        """Recompute activations in the backward pass within the block if `wanted`.
 
         Raises
         ------
-        UsageError    the model, called `name`, cannot do so
+        UsageError    the model, called `name`, does not support it
         """
         if not wanted:
             yield
             return
         model: Any = self.backbone.model
-        hint = "leave it out, or choose a model of timm that has set_grad_checkpointing"
-        refusal = UsageError(f"--grad-checkpointing: {name} cannot do so", hint=hint)
-        if not hasattr(model, "set_grad_checkpointing"):
-            raise refusal
         try:
             model.set_grad_checkpointing(enable=True)
-        except (NotImplementedError, AssertionError) as exc:  # so timm says that a model cannot
-            raise refusal from exc
+        except (AttributeError, NotImplementedError, AssertionError) as exc:  # as timm's models refuse
+            hint = "leave it out, or choose a model of timm that has set_grad_checkpointing"
+            raise UsageError(f"--grad-checkpointing: {name} does not support it", hint=hint) from exc
         yield
         model.set_grad_checkpointing(enable=False)
 
@@ -72,17 +68,17 @@ class Network(nn.Module):
 def release(
     network: Network, backbone: Backbone, unfreeze: Sequence[str], *, bn: str
 ) -> tuple[list[str], list[nn.Module]]:
-    """Make what `unfreeze` names trainable, and say what has to stay in eval mode.
+    """Make the layers in `unfreeze` and the head trainable, and freeze all other parameters.
 
     Parameters
     ----------
-    backbone : Backbone     whose `module` the network holds
-    bn : str                BatchNorm of unfrozen layers: frozen, affine (statistics stay) or train
+    backbone : Backbone     the backbone whose `module` the network holds
+    bn : str                BatchNorm of unfrozen layers: frozen, affine (fixed statistics) or train
 
     Returns
     -------
-    unfrozen : list of str        names of the trainable parameters, the head's included
-    keep_eval : list of Module    frozen layers, and BatchNorm whose statistics stay
+    unfrozen : list of str        names of the trainable parameters, including the head's
+    keep_eval : list of Module    modules to keep in eval mode: frozen layers, and BatchNorm with fixed statistics
 
     Raises
     ------
@@ -90,7 +86,8 @@ def release(
     """
     chosen = set(unfreeze_parameters(backbone, unfreeze))
     keep_eval = list(frozen_modules(backbone, tuple(chosen)))
-    norms = {name: module for name, module in backbone.module.model.named_modules() if isinstance(module, BATCH_NORMS)}
+    modules = backbone.module.model.named_modules()
+    norms = {name: module for name, module in modules if isinstance(module, nn.modules.batchnorm._BatchNorm)}
     if bn == "frozen":
         chosen -= {f"{name}.{p}" for name, module in norms.items() for p, _ in module.named_parameters()}
     if bn != "train":
@@ -112,9 +109,11 @@ def parameter_groups(
     weight_decay: float,
     l2_sp: float,
 ) -> list[dict[str, Any]]:
-    """Return optimiser groups: rates that fall by `layer_decay` a layer towards the input, decay on matrices and kernels only.
+    """Return optimiser groups: learning rates fall by `layer_decay` per layer towards the input; biases and norms do not decay.
 
-    With `l2_sp`, unfrozen matrices and kernels of the backbone are held by their starting weights instead of decayed.
+    With `l2_sp`, weight matrices and kernels of the backbone are pulled towards their starting values instead of zero.
+
+    Source: Li, Grandvalet, Davoine, ICML 2018 (L2-SP)
     """
     model = backbone.module.model
     numbers = layer_numbers(model, [layer.name for layer in backbone.layers])
@@ -122,11 +121,11 @@ def parameter_groups(
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            inside, own = name.startswith(PREFIX), name.removeprefix(PREFIX)
-            rate = lr * layer_decay ** (last - numbers.get(own, last)) if inside else head_lr
-            small = keeps_size(model, own, parameter.ndim)
-            anchored = inside and not small and l2_sp > 0
-            groups.setdefault((rate, 0.0 if small or anchored else weight_decay, anchored), []).append(parameter)
+            in_backbone, short = name.startswith(PREFIX), name.removeprefix(PREFIX)
+            rate = lr * layer_decay ** (last - numbers.get(short, last)) if in_backbone else head_lr
+            undecayed = keeps_size(model, short, parameter.ndim)
+            anchored = in_backbone and not undecayed and l2_sp > 0
+            groups.setdefault((rate, 0.0 if undecayed or anchored else weight_decay, anchored), []).append(parameter)
     return [
         {"params": parameters, "lr": rate, "weight_decay": decay, "anchored": anchored}
         for (rate, decay, anchored), parameters in groups.items()

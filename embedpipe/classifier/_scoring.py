@@ -1,4 +1,4 @@
-"""What a head predicted for each split, scored and written into a run folder; and read back from there.
+"""Score the predictions of a head on each split, write them into a run folder and read them back.
 
 >>> scores = report_scores({"val": scored_val, "test": scored_test}, ("cat", "dog"))
 >>> scores["metrics"]["test"]["accuracy_ci95"]
@@ -39,12 +39,19 @@ if TYPE_CHECKING:
 
 PREDICTIONS = "predictions.csv"
 COLUMNS = ("path", "split", "label", "predicted", "probability", "key", "probability_of_label")
-WORST = 3  # classes that a report names
+N_WORST = 3  # classes in a report
 
 
 @dataclass(frozen=True)
 class Scored:
-    """samples : n Sample with a label, probabilities : float64 (n, C), or numbers (n, 1), as the task has it."""
+    """Predictions for labelled samples.
+
+    Parameters
+    ----------
+    samples : tuple of Sample    n samples with a label
+    probabilities : ndarray      float64 (n, C); predicted numbers (n, 1) of a regression
+    task : str                   single, multilabel or regression
+    """
 
     samples: tuple[Sample, ...]
     probabilities: np.ndarray
@@ -55,7 +62,7 @@ class Scored:
         return targets(self.samples, classes, self.task)
 
     def metrics(self, classes: Sequence[str]) -> dict[str, Any]:
-        """Return the scores: as `score_fully`, `score_multilabel` or `score_regression` gives them."""
+        """Return the scores of `score_fully`, `score_multilabel` or `score_regression`."""
         y = self.labels(classes)
         if self.task == "regression":
             return score_regression(self.probabilities[:, 0], y)
@@ -81,78 +88,80 @@ class Predicted:
 def report_scores(
     scored: Mapping[str, Scored], classes: Sequence[str], *, applied: float | None = None, unseen_val: bool = True
 ) -> dict[str, Any]:
-    """Return what a report says of the predictions of each split.
+    """Return the part of a report that scores the predictions of each split.
 
     Parameters
     ----------
-    applied : float      the temperature that is folded into the head already
-    unseen_val : bool    whether no image of val was fitted on
+    applied : float      the temperature that the head was already divided by
+    unseen_val : bool    True if the head was not fitted on val
 
     Returns
     -------
     dict
-        `metrics`: by split, as `Scored.metrics` gives them, always of the head as it is saved; `worst_classes`:
-        {split, classes} with up to three rows of per_class.csv, of test, or val where there is none; null for two
-        classes and for numbers. `calibration`: {temperature, fitted_on, at_bound, applied, splits: {split: {before, after:
-        {log_loss, ece}}}, reliability: {split: {before, after: [{low, high, n, confidence, accuracy}]}}}; before and after
-        the temperature; null without a val that can be fitted on, and but for single labels.
+        `metrics`: {split: `Scored.metrics`} of the head as it is saved.
+        `worst_classes`: {split, classes} with up to three rows of per_class.csv, of test, or of val if there is no test;
+        null for two classes and for regression.
+        `calibration`: {temperature, fitted_on, at_bound, applied, splits: {split: {before, after: {log_loss, ece}}},
+        reliability: {split: {before, after: [{low, high, n, confidence, accuracy}]}}}, before and after temperature
+        scaling; null without an unseen val, and for other tasks than single labels.
     """
-    single = all(one.task == "single" for one in scored.values())
-    last = next((split for split in ("test", "val") if split in scored and len(classes) > 2), None)
+    single = all(predictions.task == "single" for predictions in scored.values())
+    split = next((split for split in ("test", "val") if split in scored and len(classes) > 2), None)
     return {
-        "metrics": {split: one.metrics(classes) for split, one in scored.items()},
-        "worst_classes": last and {"split": last, "classes": worst_classes(scored[last], classes)},
+        "metrics": {split: predictions.metrics(classes) for split, predictions in scored.items()},
+        "worst_classes": split and {"split": split, "classes": worst_classes(scored[split], classes)},
         "calibration": _calibration(scored, classes, applied) if single and unseen_val and "val" in scored else None,
     }
 
 
 def class_table(scored: Scored, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Return one row a class: class, n, precision, recall, recall_ci95, f1; None where a value does not exist."""
-    rows = per_class(confusion_of(scored, classes)) if scored.task == "single" else _per_label(scored, classes)
+    """Return one row per class: class, n, precision, recall, recall_ci95, f1; None where a value is undefined.
+
+    With several labels per image, a label is predicted if its probability is at least 0.5.
+    """
+    if scored.task == "single":
+        rows = per_class(confusion_of(scored, classes))
+    else:
+        predicted, y = (scored.probabilities >= THRESHOLD).astype(np.int64), scored.labels(classes).astype(np.int64)
+        rows = [per_class(confusion_matrix(y[:, c], predicted[:, c], 2))[1] for c in range(len(classes))]
     return [{"class": name, **row} for name, row in zip(classes, rows, strict=True)]
 
 
-def _per_label(scored: Scored, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Return a row of `per_class` for each label, which is predicted from 0.5 on."""
-    predicted, y = (scored.probabilities >= THRESHOLD).astype(np.int64), scored.labels(classes).astype(np.int64)
-    return [per_class(confusion_matrix(y[:, c], predicted[:, c], 2))[1] for c in range(len(classes))]
-
-
 def worst_classes(scored: Scored, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the rows of the classes that occur and have the lowest F1, the worst first."""
+    """Return the rows of the classes with the lowest F1 among those with images, lowest first."""
     rows = [row for row in class_table(scored, classes) if row["n"]]
-    return sorted(rows, key=lambda row: (row["f1"], row["class"]))[:WORST]
+    return sorted(rows, key=lambda row: (row["f1"], row["class"]))[:N_WORST]
 
 
 def write_scored(run: RunFolder, scored: Mapping[str, Scored], classes: Sequence[str], manifest: Manifest) -> None:
-    """Write predictions.csv; per_class.csv, but for numbers; and of single labels a confusion-<split>.csv for each split."""
+    """Write predictions.csv, per_class.csv (not for regression) and confusion-<split>.csv (only for single labels)."""
     run.write_csv(PREDICTIONS, [COLUMNS, *_prediction_rows(scored, classes, manifest)])
-    head = ("split", "class", "n", "precision", "recall", "recall_low", "recall_high", "f1")
+    header = ("split", "class", "n", "precision", "recall", "recall_low", "recall_high", "f1")
     rows = [
         (split, row["class"], row["n"], row["precision"], row["recall"], *(row["recall_ci95"] or ("", "")), row["f1"])
-        for split, one in scored.items()
-        if one.task != "regression"
-        for row in class_table(one, classes)
+        for split, predictions in scored.items()
+        if predictions.task != "regression"
+        for row in class_table(predictions, classes)
     ]
     if rows:
-        run.write_csv("per_class.csv", [head, *rows])
-    for split, one in scored.items():
-        if one.task == "single":
-            run.write_text(f"confusion-{split}.csv", confusion_csv(classes, confusion_of(one, classes)))
+        run.write_csv("per_class.csv", [header, *rows])
+    for split, predictions in scored.items():
+        if predictions.task == "single":
+            run.write_text(f"confusion-{split}.csv", confusion_csv(classes, confusion_of(predictions, classes)))
 
 
 def confusion_csv(classes: Sequence[str], confusion: np.ndarray) -> str:
-    """Return a confusion matrix as CSV: a header of predicted classes, then a row a true class."""
+    """Return a confusion matrix as CSV: a header of predicted classes, then one row per true class."""
     rows = ([name, *row.tolist()] for name, row in zip(classes, confusion, strict=True))
     return csv_text([("true\\predicted", *classes), *rows])
 
 
 def read_predictions(folder: Path) -> list[Predicted]:
-    """Return what `predictions.csv` of a run holds.
+    """Return the lines of `predictions.csv` in a run.
 
     Raises
     ------
-    ModelMismatch    it is missing, or is not what embedpipe writes
+    ModelMismatch    the file is missing or has another format
     """
     path = folder / PREDICTIONS
     try:
@@ -166,25 +175,28 @@ def read_predictions(folder: Path) -> list[Predicted]:
 
 
 def calibrated(head: LinearHead | KnnHead, features: FeatureSet, *, unseen_val: bool = True) -> LinearHead:
-    """Return the head with weight and bias divided by the temperature that fits val; its arg max stays.
+    """Return the head with weight and bias divided by the temperature with the lowest log loss on val.
 
-    Where val has no best temperature (none of its images is wrong, say), the head stays as it is, with a warning.
+    The predicted classes do not change. If no temperature within the bounds is the best (for example if every val image is
+    classified correctly), the head is returned unchanged, with a warning.
 
     Raises
     ------
-    UsageError    no linear head, no val, or a val that was fitted on
+    UsageError    the head is not linear, there is no val, or the head was fitted on val
     """
     if not isinstance(head, LinearHead):
         raise UsageError(
             f"a {head.kind} head cannot be calibrated, expected a linear one", hint="leave out --calibrate"
         )
     if "val" not in features.splits or not unseen_val:
-        found = "a val that is fitted on" if "val" in features.splits else f"only {', '.join(features.splits)}"
-        raise UsageError(f"found {found}, expected val images to calibrate on", hint="leave out --refit or --calibrate")
+        got = "a val that the head was fitted on" if "val" in features.splits else f"only {', '.join(features.splits)}"
+        raise UsageError(
+            f"cannot calibrate: got {got}, expected unseen val images", hint="leave out --refit or --calibrate"
+        )
     X, y = features.arrays("val")
     temperature = fit_temperature(head.predict_proba(X), y)
     if temperature in TEMPERATURES:
-        message = f"no temperature is the best on val ({len(y)} images): the head is not calibrated"
+        message = f"val ({len(y)} images) has no best temperature within the bounds: the head is not calibrated"
         warnings.warn(message, EmbedpipeWarning, stacklevel=3)
         return head
     scale, provenance = np.float32(temperature), {**head.provenance, "temperature": temperature}
@@ -192,12 +204,11 @@ def calibrated(head: LinearHead | KnnHead, features: FeatureSet, *, unseen_val: 
 
 
 def _calibration(scored: Mapping[str, Scored], classes: Sequence[str], applied: float | None) -> dict[str, Any]:
-    """Return the calibration block; where a temperature is folded in already, before is without it."""
-    truths = {split: one.labels(classes) for split, one in scored.items()}
-    raw = {
-        split: scale_temperature(one.probabilities, 1 / applied) if applied else one.probabilities
-        for split, one in scored.items()
-    }
+    """Return the calibration block; if a temperature was applied to the head, `before` is without it."""
+    truths = {split: predictions.labels(classes) for split, predictions in scored.items()}
+    raw = {split: predictions.probabilities for split, predictions in scored.items()}
+    if applied:
+        raw = {split: scale_temperature(p, 1 / applied) for split, p in raw.items()}
     temperature = applied or fit_temperature(raw["val"], truths["val"])
     stages = {"before": raw, "after": {split: scale_temperature(p, temperature) for split, p in raw.items()}}
     return {
@@ -218,35 +229,37 @@ def _gap(probabilities: np.ndarray, y: np.ndarray) -> dict[str, float]:
 
 
 def confusion_of(scored: Scored, classes: Sequence[str]) -> np.ndarray:
-    """Return how often each class int64 (C, C) was predicted, a row a true class."""
+    """Return the confusion matrix int64 (C, C), one row per true class."""
     return confusion_matrix(scored.labels(classes), scored.probabilities.argmax(axis=1), len(classes))
 
 
 def _prediction_rows(
     scored: Mapping[str, Scored], classes: Sequence[str], manifest: Manifest
 ) -> Iterable[Sequence[Any]]:
-    for split, one in scored.items():
-        for sample, row, y in zip(one.samples, one.probabilities, one.labels(classes), strict=True):
-            said, probability = answer(row, classes, one.task)
-            true = _probability_of(row, y, one.task)
+    for split, predictions in scored.items():
+        task, y = predictions.task, predictions.labels(classes)
+        for sample, row, target in zip(predictions.samples, predictions.probabilities, y, strict=True):
+            predicted, probability = answer(row, classes, task)
+            of_label = _probability_of(row, target, task)
             shown = "" if probability is None else f"{probability:.6f}"
-            label = (sample.label or "").removeprefix(SEPARATOR) if one.task == "multilabel" else sample.label
+            label = (sample.label or "").removeprefix(SEPARATOR) if task == "multilabel" else sample.label
             name, key = manifest.name_of(sample), sample.key.hex()
-            yield name, split, label, said, shown, key, "" if true is None else f"{true:.9g}"
+            yield name, split, label, predicted, shown, key, "" if of_label is None else f"{of_label:.9g}"
 
 
 def answer(row: np.ndarray, classes: Sequence[str], task: str) -> tuple[str, float | None]:
-    """Return in words what a head says of an image, and its probability.
+    """Return the prediction for an image as text, and its probability.
 
     Parameters
     ----------
-    row : float64 (C,)    of `LinearHead.predict_proba`
+    row : float64 (C,)    a row of `LinearHead.predict_proba`
 
     Returns
     -------
     single        the most probable class
-    multilabel    the labels with a probability of 0.5 and more, joined by "|", and the least of these; "" and None for none
-    regression    the number, with as few digits as tell it from all others, and None
+    multilabel    the labels with a probability of at least 0.5, joined by "|", and the lowest of these probabilities;
+                  "" and None without such labels
+    regression    the shortest text that reads back as the same number, and None
     """
     if task == "regression":
         return repr(float(row[0])), None
@@ -257,7 +270,7 @@ def answer(row: np.ndarray, classes: Sequence[str], task: str) -> tuple[str, flo
 
 
 def _probability_of(row: np.ndarray, y: Any, task: str) -> float | None:
-    """Return the probability of the truth: of the class, or of exactly these labels, each for itself."""
+    """Return the probability of the true class, or of exactly the true labels if they are independent."""
     if task == "regression":
         return None
     return float(row[y] if task == "single" else np.where(y > 0, row, 1 - row).prod())
@@ -267,6 +280,6 @@ def _predicted(row: Mapping[str, Any]) -> Predicted:
     probability = row.get("probability_of_label")
     path, split, label, predicted = texts = [row[name] for name in COLUMNS[:4]]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError("a line that is cut")
+        raise ValueError("a truncated line")
     known = float(probability) if probability else None
     return Predicted(path, split, label, predicted, row.get("key") or "", known)

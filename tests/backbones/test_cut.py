@@ -54,11 +54,15 @@ LARGE = {
 }
 AS_BUILT = dict.fromkeys(("timm:crossvit_tiny_240", "timm:test_vit"))  # the size that the model is made for
 REFUSED = [
-    ("timm:cait_xxs24_224", "blocks_token_only.0", "blocks crosses too"),  # every such block reads the patches
-    ("timm:crossvit_tiny_240", "blocks.2", "does not take a tensor"),  # two streams
-    ("timm:hrnet_w18_small", "transition1.0", "layer1 crosses too"),
-    ("timm:hrnet_w18_small", "stage2", "does not take a tensor"),
-    ("timm:test_resnet", "layer4.0.conv1", "layer3 crosses too; without it the features are"),  # a residual
+    ("timm:cait_xxs24_224", "blocks_token_only.0", "needs the output of blocks;"),  # every such block reads the patches
+    ("timm:crossvit_tiny_240", "blocks.2", "the first argument is not a tensor"),  # two streams
+    ("timm:hrnet_w18_small", "transition1.0", "needs the output of layer1;"),
+    ("timm:hrnet_w18_small", "stage2", "the first argument is not a tensor"),
+    (
+        "timm:test_resnet",
+        "layer4.0.conv1",
+        "needs the output of layer3; without it the features differ by",
+    ),  # a residual
     ("timm:test_resnet", "conv1", "nothing runs before it"),
     ("torchvision:resnet18", "layer4.0.relu", "it runs 2 times"),
 ]
@@ -138,8 +142,27 @@ class Faint(nn.Module):
 
 def test_a_tensor_that_crosses_counts_even_times_zero() -> None:
     backbone = wrapped(Faint())
-    with pytest.raises(UsageError, match="first crosses too; without it the features are 0 off"):
+    with pytest.raises(UsageError, match="needs the output of first; without it the features differ by 0"):
         backbone.cut("third")
+
+
+class Skipping(nn.Module):
+    """Runs its last layer for batches of at most three images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.first(images)
+        return (self.second(x) if len(images) <= 3 else x).mean((2, 3))
+
+
+def test_a_trunk_whose_layer_does_not_run() -> None:
+    cut = wrapped(Skipping()).cut("second")
+    assert cut.trunk(torch.zeros(3, 3, 8, 8)).shape == (3, 3, 8, 8)
+    with pytest.raises(RuntimeError, match="second did not run for these images"):
+        cut.trunk(torch.zeros(4, 3, 8, 8))
 
 
 class Noisy(nn.Module):
@@ -309,7 +332,7 @@ class Tied(nn.Module):
 
 def test_a_shared_parameter_moves_on_both_sides() -> None:
     backbone = wrapped(Tied())
-    with pytest.raises(UsageError, match="first runs before it with parameters that are to move"):
+    with pytest.raises(UsageError, match="first runs before it with unfrozen parameters"):
         cut_before(backbone, ["last.weight"])
     assert cut_before(backbone, ["last.bias"]).layer == "last"
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from embedpipe.backbones import load_backbone
-from embedpipe.backbones._tapping import count_prefix, layout_of
+from embedpipe.backbones._extractor import count_prefix, layout_of
 from embedpipe.errors import UsageError
 
 
@@ -106,7 +106,7 @@ def test_said_no() -> None:
         load_backbone("test_resnet", weights="none", pool="cls")
     with pytest.raises(UsageError, match="no pool 'mean'"):
         load_backbone("test_resnet", weights="none", pool="mean")
-    with pytest.raises(UsageError, match="gives no output of its own"):
+    with pytest.raises(UsageError, match="returns no tensor"):
         load_backbone(
             "torchvision:vit_b_32", weights="none", layer="encoder.layers.encoder_layer_0.self_attention.out_proj"
         )

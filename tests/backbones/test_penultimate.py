@@ -21,11 +21,10 @@ from torch.overrides import TorchFunctionMode
 from torchvision import models
 
 from embedpipe.backbones import load_backbone
-from embedpipe.backbones._assembling import find_classifiers, take_classifiers
-from embedpipe.backbones._headless import Headless
-from embedpipe.backbones._libraries import LIBRARIES
-from embedpipe.backbones._tapping import choose_taps
-from embedpipe.backbones._trace import Weightless, trace
+from embedpipe.backbones._backbone import remove_classifiers
+from embedpipe.backbones._extractor import Headless, choose_hooks
+from embedpipe.backbones._loading import LIBRARIES
+from embedpipe.backbones._trace import MetaWeights
 
 HERE = Path(__file__).parent
 TORCHVISION = [f"torchvision:{name}" for name in models.list_models(module=models)]
@@ -133,7 +132,7 @@ def size_for(name: str) -> int | None:
 def check_numbers(name: str) -> None:
     with QuickRandom():
         backbone = load_backbone(name, weights="none", image_size=size_for(name))
-        untouched = library_model(name, img_size=backbone.build.get("img_size")).eval()
+        untouched = library_model(name, img_size=backbone.spec["build"].get("img_size")).eval()
     state = backbone.module.model.state_dict()
     missing, extra = untouched.load_state_dict(state, strict=False, assign=True)
     assert not extra
@@ -154,21 +153,20 @@ def check_numbers(name: str) -> None:
 def check_structure(name: str) -> None:
     source, _, architecture = name.partition(":")
     library = LIBRARIES[source]
-    with Weightless():
+    with MetaWeights():
         untouched = library_model(name).eval().to("meta")
-    size = library.transform_for(architecture, image_size=None, crop_pct=None, interpolation=None).crop_size
+    size = library.transform_for(architecture, None, None, None).crop_size
     images = torch.empty(2, 3, *size, device="meta")
     expected = reference(name, untouched, images)
-    heads = find_classifiers(untouched, library.classifiers_of(architecture, untouched))
-    record = take_classifiers(untouched, heads, trace(untouched, size))
-    taps = choose_taps(untouched, record, heads=heads, layer=None, pool="auto", name=name)
+    trace, heads = remove_classifiers(untouched, library.classifiers_of(architecture, untouched), size, name)
+    hooks = choose_hooks(untouched, trace, heads=heads, layer=None, pool="auto", name=name)
     with torch.no_grad():
-        features = Headless(untouched, taps).eval()(images)
+        features = Headless(untouched, hooks).eval()(images)
     assert features.shape == expected.shape
 
 
 def parameters(name: str) -> int:
-    with Weightless():
+    with MetaWeights():
         return sum(p.numel() for p in library_model(name).parameters())
 
 

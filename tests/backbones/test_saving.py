@@ -112,7 +112,7 @@ def test_another_layer_of_a_stored_model(tmp_path) -> None:
 def test_a_stored_model_keeps_its_own_weights_and_transform(option, tmp_path) -> None:
     saved("timm:test_resnet", tmp_path)
     flag = next(iter(option)).replace("_", "-")
-    with pytest.raises(UsageError, match=f"brings its own weights and transform, found --{flag}"):
+    with pytest.raises(UsageError, match=f"brings its own weights and transform: it cannot take --{flag}"):
         load_backbone(tmp_path, **option)
 
 

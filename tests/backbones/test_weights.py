@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision import models
 
 from embedpipe.backbones import load_backbone
-from embedpipe.backbones.weights import package_for
+from embedpipe.backbones._weights import package_for
 from embedpipe.errors import ModelMismatch, UsageError, WeightsUnavailable
 
 LITE = [f"tf_efficientnet_lite{n}" for n in (0, 1, 2)]

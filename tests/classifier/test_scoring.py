@@ -123,11 +123,11 @@ def test_a_calibrated_head_is_what_is_scored(features: ep.FeatureSet) -> None:
 def test_what_cannot_be_calibrated(features: ep.FeatureSet, photos: Path) -> None:
     with pytest.raises(UsageError, match="a knn head cannot be calibrated"):
         ep.fit_head(features, solver="knn", calibrate=True)
-    with pytest.raises(UsageError, match="found a val that is fitted on"):
+    with pytest.raises(UsageError, match="got a val that the head was fitted on"):
         ep.fit_head(features, refit=True, calibrate=True)
     assert ep.fit_head(features, refit=True).report["calibration"] is None
     easy = ep.extract(photos, features.backbone)
-    with pytest.warns(EmbedpipeWarning, match="no temperature is the best on val"):
+    with pytest.warns(EmbedpipeWarning, match="has no best temperature within the bounds"):
         done = ep.fit_head(easy, l2=0.1, calibrate=True)
     assert "temperature" not in done.head.provenance
 
@@ -138,7 +138,7 @@ def test_without_val_there_is_no_temperature(features: ep.FeatureSet) -> None:
     data = ep.extract("list.csv", features.backbone, val_fraction=0.0)
     assert set(data.splits) == {"train", "test"}
     assert ep.fit_head(data, l2=0.1).report["calibration"] is None
-    with pytest.raises(UsageError, match="found only train, test"):
+    with pytest.raises(UsageError, match="got only train, test"):
         ep.fit_head(data, l2=0.1, calibrate=True)
 
 

@@ -71,7 +71,7 @@ def test_what_cannot_be_scored(head: ep.Classifier) -> None:
     assert [failure.stage for failure in ep.evaluate(head, "torn").failed] == ["decode"]
     with pytest.raises(EmbedpipeError, match=r"torn/red/000\.png: not an image"):
         ep.evaluate(head, "torn", strict=True)
-    with pytest.raises(UsageError, match=r"found 'photos/red/000\.png', expected a list of paths"):
+    with pytest.raises(UsageError, match=r"got the path 'photos/red/000\.png', expected a list of paths"):
         head.predict_proba("photos/red/000.png")
 
 
