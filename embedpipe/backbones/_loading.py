@@ -151,10 +151,8 @@ def load_backbone(
             torch.manual_seed(seed)
             model = library.build(architecture, options=options, pretrained=pretrained)
     except OSError as exc:
-        raise WeightsUnavailable(
-            f"no network and no stored weights for {full_name}",
-            hint="use --weights packaged, --weights FILE or --weights none",
-        ) from exc
+        hint = "use --weights packaged, --weights FILE or --weights none"
+        raise WeightsUnavailable(f"no network and no stored weights for {full_name}", hint=hint) from exc
     heads = library.classifiers_of(architecture, model)
     origin, files = library.origin_of(architecture) if pretrained else (f"none: seed {seed}", ())
     if weights == "packaged":
