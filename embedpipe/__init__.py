@@ -6,10 +6,10 @@
 >>> tuned = ep.finetune(head, unfreeze="layer4")
 >>> tuned.predict(["a.jpg"])
 
-Names are imported when they are first used: importing embedpipe loads no torch.
+Names are imported at first use, so `import embedpipe` does not load torch.
 """
 
-# ruff: noqa: F401  (names for editors)
+# ruff: noqa: F401  (for type checkers and editors)
 from __future__ import annotations
 
 from importlib import import_module

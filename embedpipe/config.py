@@ -1,7 +1,7 @@
-"""From a deed's signature to options, and from YAML, environment and flags back to keyword arguments.
+"""Options of the command line: from a function's signature to options, and from YAML values to keyword arguments.
 
-For doors only. A deed's keyword-only parameters are its options: name, default and type stand in the signature, the help
-text in the docstring, and nowhere else. Nothing here imports a deed or torch.
+The keyword-only parameters of a command function are its options. Their names, types and defaults stand in the signature,
+their help texts in the docstring, and nowhere else. This module imports neither commands nor torch.
 
 >>> [option.name for option in options_of(extraction.extract)][:2]
 ['weights', 'layer']
@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -20,15 +20,14 @@ from typing import Any, get_args
 from embedpipe.errors import UsageError
 from embedpipe.provenance import nearest
 
-SHARED = ("cache_dir", "runs_dir", "seed")
+SHARED = ("cache_dir", "runs_dir", "seed")  # options of all commands, also valid at the top of a YAML file
 NOT_OPTIONS = ("progress", "schedule")
 MAX_BYTES = 1 << 20  # of a YAML file
-MAX_SHOWN = 120  # characters of a value in a message
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option: the parameter's name, its type, its default, and one line of help."""
+    """An option: the name, type and default of a parameter, and one line of help."""
 
     name: str
     annotation: Any
@@ -36,16 +35,16 @@ class Option:
     help: str
 
     @property
-    def needs_no_value(self) -> bool:
-        """Whether it may stand alone, as in `--resume`, or before a value, as in `--resume RUN`."""
+    def has_optional_value(self) -> bool:
+        """True if the option may stand without a value, as `--resume` or as `--resume RUN`."""
         return bool in get_args(self.annotation)
 
 
-def options_of(deed: Callable[..., Any]) -> tuple[Option, ...]:
-    """Return the options that a deed's keyword-only parameters make, in their order."""
-    parameters = inspect.signature(deed).parameters.values()
-    helps = parameter_helps(deed.__doc__ or "")
-    module = vars(sys.modules[deed.__module__])
+def options_of(function: Callable[..., Any]) -> tuple[Option, ...]:
+    """Return the options of a command function, in the order of its keyword-only parameters."""
+    parameters = inspect.signature(function).parameters.values()
+    helps = parameter_helps(function.__doc__ or "")
+    module = vars(sys.modules[function.__module__])
     return tuple(
         Option(p.name, eval(p.annotation, module), p.default, helps.get(p.name, ""))
         for p in parameters
@@ -54,7 +53,7 @@ def options_of(deed: Callable[..., Any]) -> tuple[Option, ...]:
 
 
 def parameter_helps(docstring: str) -> dict[str, str]:
-    """Return the indented text below each `name : type` line of a numpydoc docstring, on one line."""
+    """Return the description of each parameter in a numpydoc docstring, on one line."""
     helps: dict[str, str] = {}
     for names, text in re.findall(r"^ {4}(\w[\w, ]*) : [^\n]*\n((?: {8}[^\n]*\n?)+)", docstring, re.MULTILINE):
         helps |= dict.fromkeys(re.split(r",\s*", names), " ".join(text.split()))
@@ -62,73 +61,107 @@ def parameter_helps(docstring: str) -> dict[str, str]:
 
 
 def check_value(option: Option, value: Any) -> Any:
-    """Return `value` as the option's type.
+    """Return `value` converted to the type of an option.
 
     Raises
     ------
-    UsageError    another type or range
+    UsageError    the value has another type, or is out of range
     """
     from pydantic import TypeAdapter, ValidationError
 
     try:
         return TypeAdapter(option.annotation).validate_python(value)
     except ValidationError as exc:
-        wanted = "; or ".join(dict.fromkeys(error["msg"][:1].lower() + error["msg"][1:] for error in exc.errors()))
+        expected = "; or ".join(dict.fromkeys(error["msg"][:1].lower() + error["msg"][1:] for error in exc.errors()))
         flag = "--" + option.name.replace("_", "-")
-        raise UsageError(f"{flag}: found {_shown(value)}; {wanted}", option=option.name, value=value) from None
+        raise UsageError(
+            f"{flag}: found {_shorten(repr(value))}; {expected}", option=option.name, value=value
+        ) from None
 
 
-def read_config(path: Path, commands: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    """Return a YAML file's settings: shared options at the top, a section for each command.
+def read_config(
+    path: Path, commands: Mapping[str, Mapping[str, bool]]
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Read the settings in a YAML file: shared options at the top, and a section for each command.
+
+    ::
+
+        cache-dir: /data/cache
+        fit-head:
+          solver: newton
 
     Parameters
     ----------
     path : Path
         The file.
-    commands : mapping of str to tuple of str
-        Names of the options that each command takes.
+    commands : mapping of str to mapping of str to bool
+        For each command the names of its options, and whether they are repeatable.
 
     Returns
     -------
-    dict
-        As click's `default_map` wants it: `{option: text, command: {option: text or list of texts}}`.
+    shared : dict
+        The shared options, with their values as texts.
+    sections : dict of dict
+        The options of each command, with texts, or lists of texts if they are repeatable.
 
     Raises
     ------
-    UsageError    no such file, no plain YAML, or a key that nobody knows
+    UsageError    the file does not exist, is not plain YAML, or has an unknown key or a value that is not text or a number
     """
     settings = _read_yaml(path)
     if not isinstance(settings, dict):
         raise UsageError(f"--config {path}: expected keys and values, found {type(settings).__name__}")
-    flat = {key: value for key, value in settings.items() if key not in commands}
-    _check_keys(path, flat, SHARED, extra=tuple(commands))
-    flat = _texts(path, {key.replace("-", "_"): value for key, value in flat.items()})
+    shared = dict.fromkeys(SHARED, False)
+    top = {key: value for key, value in settings.items() if key not in commands}
     sections = {}
-    for command, section in settings.items():
-        if command in commands:
-            if not isinstance(section, dict):
-                raise UsageError(f"--config {path}: {command} expected keys and values, found {_shown(section)}")
-            section = {str(key).replace("-", "_"): value for key, value in section.items()}
-            _check_keys(path, section, (*commands[command], *SHARED), where=f" under {command}")
-            sections[command] = _texts(path, section, where=f" under {command}", lists=True)
-    return {**flat, **sections}
+    for command in (key for key in settings if key in commands):
+        section = settings[command]
+        if not isinstance(section, dict):
+            raise UsageError(f"--config {path}: {command} expected keys and values, found {_shorten(repr(section))}")
+        where = f" under {command}"
+        sections[command] = _texts(f"--config {path}", section, {**commands[command], **shared}, where=where)
+    return _texts(f"--config {path}", top, shared, others=commands), sections
 
 
-def read_schedule(path: Path, deed: Callable[..., Any]) -> list[dict[str, Any]]:
-    """Return the phases in a YAML file: a list of keys and values, those that are options of the deed as its types.
+def _texts(
+    source: str, settings: Mapping[Any, Any], known: Mapping[str, bool], *, where: str = "", others: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Return settings as the texts that flags would have, so that both are converted alike; those without a value are left out.
+
+    known : mapping of str to bool    names of options, and whether they are repeatable
+    others : iterable of str          other names to suggest for an unknown one
+    """
+    texts: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            names = [*known, *others]
+            close = nearest(str(key), names)
+            hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(names)}"
+            raise UsageError(f"{source}: unknown key {_shorten(repr(key))}{where}", hint=hint)
+        values = value if isinstance(value, list) and known[name] else [value]
+        if value is None:
+            continue
+        if not all(isinstance(item, str | int | float) for item in values):
+            raise UsageError(f"{source}: {key}{where} is {_shorten(repr(value))}, expected text or a number")
+        texts[name] = [str(item) for item in values] if known[name] else str(value)
+    return texts
+
+
+def read_schedule(path: Path, function: Callable[..., Any]) -> list[dict[str, Any]]:
+    """Read the phases in a YAML file, a list of mappings; options of the command function get their types.
 
     Raises
     ------
-    UsageError    no such file, no plain YAML, no list of keys and values, or a value of another type
+    UsageError    the file does not exist, is not plain YAML or not such a list, or a value has another type
     """
-    phases, options = _read_yaml(path, "--schedule"), {option.name: option for option in options_of(deed)}
+    phases, options = _read_yaml(path, "--schedule"), {option.name: option for option in options_of(function)}
     if not (isinstance(phases, list) and phases and all(isinstance(phase, dict) for phase in phases)):
-        raise UsageError(
-            f"--schedule {path}: expected a list of phases", hint="such as `- {unfreeze: layer4, epochs: 5}`"
-        )
+        hint = "such as `- {unfreeze: layer4, epochs: 5}`"
+        raise UsageError(f"--schedule {path}: expected a list of phases", hint=hint)
 
     def typed(key: str, value: Any) -> Any:
-        text = [str(one) for one in value] if isinstance(value, list) else str(value)
+        text = [str(item) for item in value] if isinstance(value, list) else str(value)
         return check_value(options[key], text) if key in options else value
 
     named = [{str(key).replace("-", "_"): value for key, value in phase.items()} for phase in phases]
@@ -136,7 +169,7 @@ def read_schedule(path: Path, deed: Callable[..., Any]) -> list[dict[str, Any]]:
 
 
 def _read_yaml(path: Path, flag: str = "--config") -> Any:
-    """Read plain values: no tags of Python, and no aliases, which make a small file a huge value."""
+    """Read plain YAML: without Python tags, without aliases (which make a small file a huge value), and no key twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -148,12 +181,12 @@ def _read_yaml(path: Path, flag: str = "--config") -> Any:
 
         def compose_mapping_node(self, anchor: Any) -> Any:
             node = super().compose_mapping_node(anchor)
-            names: set[str] = set()
+            keys: set[str] = set()
             for key, _ in node.value:
-                if isinstance(key.value, str) and key.value in names:
+                if isinstance(key.value, str) and key.value in keys:
                     problem = f"found {key.value} twice, expected it once"
                     raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-                names.add(str(key.value))
+                keys.add(str(key.value))
             return node
 
     try:
@@ -163,38 +196,10 @@ def _read_yaml(path: Path, flag: str = "--config") -> Any:
             raise ValueError(f"more than {MAX_BYTES >> 20} MiB")
         return yaml.load(raw.decode("utf-8"), Loader) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as exc:
-        reason = _shortened(" ".join(str(exc).split()), 400)
-        raise UsageError(f"{flag} {path}: {reason}", hint="name a YAML file, for example configs/digits.yaml") from exc
+        reason = " ".join(str(exc).split())
+        hint = "give a YAML file, for example configs/digits.yaml"
+        raise UsageError(f"{flag} {path}: {_shorten(reason, 400)}", hint=hint) from exc
 
 
-def _shown(value: Any) -> str:
-    return _shortened(repr(value), MAX_SHOWN)
-
-
-def _shortened(text: str, length: int) -> str:
+def _shorten(text: str, length: int = 120) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
-def _texts(path: Path, found: Mapping[str, Any], *, where: str = "", lists: bool = False) -> dict[str, Any]:
-    """Return settings as the texts that flags would carry, so that both are read alike; a key without a value sets nothing."""
-
-    def text(key: str, value: Any) -> str:
-        if isinstance(value, str | int | float):
-            return str(value)
-        raise UsageError(f"--config {path}: {key}{where} is {_shown(value)}, expected a text or a number")
-
-    return {
-        key: [text(key, one) for one in value] if lists and isinstance(value, list) else text(key, value)
-        for key, value in found.items()
-        if value is not None
-    }
-
-
-def _check_keys(
-    path: Path, found: Mapping[str, Any], known: tuple[str, ...], *, where: str = "", extra: tuple[str, ...] = ()
-) -> None:
-    for key in found:
-        if str(key).replace("-", "_") not in known:
-            close = nearest(str(key), [*known, *extra])
-            hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join((*known, *extra))}"
-            raise UsageError(f"--config {path}: unknown key {_shown(key)}{where}", hint=hint)

@@ -1,4 +1,4 @@
-"""The command line: one file a command, each a short body over a deed. Exit codes and errors are set here.
+"""The command line, with one module per command. Exit codes and error messages are set here.
 
 >>> main(["extract", "data/", "--json"])
 """
@@ -16,42 +16,33 @@ from typing import Any, NoReturn
 
 import rich_click as click
 
-from embedpipe.cli._build import COMMAND, WARNINGS, Verbs, describe_error, print_envelope, shared_options
+from embedpipe.cli._build import COMMAND, WARNINGS, CommandGroup, describe_error, print_envelope, shared_options
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, Interrupted, Stopped, StorageError, UsageError
 
+# fmt: off
 COMMANDS = (
-    "extract",
-    "fit-head",
-    "finetune",
-    "predict",
-    "evaluate",
-    "compare",
-    "audit",
-    "advise",
-    "export",
-    "cache",
-    "models",
-    "layers",
-    "demo",
+    "extract", "fit-head", "finetune", "predict", "evaluate", "compare", "audit", "advise", "export", "cache", "models",
+    "layers", "demo",
 )
-HELP = """Features of a frozen backbone, computed once and cached; heads in seconds; fine-tuning from there.
+# fmt: on
+HELP = """Cache the features of a frozen backbone once, train heads on them in seconds, fine-tune from there.
 
 Example: `embedpipe extract data/ && embedpipe fit-head && embedpipe predict RUN new/`
 """
 
 
-class Commands(Verbs):
-    """The group: a command's file is imported when the command is looked up."""
+class Commands(CommandGroup):
+    """The top group, which imports the module of a command when the command is looked up."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name in COMMANDS:
-            stem = name.replace("-", "_")
-            found: click.Command = getattr(import_module(f"embedpipe.cli.{stem}"), stem)
-            return found
-        return None
+        if name not in COMMANDS:
+            return None
+        stem = name.replace("-", "_")
+        command: click.Command = getattr(import_module(f"embedpipe.cli.{stem}"), stem)
+        return command
 
 
 def _group() -> click.Group:
@@ -65,45 +56,42 @@ def _group() -> click.Group:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit with the documented code."""
+    """Run the command line and exit with the code of its result or error."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # names that are no UTF-8
-    _listen_to_signals()
-    _listen_to_warnings("-v" in arguments or "--verbose" in arguments)
-    as_json = "--json" in arguments
+        stream.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # for file names that are not UTF-8
+    _handle_signals()
+    _show_warnings("-v" in arguments or "--verbose" in arguments)
     COMMAND.clear()
     try:
         sys.exit(_group().main(args=arguments, prog_name="embedpipe", standalone_mode=False) or 0)
-    except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001  # the border: every end has a code
+    except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001  # every error becomes an exit code
         if isinstance(exc, Stopped | Interrupted | KeyboardInterrupt | click.Abort):
-            for number in (
-                signal.SIGTERM,
-                signal.SIGINT,
-            ):  # the code is decided; Python forgets handlers on its way out
+            for number in (signal.SIGTERM, signal.SIGINT):  # a later signal must not change the exit code
                 signal.signal(number, signal.SIG_IGN)
-        sys.exit(_report(exc, as_json))
+        sys.exit(_report(exc, "--json" in arguments))
 
 
-def _listen_to_signals() -> None:
-    """Let the first signal stop the work; later ones find it committing what was done, and only a third Ctrl-C breaks that."""
-    heard = 0
+def _handle_signals() -> None:
+    """Stop the command at the first signal; while it commits its work, ignore others but a third Ctrl-C."""
+    received = 0
 
-    def hear(signum: int, frame: Any) -> None:
-        nonlocal heard
-        heard += 1
-        if heard == 1 and signum == signal.SIGTERM:
-            raise Stopped("stopped by SIGTERM; what was done is committed", hint="run the same command to go on")
-        if signum == signal.SIGINT and heard != 2:
+    def handle(signum: int, frame: Any) -> None:
+        nonlocal received
+        received += 1
+        if received == 1 and signum == signal.SIGTERM:
+            hint = "run the same command to continue"
+            raise Stopped("stopped by SIGTERM; finished work is committed", hint=hint)
+        if signum == signal.SIGINT and received != 2:
             raise KeyboardInterrupt
-        click.echo("committing what is done; Ctrl-C once more leaves at once", err=True)
+        click.echo("committing finished work; press Ctrl-C again to exit at once", err=True)
 
-    signal.signal(signal.SIGTERM, hear)
-    signal.signal(signal.SIGINT, hear)
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
 
 
-def _listen_to_warnings(verbose: bool) -> None:
-    """Show our own warnings as they come, and those of libraries on demand."""
+def _show_warnings(verbose: bool) -> None:
+    """Print warnings of embedpipe as they are raised, and those of libraries if `verbose`."""
     WARNINGS.clear()
     warnings.simplefilter("default" if verbose else "ignore")
     warnings.simplefilter("always", EmbedpipeWarning)
@@ -117,7 +105,7 @@ def _listen_to_warnings(verbose: bool) -> None:
 
 
 def _report(exc: BaseException, as_json: bool) -> int:
-    """Say what went wrong in one line, on stderr and in the envelope, and return the exit code."""
+    """Print an error on one line of stderr, and in the JSON envelope; return its exit code."""
     exit_code, error = _describe(exc)
     if as_json:
         with contextlib.suppress(OSError):
@@ -131,20 +119,17 @@ def _report(exc: BaseException, as_json: bool) -> int:
 
 
 def _describe(exc: BaseException) -> tuple[int, dict[str, str]]:
+    """Return the exit code of an exception, and its code, message and hint."""
     if isinstance(exc, click.Abort | KeyboardInterrupt):
-        exc = Interrupted("interrupted; what was done is committed", hint="run the same command to go on")
+        exc = Interrupted("interrupted; finished work is committed", hint="run the same command to continue")
     elif isinstance(exc, click.ClickException):
-        exc = UsageError(exc.format_message().rstrip("."), hint=_help_hint(exc))
+        context = getattr(exc, "ctx", None)
+        hint = f"see `{context.command_path} --help`" if context else ""
+        exc = UsageError(exc.format_message().rstrip("."), hint=hint)
     elif isinstance(exc, OSError) and not isinstance(exc, EmbedpipeError):
-        exc = StorageError(
-            f"{exc.filename or 'input/output'}: {exc.strerror or exc}", hint="check the disk and the permissions"
-        )
+        message = f"{exc.filename or 'input/output'}: {exc.strerror or exc}"
+        exc = StorageError(message, hint="check the disk and the permissions")
     if isinstance(exc, EmbedpipeError):
         return exc.exit_code, describe_error(exc)
     message = f"{type(exc).__name__}: {exc}"
     return 1, {"code": "Defect", "message": message, "hint": "please report this with the lines above"}
-
-
-def _help_hint(exc: click.ClickException) -> str:
-    context = getattr(exc, "ctx", None)
-    return f"see `{context.command_path} --help`" if context else ""

@@ -9,25 +9,24 @@ import rich_click as click
 from embedpipe.cli._build import Session, command
 from embedpipe.commands import audit as auditing
 
-SHOWN = 20
+MAX_SHOWN = 20  # images of each kind
 
 
 @command(auditing.audit, example="embedpipe audit --folds 10")
 @click.argument("dataset", required=False)
 def audit(session: Session, dataset: str | None, **options: Any) -> None:
     done = auditing.audit(dataset, **options)
-    session.finish(done.to_dict(), tell(done))
+    session.finish(done.to_dict(), format_audit(done))
 
 
-def tell(done: auditing.Audit) -> str:
-    """Return the worst of each kind, and where all are listed."""
+def format_audit(done: auditing.Audit) -> str:
+    """Return a table of the worst images of each kind, and the path of the CSV file with all."""
     lines = [f"{'score':>6}  {'kind':<9}  image"]
     for kind, count in done.counts.items():
-        issues = [issue for issue in done.issues if issue.kind == kind]
-        for one in issues[:SHOWN]:
-            said = f"{one.label} > {one.suggested}" if one.suggested else one.label
-            twin = f", copy of {one.twin}" if one.twin else ""
-            lines.append(f"{one.score:>6.3f}  {kind:<9}  {one.path} ({said}{twin})")
-        lines += [f"{'':>6}  {kind:<9}  and {count - SHOWN} more"] if count > SHOWN else []
+        for issue in [issue for issue in done.issues if issue.kind == kind][:MAX_SHOWN]:
+            label = f"{issue.label} > {issue.suggested}" if issue.suggested else issue.label
+            copy = f", copy of {issue.twin}" if issue.twin else ""
+            lines.append(f"{issue.score:>6.3f}  {kind:<9}  {issue.path} ({label}{copy})")
+        lines += [f"{'':>6}  {kind:<9}  and {count - MAX_SHOWN} more"] if count > MAX_SHOWN else []
     counts = ", ".join(f"{count} {kind}" for kind, count in done.counts.items())
     return "\n".join([*lines, f"{done.dataset}: {done.n} labelled images, {counts}; all in {done.csv}"])

@@ -10,10 +10,10 @@ from embedpipe.cli._build import Session, command
 
 
 @command(None, example="embedpipe demo --dir embedpipe-demo")
-@click.option("--dir", "folder", default="embedpipe-demo", show_default=True, help="Where the demo works.")
-@click.option("--quick", is_flag=True, help="A few images and epochs: shows the way, not the accuracy.")
+@click.option("--dir", "folder", default="embedpipe-demo", show_default=True, help="Folder for images, cache and runs.")
+@click.option("--quick", is_flag=True, help="Use few images and epochs: faster, with a lower accuracy.")
 def demo(session: Session, folder: str, quick: bool) -> None:
-    """Guided first run: digits on disk, extract, fit-head, finetune, predict. Needs no network."""
+    """Write handwritten digits to disk, then extract, fit a head, fine-tune and predict. Needs no network."""
     from embedpipe.commands.demo import run_demo
 
     say = session.note if session.json else click.echo

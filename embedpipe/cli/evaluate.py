@@ -15,5 +15,5 @@ from embedpipe.commands import evaluate as evaluation
 @click.argument("data", nargs=-1)
 def evaluate(session: Session, run: str, data: tuple[str, ...], **options: Any) -> None:
     done = evaluation.evaluate(run, data or None, progress=session.progress, **options)
-    found = done.to_dict()
-    session.finish(found, scores({done.split: done.metrics}, done.chosen_on), failed=found["failed"])
+    report = done.to_dict()
+    session.finish(report, scores({done.split: done.metrics}, done.chosen_on), failed=report["failed"])

@@ -14,8 +14,6 @@ from embedpipe.commands import export as exporting
 @click.argument("run")
 def export(session: Session, run: str, **options: Any) -> None:
     done = exporting.export(run, **options)
-    kind = "images of the data set" if done.checked_on == "dataset" else "random images"
-    session.finish(
-        done.to_dict(),
-        f"{done.folder}: {', '.join(done.files)}\nlogits at most {done.max_abs_diff:.1e} away on {done.images} {kind}",
-    )
+    images = f"{done.images} {'images of the data set' if done.checked_on == 'dataset' else 'random images'}"
+    files = f"{done.folder}: {', '.join(done.files)}"
+    session.finish(done.to_dict(), f"{files}\nlogits differ by at most {done.max_abs_diff:.1e} on {images}")

@@ -10,7 +10,7 @@ from embedpipe.cli._build import Session, command
 @command(None, example="embedpipe layers timm:resnet18")
 @click.argument("model")
 def layers(session: Session, model: str) -> None:
-    """List a model's layers in the order of execution: what --layer and --unfreeze take.
+    """List the layers of a model in the order of execution, as --layer and --unfreeze name them.
 
     Parameters
     ----------
@@ -22,5 +22,5 @@ def layers(session: Session, model: str) -> None:
     found = describe_layers(model)
     width = max(len(layer.name) for layer in found)
     lines = [f"{'layer':<{width}}  {'parameters':>12}  output shape"]
-    lines += [f"{one.name:<{width}}  {one.parameters:>12,}  {'x'.join(map(str, one.shape))}" for one in found]
+    lines += [f"{layer.name:<{width}}  {layer.parameters:>12,}  {'x'.join(map(str, layer.shape))}" for layer in found]
     session.finish({"model": model, "layers": [vars(layer) for layer in found]}, "\n".join(lines))

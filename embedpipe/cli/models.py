@@ -11,12 +11,12 @@ from embedpipe.errors import UsageError
 @command(None, example="embedpipe models 'resnet*'")
 @click.argument("pattern", required=False)
 def models(session: Session, pattern: str | None) -> None:
-    """List the backbones that can be named.
+    """List the names of backbones.
 
     Parameters
     ----------
     pattern : str
-        Shell-style pattern such as '*vit*'; default: all.
+        Shell-style pattern, such as '*vit*'; default: all.
     """
     from embedpipe.backbones import list_models
 

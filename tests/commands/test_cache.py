@@ -417,7 +417,7 @@ def test_a_cache_that_can_only_be_read(run: Run, photos: Path, extracted: dict[s
         text=True,
         check=False,
     )
-    assert "left alone: could not lock" in refused.stdout
+    assert "not removed: could not lock" in refused.stdout
     assert len(Cache(CACHE).spaces()) == 1
 
 
