@@ -215,7 +215,7 @@ def test_verify_finds_a_flipped_bit(run: Run, extracted: dict[str, Any], name: s
     assert damage["place"] in (str(path), str(path.parent))
     told = run("cache", "verify", "--sample", 0)
     assert (told.code, str(path) in told.out) == (4, True)
-    assert "damage in the cache, 1 times" in told.line
+    assert "the cache is damaged in 1 places" in told.line
 
 
 def test_verify_computes_rows_again(run: Run, photos: Path, extracted: dict[str, Any]) -> None:
