@@ -1,9 +1,9 @@
-"""Plan: how a network is trained. Its fields are options of `finetune`, under the same names."""
+"""Plan: how a network is trained; Score, Epoch and Trained: what training reports."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 from embedpipe.errors import UsageError
@@ -14,17 +14,17 @@ BELOW_ONE = ("label_smoothing", "ema")
 
 @dataclass(frozen=True)
 class Plan:
-    """How a network is trained; what is 0 or None is not done.
+    """Hyperparameters of training, the options of `finetune` under the same names; 0 or None switches one off.
 
     optimizer : str          adamw, or sgd with Nesterov momentum 0.9
-    clip_norm : float        the norm of all gradients is cut to it
+    clip_norm : float        largest norm of all gradients
     label_smoothing : float  share of each label that is spread over all classes
-    ema : float              decay of the running average of the weights, a step
+    ema : float              decay per step of the exponential moving average of the weights
     l2_sp : float            penalty l2_sp / 2 * ||w - start||^2 on the groups with `anchored`
-    patience : int           epochs without a better validation before training ends
-    precision : str          of forward and backward: fp32, bf16 or fp16 (cuda only); weights and validation are fp32
-    accumulate : int         batches an optimiser step
-    mixup, cutmix : float    alpha of the Beta distribution that mixes pairs of images; both: one at random a batch
+    patience : int           epochs without a better validation score before training stops
+    precision : str          of forward and backward pass: fp32, bf16 or fp16 (cuda only); weights and validation are fp32
+    accumulate : int         batches per optimiser step
+    mixup, cutmix : float    alpha of the Beta distribution; with both, one of them is drawn for each batch
     """
 
     epochs: int = 10
@@ -41,25 +41,72 @@ class Plan:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:
-        """Take what is of training out of the options of a deed.
+        """Return the plan in the options of a command, which may have further ones.
 
         Raises
         ------
-        UsageError    a number out of its range
+        UsageError    a number is out of its range
         """
         check_ranges(options)
         return cls(**{field.name: options[field.name] for field in fields(cls)})
 
 
 def check_ranges(options: Mapping[str, Any]) -> None:
-    """Refuse counts below 1, shares outside [0, 1) and negative numbers, by the option's name."""
+    """Raise UsageError for counts below 1, shares outside [0, 1) and negative numbers."""
     for name, value in options.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or name == "seed":
             continue
         least = AT_LEAST.get(name, 0)
+        expected = ""
         if not value >= least:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}, expected {least} or more")
-        if name in BELOW_ONE and not value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {value}, expected less than 1")
-        if name == "layer_decay" and not 0 < value <= 1:
-            raise UsageError(f"--layer-decay is {value}, expected more than 0, at most 1")
+            expected = f"{least} or more"
+        elif name in BELOW_ONE and not value < 1:
+            expected = "less than 1"
+        elif name == "layer_decay" and not 0 < value <= 1:
+            expected = "more than 0, at most 1"
+        if expected:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class Score:
+    """Validation score of one state: mean cross-entropy, and accuracy in [0, 1]."""
+
+    loss: float
+    accuracy: float
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Greater is better: accuracy first, the loss breaks ties."""
+        return self.accuracy, -self.loss
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Losses and scores of an epoch; epoch 0 is the initial state and has no training loss. `ema_*`: of the averaged weights."""
+
+    epoch: int
+    train_loss: float | None
+    val_loss: float
+    val_accuracy: float
+    seconds: float
+    ema_val_loss: float | None = None
+    ema_val_accuracy: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The result of training; the network holds the best state.
+
+    best_epoch : int
+    best_of : str     "weights", or "ema" for their average
+    diverged : str    which value was not finite, and in which epoch; "" where all were finite
+    """
+
+    history: tuple[Epoch, ...]
+    best_epoch: int
+    best_of: str
+    diverged: str

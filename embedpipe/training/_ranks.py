@@ -1,5 +1,5 @@
-"""Ranks: the processes that torchrun started, as one. Gradients are summed after the backward pass, so that each rank
-may take as many pieces as its memory wants.
+"""Ranks: the processes that torchrun started. Gradients are summed after the backward pass, so that each rank may use
+as many micro-batches as its memory requires.
 
 >>> with joined() as ranks:
 ...     train(..., ranks=ranks)
@@ -19,12 +19,12 @@ from torch import Tensor
 from torch import distributed as dist
 
 T = TypeVar("T")
-PATIENCE = timedelta(hours=12)  # others wait while the first validates and saves
+TIMEOUT = timedelta(hours=12)  # the other processes wait while the first one validates and saves
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, the number `rank` of `count`."""
+    """This process: its number `rank` of `count` processes."""
 
     rank: int = 0
     count: int = 1
@@ -42,30 +42,31 @@ class Ranks:
                 tensor.detach().copy_(total.view_as(tensor))
 
     def any(self, flag: bool) -> bool:
-        found = torch.tensor([int(flag)])
+        """Return True if `flag` is True on any rank."""
+        flags = torch.tensor([int(flag)])
         if self.count > 1:
-            dist.all_reduce(found)
-        return bool(found)
+            dist.all_reduce(flags)
+        return bool(flags)
 
     def tell(self, make: Callable[[], T]) -> T:
-        """Return on every rank what the first one makes."""
-        told: list[Any] = [make() if self.first else None]
+        """Return on every rank the result of `make` on the first one."""
+        results: list[Any] = [make() if self.first else None]
         if self.count > 1:
-            dist.broadcast_object_list(told, device=torch.device("cpu"))
-        made: T = told[0]
-        return made
+            dist.broadcast_object_list(results, device=torch.device("cpu"))
+        result: T = results[0]
+        return result
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Join the other processes, where torchrun started this one."""
+    """Join the process group if torchrun started this process."""
     if not dist.is_torchelastic_launched():
         yield Ranks()
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, timeout=PATIENCE)
+    dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:

@@ -1,25 +1,49 @@
-"""What of a network may move, as tensors by name: taken, put back, averaged."""
+"""The state of a network that training changes, its running average, random states, and delayed signals."""
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from embedpipe.training._signals import signals_held
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def delay_signals() -> Iterator[None]:
+    """Delay SIGTERM and SIGINT until the block ends, so that it runs completely or not at all."""
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
+        yield
+        return
+    received: list[int] = []
+
+    def record(number: int, frame: Any) -> None:
+        received.append(number)
+
+    handlers = {number: signal.signal(number, record) for number in STOPPING}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
 
 
 def set_modes(network: nn.Module, keep_eval: Sequence[nn.Module]) -> None:
-    """Put the network into train mode, and what is frozen into eval mode."""
+    """Put the network into train mode, and `keep_eval` into eval mode."""
     network.train()
     for module in keep_eval:
         module.eval()
 
 
 def moving_names(network: nn.Module, keep_eval: Sequence[nn.Module]) -> set[str]:
-    """Return the names in the state dict that training may change: trainable parameters, and buffers in train mode."""
+    """Return the names in the state dict that training may change: trainable parameters, and buffers of modules in train mode."""
     names = {name for name, p in network.named_parameters() if p.requires_grad}
     still = {id(module) for frozen in keep_eval for module in frozen.modules()}
     for prefix, module in network.named_modules():
@@ -29,7 +53,7 @@ def moving_names(network: nn.Module, keep_eval: Sequence[nn.Module]) -> set[str]
 
 
 def moving_state(network: nn.Module, keep_eval: Sequence[nn.Module]) -> dict[str, Tensor]:
-    """Return copies of what training may change."""
+    """Return copies of the tensors that training may change."""
     state = network.state_dict()
     return {name: state[name].clone() for name in sorted(moving_names(network, keep_eval))}
 
@@ -40,7 +64,7 @@ def put(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 class Average:
-    """The running average of what moves; young averages follow faster, so that the start is soon forgotten."""
+    """Exponential moving average of the tensors that training changes; its decay starts low and rises to `decay`."""
 
     def __init__(self, tensors: dict[str, Tensor], decay: float) -> None:
         self.tensors, self.decay, self.updates = tensors, decay, 0
@@ -57,20 +81,20 @@ class Average:
 
     @contextmanager
     def inside(self, network: nn.Module) -> Iterator[None]:
-        """Put the average into the network for the time of the block."""
+        """Swap the average into the network within the block."""
         state = network.state_dict()
         own = {name: state[name].clone() for name in self.tensors}
         try:
-            with signals_held():
+            with delay_signals():
                 put(network, self.tensors)
             yield
         finally:
-            with signals_held():
+            with delay_signals():
                 put(network, own)
 
 
 def random_state() -> dict[str, Tensor | list[Tensor]]:
-    """Return the state of torch's own random numbers, here and on every cuda device."""
+    """Return the state of torch's random number generators, on the CPU and on every cuda device."""
     there = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"cpu": torch.get_rng_state(), "cuda": there}
 

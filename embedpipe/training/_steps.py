@@ -1,39 +1,51 @@
-"""One optimiser step from a few batches: mixing, precision, as many images at a time as fit, clipping."""
+"""One optimiser step from several batches: MixUp and CutMix, precision, micro-batches, clipping."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning
-from embedpipe.training._mixing import Batch, mixer
 from embedpipe.training._plan import Plan
 from embedpipe.training._ranks import Ranks
 
+Batch = tuple[Tensor, Tensor]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NotFinite(ArithmeticError):
-    """The loss or a gradient is NaN or infinite; no weight has been touched by it."""
+    """The loss or a gradient is NaN or infinite; no weight has been changed."""
 
 
-def make_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Return an optimiser over groups that bring their `lr` and `weight_decay`."""
-    if name == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
-    return torch.optim.AdamW(groups)
+def mixer(plan: Plan, n_classes: int) -> Callable[[Tensor, Tensor], Batch]:
+    """Return a function that mixes pairs of a batch into images and soft labels float32 (n, n_classes).
+
+    Source: Zhang et al., ICLR 2018 (mixup); Yun et al., ICCV 2019 (CutMix).
+    """
+    if not plan.mixup and not plan.cutmix:
+        return lambda images, y: (images, y)
+    from torchvision.transforms import v2
+
+    kinds = ((plan.mixup, v2.MixUp), (plan.cutmix, v2.CutMix))
+    mix: Callable[[Tensor, Tensor], Batch] = v2.RandomChoice([k(alpha=a, num_classes=n_classes) for a, k in kinds if a])
+
+    def mix_any_shape(images: Tensor, y: Tensor) -> Batch:
+        """Mix activations that are not maps, such as tokens, as maps of one pixel."""
+        mixed, soft = mix(images if images.ndim == 4 else images.flatten(1)[:, :, None, None], y)
+        return mixed.view_as(images), soft
+
+    return mix_any_shape
 
 
 class Stepper:
     """Takes optimiser steps of one network.
 
-    micro : int or None    images in memory at a time; None: whole batches. Halved where they do not fit
+    micro : int or None    images per micro-batch; None: whole batches. Halved when they do not fit into memory
     """
 
     def __init__(
@@ -57,11 +69,11 @@ class Stepper:
         self.anchors = [(parameter, parameter.detach().clone()) for parameter in anchored]
 
     def step(self, batches: Sequence[Batch]) -> float:
-        """Move the weights by the gradient of the mean loss over all batches, and return that loss.
+        """Take a step along the gradient of the mean loss over all batches, and return that loss.
 
         Raises
         ------
-        NotFinite         the loss or the gradient is
+        NotFinite         the loss or the gradient is NaN or infinite
         EmbedpipeError    one image alone does not fit into memory
         """
         batches = [self.mix(images, y) for images, y in batches]
@@ -77,16 +89,16 @@ class Stepper:
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - start, alpha=self.plan.l2_sp)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.plan.clip_norm or math.inf)
-        if not (self.scaler.is_enabled() or torch.isfinite(norm)):  # a scaler leaves out such a step and scales less
+        if not (self.scaler.is_enabled() or torch.isfinite(norm)):  # a scaler skips such a step and lowers its scale
             raise NotFinite(f"the gradient became {norm.item()}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss
 
     def _gradients(self, batches: Sequence[Batch], total: Tensor) -> Tensor | None:
-        """Sum the gradients of all pieces and return their loss, float32 (1,); None: they do not fit into memory.
+        """Sum the gradients of all micro-batches and return their loss, float32 (1,); None: they do not fit into memory.
 
-        Each is weighed as in one batch of the weight `total`.
+        total : float32 (1,)    the total weight of the step, by which each loss is divided
         """
         self.optimizer.zero_grad()
         whole = torch.zeros_like(total)
@@ -120,7 +132,7 @@ class Stepper:
         return F.cross_entropy(logits, y, weight=self.class_weight, label_smoothing=smoothing, reduction="sum")
 
     def _weight_of(self, y: Tensor) -> Tensor | int:
-        """Return what the mean divides by: images, or where classes are weighed and not mixed, their weights."""
+        """Return the denominator of the mean: the count of images, or the sum of the class weights of unmixed labels."""
         return len(y) if self.class_weight is None or y.ndim > 1 else self.class_weight[y].sum()
 
     def _halve(self, batches: Sequence[Batch]) -> None:

@@ -1,4 +1,4 @@
-"""Trainer: where training is. Everything that shapes the rest of it can be taken out and put back."""
+"""train: epochs and checkpoints until the last epoch, the patience, or a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -11,21 +11,105 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from embedpipe.training._epochs import Epoch, Score, Trained
-from embedpipe.training._mixing import Batch
-from embedpipe.training._plan import Plan
-from embedpipe.training._signals import signals_held
-from embedpipe.training._state import Average, moving_state, put, random_state, set_modes, set_random_state
-from embedpipe.training._steps import NotFinite, Stepper, make_optimizer
+from embedpipe.errors import Stopped
+from embedpipe.training._optimizer import make_optimizer
+from embedpipe.training._plan import Epoch, Plan, Score, Trained
+from embedpipe.training._ranks import Ranks
+from embedpipe.training._state import (
+    Average,
+    delay_signals,
+    moving_state,
+    put,
+    random_state,
+    set_modes,
+    set_random_state,
+)
+from embedpipe.training._steps import Batch, NotFinite, Stepper
 
 WARM_UP = 0.1  # share of all steps with a rising learning rate
+ONE_PROCESS = Ranks()
+
+
+def train(
+    network: nn.Module,
+    groups: list[dict[str, Any]],
+    batches: Callable[[int], Iterable[Batch]],
+    validate: Callable[[], Score],
+    *,
+    plan: Plan,
+    steps: int,
+    keep_eval: Sequence[nn.Module],
+    n_classes: int = 0,
+    class_weight: Tensor | None = None,
+    ranks: Ranks = ONE_PROCESS,
+    resume: Mapping[str, Any] | None = None,
+    checkpoint: Callable[[dict[str, Any]], None] = lambda _: None,
+    checkpoint_s: float = 120.0,
+    on_step: Callable[[int], None] = lambda _: None,
+) -> Trained:
+    """Train with warm-up and cosine decay; leave the network in the best state by validation, in eval mode.
+
+    Epoch 0, the initial state, competes too: training never ends with a worse validation score than it began with. A loss
+    or gradient that is not finite ends training before it changes a weight.
+
+    Parameters
+    ----------
+    groups : list of dict
+        Parameter groups of the optimiser, each with its `lr` and `weight_decay`; `l2_sp` applies to `anchored` ones.
+    batches : epoch -> iterable of (images float32 (n, 3, H, W), y int64 (n,))
+        Must return the same batches for the same epoch, and draw no random numbers from torch's own generators.
+    validate : () -> Score
+        Called with the network in eval mode.
+    steps : int
+        Batches per epoch.
+    keep_eval : list of Module
+        Modules that stay in eval mode: frozen layers.
+    n_classes : int
+        For mixed labels.
+    ranks : Ranks
+        Processes that train together: `batches` returns the part of this process, `validate` the same score in each.
+    resume : dict
+        The last argument of `checkpoint`: training continues from there, on a CPU to the same bits as without a break.
+    checkpoint : state -> None
+        Called after each epoch, every `checkpoint_s` seconds, and between two steps when SIGTERM or SIGINT ends the work.
+    on_step : number of optimiser steps done -> None
+
+    Source: Loshchilov and Hutter, ICLR 2019 (AdamW) and ICLR 2017 (cosine schedule).
+    """
+    stepping: dict[str, Any] = {"n_classes": n_classes, "class_weight": class_weight, "ranks": ranks}
+    trainer = Trainer(network, groups, plan, steps=max(1, steps // plan.accumulate), keep_eval=keep_eval, **stepping)
+    if resume:
+        trainer.load(resume)
+
+    def save() -> None:
+        with delay_signals():
+            checkpoint(trainer.state())
+
+    try:
+        while not trainer.ended:
+            saved = time.monotonic()
+            for done in trainer.steps_of(batches):
+                on_step(done)
+                if time.monotonic() - saved > checkpoint_s:
+                    save()
+                    saved = time.monotonic()
+            if not trainer.diverged:
+                trainer.validate(validate)
+                save()
+    except (Stopped, KeyboardInterrupt):
+        save()
+        raise
+    finally:
+        put(network, trainer.best)
+        network.eval()
+    return Trained(tuple(trainer.history), trainer.best_epoch, trainer.best_of, trainer.diverged)
 
 
 class Trainer:
-    """One training under way.
+    """The state of a training, which can be saved after any step and restored.
 
     stepping         arguments of `Stepper`
-    epoch : int      under way; 0 is the state handed in, which is only judged
+    epoch : int      the current one; 0 is the initial state, which is only validated
     losses : list    of the steps done in this epoch
     best : dict      tensors of the best state
     """
@@ -58,20 +142,20 @@ class Trainer:
         return bool(self.diverged) or done >= self.plan.epochs or done - self.best_epoch >= patience
 
     def steps_of(self, batches: Callable[[int], Iterable[Batch]]) -> Iterator[int]:
-        """Take the steps of this epoch that are left, and yield the number of all steps done."""
+        """Take the remaining steps of this epoch, and yield the number of all steps done."""
         if self.epoch == 0 or len(self.losses) >= self.steps:
             return
         set_modes(self.network, self.keep_eval)
         grouped = _grouped(batches(self.epoch), self.plan.accumulate)
         for group in self._in_step(islice(grouped, len(self.losses), self.steps)):
-            with signals_held():
+            with delay_signals():
                 self._step(group)
             if self.diverged:
                 return
             yield (self.epoch - 1) * self.steps + len(self.losses)
 
     def _in_step(self, groups: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
-        """Yield groups as long as any rank has one: unreadable images make the part of one rank shorter."""
+        """Yield groups as long as any rank has one: unreadable images may make the part of one rank shorter."""
         while self.stepper.ranks.any(bool(group := next(groups, []))):
             yield group
 
@@ -86,14 +170,14 @@ class Trainer:
             self.average.update(self.network)
         self.losses.append(loss)
 
-    def judge(self, validate: Callable[[], Score]) -> None:
+    def validate(self, validate: Callable[[], Score]) -> None:
         """Validate, and end the epoch."""
         self.network.eval()
         score, averaged = validate(), None
         if self.average and self.epoch:
             with self.average.inside(self.network):
                 averaged = validate()
-        with signals_held():
+        with delay_signals():
             self._record(score, averaged)
 
     def _record(self, score: Score, averaged: Score | None) -> None:
@@ -109,16 +193,8 @@ class Trainer:
         self.history.append(Epoch(self.epoch, mean, score.loss, score.accuracy, seconds, *ema))
         self.epoch, self.losses, self.begun = self.epoch + 1, [], time.monotonic()
 
-    def leave_best(self) -> None:
-        """Put the best state into the network, in eval mode."""
-        put(self.network, self.best)
-        self.network.eval()
-
-    def trained(self) -> Trained:
-        return Trained(tuple(self.history), self.best_epoch, self.best_of, self.diverged)
-
     def state(self) -> dict[str, Any]:
-        """Return all that shapes the rest, as tensors and plain values."""
+        """Return everything that the rest of the training depends on, as tensors and plain values."""
         return {
             "epoch": self.epoch,
             "losses": self.losses,
@@ -136,7 +212,7 @@ class Trainer:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned."""
+        """Restore what `state` returned."""
         put(self.network, state["moving"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

@@ -117,8 +117,11 @@ def test_a_signal_waits_for_the_step_to_be_whole() -> None:
     assert same(again, whole)
 
 
-def test_a_checkpoint_is_written_within_long_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedpipe.training._loop.CHECKPOINT_S", 0.0)
+def test_a_checkpoint_is_written_within_long_epochs() -> None:
     seen: list[tuple[int, int]] = []
-    run(network(), Plan(epochs=1), checkpoint=lambda state: seen.append((state["epoch"], len(state["losses"]))))
+
+    def checkpoint(state: dict[str, Any]) -> None:
+        seen.append((state["epoch"], len(state["losses"])))
+
+    run(network(), Plan(epochs=1), checkpoint=checkpoint, checkpoint_s=0.0)
     assert seen == [(1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 0)]
