@@ -76,8 +76,9 @@ def train(
 
     Source: Loshchilov and Hutter, ICLR 2019 (AdamW) and ICLR 2017 (cosine schedule).
     """
-    stepping: dict[str, Any] = {"n_classes": n_classes, "class_weight": class_weight, "ranks": ranks}
-    trainer = Trainer(network, groups, plan, steps=max(1, steps // plan.accumulate), keep_eval=keep_eval, **stepping)
+    optimizer = make_optimizer(plan.optimizer, groups)
+    stepper = Stepper(network, optimizer, plan, n_classes=n_classes, class_weight=class_weight, ranks=ranks)
+    trainer = Trainer(stepper, steps=max(1, steps // plan.accumulate), keep_eval=keep_eval)
     if resume:
         trainer.load(resume)
 
@@ -108,27 +109,17 @@ def train(
 class Trainer:
     """The state of a training, which can be saved after any step and restored.
 
-    stepping         arguments of `Stepper`
     epoch : int      the current one; 0 is the initial state, which is only validated
     losses : list    of the steps done in this epoch
     best : dict      tensors of the best state
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        groups: list[dict[str, Any]],
-        plan: Plan,
-        *,
-        steps: int,
-        keep_eval: Sequence[nn.Module],
-        **stepping: Any,
-    ) -> None:
-        self.network, self.plan, self.steps, self.keep_eval = network, plan, steps, keep_eval
-        self.optimizer = make_optimizer(plan.optimizer, groups)
-        self.schedule = LambdaLR(self.optimizer, _warm_up_cosine(plan.epochs * steps))
-        self.stepper = Stepper(network, self.optimizer, plan, **stepping)
-        self.average = Average(moving_state(network, keep_eval), plan.ema) if plan.ema else None
+    def __init__(self, stepper: Stepper, *, steps: int, keep_eval: Sequence[nn.Module]) -> None:
+        self.network, self.plan, self.optimizer = stepper.network, stepper.plan, stepper.optimizer
+        self.stepper, self.steps, self.keep_eval = stepper, steps, keep_eval
+        self.schedule = LambdaLR(self.optimizer, _warm_up_cosine(self.plan.epochs * steps))
+        ema = self.plan.ema
+        self.average = Average(moving_state(self.network, keep_eval), ema) if ema else None
         self.history: list[Epoch] = []
         self.best: dict[str, Tensor] = {}
         self.best_rank, self.best_epoch, self.best_of = (-math.inf, 0.0), 0, "weights"
@@ -146,18 +137,13 @@ class Trainer:
         if self.epoch == 0 or len(self.losses) >= self.steps:
             return
         set_modes(self.network, self.keep_eval)
-        grouped = _grouped(batches(self.epoch), self.plan.accumulate)
-        for group in self._in_step(islice(grouped, len(self.losses), self.steps)):
+        grouped = islice(_grouped(batches(self.epoch), self.plan.accumulate), len(self.losses), self.steps)
+        # until no rank has a group: unreadable images may make the part of one rank shorter
+        while not self.diverged and self.stepper.ranks.any(bool(group := next(grouped, []))):
             with delay_signals():
                 self._step(group)
-            if self.diverged:
-                return
-            yield (self.epoch - 1) * self.steps + len(self.losses)
-
-    def _in_step(self, groups: Iterator[list[Batch]]) -> Iterator[list[Batch]]:
-        """Yield groups as long as any rank has one: unreadable images may make the part of one rank shorter."""
-        while self.stepper.ranks.any(bool(group := next(groups, []))):
-            yield group
+            if not self.diverged:
+                yield (self.epoch - 1) * self.steps + len(self.losses)
 
     def _step(self, group: Sequence[Batch]) -> None:
         try:
@@ -238,8 +224,8 @@ def _warm_up_cosine(total: int) -> Callable[[int], float]:
     warm = max(1, round(WARM_UP * total))
 
     def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+        return (
+            (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+        )
 
     return factor
