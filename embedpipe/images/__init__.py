@@ -1,7 +1,6 @@
 """Bytes to tensors: decode, orientation, colour policy, canonical transform, batches from threads.
 
-The pipeline, the classifier and the backbones may enter. torch is imported when a transform or a
-batch first needs it, never with this room.
+torch is imported when a transform first needs it, not with this package.
 
 >>> image = decode_image(Path("cat.jpg").read_bytes())
 >>> Transform(crop_size=(224, 224), resize_size=256)(image).shape

@@ -1,4 +1,4 @@
-"""Views: seeded random changes of an image, the same for the same image, seed and view, in any order and on any machine.
+"""Views: seeded random augmentations of an image, which depend on its content, the seed and the view only.
 
 >>> augment(image, "standard", random_of(seed=0, view=1, key=key)).size
 (431, 322)
@@ -14,16 +14,16 @@ from random import Random
 from PIL import Image, ImageEnhance, ImageOps
 
 AUGMENTS = ("flip", "standard", "strong")
-AREA = (0.35, 1.0)  # of the image, that a random crop keeps
+AREA = (0.35, 1.0)  # share of the image that a random crop keeps
 RATIO = (3 / 4, 4 / 3)  # width to height of a random crop, relative to the image's
 MAGNITUDE, OPERATIONS = 0.3, 2  # of RandAugment: 9 of 30
 ERASED, ERASED_AREA = 0.25, (0.02, 0.33)  # probability that a part is erased, and its share of the image
 GREY = (124, 116, 104)
-RECIPES = {"strong": {"strong": "crop, flip, RandAugment 2 x 9/30, erasing 0.25"}}  # told apart in a fingerprint
+RECIPES = {"strong": {"strong": "crop, flip, RandAugment 2 x 9/30, erasing 0.25"}}  # part of the fingerprint
 
 
 def random_of(*, seed: int, view: int, key: str) -> Random:
-    """Return the random numbers of one view of one image.
+    """Return the random number generator of one view of one image.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def random_of(*, seed: int, view: int, key: str) -> Random:
 
 
 def augment(image: Image.Image, name: str, random: Random) -> Image.Image:
-    """Return a changed RGB image.
+    """Return an augmented RGB image.
 
     Parameters
     ----------
@@ -64,7 +64,7 @@ def _erase(image: Image.Image, random: Random) -> Image.Image:
 def _part(
     image: Image.Image, random: Random, share: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Return a random box of so much of the image, and so wide to its height, relative to the image's."""
+    """Return a random box (left, top, right, bottom) with these ranges of area and aspect ratio, relative to the image's."""
     area = random.uniform(*share) * image.width * image.height
     aspect = math.exp(random.uniform(math.log(ratio[0]), math.log(ratio[1]))) * image.width / image.height
     width = min(image.width, max(1, round(math.sqrt(area * aspect))))

@@ -1,4 +1,4 @@
-"""image_batches: files to full batches, decoded in processes of their own, in bounded memory."""
+"""image_batches: full batches of images from files, decoded in separate processes, in bounded memory."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from embedpipe.data import Place
 from embedpipe.errors import DecodeError
-from embedpipe.images._isolation import Decoders, Loaded
+from embedpipe.images._isolation import LIMITS, Decoders, Limits, Loaded
 from embedpipe.images._transform import Transform
 
 if TYPE_CHECKING:
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
 Key = TypeVar("Key", bound=bytes | None)
 Images = Callable[[Image.Image], "torch.Tensor"]
 Timed = tuple[list[Loaded], float]
-READERS = 16  # threads that fetch what decoder processes cannot read themselves: they wait, decoders work
-AHEAD = 16  # images, where batches are small: what is far away is asked for early
-ALL = -1  # no transform has this image
+READERS = 16  # threads that read the bytes which decoder processes cannot read themselves, such as URLs
+PREFETCH = 16  # images read in advance at least, for remote files and small batches
+ALL = -1  # the image failed for every transform
 
 
 @dataclass(frozen=True)
 class Failed(Generic[Key]):
-    """An image without pixels: for the transform of that index, or for `ALL`.
+    """An image that failed, for the transform of that index or for `ALL`.
 
-    stage : str    "read" and "limit" may pass next time, "decode" never will
+    stage : str    "read" and "limit" may succeed next time, "decode" never does
     """
 
     key: Key
@@ -46,14 +46,14 @@ class Failed(Generic[Key]):
 
 @dataclass(frozen=True)
 class Batch(Generic[Key]):
-    """Images that could be read, and what went wrong since the batch before.
+    """Decoded images, and the failures since the previous batch.
 
     Parameters
     ----------
-    images : list of arrays    one for each transform: uint8 (n, H, W, 3) of a `Transform`, to be normalised,
+    images : list of arrays    one for each transform: uint8 (n, H, W, 3) of a `Transform`, not normalised yet,
                                float32 (n, 3, H, W) of any other; black where that transform failed
-    keys : n keys              as the items gave them
-    failures : list            of what has no pixels
+    keys : n keys              of the items
+    failures : list of Failed
     decode_s : float           seconds of work in the decoders, summed
     """
 
@@ -73,49 +73,49 @@ def image_batches(
     batch_size: int,
     workers: int,
     in_order: bool = True,
+    limits: Limits = LIMITS,
 ) -> Iterator[Batch[Key]]:
     """Read, check, decode and transform files, `workers` at a time; every batch but the last is full.
 
     Parameters
     ----------
     items : iterable of (key, place)    a file whose sha256 is not its key fails; None: no check
-    transforms : callables              RGB image -> float32 (3, H, W), all of one decode; their errors are raised
-    batch_size, workers : int >= 1      at most max(batch_size, AHEAD) + batch_size + workers images are held, read or decoded
-    in_order : bool                     as the items come; else as they are ready, and a slow image holds up no other
+    transforms : callables              RGB image -> float32 (3, H, W), applied to one decoded image; their errors are raised
+    batch_size, workers : int >= 1      at most max(batch_size, PREFETCH) + batch_size + workers images are in memory
+    in_order : bool                     True: in the order of the items; False: as they are ready, without waiting for slow ones
+    limits : Limits                     of time and memory for one image
     """
     keys: list[Key] = []
-    found: list[list[np.ndarray | None]] = []
+    decoded: list[list[np.ndarray | None]] = []
     failures: list[Failed[Key]] = []
-    window, seconds = max(batch_size, AHEAD) + workers, 0.0
-    for key, (parts, took_s) in _loaded(items, transforms, window=window, workers=workers, in_order=in_order):
-        seconds += took_s
+    window, seconds = max(batch_size, PREFETCH) + workers, 0.0
+    options: dict[str, Any] = {"window": window, "workers": workers, "in_order": in_order, "limits": limits}
+    for key, (parts, decode_s) in _loaded(items, transforms, **options):
+        seconds += decode_s
         failed = [Failed(key, *part, n) for n, part in enumerate(parts) if isinstance(part, tuple)]
         if len(failed) == len(parts):
             failures.append(Failed(key, failed[0].stage, failed[0].reason))
             continue
         failures += failed
         keys.append(key)
-        found.append([None if isinstance(part, tuple) else part for part in parts])
+        decoded.append([None if isinstance(part, tuple) else part for part in parts])
         if len(keys) == batch_size:
-            yield Batch(_stack(found, transforms), keys, failures, seconds)
-            keys, found, failures, seconds = [], [], [], 0.0
+            yield Batch(_stack(decoded, transforms), keys, failures, seconds)
+            keys, decoded, failures, seconds = [], [], [], 0.0
     if keys or failures:
-        yield Batch(_stack(found, transforms), keys, failures, seconds)
+        yield Batch(_stack(decoded, transforms), keys, failures, seconds)
 
 
-def _stack(found: Sequence[Sequence[np.ndarray | None]], transforms: Sequence[Images]) -> list[np.ndarray]:
-    return [_stack_one([parts[n] for parts in found], transform) for n, transform in enumerate(transforms)]
+def _stack(decoded: Sequence[Sequence[np.ndarray | None]], transforms: Sequence[Images]) -> list[np.ndarray]:
+    """Return one array for each transform; images that failed are black."""
 
+    def stack(parts: list[np.ndarray | None], transform: Images) -> np.ndarray:
+        size = transform.crop_size if isinstance(transform, Transform) else (0, 0)
+        black = np.zeros_like(next((part for part in parts if part is not None), np.zeros((*size, 3), np.uint8)))
+        filled = [black if part is None else part for part in parts]
+        return np.stack(filled) if filled else black[None][:0]
 
-def _stack_one(parts: Sequence[np.ndarray | None], transform: Images) -> np.ndarray:
-    there = next((part for part in parts if part is not None), None)
-    size = transform.crop_size if isinstance(transform, Transform) else (0, 0)
-    black = np.zeros((*size, 3), np.uint8) if there is None else np.zeros_like(there)
-    return (
-        np.stack([black if part is None else part for part in parts])
-        if parts
-        else np.empty((0, *black.shape), black.dtype)
-    )
+    return [stack([parts[n] for parts in decoded], transform) for n, transform in enumerate(transforms)]
 
 
 def _loaded(
@@ -125,17 +125,16 @@ def _loaded(
     window: int,
     workers: int,
     in_order: bool,
+    limits: Limits,
 ) -> Iterator[tuple[Key, Timed]]:
-    """Yield keys and one result a transform, with at most `window` items under way."""
+    """Yield keys and one result for each transform, with at most `window` items in work."""
     numbered = iter(enumerate(items))
     ready: SimpleQueue[tuple[int, Key, Future[Timed]]] = SimpleQueue()
     waiting: list[tuple[int, Key, Future[Timed]]] = []  # a heap by number
-    taken = given = 0
-    decoding = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    reading = ThreadPoolExecutor(
-        max(READERS, workers), thread_name_prefix="read"
-    )  # starts no thread before its first task
-    decoders = Decoders(workers)
+    submitted = yielded = 0
+    decoding = ThreadPoolExecutor(workers, thread_name_prefix="decode")  # both start no thread before their first task
+    reading = ThreadPoolExecutor(max(READERS, workers), thread_name_prefix="read")
+    decoders = Decoders(workers, limits)
 
     def submit(number: int, key: Key, item: Place | Path) -> None:
         place = Place.of(item)
@@ -145,14 +144,14 @@ def _loaded(
 
     try:
         while True:
-            for number, (key, place) in islice(numbered, window - (taken - given)):
-                taken = number + 1
+            for number, (key, place) in islice(numbered, window - (submitted - yielded)):
+                submitted = number + 1
                 submit(number, key, place)
-            if given == taken:
+            if yielded == submitted:
                 return
-            while not waiting or (in_order and waiting[0][0] != given):
+            while not waiting or (in_order and waiting[0][0] != yielded):
                 heapq.heappush(waiting, ready.get())
-            given += 1
+            yielded += 1
             _, key, future = heapq.heappop(waiting)
             yield key, future.result()
     finally:
@@ -164,13 +163,10 @@ def _loaded(
 
 
 def _load(decoders: Decoders, key: bytes | None, place: Place, transforms: Sequence[Images]) -> Timed:
-    """Return pixels, or (stage, reason) of a failure, for each transform, and the seconds that it took.
-
-    A decoder process does the dangerous part.
-    """
+    """Return pixels, or (stage, reason) of a failure, for each transform, and the seconds that it took."""
     start = time.monotonic()
-    asked = [transform.text if isinstance(transform, Transform) else None for transform in transforms]
-    loaded = decoders.load(place, key=key, transforms=asked)
+    texts = [transform.text if isinstance(transform, Transform) else None for transform in transforms]
+    loaded = decoders.load(place, key=key, transforms=texts)
     parts = [_finish(part, transform) for part, transform in zip(loaded, transforms, strict=True)]
     return parts, time.monotonic() - start
 

@@ -1,6 +1,6 @@
-"""decode_image: the one place where bytes that nobody vouches for meet a decoder.
+"""decode_image: untrusted bytes to an RGB image, the only function that calls a decoder.
 
-Policies, fixed because they shape every feature: the first frame; EXIF orientation applied, broken
+Policies, fixed because every feature depends on them: the first frame; EXIF orientation applied, broken
 EXIF and ICC profiles ignored; alpha over white; 16-bit samples keep their high byte; CMYK as Pillow
 converts it.
 """
@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 import PIL
 
-# Importing a plugin registers its format; no other format is ever tried.
+# Importing a plugin registers its format; no other format is tried.
 from PIL import (  # noqa: F401
     AvifImagePlugin,
     BmpImagePlugin,
@@ -43,7 +43,7 @@ ORIENTATIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# What a decoder has to say stands in its result or its error, not on stderr.
+# Errors of decoders are raised; their warnings are not shown.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
@@ -60,8 +60,8 @@ def decode_image(data: bytes) -> Image.Image:
 
     Raises
     ------
-    DecodeError    no such image, or a broken one; the same bytes always give the same reason
-    MemoryError    this machine cannot hold it now: not the image's fault
+    DecodeError    not an image, or a broken one; the same bytes always give the same reason
+    MemoryError    not enough memory on this machine at the moment
     """
     if not data:
         raise DecodeError("empty file", hint="expected an image")
@@ -87,7 +87,7 @@ def _decode(data: bytes) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ORIENTATION_TAG)
-    except Exception:  # noqa: BLE001  broken EXIF beside sound pixels: as if there were none
+    except Exception:  # noqa: BLE001  a broken EXIF block is ignored
         return image
     return image.transpose(ORIENTATIONS[orientation]) if orientation in ORIENTATIONS else image
 

@@ -1,7 +1,7 @@
-"""Decoders that may die: each is a process of its own, with a limit of time and of memory for every image.
+"""Isolated decoders: each is a separate process, with a time limit and a memory limit for every image.
 
-A crash, a hang or a bomb in a decoder costs one image and one process, never the run. The processes start when the
-first image is wanted, stay for the next batch of images, and leave with this one.
+A crash, a hang or a decompression bomb costs one image and one process, never the run. The processes start with the
+first image, are reused for the next batch of images, and end with this process.
 
 >>> [pixels] = Decoders().load(Place("/data/cat.jpg"), key=None, transforms=[None])
 >>> pixels.shape
@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,19 +33,31 @@ from embedpipe.images._serving import HEADER, PIXELS, STAGES
 
 Loaded = np.ndarray | tuple[str, str]
 
-TIME_LIMIT_S = 60.0
-MEMORY_LIMIT_BYTES = 4 << 30  # of address space: an RGBA image of MAX_PIXELS over white takes about 3 GiB
 START_LIMIT_S = 60.0
 PIPE_BYTES = 1 << 20
-SETTINGS = {  # one thread; and memory of the size of an image is kept for the next one
+ENVIRONMENT = {  # one thread; freed memory of the size of an image is reused for the next one
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "PILLOW_BLOCKS_MAX": "16",
     "MALLOC_TRIM_THRESHOLD_": str(64 << 20),
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
 }
-PATIENCE = 400  # images of a decoder after which it loads the compiled resize; that takes as long as it saves on these
-SERVE = "import sys; sys.path[:] = {path!r}; from embedpipe.images._serving import serve; serve({memory}, {patience})"
+COMPILED_AFTER = 400  # images of a decoder, after which loading the compiled resize saves more time than it takes
+SERVE = "import sys; sys.path[:] = {path!r}; from embedpipe.images._serving import serve; serve({memory}, {after})"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits for one image.
+
+    memory_bytes : int    address space of a decoder; an RGBA image of MAX_PIXELS over white takes about 3 GiB
+    """
+
+    time_s: float = 60.0
+    memory_bytes: int = 4 << 30
+
+
+LIMITS = Limits()
 
 _idle: list[Decoder] = []
 _starting: list[Decoder] = []
@@ -55,40 +68,41 @@ class Decoder:
 
     Parameters
     ----------
-    patience : int    images after which it loads the compiled resize
-    ahead : bool      let it start while its parent goes on; `await_start` has to come before the first image
+    limits : Limits
+    compiled_after : int    images after which it loads the compiled resize
+    wait : bool             wait for its start; otherwise `await_start` must be called before the first image
 
     Raises
     ------
     EmbedpipeError    it does not start
     """
 
-    def __init__(self, patience: int = PATIENCE, *, ahead: bool = False) -> None:
-        code = SERVE.format(path=sys.path, memory=MEMORY_LIMIT_BYTES, patience=patience)
+    def __init__(self, limits: Limits = LIMITS, *, compiled_after: int = COMPILED_AFTER, wait: bool = True) -> None:
+        self.limits = limits
+        code = SERVE.format(path=sys.path, memory=limits.memory_bytes, after=compiled_after)
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
-            env={**os.environ, **SETTINGS},
+            env={**os.environ, **ENVIRONMENT},
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._requests, self._answers = self._process.stdin, self._process.stdout
         for pipe in (self._requests, self._answers):
-            with suppress(AttributeError, OSError):  # Linux; an image at a time goes through without a halt
+            with suppress(AttributeError, OSError):  # Linux only: room for a whole image
                 fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         os.set_blocking(self._requests.fileno(), False)
-        self._room = select.poll()
-        self._room.register(self._requests, select.POLLOUT)
-        self._poll = select.poll()
-        self._poll.register(self._answers, select.POLLIN)
-        if not ahead:
+        self._writable, self._readable = select.poll(), select.poll()
+        self._writable.register(self._requests, select.POLLOUT)
+        self._readable.register(self._answers, select.POLLIN)
+        if wait:
             self.await_start()
 
     def await_start(self) -> None:
-        """Take its first answer, which says that it is there."""
+        """Wait for its first answer, which reports that it has started."""
         try:
             self._read(HEADER.size, time.monotonic() + START_LIMIT_S)
         except (EOFError, TimeoutError) as exc:
@@ -109,23 +123,25 @@ class Decoder:
 
         Parameters
         ----------
-        place : Place                     where its bytes are
-        data : bytes or None              these bytes; None: the decoder reads the place itself
-        key : bytes or None               their sha256; other bytes are a failure
+        place : Place                     where the bytes of the image are
+        data : bytes or None              the bytes; None: the decoder process reads them
+        key : bytes or None               expected sha256 of the bytes; None: no check
         transforms : list of str or None  `text` of a `Transform`, whose resize and crop are applied; None: the whole image
         """
         request: dict[str, Any] = {"path": place.path, "part": place.part, "key": key.hex() if key else None}
         request |= {"transforms": transforms, "bytes": None if data is None else len(data)}
-        deadline = time.monotonic() + TIME_LIMIT_S
+        deadline = time.monotonic() + self.limits.time_s
         try:
             self._write(json.dumps(request).encode() + b"\n", deadline)
             self._write(data or b"", deadline)
             return [self._receive(deadline) for _ in transforms]
         except TimeoutError:
             self.close()
-            return [("limit", f"took longer than {TIME_LIMIT_S:.0f} s")] * len(transforms)
+            return [("limit", f"took longer than {self.limits.time_s:.0f} s")] * len(transforms)
         except (EOFError, BrokenPipeError):
-            return [("limit", f"the decoder {_end_of(self.close(grace_s=5))}")] * len(transforms)
+            code = self.close(grace_s=5)
+            end = f"ended with {code}" if code >= 0 else f"died of {signal.Signals(-code).name}"
+            return [("limit", f"the decoder {end}")] * len(transforms)
 
     def _receive(self, deadline: float) -> Loaded:
         kind, height, width = HEADER.unpack(self._read(HEADER.size, deadline))
@@ -134,7 +150,7 @@ class Decoder:
         return np.frombuffer(self._read(height * width * 3, deadline), np.uint8).reshape(height, width, 3)
 
     def close(self, grace_s: float = 0) -> int:
-        """End the process, at once if not within `grace_s`, and return its exit code, negative for a signal."""
+        """Wait up to `grace_s` seconds for the process to end, kill it, and return its exit code, negative for a signal."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(grace_s)
         self._process.kill()
@@ -143,17 +159,17 @@ class Decoder:
         return self._process.wait()
 
     def interrupt(self) -> None:
-        """End the process from another thread than the one that waits for it."""
+        """Kill the process, from another thread than the one that waits for it."""
         self._process.kill()
 
     def forget(self) -> None:
-        """Leave the process to the parent of this fork."""
+        """Do not touch the process, which belongs to the parent of this fork."""
         self._process.returncode = 0
 
     def _write(self, data: bytes, deadline: float) -> None:
         left = memoryview(data)
         while left:
-            if not self._room.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            if not self._writable.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise TimeoutError
             with suppress(BlockingIOError):
                 left = left[os.write(self._requests.fileno(), left) :]
@@ -161,7 +177,7 @@ class Decoder:
     def _read(self, count: int, deadline: float) -> bytearray:
         data, got = bytearray(count), 0
         while got < count:
-            if not self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            if not self._readable.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise TimeoutError
             taken = os.readv(self._answers.fileno(), [memoryview(data)[got:]])
             if not taken:
@@ -170,39 +186,36 @@ class Decoder:
         return data
 
 
-def _end_of(code: int) -> str:
-    return f"ended with {code}" if code >= 0 else f"died of {signal.Signals(-code).name}"
-
-
 class Decoders:
-    """Decoder processes for a while, `limit` at most; whatever they are at is given up when it ends.
+    """At most `count` decoder processes, taken from those that are idle.
 
-    More threads than `limit` may ask: a place that a decoder cannot read is read here, before one is waited for.
+    More threads than `count` may call `load`: bytes that a decoder process cannot read are read by the thread, before it
+    waits for a decoder.
     """
 
-    def __init__(self, limit: int = 1) -> None:
-        self._slots = threading.Semaphore(limit)
+    def __init__(self, count: int = 1, limits: Limits = LIMITS) -> None:
+        self._slots, self._limits = threading.Semaphore(count), limits
         self._busy: set[Decoder] = set()
         self._ended = False
         self._lock = threading.Lock()
 
     def load(self, place: Place, *, key: bytes | None, transforms: Sequence[str | None]) -> list[Loaded]:
-        """Return what `Decoder.load` does."""
+        """Return the result of `Decoder.load`."""
         data = None
         if not place.is_direct:
             try:
                 data = place.read()
             except OSError as exc:
                 return [("read", exc.strerror or str(exc))] * len(transforms)
-            if self._ended:
-                return [("limit", "given up")] * len(transforms)
         with self._slots:
             return self._load(place, data, key, transforms)
 
     def _load(
         self, place: Place, data: bytes | None, key: bytes | None, transforms: Sequence[str | None]
     ) -> list[Loaded]:
-        decoder = _take()
+        if self._ended:
+            return [("limit", "given up")] * len(transforms)
+        decoder = _take(self._limits)
         with self._lock:
             self._busy.add(decoder)
             if self._ended:
@@ -219,7 +232,7 @@ class Decoders:
             _idle.append(decoder) if reusable else decoder.close()
 
     def give_up(self) -> None:
-        """End every process that is at work: the threads that wait for them return at once."""
+        """Kill every busy process: the threads that wait for them return at once."""
         with self._lock:
             self._ended = True
             for decoder in self._busy:
@@ -227,33 +240,39 @@ class Decoders:
 
 
 def start_decoders(count: int, images: int) -> None:
-    """Start processes for the decoding of so many images, and do not wait for them."""
-    patience = 0 if images >= count * PATIENCE else PATIENCE
-    _starting.extend(Decoder(patience, ahead=True) for _ in range(count - len(_starting) - len(_idle)))
+    """Start `count` processes for the decoding of `images` images, without waiting for them."""
+    after = 0 if images >= count * COMPILED_AFTER else COMPILED_AFTER
+    missing = count - len(_starting) - len(_idle)
+    _starting.extend(Decoder(compiled_after=after, wait=False) for _ in range(missing))
 
 
-def _take() -> Decoder:
-    with suppress(IndexError):
-        return _idle.pop()
-    while _starting:
-        with suppress(IndexError, EmbedpipeError):  # one that was ended while it started is no loss
-            (decoder := _starting.pop()).await_start()
-            return decoder
-    return Decoder()
+def _take(limits: Limits) -> Decoder:
+    """Return an idle decoder with these limits, one that is starting, or a new one."""
+    for pool in (_idle, _starting):
+        while pool:
+            with suppress(IndexError, EmbedpipeError):  # taken by another thread; or it ended while it was starting
+                decoder = pool.pop()
+                if decoder.limits != limits:
+                    decoder.close()
+                    continue
+                if pool is _starting:
+                    decoder.await_start()
+                return decoder
+    return Decoder(limits)
 
 
 @atexit.register
 def close_decoders() -> None:
     """End all idle decoder processes; the next image starts new ones."""
-    for decoders in (_idle, _starting):
-        while decoders:
-            decoders.pop().close()
+    for pool in (_idle, _starting):
+        while pool:
+            pool.pop().close()
 
 
-def _leave_decoders_to_the_parent() -> None:
-    for decoders in (_idle, _starting):
-        while decoders:
-            decoders.pop().forget()
+def _forget_decoders() -> None:
+    for pool in (_idle, _starting):
+        while pool:
+            pool.pop().forget()
 
 
-os.register_at_fork(after_in_child=_leave_decoders_to_the_parent)
+os.register_at_fork(after_in_child=_forget_decoders)

@@ -1,10 +1,10 @@
-"""The child's side of an isolated decoder: requests come on stdin, pixels leave on stdout.
+"""The process of an isolated decoder: it reads requests from stdin and writes pixels to stdout.
 
 A request is a line of JSON: path and part of a `Place`, key (hex, or null), transforms (each its `text`, or null for the image
 as it is), bytes: how many bytes of the image follow the line, or null where this process reads the place itself. The answer
 has, for each transform, `HEADER` (kind, height or length, width) and then uint8 (height, width, 3), or the reason of a failure.
-After some images the compiled resize is loaded, where numba is installed: it gives the same pixels.
-The process leaves as soon as its parent has gone, even in the middle of an image.
+After some images the compiled resize is loaded if numba is installed; its pixels are the same.
+The process ends as soon as its parent has ended, even in the middle of an image.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from embedpipe.images._transform import Resample, Transform
 
 HEADER = struct.Struct("<III")
 PIXELS = 0
-STAGES = {1: "read", 2: "decode", 3: "limit"}
+STAGES = ("", "read", "decode", "limit")  # of a failure, by kind
 Request = tuple[dict[str, Any], bytes | None]
 FAILURES = (DecodeError, MemoryError, OSError)  # of an image; any other error ends the process
 
 
-def serve(memory_bytes: int, patience: int) -> None:
-    """Answer requests until the parent leaves; more memory than `memory_bytes` is a failure of the image at hand.
+def serve(memory_bytes: int, compiled_after: int) -> None:
+    """Answer requests until the parent ends; an image that needs more memory than `memory_bytes` fails.
 
-    patience : int    images after which the compiled resize is loaded
+    compiled_after : int    images after which the compiled resize is loaded
     """
     answers = os.dup(1)
-    os.dup2(2, 1)  # what a library prints must not end up among the answers
+    os.dup2(2, 1)  # what a library prints must not mix with the answers
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides
         signal.signal(number, signal.SIG_IGN)
     _limit_memory(memory_bytes)
@@ -53,20 +53,20 @@ def serve(memory_bytes: int, patience: int) -> None:
     _write(answers, HEADER.pack(PIXELS, 0, 0))  # ready
     loaded: list[Resample] = []
     for answered in count():
-        if answered == patience:
+        if answered == compiled_after:
             threading.Thread(target=_load_resampler, args=(loaded,), daemon=True).start()
         _write(answers, *_answer(requests.get(), memory_bytes, loaded[0] if loaded else None))
 
 
 def _load_resampler(loaded: list[Resample]) -> None:
-    with suppress(ImportError, RuntimeError):  # numba is not installed, or has nowhere to keep what it compiles
+    with suppress(ImportError, RuntimeError):  # numba is not installed, or cannot cache compiled code
         from embedpipe.images._resampling import Resampler
 
         loaded.append(Resampler())
 
 
 def _listen(requests: SimpleQueue[Request]) -> None:
-    """Take requests as they come, so that their writer never waits for a decoder at work; leave when there are no more."""
+    """Queue requests as they arrive, so that the parent never waits to write; end the process at the end of stdin."""
     try:
         for line in sys.stdin.buffer:
             request = json.loads(line)
@@ -82,8 +82,8 @@ def _limit_memory(memory_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def _answer(asked: Request, memory_bytes: int, resample: Resample | None) -> list[bytes]:
-    request, data = asked
+def _answer(request_and_data: Request, memory_bytes: int, resample: Resample | None) -> list[bytes]:
+    request, data = request_and_data
     transforms, key = request["transforms"], request["key"]
     try:
         image = load_image(Place(request["path"], request["part"]).read() if data is None else data, key)
@@ -92,16 +92,13 @@ def _answer(asked: Request, memory_bytes: int, resample: Resample | None) -> lis
 
     def answer(transform: str | None) -> list[bytes]:
         try:
-            pixels = _pixels(image, transform, key or "", resample)
+            canonical = transform and _transform(transform)
+            pixels = canonical.window(image, key or "", resample) if canonical else np.asarray(image)
         except FAILURES as exc:
             return _failure(exc, memory_bytes)
         return [HEADER.pack(PIXELS, *pixels.shape[:2]), pixels.tobytes()]
 
     return [part for transform in transforms for part in answer(transform)]
-
-
-def _pixels(image: Image.Image, transform: str | None, key: str, resample: Resample | None) -> np.ndarray:
-    return np.asarray(image) if transform is None else _transform(transform).window(image, key, resample)
 
 
 @lru_cache(64)
@@ -116,18 +113,17 @@ def _failure(exc: Exception, memory_bytes: int) -> list[bytes]:
         stage, reason = "limit", f"needs more than {memory_bytes >> 20} MiB of memory"
     else:
         stage, reason = "read", getattr(exc, "strerror", None) or str(exc)
-    kind = next(kind for kind, name in STAGES.items() if name == stage)
     text = reason.encode("utf-8", "backslashreplace")
-    return [HEADER.pack(kind, len(text), 0), text]
+    return [HEADER.pack(STAGES.index(stage), len(text), 0), text]
 
 
 def load_image(data: bytes, key: str | None) -> Image.Image:
-    """Return the RGB image that bytes are.
+    """Return the RGB image in `data`.
 
     Raises
     ------
-    DecodeError    its decoder refuses it
-    OSError        their sha256 is not `key`
+    DecodeError    the decoder refuses it
+    OSError        its sha256 is not `key`
     """
     if key is not None and hashlib.sha256(data).hexdigest() != key:
         raise OSError("changed while reading")

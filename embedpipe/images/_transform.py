@@ -1,4 +1,4 @@
-"""Transform: the canonical, reproducible way from an RGB image to the tensor that a backbone takes.
+"""Transform: from an RGB image to the input tensor of a backbone, reproducibly.
 
 Its pixels are, bit for bit, those of torchvision's `ImageClassification` preset and of timm's
 evaluation transform.
@@ -77,12 +77,12 @@ class Transform:
         return self.normalise(self.window(image))
 
     def window(self, image: Image.Image, key: str = "", resample: Resample | None = None) -> np.ndarray:
-        """Return the part of an RGB image that the network sees, uint8 (height, width, 3), red first.
+        """Return the resized and cropped RGB image, uint8 (height, width, 3), red first.
 
         Parameters
         ----------
         key : str               sha256 of the image's bytes, hex; a view depends on it
-        resample : callable     such as a `Resampler`: the same pixels, sooner
+        resample : callable     a `Resampler`: the same pixels in less time
 
         Raises
         ------
@@ -93,13 +93,13 @@ class Transform:
         size = self._resized(image.width, image.height)
         box = self._box(*size)
         if box and resample and size != image.size and size[0] * size[1] <= MAX_PIXELS:
-            found = resample(image, size=size, box=box, interpolation=self.interpolation)
-            if found is not None:
-                return found
+            resized = resample(image, size=size, box=box, interpolation=self.interpolation)
+            if resized is not None:
+                return resized
         return np.asarray(self._crop(self._resize(image)))
 
     def normalise(self, pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """Return float32 (..., 3, height, width) of what `window` gave, (..., height, width, 3), on the same device."""
+        """Return float32 (..., 3, height, width) for outputs of `window`, (..., height, width, 3), on the same device."""
         import torch
 
         writable = np.require(pixels, requirements="W") if isinstance(pixels, np.ndarray) else pixels
@@ -111,29 +111,29 @@ class Transform:
 
     @property
     def geometry(self) -> Transform:
-        """The transform that gives the same `window` and knows no normalisation."""
+        """The transform with the same `window`, without normalisation."""
         if self.resize_mode == "border":  # padded with the mean colour
             return self
         return replace(self, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), channels="rgb")
 
     @property
     def colours(self) -> tuple[Any, ...]:
-        """What `normalise` depends on."""
+        """The fields that `normalise` depends on."""
         return self.crop_size, self.mean, self.std, self.channels
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all that shapes a pixel, JSON-able, the fixed policies included."""
+        """Return everything that affects a pixel, the fixed policies included; JSON-serialisable."""
         fields = {k: v for k, v in asdict(self).items() if self.view or k not in ("augment", "seed", "view")}
         lists = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
         return {**lists, **POLICIES, **RECIPES.get(self.augment, {})}
 
     @cached_property
     def text(self) -> str:
-        """What `to_dict` gives, as JSON."""
+        """`to_dict` as JSON."""
         return json.dumps(self.to_dict())
 
     def describe(self) -> list[str]:
-        """Return in plain words, step by step, what becomes of an image file."""
+        """Return a description of the steps from an image file to the tensor."""
         height, width = self.crop_size
         size = self.resize_size
         to = {
@@ -155,7 +155,7 @@ class Transform:
 
         Raises
         ------
-        ValueError    it was written under other policies
+        ValueError    it was written with other policies
         """
         written = {"pixels": "exact", **written}
         fixed = {**POLICIES, **RECIPES.get(written.get("augment", "none"), {})}
@@ -167,7 +167,7 @@ class Transform:
         return cls(**own)
 
     def _box(self, width: int, height: int) -> Box | None:
-        """Return (left, top, width, height) of what the crop keeps of the resized image, None where it has to be padded."""
+        """Return the crop of the resized image as (left, top, width, height), or None if it has to be padded."""
         crop_height, crop_width = self.crop_size
         if self.resize_mode == "border" or width < crop_width or height < crop_height:
             return None
@@ -195,7 +195,7 @@ class Transform:
         return max(1, round(width / ratio)), max(1, round(height / ratio))
 
     def _crop(self, image: Image.Image) -> Image.Image:
-        """Cut the centre out; where the image is smaller, pad."""
+        """Crop the centre; pad where the image is smaller."""
         height, width = self.crop_size
         canvas = Image.new("RGB", (width, height), self._fill())
         canvas.paste(image, (-_offset(image.width, width), -_offset(image.height, height)))
@@ -213,5 +213,5 @@ def _sides(size: int | tuple[int, int]) -> str:
 
 
 def _offset(size: int, crop: int) -> int:
-    """Where a centred crop begins, px; negative where the image is the smaller one."""
+    """Offset of a centred crop, px; negative if the image is smaller than the crop."""
     return -((crop - size) // 2) if crop > size else round((size - crop) / 2)

@@ -31,8 +31,8 @@ def delay_signals() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in received:
-            signal.raise_signal(number)
+        for late in received:
+            signal.raise_signal(late)
 
 
 def set_modes(network: nn.Module, keep_eval: Sequence[nn.Module]) -> None:

@@ -18,8 +18,7 @@ from PIL import Image
 from embedpipe.data import Place
 from embedpipe.errors import EmbedpipeError
 from embedpipe.images import Transform, decode_image, image_batches, start_decoders
-from embedpipe.images import _isolation as isolation
-from embedpipe.images._isolation import Decoder, Decoders, close_decoders
+from embedpipe.images._isolation import Decoder, Decoders, Limits, close_decoders
 
 TRANSFORM = Transform((16, 16), 16)
 
@@ -98,24 +97,32 @@ def resident_mb(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-def test_a_hang_ends_at_the_time_limit(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation, "TIME_LIMIT_S", 1.0)
+def test_a_hang_ends_at_the_time_limit(good: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     items = [(None, tmp_path / "pipe.png"), (None, good)]
     start = time.monotonic()
-    (batch,) = image_batches(items, [TRANSFORM], batch_size=2, workers=2)
+    (batch,) = image_batches(items, [TRANSFORM], batch_size=2, workers=2, limits=Limits(time_s=1.0))
     assert [failed.reason for failed in batch.failures] == ["took longer than 1 s"]
     assert len(batch.keys) == 1
     assert time.monotonic() - start < 5
 
 
-def test_memory_is_limited(good: Path, slow: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation, "MEMORY_LIMIT_BYTES", 500 << 20)
-    (batch,) = image_batches([(None, slow), (None, good)], [TRANSFORM], batch_size=2, workers=1)
+def test_memory_is_limited(good: Path, slow: Path) -> None:
+    limits = Limits(memory_bytes=500 << 20)
+    (batch,) = image_batches([(None, slow), (None, good)], [TRANSFORM], batch_size=2, workers=1, limits=limits)
     assert [(failed.stage, failed.reason) for failed in batch.failures] == [
         ("limit", "needs more than 500 MiB of memory")
     ]
     assert len(batch.keys) == 1
+
+
+def test_idle_decoders_with_other_limits_are_not_reused(good: Path, slow: Path) -> None:
+    list(image_batches([(None, good)], [TRANSFORM], batch_size=1, workers=1))
+    limits = Limits(memory_bytes=500 << 20)
+    (batch,) = image_batches([(None, slow)], [TRANSFORM], batch_size=1, workers=1, limits=limits)
+    assert [failed.reason for failed in batch.failures] == ["needs more than 500 MiB of memory"]
+    (batch,) = image_batches([(None, slow)], [TRANSFORM], batch_size=1, workers=1)
+    assert not batch.failures
 
 
 @pytest.mark.slow
@@ -207,13 +214,13 @@ def test_what_is_asked_for_after_the_end_is_given_up_at_once(slow: Path) -> None
     decoders = Decoders()
     decoders.give_up()
     start = time.monotonic()
-    assert decoders.load(Place.of(slow), key=None, transforms=[None]) == [("limit", "the decoder died of SIGKILL")]
+    assert decoders.load(Place.of(slow), key=None, transforms=[None]) == [("limit", "given up")]
     assert time.monotonic() - start < 0.8  # the image takes more than a second
 
 
 def test_decoders_that_load_the_compiled_resize_give_the_same_pixels(good: Path) -> None:
     transform = Transform((16, 16), 24)
-    plain, swift = Decoder(patience=10**9), Decoder(patience=0)
+    plain, swift = Decoder(compiled_after=10**9), Decoder(compiled_after=0)
     try:
         wait_until(lambda: has_llvm(swift), 60)
         assert not has_llvm(plain)
@@ -247,7 +254,7 @@ def test_a_decoder_without_a_working_numba_resizes_by_pillow(
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "numba.py").write_text(f"open({str(tmp_path / 'tried')!r}, 'w').close()\nraise {trouble}\n")
     monkeypatch.syspath_prepend(str(tmp_path / "broken"))
-    decoder = Decoder(patience=0)
+    decoder = Decoder(compiled_after=0)
     try:
         wait_until(lambda: (tmp_path / "tried").exists(), 30)
         [found] = decoder.load(Place.of(good), key=None, transforms=[TRANSFORM.text])

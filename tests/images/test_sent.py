@@ -16,8 +16,7 @@ import pytest
 
 from embedpipe.data import Place
 from embedpipe.images import Transform, decode_image, image_batches
-from embedpipe.images import _isolation as isolation
-from embedpipe.images._isolation import Decoder, close_decoders
+from embedpipe.images._isolation import Decoder, Limits, close_decoders
 from tests.conftest import write_photo
 
 TRANSFORM = Transform((16, 16), 16)
@@ -57,10 +56,9 @@ def test_bytes_that_are_sent_are_decoded_and_checked(data: bytes) -> None:
     decoder.close()
 
 
-def test_a_decoder_that_does_not_take_the_bytes_ends_at_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isolation, "TIME_LIMIT_S", 1.0)
+def test_a_decoder_that_does_not_take_the_bytes_ends_at_the_time_limit() -> None:
     before = children()
-    decoder = Decoder()
+    decoder = Decoder(Limits(time_s=1.0))
     (pid,) = children() - before
     os.kill(pid, signal.SIGSTOP)
     start = time.monotonic()
