@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from embedpipe.data import Place
-from embedpipe.images import image_batches
+from embedpipe.images import LIMITS, Limits, image_batches
 from embedpipe.inference._runner import Rows, Runner
 from embedpipe.inference._settings import torch_threads
 
 
-def stream_rows(items: Iterable[tuple[bytes, Place | Path]], runner: Runner) -> Iterator[Rows]:
+def stream_rows(items: Iterable[tuple[bytes, Place | Path]], runner: Runner, limits: Limits = LIMITS) -> Iterator[Rows]:
     """Decode and forward images, a few batches at a time, as they are ready: a slow image holds up no other.
 
     Yields
@@ -23,7 +23,7 @@ def stream_rows(items: Iterable[tuple[bytes, Place | Path]], runner: Runner) -> 
     """
     forward = runner.settings
     batches: Any = image_batches(
-        items, runner.windows, batch_size=forward.handed, workers=forward.workers, in_order=False
+        items, runner.windows, batch_size=forward.handed, workers=forward.workers, in_order=False, limits=limits
     )
     under_way: deque[Future[list[Rows]]] = deque()
     threads = ThreadPoolExecutor(forward.streams, thread_name_prefix="forward")
