@@ -22,7 +22,7 @@ def ls(session: Session, **options: Any) -> None:
 
 
 def format_listing(found: caching.Listing) -> str:
-    """Return a table of spaces and a table of data sets; "?" stands for what a damaged file does not tell."""
+    """Return a table of spaces and a table of data sets; "?" stands for what cannot be read from a damaged file."""
     lines = [f"{'rows':>9} {'size':>9} {'shards':>6}  {'last used':<20}  space"]
     for space in found.spaces:
         rows, shards = ("?" if count is None else count for count in (space.rows, space.pending_shards))

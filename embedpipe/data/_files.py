@@ -67,7 +67,7 @@ def list_url(url: str) -> list[str]:
 
 
 def file_version(path: str) -> str | None:
-    """Return a text that changes with a file; None for a URL whose server tells neither a checksum nor a time.
+    """Return a text that changes with a file; None for a URL whose server gives neither a checksum nor a time.
 
     It holds the size and modification time, with the inode and change time of a local file, or the size and checksum of a
     remote file if its server has one.

@@ -208,9 +208,10 @@ def splits_of_shards(names: Sequence[str]) -> dict[str, str]:
 
     The result is {} unless each name has exactly one split, and one of them is train.
     """
-    found = {
-        name: {SPLIT_NAMES[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_NAMES}
-        for name in names
-    }
-    splits = {name: words.pop() for name, words in found.items() if len(words) == 1}
-    return splits if len(splits) == len(found) and "train" in splits.values() else {}
+    splits = {}
+    for name in names:
+        found = {SPLIT_NAMES[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_NAMES}
+        if len(found) != 1:
+            return {}
+        splits[name] = found.pop()
+    return splits if "train" in splits.values() else {}

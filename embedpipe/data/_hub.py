@@ -109,8 +109,7 @@ def _saved_split(saved: Any, split: str) -> Any:
 def _open_column(path: str, column: str) -> Any:
     import datasets
 
-    root, _, split = path.rpartition("/")
-    return open_split(root, split).select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return open_split(*path.rsplit("/", 1)).select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
 
 def read_hub_row(path: str, location: str) -> bytes:
@@ -135,6 +134,5 @@ def read_hub_row(path: str, location: str) -> bytes:
 
 def hub_version(path: str) -> str | None:
     """Return the fingerprint that `datasets` gives a split."""
-    root, _, split = path.rpartition("/")
-    fingerprint = getattr(open_split(root, split), "_fingerprint", None)
+    fingerprint = getattr(open_split(*path.rsplit("/", 1)), "_fingerprint", None)
     return fingerprint if isinstance(fingerprint, str) else None

@@ -63,10 +63,8 @@ def _check_number(text: str, at: str) -> None:
     except ValueError:
         is_valid = False
     if not is_valid:
-        raise UsageError(
-            f"{at}: target {text!r}, expected a number of at most {MAX_TARGET:g}",
-            hint="write numbers with a point, such as 3.5, in a unit that keeps them smaller",
-        )
+        hint = "write numbers with a point, such as 3.5, in a unit that keeps them smaller"
+        raise UsageError(f"{at}: target {text!r}, expected a number of at most {MAX_TARGET:g}", hint=hint)
 
 
 def check_label_columns(columns: Collection[str], at: str) -> None:

@@ -68,7 +68,7 @@ def _image_column(schema: Any) -> str | None:
         elif types.is_binary(field.type) or types.is_large_binary(field.type):
             binaries.append(field.name)
     columns = [name for name in (*structs, *binaries) if "/" not in name]
-    known = [name for wanted in IMAGE_COLUMNS for name in columns if name.lower() == wanted]
+    known = [name for image in IMAGE_COLUMNS for name in columns if name.lower() == image]
     return next(iter(known or (structs if len(structs) == 1 else [])), None)
 
 

@@ -188,10 +188,8 @@ def _check_listings(listings: Sequence[Listing], split_by: str) -> None:
     for listing in listings if split_by in ("folder", "column") else ():
         kind = "column" if listing.source.has_columns else "folder"
         if kind != split_by or not listing.rows[0].split:
-            raise UsageError(
-                f"{listing.source.argument!r} has no splits by {split_by}",
-                hint="expected the folders train/ val/ test/, or a table with a split column",
-            )
+            hint = "expected the folders train/ val/ test/, or a table with a split column"
+            raise UsageError(f"{listing.source.argument!r} has no splits by {split_by}", hint=hint)
 
 
 def _task_of(listings: Sequence[Listing]) -> str:
@@ -222,8 +220,8 @@ def _read_keys(
     def read_batch(batch: Sequence[tuple[int, Row]]) -> list[Sample | Failure]:
         return [_read_key(row, index, sources[index], key_of) for index, row in batch]
 
-    is_remote = any(_place_of(row, sources[index]).is_remote for index, row in (rows[0], rows[-1]))
-    readers = REMOTE_READERS if is_remote else READERS
+    places = [Place(join(sources[index].root, row.path)) for index, row in (rows[0], rows[-1])]
+    readers = REMOTE_READERS if any(place.is_remote for place in places) else READERS
     size = min(BATCH, -(-len(rows) // (4 * readers)))
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     with ThreadPoolExecutor(readers, thread_name_prefix="key") as threads:
@@ -231,25 +229,19 @@ def _read_keys(
     samples = [result for result in results if isinstance(result, Sample)]
     failures = [result for result in results if isinstance(result, Failure)]
     if not samples:
-        raise UsageError(
-            f"no image can be read, first of {len(failures)}: {failures[0].path!r}: {failures[0].reason}",
-            hint="check paths and permissions; paths in a table are relative to its folder",
-        )
+        message = f"no image can be read, first of {len(failures)}: {failures[0].path!r}: {failures[0].reason}"
+        raise UsageError(message, hint="check paths and permissions; paths in a table are relative to its folder")
     return samples, failures
 
 
 def _read_key(row: Row, index: int, source: Source, key_of: Callable[[Place], bytes]) -> Sample | Failure:
     try:
-        key = key_of(_place_of(row, source))
+        key = key_of(Place(join(source.root, row.path), row.part))
         return Sample(row.path, row.label, row.split, row.group, key, index, row.part)
     except EmbedpipeError:
         raise  # it concerns all images, such as a missing library
     except OSError as exc:
         return Failure(source.display_name(row.path, row.part), "read", exc.strerror or str(exc))
-
-
-def _place_of(row: Row, source: Source) -> Place:
-    return Place(join(source.root, row.path), row.part)
 
 
 def _contradictions(samples: Sequence[Sample]) -> list[str]:

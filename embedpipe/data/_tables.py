@@ -74,10 +74,8 @@ def _csv_records(text: str, file: str) -> Iterator[Record]:
         for cells in reader:
             at = f"{file}, line {reader.line_num}"
             if any(cells[len(columns) :]):
-                raise UsageError(
-                    f"{at}: found {len(cells)} values, expected {len(columns)}",
-                    hint='quote values that hold the delimiter: "a,b.jpg"',
-                )
+                hint = 'quote values that hold the delimiter: "a,b.jpg"'
+                raise UsageError(f"{at}: found {len(cells)} values, expected {len(columns)}", hint=hint)
             if any(cells):
                 yield at, dict(zip(columns, cells, strict=False))
     except csv.Error as exc:
@@ -153,10 +151,8 @@ def rows_of_paths(records: Iterable[Record], root: Path | str, allow_outside: bo
     for field in ("label", "split"):
         empty = [at for at, row in rows if not getattr(row, field)]
         if empty and len(empty) < len(rows):
-            raise UsageError(
-                f"{empty[0]}: no {field}, though {len(rows) - len(empty)} other rows have one",
-                hint=f"give every row a {field}, or none",
-            )
+            message = f"{empty[0]}: no {field}, though {len(rows) - len(empty)} other rows have one"
+            raise UsageError(message, hint=f"give every row a {field}, or none")
     columns = {task: column for column, task in TASKS.items()}
     labelled = [(at, columns[row.task]) for at, row in rows if row.label is not None]
     for at, column in labelled:
