@@ -6,7 +6,7 @@ BENCH := .venv-bench
 BENCH_RUN := $(BENCH)/bin/python benchmarks
 PIP_INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test slow faults lint fix bench bench-gpu clean
+.PHONY: demo test slow faults lint fix count bench bench-gpu clean
 
 demo: $(VENV)/.demo
 	$(BIN)/embedpipe demo $(ARGS)
@@ -29,6 +29,9 @@ lint: $(VENV)/.dev
 fix: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+count: $(VENV)/.dev
+	$(BIN)/python benchmarks/code_size.py
 
 # One table after another, on a machine with nothing else to do: two hours on 2 cores.
 bench: $(BENCH)/.done
