@@ -177,7 +177,7 @@ def test_the_loss_of_certain_answers_is_no_less_than_nothing() -> None:
 def test_a_layer_that_is_not_cached_is_told_with_the_whole_command(run: Run, photos: Path) -> None:
     run("extract", photos, *TINY)
     line = run("fit-head", "--layer", "layer3").line
-    assert f"embedpipe extract {photos} --backbone timm:test_resnet --weights none --layer layer3" in line
+    assert f"embedpipe extract {photos} --backbone timm:test_resnet --layer layer3 --weights none" in line
 
 
 def test_a_train_split_without_images_is_told(run: Run, tmp_path: Path) -> None:
