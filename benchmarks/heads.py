@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,63 +53,44 @@ def l2_grid() -> list[float]:
 def ours(shape: Sequence[int], l2s: Sequence[float]) -> dict[str, Any]:
     import torch
 
+    from embedpipe.heads._batched_objective import BatchedObjective, has_native_bfloat16
     from embedpipe.heads._newton import solve_path
     from embedpipe.heads._problem import Problem
+
+    class Counted(BatchedObjective):
+        """Counts evaluations and Hessian-vector products, by the rows of weights that they carry."""
+
+        def evaluate(self, l2: Any, W: Any, b: Any) -> Any:
+            counts["evaluate", W.shape[0] * W.shape[1]] += 1
+            return super().evaluate(l2, W, b)
+
+        def hessian_product(self, at: Any, V: Any, c: Any, **options: Any) -> Any:
+            counts["hessian", V.shape[0] * V.shape[1]] += 1
+            return super().hessian_product(at, V, c, **options)
 
     torch.set_num_threads(1)
     X, y = features(*shape)
     problem = Problem(X, y, np.full(len(y), 1 / len(y)), shape[2])
-    with _counted() as products:
-        start = time.process_time()
-        solutions = solve_path(problem, l2s)
-        cpu_s = time.process_time() - start
-    objectives = [problem.objective(one, l2) for one, l2 in zip(solutions, l2s, strict=True)]
-    return {"cpu_s": cpu_s, "l2": list(l2s), "objectives": objectives, **_bounds(X, products)}
+    counts: Counter[tuple[str, int]] = Counter()
+    start = time.process_time()
+    objective = Counted(problem, bfloat16=len(l2s) > 1 and has_native_bfloat16())
+    weights, biases, _ = solve_path(objective, l2s)
+    cpu_s = time.process_time() - start
+    objectives = [problem.objective(*each) for each in zip(weights, biases, l2s, strict=True)]
+    return {
+        "cpu_s": cpu_s,
+        "l2": list(l2s),
+        "objectives": objectives,
+        **_bounds(X, counts, bfloat16=objective.bfloat16),
+    }
 
 
-class _counted:
-    """Count the sweeps: by kind, and by how many rows of weights they carry; also those that need fewer products than others."""
-
-    def __enter__(self) -> dict[tuple[str, int], int]:
-        from embedpipe.heads._sweeps import Sweeps
-        from embedpipe.heads._trail import Trail
-
-        names = {"value": "value", "value_beside": "value", "curve": "curve"}
-        self.kept = [(cls, name, vars(cls)[name]) for cls in (Sweeps, Trail) for name in names if name in vars(cls)]
-        counts: dict[tuple[str, int], int] = {}
-        within: list[str] = []  # a sweep that another one is made of counts once
-
-        for cls, name, method in self.kept:
-
-            def counting(sweeps: Any, W: Any, *rest: Any, name: str = name, method: Any = method, **more: Any) -> Any:
-                if not within:
-                    key = (names[name], W.shape[0] * W.shape[1])
-                    counts[key] = counts.get(key, 0) + 1
-                within.append(name)
-                try:
-                    return method(sweeps, W, *rest, **more)
-                finally:
-                    within.pop()
-
-            setattr(cls, name, counting)
-        return counts
-
-    def __exit__(self, *_: object) -> None:
-        for cls, name, method in self.kept:
-            setattr(cls, name, method)
-
-
-def _bounds(X: np.ndarray, counts: dict[tuple[str, int], int]) -> dict[str, float]:
-    """Return what the matrix products of all sweeps take alone: in whole, and as if all were float32 and of the widest shape.
-
-    Those with the Hessian are bfloat16 where the processor knows it. Of many classes a sweep may need fewer, or only part.
-    """
+def _bounds(X: np.ndarray, counts: Counter[tuple[str, int]], *, bfloat16: bool) -> dict[str, float]:
+    """Return the seconds of the matrix products alone: in whole, and as if all were float32 and of the widest shape."""
     import torch
 
-    from embedpipe.heads._sweeps import has_bfloat16
-
     x = torch.from_numpy(X)
-    features = {"value": x, "curve": x.bfloat16() if has_bfloat16() else x}
+    features = {"evaluate": x, "hessian": x.bfloat16() if bfloat16 else x}
     widest = max(rows for _, rows in counts)
     own = sum(times * _product_s(features[kind], rows) for (kind, rows), times in counts.items())
     evaluations = sum(times * rows for (_, rows), times in counts.items()) / widest
@@ -116,7 +98,7 @@ def _bounds(X: np.ndarray, counts: dict[tuple[str, int], int]) -> dict[str, floa
 
 
 def _product_s(x: Any, rows: int) -> float:
-    """Return the seconds of W X' and then (W X') X, the two products of a sweep, in blocks as they are swept."""
+    """Return the seconds of W X' and then (W X') X, in blocks of rows."""
     import torch
 
     weight = torch.randn(rows, x.shape[1]).to(x.dtype)

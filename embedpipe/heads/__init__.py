@@ -17,10 +17,10 @@ from pathlib import Path as FilePath
 from embedpipe.errors import ModelMismatch
 from embedpipe.heads._blocks import block_scales, fit_blocks, fit_blocks_once
 from embedpipe.heads._files import read_record
-from embedpipe.heads._fits import L2_GRID, SOLVERS, Path, PathPoint, fit_linear, fit_path
-from embedpipe.heads._frame import class_weights
+from embedpipe.heads._fitting import L2_GRID, SOLVERS, Path, PathPoint, fit_linear, fit_path
 from embedpipe.heads._gram import Gram
 from embedpipe.heads._problem import MEMORY_BYTES, Chunked, objective, some_of
+from embedpipe.heads._standardisation import class_weights
 from embedpipe.heads.knn import KnnHead, fit_knn
 from embedpipe.heads.linear import LinearHead
 

@@ -1,245 +1,223 @@
-"""Solver `newton`: Newton's method with conjugate gradients, many l2 at a time, to a proved optimum.
+"""Solver `newton`: Newton's method with conjugate gradients for a whole path of l2, with a certified optimality gap.
 
-The step of each l2 is found by conjugate gradients on the Hessian, in the eigenbasis of the features' covariance, which
-preconditions it. Where that takes many products, the covariance is measured again, each row counting with its p (1 - p): for two
-classes that is the Hessian itself. The penalty stays on the weights.
+One iteration, for a batch of L values of l2 at once:
 
-Of few classes many l2 are solved together, which fills matrix products: first a few that lie far apart, then those between, and
-so on, each from a curve through its neighbours (`_starts`). Many classes fill products alone: one l2 is solved after the other,
-falling, and what was found for the last ones saves products for the next (`_trail`, `_entries`).
+1. `newton_direction` solves for the direction by preconditioned conjugate gradients.
+2. A backtracking line search divides the step by 4 until the objective decreases sufficiently (Armijo's condition).
+3. A problem is finished as soon as its gap, an upper bound on (f - min f) / f, is at most TOLERANCE. f is l2-strongly convex in
+   the weights, so ||gradient||^2 / (2 l2) is such a bound (`Iterates.gap`). What does not get there raises a warning.
 
-The objective is l2-strongly convex in the weights, so its squared gradient / (2 l2) bounds what is left to gain. That bound,
-relative to the objective, is at most TOLERANCE for every solution, or a warning says so.
+Path. With few classes a matrix product is faster for several l2 together. The path is solved in passes over every 11th, 5th, 2nd
+and finally every l2, each starting from a polynomial through the optima of the passes before (`extrapolate`). Many classes fill
+matrix products alone and are solved for one l2 after the other, from the largest.
 
-Source: Nocedal and Wright, Numerical Optimization, 7.1 (line search Newton-CG) and 5.1 (preconditioning).
+Source: Nocedal and Wright, Numerical Optimization, 7.1 (line search Newton-CG).
 
->>> [solution] = solve_path(problem, [1e-3])
+>>> weight, bias, _ = solve_path(BatchedObjective(problem), [1e-1, 1e-2, 1e-3])     # (L, K, D), (L, K)
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from embedpipe.heads._directions import PRODUCTS, Points, dot, find_direction
-from embedpipe.heads._problem import Float64, Problem, Solution, centred, narrow
-from embedpipe.heads._starts import Solved
-from embedpipe.heads._sweeps import MANY_CLASSES, Metric, Sweeps
-from embedpipe.heads._trail import Beside, Trail
+from embedpipe.heads._batched_objective import BatchedObjective, Iterates, Weights
+from embedpipe.heads._conjugate_gradients import MAX_PRODUCTS, inner, newton_direction
+from embedpipe.heads._extrapolation import extrapolate
+from embedpipe.heads._problem import Float64, PathWeights
 
-TOLERANCE = 4e-7  # of the bound on what is left to gain, relative to the objective
-POLISHED = 1e-10  # what is left to gain after `polish`, where rounding and so many steps and products for each allow it
-POLISHING, POLISHING_PRODUCTS = 3, 20
-STEPS, HALVINGS = 100, 40  # at most, in a minimisation, in a line search
-TOGETHER = 12  # so many l2 at a time
-STRIDES = (11, TOGETHER), (5, TOGETHER), (2, TOGETHER), (1, TOGETHER)  # every eleventh l2 first, from nothing
-STEEP = 1e-4  # an l2 from which many classes do not start from nothing
-TOP, RUNG, LOOSE = 1e-2, 5.0, 0.1  # but come down: from here, by such a factor, each so near its optimum
-UNSEEN = 0.25  # of what may be left, that a gradient may be off by
-FAR = 1.0  # a gap from which no step reaches the optimum
-WORN = 20  # products for a step: the metric is measured again
-LEAST_SPREAD = 1e-12  # of a class that every sample is already sure about
-
-_metrics: WeakKeyDictionary[Problem, Metric] = WeakKeyDictionary()  # as `solve_path` measured them, for `polish`
+TOLERANCE = 4e-7  # of the gap
+POLISHED_TOLERANCE = 1e-10  # of the gap after `polish`, as far as rounding and these limits allow
+POLISHING_STEPS, POLISHING_PRODUCTS = 3, 20
+MAX_STEPS, MAX_BACKTRACKS = 100, 40
+BATCH = 12  # problems at most
+STRIDES = (11, 5, 2, 1)  # passes over the path
+MANY_CLASSES = 24  # from which one l2 is solved after the other
+ARMIJO = 1e-4
+MAX_STALLS = 3  # steps that do not halve the gap, after which bfloat16 is no longer used
+DISTANT = 1.0  # a gap from which one step is not expected to reach the optimum
+# continuation: many classes reach an l2 of at most CONTINUE_BELOW through larger ones, solved to a loose tolerance
+CONTINUE_BELOW, CONTINUE_FROM, CONTINUE_FACTOR, LOOSE_TOLERANCE = 1e-4, 1e-2, 5.0, 0.1
 
 
-def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = None) -> list[Solution]:
-    """Minimise the objective for every l2, falling."""
-    small, ground = _ground(problem)
-    given = ground.enter(start) if start else None
-    if given and not small.objective(given, l2s[0]) < small.objective(small.blind, l2s[0]):
-        given = None  # from afar a start is no help
-    many = small.rows >= MANY_CLASSES
-    sweeps = (Trail if many else Sweeps)(small, kept_bytes=problem.memory_bytes // 2)
-    steep = many and not given and l2s[0] <= STEEP
-    _metrics[problem] = metric = sweeps.measure()
-    sweeps.shorten(metric, l2s[-1], turned=steep or len(l2s) > 1)
-    way = _Way(sweeps, metric, given or small.blind, l2s)
-    if steep:
-        way.come_down()
-    for stride, most in [(1, 1)] if many else STRIDES:
-        way.solve(stride, most)
-    return [ground.leave(W, b) for W, b in zip(way.W, way.b, strict=True)]
+def solve_path(
+    objective: BatchedObjective,
+    l2s: Sequence[float],
+    start: tuple[Float64, Float64] | None = None,
+    *,
+    continue_below: float = CONTINUE_BELOW,
+    max_steps: int = MAX_STEPS,
+) -> PathWeights:
+    """Minimise the objective for every l2, in falling order.
 
-
-def polish(problem: Problem, solution: Solution, l2: float) -> Solution:
-    """Take the last steps to an optimum, so far that weights do not tell which way they came: through memory or in chunks,
-    with which other l2.
+    Parameters
+    ----------
+    start : W (K, D) and b (K,)    ignored if its objective is above that of zero weights
     """
-    small, ground = _ground(problem)
-    sweeps, start = Sweeps(small, kept_bytes=problem.memory_bytes // 2), ground.enter(solution)
-    W, b = torch.from_numpy(start.weight)[None], torch.from_numpy(start.bias)[None]
-    at = torch.tensor([l2], dtype=torch.float64)
-    metric = _metrics.get(problem)
-    points = minimise(sweeps, at, W, b, metric, tolerance=POLISHED, steps=POLISHING, products=POLISHING_PRODUCTS)
-    return ground.leave(points.W[0], points.b[0])
+    W, b = objective.start
+    many = objective.n_logits >= MANY_CLASSES
+    if start and _value(objective, l2s[0], *objective.enter(*start)) < _value(objective, l2s[0], W, b):
+        W, b = objective.enter(*start)
+    elif many and l2s[0] <= continue_below:
+        larger = [CONTINUE_FROM]
+        while larger[-1] / CONTINUE_FACTOR > l2s[0]:
+            larger.append(larger[-1] / CONTINUE_FACTOR)
+        W, b = extrapolate(l2s[0], _solve(objective, larger, W, b, tolerance=LOOSE_TOLERANCE))
+    optima = _solve(objective, l2s, W, b, max_steps=max_steps)
+    weight, bias = (torch.stack(parts) for parts in zip(*(optima[l2] for l2 in l2s), strict=True))
+    return *objective.leave(weight, bias), {}
 
 
-@dataclass(frozen=True, eq=False)
-class _Ground:
-    """Where a problem is solved: around the middle (D,) of its rows, in the span (D, r) of these where they are few."""
-
-    middle: Float64
-    basis: Float64 | None
-
-    def enter(self, solution: Solution) -> Solution:
-        weight = solution.weight if self.basis is None else solution.weight @ self.basis
-        return Solution(weight, solution.bias + solution.weight @ self.middle)
-
-    def leave(self, W: Tensor, b: Tensor) -> Solution:
-        weight = W.numpy() if self.basis is None else W.numpy() @ self.basis.T
-        return Solution(weight, b.numpy() - weight @ self.middle)
-
-
-def _ground(problem: Problem) -> tuple[Problem, _Ground]:
-    around, middle = centred(problem)
-    small, basis = narrow(around)
-    return small, _Ground(middle, basis)
+def polish(objective: BatchedObjective, weight: Float64, bias: Float64, l2: float) -> tuple[Float64, Float64]:
+    """Return weights (K, D) and bias (K,) nearer to the optimum, so that they no longer depend on how the path was solved."""
+    at = minimise(
+        objective,
+        torch.tensor([l2], dtype=torch.float64),
+        *objective.enter(weight, bias),
+        tolerance=POLISHED_TOLERANCE,
+        max_steps=POLISHING_STEPS,
+        max_products=POLISHING_PRODUCTS,
+        bfloat16=False,
+    )
+    polished_weight, polished_bias = objective.leave(at.W, at.b)
+    return polished_weight[0], polished_bias[0]
 
 
-class _Way:
-    """The l2 of a path, falling, with the weights found so far."""
+def _value(objective: BatchedObjective, l2: float, W: Tensor, b: Tensor) -> float:
+    return float(objective.evaluate(torch.tensor([l2], dtype=torch.float64), W, b).objective)
 
-    def __init__(self, sweeps: Sweeps, metric: Metric, start: Solution, l2s: Sequence[float]) -> None:
-        self.sweeps, self.metric, self.l2 = sweeps, metric, torch.tensor(l2s, dtype=torch.float64)
-        self.W = torch.from_numpy(start.weight).repeat(len(l2s), 1, 1)
-        self.b = torch.from_numpy(start.bias).repeat(len(l2s), 1)
-        self.open = set(range(len(l2s)))
-        self.solved = Solved(metric, sweeps.dtype)
 
-    def come_down(self) -> None:
-        """Start from larger l2 that are solved loosely, one after the other."""
-        l2, last = TOP, float(self.l2[0])
-        solved = Solved(self.metric, self.sweeps.dtype)
-        W, b = self.W[:1], self.b[:1]
-        while l2 > last:
-            points = minimise(self.sweeps, self.l2.new_tensor([l2]), W, b, self.metric, tolerance=LOOSE)
-            solved.add(l2, points.W[0], points.b[0], float(points.spread.mean()))
-            l2 = max(l2 / RUNG, last)
-            W, b, _ = solved.start(l2)
-        self.W[:], self.b[:] = W, b
+def _solve(
+    objective: BatchedObjective,
+    l2s: Sequence[float],
+    W: Tensor,
+    b: Tensor,
+    *,
+    tolerance: float = TOLERANCE,
+    max_steps: int = MAX_STEPS,
+) -> dict[float, Weights]:
+    """Return the optimum W (K, D), b (K,) of each l2; the first batch starts from W (1, K, D), b (1, K)."""
+    optima: dict[float, Weights] = {}
+    for batch in _batches(len(l2s), objective):
+        values = [l2s[number] for number in batch]
+        starts = [extrapolate(l2, optima) if optima else (W, b) for l2 in values]
+        start_W, start_b = (torch.cat(parts) for parts in zip(*starts, strict=True))
+        at = minimise(
+            objective,
+            torch.tensor(values, dtype=torch.float64),
+            start_W,
+            start_b,
+            tolerance=tolerance,
+            max_steps=max_steps,
+        )
+        optima.update(zip(values, zip(at.W, at.b, strict=True), strict=True))
+    return optima
 
-    def solve(self, stride: int, most: int) -> None:
-        """Solve every so many, the first and the last among them, at most so many at a time."""
-        wanted = sorted({*range(0, len(self.l2), stride), len(self.l2) - 1} & self.open)
-        most = min(most, self.sweeps.most)
-        for first in range(0, len(wanted), most):
-            self._solve(wanted[first : first + most])
 
-    def _solve(self, some: list[int]) -> None:
-        beside = None
-        for number in some if self.solved else ():
-            self.W[[number]], self.b[[number]], beside = self.solved.start(float(self.l2[number]))
-        points = minimise(self.sweeps, self.l2[some], self.W[some], self.b[some], self.metric, beside=beside)
-        self.W[some], self.b[some] = points.W, points.b
-        for number, W, b, spread in zip(some, self.W[some], self.b[some], points.spread.mean(1), strict=True):
-            self.solved.add(float(self.l2[number]), W, b, float(spread), self.sweeps.last)
-        self.open -= {*some}
+def _batches(n: int, objective: BatchedObjective) -> Iterator[list[int]]:
+    """Yield the positions on the path that are solved together, in the order of the passes."""
+    few = objective.n_logits < MANY_CLASSES
+    size, done = min(BATCH, objective.max_batch) if few else 1, set[int]()
+    for stride in STRIDES if few else (1,):
+        todo = sorted({*range(0, n, stride), n - 1} - done)
+        done |= set(todo)
+        yield from (todo[first : first + size] for first in range(0, len(todo), size))
 
 
 def minimise(
-    sweeps: Sweeps,
+    objective: BatchedObjective,
     l2: Tensor,
     W: Tensor,
     b: Tensor,
-    metric: Metric | None = None,
     *,
     tolerance: float = TOLERANCE,
-    steps: int | None = None,
-    products: int = PRODUCTS,
-    beside: Beside | None = None,
-) -> Points:
-    """Minimise the objective for L values of l2 from W (L, K, D), b (L, K); return where that ends.
+    max_steps: int = MAX_STEPS,
+    max_products: int = MAX_PRODUCTS,
+    bfloat16: bool = True,
+) -> Iterates:
+    """Minimise the objective for L values of l2 from W (L, K, D), b (L, K).
 
-    beside : Beside, optional    what is known of points near the start
+    bfloat16 : bool    whether Hessian-vector products may be in bfloat16 if the objective allows it, as long as that does not
+                       slow the convergence
     """
-    W, b = sweeps.level(W, b)
-    start = W if beside and beside.shares else _short(W)
-    whole = points = _points(sweeps, l2, start, b.clone(), far=not W.any(), beside=beside)
-    metric, worn, slow, left = metric or sweeps.measure(len(l2) // 2), 0, 0, torch.arange(len(l2))
-    for _ in range(steps or STEPS):
-        open_ = points.gap > tolerance
-        if not open_.any():
-            return whole
-        points, left, which = points[open_], left[open_], open_.nonzero()[:, 0]
-        dW, db, took = find_direction(sweeps, points, which, metric, tolerance=tolerance, most=products)
-        worn += took > WORN and sweeps.rows < MANY_CLASSES
-        shape = _short if _may_be_short(points, metric, tolerance) else torch.clone
-        before = points.gap
-        points, moved = _step(sweeps, points, dW, db, shape, tolerance)
-        keep = (before > TOLERANCE) | (points.gap < before)  # a step may gain, and prove less
-        whole.put(left[keep], points[keep])
-        slow += (gains_little := bool(((points.gap > before / 2) & (before < FAR)).any()))
-        if gains_little and sweeps.distrust(slow):
+    W, b = objective.centre_logits(W, b)
+    at = objective.evaluate(l2, _to_float32(W), b)
+    best, unfinished, stalls = _copy(at), torch.arange(len(l2)), 0
+    for _ in range(max_steps):
+        is_open = at.gap > tolerance
+        if not is_open.any():
+            return best
+        at, unfinished, gap = at[is_open], unfinished[is_open], at.gap[is_open]
+        dW, db = newton_direction(objective, at, tolerance=tolerance, max_products=max_products, bfloat16=bfloat16)
+        convert = _to_float32 if _rounding_is_negligible(objective, at, tolerance) else torch.clone
+        at, moved = line_search(objective, at, dW, db, convert, tolerance)
+        better = (gap > TOLERANCE) | (at.gap < gap)  # near the optimum a lower objective may have a larger gap
+        best.put(unfinished[better], at[better])
+        stalled = bool(((at.gap > gap / 2) & (gap < DISTANT)).any())
+        stalls += stalled
+        if stalled and stalls >= MAX_STALLS and bfloat16 and objective.bfloat16:
+            bfloat16 = False
             continue
-        if not moved or bool(((before <= TOLERANCE) & (points.gap > before / 4)).all()):
+        if not moved or bool(((gap <= TOLERANCE) & (at.gap > gap / 4)).all()):
             break
-        if worn == 1:  # once: the weights of the rows hardly change any more
-            metric, worn = sweeps.measure(len(points.l2) // 2), 2
-    worst = float(whole.gap.max())
-    if worst > max(tolerance, TOLERANCE):
-        l2_of_worst = float(whole.l2[whole.gap.argmax()])
+    worst = int(best.gap.argmax())
+    if best.gap[worst] > max(tolerance, TOLERANCE):
         warnings.warn(
-            f"newton has not converged at l2 = {l2_of_worst:g}: up to {worst:.1e} of the objective may be left",
+            f"newton has not converged at l2 = {float(l2[worst]):g}: "
+            f"the objective may be up to {float(best.gap[worst]):.1e} above its minimum, relative to it",
             RuntimeWarning,
             stacklevel=2,
         )
-    return whole
+    return best
 
 
-def _points(
-    sweeps: Sweeps, l2: Tensor, W: Tensor, b: Tensor, *, far: bool = False, beside: Beside | None = None
-) -> Points:
-    penalty = l2 / 2 * W.square().sum((1, 2))
-    if beside:
-        unseen = UNSEEN * TOLERANCE * 2 * float(l2[0])
-        found = sweeps.value_beside(W, b, beside, lambda loss: unseen * (loss + float(penalty[0])))
-    else:
-        found = sweeps.value(W, b, far=far)
-    loss, grad_W, grad_b, spread = found
-    gradients = grad_W + l2[:, None, None] * W, grad_b
-    noise = torch.full_like(loss, sweeps.noise(far=far))
-    return Points(l2, W, b, loss + penalty, *gradients, spread.clamp_min(LEAST_SPREAD), sweeps.reach(W, b), noise)
+def line_search(
+    objective: BatchedObjective,
+    at: Iterates,
+    dW: Tensor,
+    db: Tensor,
+    convert: Callable[[Tensor], Tensor],
+    tolerance: float,
+) -> tuple[Iterates, bool]:
+    """Return the iterates after a step along (dW, db), and whether any moved.
+
+    Parameters
+    ----------
+    convert : W -> W     rounding of the new weights
+    tolerance : float    an iterate with such a gap is accepted in any case
+    """
+    slope = inner(at.grad_W, at.grad_b, dW, db)
+    descends = (slope < 0) & slope.isfinite() & dW.isfinite().flatten(1).all(1)  # else rounding error or overflow
+    slope, dW, db = (torch.where(descends.view(-1, *[1] * (part.ndim - 1)), part, 0) for part in (slope, dW, db))
+    length, rounding = torch.ones_like(slope), torch.finfo(objective.dtype).eps * at.objective
+    for _ in range(MAX_BACKTRACKS):
+        new = objective.evaluate(at.l2, convert(at.W + length[:, None, None] * dW), at.b + length[:, None] * db)
+        accepted = new.objective <= at.objective + ARMIJO * length * slope + rounding
+        accepted |= new.gap <= tolerance
+        if accepted.all():
+            return new, bool(descends.any())
+        length = torch.where(accepted, length, length / 4)
+    length = torch.where(accepted, length, 0)
+    new = objective.evaluate(at.l2, at.W + length[:, None, None] * dW, at.b + length[:, None] * db)
+    return new, bool((descends & (length > 0)).any())
 
 
-def _short(W: Tensor) -> Tensor:
-    """Return weights that float32 holds; `value` is quicker for them."""
+def _copy(at: Iterates) -> Iterates:
+    every = torch.arange(len(at.l2))
+    return replace(at[every], probabilities=None)
+
+
+def _to_float32(W: Tensor) -> Tensor:
+    """Round to float32, for which `evaluate` needs one product less."""
     return W.float().double()
 
 
-def _may_be_short(points: Points, metric: Metric, tolerance: float) -> bool:
-    """Tell whether that would not be seen in the gap: rounding moves the gradient by the Hessian times what it takes off."""
-    off = torch.finfo(torch.float32).eps ** 2 / 12 * points.W.square().mean((1, 2))
-    moved = off * points.W.shape[1] * metric.spectrum.square().sum() * points.spread.amax(1).square()
-    return bool((moved / (2 * points.l2 * points.objective) < 0.01 * tolerance).all())
-
-
-def _step(
-    sweeps: Sweeps, points: Points, dW: Tensor, db: Tensor, shape: Callable[[Tensor], Tensor], tolerance: float
-) -> tuple[Points, bool]:
-    """Return the points after a step along (dW, db), halved for each problem until it gains; and whether any moved.
-
-    shape : W -> W       what weights are made into before they are looked at
-    tolerance : float    of the gap: such a point is good, whatever rounding says of the gain
-    """
-    slope = dot(points.grad_W, points.grad_b, dW, db)
-    down = (slope < 0) & slope.isfinite() & dW.isfinite().flatten(1).all(1)  # else rounding has the say, or overflow
-    slope, dW, db = (torch.where(down.view(-1, *[1] * (one.ndim - 1)), one, 0) for one in (slope, dW, db))
-    length = torch.ones_like(slope)
-    far = bool((points.gap > FAR).all())
-    for _ in range(HALVINGS):
-        W = shape(points.W + length[:, None, None] * dW)
-        new = _points(sweeps, points.l2, W, points.b + length[:, None] * db, far=far)
-        good = new.objective <= points.objective + 1e-4 * length * slope + points.noise * points.objective
-        good |= new.gap <= tolerance
-        if good.all():
-            return new, bool(down.any())
-        length = torch.where(good, length, length / 4)
-    length = torch.where(good, length, torch.zeros_like(length))
-    new = _points(sweeps, points.l2, points.W + length[:, None, None] * dW, points.b + length[:, None] * db)
-    return new, bool((down & (length > 0)).any())
+def _rounding_is_negligible(objective: BatchedObjective, at: Iterates, tolerance: float) -> bool:
+    """Return whether rounding W to float32 changes the gap negligibly: by the Hessian times the rounding error."""
+    variance = torch.finfo(torch.float32).eps ** 2 / 12 * at.W.square().mean((1, 2))
+    change = variance * at.W.shape[1] * objective.covariance[0].square().sum() * at.curvature.amax(1).square()
+    return bool((change / (2 * at.l2 * at.objective) < 0.01 * tolerance).all())

@@ -1,20 +1,22 @@
-"""What a solver is given and what it returns: the one objective of all linear heads.
+"""The training problem that a solver receives, and the objective of all linear heads.
 
-    mean over samples of cross-entropy(W x + b, y) + l2 / 2 * ||W||^2
+    sum_i s_i * cross-entropy(W x_i + b, y_i) + l2 / 2 * ||W||^2
 
-on standardised features x, bias free, sample weights divided by their sum. Two classes are one
-logit: W has one row, and the stored head has the rows -w/2 and +w/2.
+on standardised features x_i (D,), with sample weights s_i that sum to 1 and a free bias b (K,). W (K, D) has one row for each
+logit: K = C classes, or K = 1 for two classes, whose head has the rows -w/2 and +w/2, or K = C independent labels, whose
+cross-entropies are summed.
 
-A solver is a function ``solve_path(problem, l2s, start) -> list of Solution``, l2s falling; one
-file each, and no other file knows how it works.
+A solver is a function ``solve_path(problem, l2s, start)`` for falling l2s. It returns weights (L, K, D), biases (L, K) and, by
+name, values (L,) that the solver provides in addition: ``objective`` if it minimises another one, ``loo_accuracy``, ``loo_rmse``.
 
->>> [solution] = solve_path(Problem(X, y, sample_weight, n_classes=10), [1e-3])
+>>> weights, biases, extra = solve_path(Problem(X, y, sample_weight, n_classes=10), [1e-3])
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,37 +25,25 @@ from numpy.typing import ArrayLike, NDArray
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
-MEMORY_BYTES = 2**30  # that a solver may take beside the features
-MADE_NUMBERS = 2**23  # that may be made of a block of rows
-BLOCK_ROWS, BLOCK_NUMBERS = 4096, 2**20  # taken to float64 at a time: fresh memory costs more than they do
-MIDDLE_ROWS = 1024  # that tell where the middle of all is
-OFF = 0.1  # of the squared spread of rows: a squared middle that is taken off
+PathWeights = tuple[
+    Float64, Float64, dict[str, Float64]
+]  # weights (L, K, D), biases (L, K), further values (L,) by name
 
-
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """Float64 weights (K, D) on standardised features and bias (K,); K = 1 for two classes.
-
-    objective : float        of a solver that minimises another one than that of the problem
-    loo_accuracy : float     of the training samples, each left out in turn, where that comes for free
-    loo_rmse : float         the same of numbers
-    """
-
-    weight: Float64
-    bias: Float64
-    objective: float | None = None
-    loo_accuracy: float | None = None
-    loo_rmse: float | None = None
+MEMORY_BYTES = 2**30  # that a solver may use besides the features
+MAX_BLOCK_NUMBERS = 2**23  # computed from a block of rows
+BLOCK_ROWS, BLOCK_NUMBERS = 4096, 2**20  # of a block of rows
+MEAN_ROWS = 1024  # sampled rows that estimate the mean
+OFF_CENTRE = 0.1  # squared norm of the mean, relative to the total variance, above which features are centred
 
 
 @dataclass(frozen=True, eq=False)
 class Chunked:
-    """Features that are read when they are asked for, for a set that memory does not hold.
+    """Features that are read when they are indexed, for a data set that does not fit in memory.
 
     Parameters
     ----------
     shape : (N, D)
-    read : rows -> float32 (n, D)    rows are a slice or rising numbers int64 (n,)
+    read : rows -> float32 (n, D)    rows are a slice or rising indices, int64 (n,)
     """
 
     shape: tuple[int, int]
@@ -67,33 +57,32 @@ class Chunked:
     def __getitem__(self, rows: Any) -> Float32:
         return self.read(rows)
 
-    def changed(self, change: Callable[[Float32], Float32], kept: Int64 | None = None) -> Chunked:
-        """Return these features as `change` makes them; of some rows alone, where numbers are given."""
-        n = len(self) if kept is None else len(kept)
-        return Chunked((n, self.shape[1]), lambda rows: change(self.read(rows if kept is None else kept[rows])))
-
-
-@dataclass(frozen=True, eq=False)
-class Moments:
-    """Of weighted rows, float64: mean (D,), covariance (D, D), and covariance with the targets of least squares (D, K)."""
-
-    mean: Float64
-    covariance: Float64
-    across: Float64
+    def map(self, transform: Callable[[Float32], Float32], rows: Int64 | None = None) -> Chunked:
+        """Return the transformed features, of all rows or of those with the indices (n,)."""
+        n = len(self) if rows is None else len(rows)
+        return Chunked((n, self.shape[1]), lambda part: transform(self.read(part if rows is None else rows[part])))
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """A head to be fitted.
+    """Standardised training data, and what is needed to express a solution for raw features and all classes.
 
     Parameters
     ----------
-    X : float32 (N, D)              standardised features
-    y : int64 (N,)                  class in [0, n_classes), every class present; or (N, K) of 0 and 1: labels, any number of
-                                    which an image may have; or float64 (N,): numbers of mean 0 and std 1, n_classes is 1
-    sample_weight : float64 (N,)    positive, sums to 1
-    memory_bytes : int              that a solver may take beside X
-    moments : Moments, optional     of X and y, where they are known
+    X : float32 (N, D)                   standardised features
+    y : int64 (N,)                       class in [0, n_classes), every class present; or int64 (N, K), 0 and 1 for K labels; or
+                                         float64 (N,), standardised numbers, with n_classes = 1
+    sample_weight : float64 (N,)         positive, sums to 1
+    n_classes : int
+    memory_bytes : int                   that a solver may use besides X
+    moments : tuple, optional            weighted mean (D,) and covariance (D, D) of the features, and covariance with the targets
+                                         of least squares (D, K), float64, if they are known
+    mean, std : float64 (D,), optional   of the raw features
+    classes : tuple of str               all C of them
+    present : int64 (P,)                 classes that the rows of a solution belong to
+    absent_bias : float64 (C,)           bias of labels that all or no training samples have
+    y_mean, y_std : float                of numbers
+    task : str                           as in `LinearHead`
     """
 
     X: Float32 | Chunked
@@ -101,74 +90,86 @@ class Problem:
     sample_weight: Float64
     n_classes: int
     memory_bytes: int = MEMORY_BYTES
-    moments: Moments | None = None
+    moments: tuple[Float64, Float64, Float64] | None = None
+    mean: Float64 = field(default_factory=lambda: np.zeros(0))
+    std: Float64 = field(default_factory=lambda: np.ones(0))
+    classes: tuple[str, ...] = ()
+    present: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
+    absent_bias: Float64 = field(default_factory=lambda: np.zeros(0))
+    y_mean: float = 0.0
+    y_std: float = 1.0
+    task: str = "single"
 
     @property
     def numeric(self) -> bool:
-        """Whether numbers are asked for."""
+        """Whether the targets are numbers."""
         return self.y.dtype.kind == "f"
 
     @property
-    def apart(self) -> bool:
-        """Whether every logit is a question of its own: several labels, or two classes, which are one question."""
+    def independent(self) -> bool:
+        """Whether each logit has a sigmoid of its own: several labels, or two classes, which share one logit."""
         return self.y.ndim == 2 or self.n_classes == 2
 
     @property
-    def rows(self) -> int:
-        """K, the number of logits."""
+    def n_logits(self) -> int:
+        """K, the number of rows of W."""
         return 1 if self.y.ndim == 1 and self.n_classes == 2 else self.n_classes
 
-    @property
-    def blind(self) -> Solution:
-        """The optimum as l2 grows without bound: no weights, the class frequencies in the bias."""
-        if self.apart:
+    @cached_property
+    def start(self) -> tuple[Float64, Float64]:
+        """Zero weights (K, D) and the logits of the class frequencies (K,): the optimum as l2 grows without bound."""
+        if self.independent:
             labels = self.y.reshape(len(self.y), -1)
             bias = np.log(self.sample_weight @ labels) - np.log(self.sample_weight @ (1 - labels))
         else:
             bias = np.log(np.bincount(self.y, self.sample_weight, self.n_classes))
             bias -= bias.mean()
-        return Solution(np.zeros((len(bias), self.X.shape[1])), bias)
+        return np.zeros((len(bias), self.X.shape[1])), bias
 
     @property
     def array(self) -> Float32:
         """All features, in memory."""
         return self.X[:] if isinstance(self.X, Chunked) else self.X
 
-    def objective(self, solution: Solution, l2: float) -> float:
-        weights = self.sample_weight
-        return objective(solution.weight, solution.bias, self.X, self.y, l2=l2, sample_weight=weights)
+    def objective(self, weight: Float64, bias: Float64, l2: float) -> float:
+        """Return the objective of weights (K, D) and bias (K,)."""
+        return objective(weight, bias, self.X, self.y, l2=l2, sample_weight=self.sample_weight)
 
 
-def centred(problem: Problem) -> tuple[Problem, Float64]:
-    """Return a problem whose rows lie around 0, and the middle (D,) that was taken off; 0 where that would change little.
+def centre_features(problem: Problem) -> tuple[Problem, Float64]:
+    """Return a problem with centred features, and the centre (D,) that was subtracted; 0 if the features lie around 0 already.
 
-    Some rows tell where the middle is, about. Far from 0 every weight would move all logits, and be tied to the bias.
+    The mean is estimated on some rows. Far from 0, the logits of all weights would be strongly correlated with the bias.
     """
-    some = np.arange(0, len(problem.X), -(-len(problem.X) // MIDDLE_ROWS))
-    x, weights = problem.X[some].astype(np.float64), problem.sample_weight[some]
-    middle = weights @ x / weights.sum()
-    spread = weights @ np.square(x - middle) / weights.sum()
-    if not middle @ middle > OFF * spread.sum():
-        return problem, np.zeros_like(middle)
+    rows = np.arange(0, len(problem.X), -(-len(problem.X) // MEAN_ROWS))
+    x, weights = problem.X[rows].astype(np.float64), problem.sample_weight[rows]
+    mean = weights @ x / weights.sum()
+    variance = weights @ np.square(x - mean) / weights.sum()
+    if not mean @ mean > OFF_CENTRE * variance.sum():
+        return problem, np.zeros_like(mean)
 
-    def around(rows: Float32) -> Float32:
-        return np.asarray(rows - middle, dtype=np.float32)
+    def centre(x: Float32) -> Float32:
+        return np.asarray(x - mean, dtype=np.float32)
 
-    if isinstance(problem.X, Chunked):
-        return replace(problem, X=problem.X.changed(around), moments=None), middle
-    if problem.X.nbytes > problem.memory_bytes / 2:
-        whole = problem.X
-        return replace(problem, X=Chunked(whole.shape, lambda rows: around(whole[rows])), moments=None), middle
-    X = np.empty_like(problem.X)
+    return replace(problem, X=map_features(problem.X, centre, problem.memory_bytes // 2), moments=None), mean
+
+
+def map_features(X: Float32 | Chunked, transform: Callable[[Float32], Float32], max_bytes: float) -> Float32 | Chunked:
+    """Return transformed features (N, D): a copy up to `max_bytes`, otherwise transformed again whenever they are read."""
+    if isinstance(X, Chunked):
+        return X.map(transform)
+    if X.nbytes > max_bytes:
+        return Chunked(X.shape, X.__getitem__).map(transform)
+    transformed = np.empty_like(X)
     for rows in blocks(X):
-        X[rows] = around(problem.X[rows])
-    return replace(problem, X=X, moments=None), middle
+        transformed[rows] = transform(X[rows])
+    return transformed
 
 
-def narrow(problem: Problem) -> tuple[Problem, Float64 | None]:
-    """Return a problem with fewer features than rows, and the orthonormal basis (D, r) of the features kept.
+def project_on_rows(problem: Problem) -> tuple[Problem, Float64 | None]:
+    """Return a problem with at most N features, and the orthonormal basis (D, N) they refer to; None if N >= D already.
 
-    The optimum lies in the span of the rows. A problem that is narrow already comes back as it is, without a basis.
+    The optimal weights lie in the span of the rows.
     """
     if len(problem.X) >= problem.X.shape[1]:
         return problem, None
@@ -185,7 +186,7 @@ def objective(
     l2: float,
     sample_weight: ArrayLike | None = None,
 ) -> float:
-    """Return weighted mean cross-entropy + l2/2 * ||W||^2, in float64; of several labels the sum of their cross-entropies.
+    """Return weighted mean cross-entropy + l2/2 * ||W||^2 in float64; for several labels their cross-entropies are summed.
 
     Parameters
     ----------
@@ -193,17 +194,21 @@ def objective(
     bias : float (K,)
     X : float (N, D)         standardised features
     y : int (N,) or (N, K)   class index, or 0 and 1 for each of K labels
-    sample_weight : float (N,), optional    divided by its sum here
+    l2 : float
+    sample_weight : float (N,), optional    divided by its sum
     """
     W, b = np.asarray(weight, dtype=np.float64), np.asarray(bias, dtype=np.float64)
-    truth = np.asarray(y, dtype=np.int64)
     logits = affine(X if isinstance(X, Chunked) else np.asarray(X), W, b)
-    if truth.ndim == 2 or len(W) == 1:
-        each = np.logaddexp(0, logits * (1 - 2 * truth.reshape(logits.shape))).sum(axis=1)
-    else:
-        each = log_normaliser(logits) - logits[np.arange(len(truth)), truth]
+    losses = cross_entropy(logits, np.asarray(y, dtype=np.int64))
     weights = None if sample_weight is None else np.asarray(sample_weight)
-    return float(np.average(each, weights=weights) + l2 / 2 * np.sum(W * W))
+    return float(np.average(losses, weights=weights) + l2 / 2 * np.sum(W * W))
+
+
+def cross_entropy(logits: Float64, y: Int64) -> Float64:
+    """Return the cross-entropy of each row, float64 (N,), of logits (N, K): independent ones if y is (N, K) or K = 1."""
+    if y.ndim == 2 or logits.shape[1] == 1:
+        return np.asarray(np.logaddexp(0, logits * (1 - 2 * y.reshape(logits.shape))).sum(axis=1))
+    return np.asarray(log_normaliser(logits) - logits[np.arange(len(y)), y])
 
 
 def log_normaliser(logits: Float64) -> Float64:
@@ -221,12 +226,21 @@ def affine(X: NDArray[np.floating] | Chunked, weight: NDArray[np.floating], bias
     return out
 
 
-def blocks(X: Any, more: int = 0) -> Iterator[slice]:
-    """Cut rows (N, D) into slices of at most BLOCK_ROWS and about BLOCK_NUMBERS; `more` numbers are made of each row."""
-    size = min(BLOCK_ROWS, max(256, BLOCK_NUMBERS // X.shape[1]), max(1, MADE_NUMBERS // max(1, more)))
-    return (slice(start, start + size) for start in range(0, len(X), size))
+def blocks(
+    X: Any, *, rows: int | None = None, row_numbers: int = 0, max_numbers: int = MAX_BLOCK_NUMBERS
+) -> Iterator[slice]:
+    """Cut the rows of X (N, D) into slices of about BLOCK_NUMBERS features.
+
+    Parameters
+    ----------
+    rows : int, optional    number of rows, if not all N
+    row_numbers : int       numbers that are computed from each row, of which a block has at most `max_numbers`
+    """
+    n = len(X) if rows is None else rows
+    size = min(BLOCK_ROWS, max(256, BLOCK_NUMBERS // X.shape[1]), max(1, max_numbers // max(1, row_numbers)))
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
 def some_of(X: NDArray[Any] | Chunked, rows: Int64) -> Any:
-    """Return some rows of features, which stay unread where they are `Chunked`."""
-    return X.changed(lambda x: x, rows) if isinstance(X, Chunked) else X[rows]
+    """Return the rows of features with the indices (n,); `Chunked` features stay unread."""
+    return X.map(lambda x: x, rows) if isinstance(X, Chunked) else X[rows]

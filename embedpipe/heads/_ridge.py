@@ -1,17 +1,18 @@
-"""Solver `ridge`: least squares on the classes, for every l2 from one eigendecomposition, leave-one-out for free.
+"""Solver `ridge`: least squares on the classes, for all l2 from one eigendecomposition, with exact leave-one-out scores.
 
-Minimises, over weights W (K, D) and a free bias, with targets t of one for an image's class and zero for the others (two classes,
-and labels of which an image may have several: one and minus one; numbers as they are),
+The targets t (K,) of an image are 1 for its class and 0 for the others; for two classes and for several labels 1 and -1; numbers
+stay as they are. The solver minimises over weights W (K, D) and a free bias b (K,)
 
     weighted mean of ||W x + b - t||^2 / 2 + l2 / 2 * ||W||^2
 
-With the weighted covariance of the features Q diag(s) Q', W = T' Z diag(1 / (s + l2)) Q' for all l2. A sample that is left out
-misses its target by r / (1 - h), r what it misses now and h its weight times (1 + z' diag(1 / (s + l2)) z). Scores become logits
-by one factor, which minimises the log loss of the scores left out; numbers stay.
+Let Q diag(s) Q' be the weighted covariance of the features and A (D, K) their covariance with the targets. For every l2,
+W' = Q diag(1 / (s + l2)) Q' A. A sample with residual r and leverage h has the residual r / (1 - h) if it is left out of the
+fit; h is its weight times (1 + z' diag(1 / (s + l2)) z), with z = Q' (x - mean). The scores become logits by one factor, which
+minimises the log loss of the leave-one-out scores; numbers stay as they are.
 
 Source: Hastie, Tibshirani, Friedman, The Elements of Statistical Learning, 3.4.1 and 7.10.1 (equation 7.64).
 
->>> [solution] = solve_path(problem, [1e-3])
+>>> weights, biases, extra = solve_path(problem, [1e-3])
 """
 
 from __future__ import annotations
@@ -21,106 +22,108 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from embedpipe.heads._problem import Float32, Float64, Int64, Moments, Problem, Solution, blocks, log_normaliser, narrow
+from embedpipe.heads._problem import (
+    Float32,
+    Float64,
+    Int64,
+    PathWeights,
+    Problem,
+    blocks,
+    cross_entropy,
+    project_on_rows,
+)
 
-SAMPLES = 5000  # at most, to find the factor with
-LARGEST_FACTOR = 1e3
+FACTOR_SAMPLES = 5000  # at most, on which the factor is fitted
+MAX_FACTOR = 1e3
 
 
-def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = None) -> list[Solution]:
-    """Minimise the squared error for every l2; a start is of no use."""
-    small, basis = narrow(problem)
-    moments = small.moments or _measure(small)
-    spectrum, turn = np.linalg.eigh(moments.covariance)
-    mean, spectrum = moments.mean, np.maximum(spectrum, 0)
-    across_turned = turn.T @ moments.across  # (r, K)
-    shrink = 1 / (spectrum[:, None] + np.asarray(l2s))  # (r, L)
-    left_out, missed, scores = _leave_out(small, mean, turn, across_turned, shrink)
-    middle = small.sample_weight @ _targets(small)
-    solutions, name = [], "loo_rmse" if small.numeric else "loo_accuracy"
-    for number, l2 in enumerate(l2s):
-        weight = (turn @ (across_turned * shrink[:, number, None])).T
-        factor = 1.0 if small.numeric else _factor(small, left_out[number])
-        objective = (missed[number] + l2 * np.sum(weight**2)) / 2
-        bias = factor * (middle - weight @ mean)
-        weight = weight if basis is None else weight @ basis.T
-        solutions.append(Solution(factor * weight, bias, float(objective), **{name: float(scores[number])}))
-    return solutions
+def solve_path(problem: Problem, l2s: Sequence[float], start: tuple[Float64, Float64] | None = None) -> PathWeights:
+    """Minimise the squared error for every l2; `start` is not used."""
+    reduced, basis = project_on_rows(problem)
+    mean, covariance, cross = reduced.moments or _measure_moments(reduced)
+    spectrum, Q = np.linalg.eigh(covariance)
+    rotated = Q.T @ cross  # (r, K)
+    shrinkage = 1 / (np.maximum(spectrum, 0)[:, None] + np.asarray(l2s))  # (r, L)
+    left_out, errors, scores = _leave_one_out(reduced, mean, Q, rotated, shrinkage)
+    weights = np.stack([(Q @ (rotated * column[:, None])).T for column in shrinkage.T])
+    objectives = (errors + np.asarray(l2s) * np.square(weights).sum(axis=(1, 2))) / 2
+    factors = np.array([1.0 if reduced.numeric else _fit_factor(reduced, one) for one in left_out])
+    biases = factors[:, None] * (reduced.sample_weight @ _targets(reduced) - weights @ mean)
+    weights = factors[:, None, None] * (weights if basis is None else weights @ basis.T)
+    return weights, biases, {"objective": objectives, "loo_rmse" if reduced.numeric else "loo_accuracy": scores}
 
 
 def _targets(problem: Problem, rows: slice = slice(None)) -> Float64:
-    """Return what the scores should be, float64 (n, K)."""
+    """Return the targets of least squares, float64 (n, K)."""
     y = problem.y[rows]
     if problem.numeric:
         return np.asarray(y, dtype=np.float64)[:, None]
-    targets = 2.0 * y.reshape(len(y), -1) - 1 if problem.apart else np.eye(problem.n_classes)[y]
+    targets = 2.0 * y.reshape(len(y), -1) - 1 if problem.independent else np.eye(problem.n_classes)[y]
     return np.asarray(targets)
 
 
-def _measure(problem: Problem) -> Moments:
+def _measure_moments(problem: Problem) -> tuple[Float64, Float64, Float64]:
+    """Return mean (D,), covariance (D, D) and covariance with the targets (D, K)."""
     width = problem.X.shape[1]
-    mean, gram, across = np.zeros(width), np.zeros((width, width)), np.zeros((width, problem.rows))
+    mean, covariance, cross = np.zeros(width), np.zeros((width, width)), np.zeros((width, problem.n_logits))
     for rows in blocks(problem.X):
         mean += problem.sample_weight[rows] @ problem.X[rows]
     for rows in blocks(problem.X):
         root = np.sqrt(problem.sample_weight[rows, None])
         centred = (problem.X[rows] - mean) * root
-        gram += centred.T @ centred  # a matrix with itself: half the work
-        across += centred.T @ (root * _targets(problem, rows))
-    return Moments(mean, gram, across)
+        covariance += centred.T @ centred  # NumPy computes half of a product of a matrix with itself
+        cross += centred.T @ (root * _targets(problem, rows))
+    return mean, covariance, cross
 
 
-def _leave_out(
-    problem: Problem, mean: Float64, turn: Float64, across: Float64, shrink: Float64
+def _leave_one_out(
+    problem: Problem, mean: Float64, Q: Float64, rotated: Float64, shrinkage: Float64
 ) -> tuple[Float32, Float64, Float64]:
-    """Return what SAMPLES evenly spaced rows score with themselves left out, float32 (L, n, K), and of all rows, (L,) each, the
-    mean squared error with them and the score without.
+    """Return leave-one-out scores and errors.
+
+    Returns
+    -------
+    scores of the evenly spaced rows of `_factor_rows`, float32 (L, n, K); the mean squared error of all rows, float64 (L,); and
+    their leave-one-out accuracy, or RMSE of numbers, float64 (L,)
     """
-    many, drawn = shrink.shape[1], _drawn(problem)
-    left_out = np.empty((many, len(drawn), across.shape[1]), dtype=np.float32)
-    missed, scores = np.zeros(many), np.zeros(many)
-    middle = problem.sample_weight @ _targets(problem)
+    many, drawn = shrinkage.shape[1], _factor_rows(problem)
+    left_out = np.empty((many, len(drawn), rotated.shape[1]), dtype=np.float32)
+    errors, scores = np.zeros(many), np.zeros(many)
+    target_mean = problem.sample_weight @ _targets(problem)
     for rows in blocks(problem.X):
         weight, targets = problem.sample_weight[rows], _targets(problem, rows)
-        places = slice(*np.searchsorted(drawn, [rows.start, rows.stop]))
-        turned = (problem.X[rows] - mean) @ turn
-        leverage = weight[:, None] * (1 + turned**2 @ shrink)  # (n, L)
+        in_block = slice(*np.searchsorted(drawn, [rows.start, rows.stop]))
+        z = (problem.X[rows] - mean) @ Q
+        leverage = weight[:, None] * (1 + z**2 @ shrinkage)  # (n, L)
         for number in range(many):
-            rest = targets - middle - turned @ (across * shrink[:, number, None])
-            missed[number] += weight @ (rest**2).sum(axis=1)
-            without = targets - rest / np.maximum(1 - leverage[:, number], 1e-9)[:, None]
-            scores[number] += weight @ _merits(problem, rows, without)
-            left_out[number, places] = without[drawn[places] - rows.start]
-    return left_out, missed, np.sqrt(scores) if problem.numeric else scores
+            residual = targets - target_mean - z @ (rotated * shrinkage[:, number, None])
+            errors[number] += weight @ (residual**2).sum(axis=1)
+            without = targets - residual / np.maximum(1 - leverage[:, number], 1e-9)[:, None]
+            scores[number] += weight @ _score_rows(problem, rows, without)
+            left_out[number, in_block] = without[drawn[in_block] - rows.start]
+    return left_out, errors, np.sqrt(scores) if problem.numeric else scores
 
 
-def _drawn(problem: Problem) -> Int64:
-    """Return the rows that the factor is found with, int64 (n,)."""
-    return np.linspace(0, len(problem.X) - 1, min(SAMPLES, len(problem.X))).astype(np.int64)
+def _factor_rows(problem: Problem) -> Int64:
+    return np.linspace(0, len(problem.X) - 1, min(FACTOR_SAMPLES, len(problem.X))).astype(np.int64)
 
 
-def _factor(problem: Problem, scores: Float32) -> float:
-    """Return the factor that makes scores (n, K) of the drawn rows the best logits: it minimises their log loss, from 1 to
-    LARGEST_FACTOR.
-    """
-    some = _drawn(problem)
-    logits, truth, weight = scores.astype(np.float64), problem.y[some], problem.sample_weight[some]
+def _fit_factor(problem: Problem, scores: Float32) -> float:
+    """Return the factor from 1 to MAX_FACTOR that minimises the log loss of scores (n, K) of the rows of `_factor_rows`."""
+    rows = _factor_rows(problem)
+    logits, y = scores.astype(np.float64), problem.y[rows].astype(np.int64)
 
     def loss(log_factor: float) -> float:
-        scaled = np.exp(log_factor) * logits
-        if problem.apart:
-            each = np.logaddexp(0, scaled * (1 - 2 * truth.reshape(scaled.shape))).sum(axis=1)
-        else:
-            each = log_normaliser(scaled) - scaled[np.arange(len(truth)), truth]
-        return float(weight @ each)
+        return float(problem.sample_weight[rows] @ cross_entropy(np.exp(log_factor) * logits, y))
 
-    return float(np.exp(minimize_scalar(loss, bounds=(0, np.log(LARGEST_FACTOR)), method="bounded").x))
+    return float(np.exp(minimize_scalar(loss, bounds=(0, np.log(MAX_FACTOR)), method="bounded").x))
 
 
-def _merits(problem: Problem, rows: slice, scores: Float64) -> Float64:
-    """Return whether scores (n, K) name the truth, all labels of it, float64 (n,); of numbers their squared error."""
+def _score_rows(problem: Problem, rows: slice, scores: Float64) -> Float64:
+    """Return whether scores (n, K) predict the class, or all labels, float64 (n,); for numbers the squared error."""
     y = problem.y[rows]
     if problem.numeric:
         return np.asarray((scores[:, 0] - y) ** 2)
-    right = ((scores > 0) == y.reshape(len(y), -1)).all(axis=1) if problem.apart else scores.argmax(axis=1) == y
-    return np.asarray(right, dtype=np.float64)
+    if problem.independent:
+        return np.asarray(((scores > 0) == y.reshape(len(y), -1)).all(axis=1), dtype=np.float64)
+    return np.asarray(scores.argmax(axis=1) == y, dtype=np.float64)

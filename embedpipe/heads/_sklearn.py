@@ -1,28 +1,31 @@
-"""Solver `sklearn`: the same objective is C = 1 / l2 with sample weights of sum 1.
+"""Solver `sklearn`: scikit-learn's LogisticRegression, whose C is 1 / l2 if the sample weights sum to 1.
 
->>> [solution] = solve_path(problem, [1e-3])
+>>> weight, bias, _ = solve_path(problem, [1e-3])
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from embedpipe.heads._problem import Problem, Solution
+from embedpipe.heads._problem import Float64, PathWeights, Problem
 
-GRADIENT_TOLERANCE, ITERATIONS = 1e-8, 20_000
+GRADIENT_TOLERANCE, MAX_ITERATIONS = 1e-8, 20_000
 
 
-def solve_path(problem: Problem, l2s: Sequence[float], start: Solution | None = None) -> list[Solution]:
-    """Minimise the objective for every l2, falling, each from the solution before it."""
+def solve_path(problem: Problem, l2s: Sequence[float], start: tuple[Float64, Float64] | None = None) -> PathWeights:
+    """Minimise the objective for every l2, in falling order, each from the optimum before."""
     mean = problem.sample_weight @ problem.array
-    X = problem.array - mean  # float64; the bias is free, so centring changes nothing but the speed
-    solution, solutions = start or problem.blind, []
+    X = problem.array - mean  # float64; centring speeds convergence up and changes nothing else, as the bias is free
+    weight, bias = start or problem.start
+    weights, biases = [], []
     for l2 in l2s:
-        model = LogisticRegression(C=1 / l2, tol=GRADIENT_TOLERANCE, max_iter=ITERATIONS, warm_start=True)
-        model.coef_, model.intercept_ = solution.weight, solution.bias + solution.weight @ mean
+        model = LogisticRegression(C=1 / l2, tol=GRADIENT_TOLERANCE, max_iter=MAX_ITERATIONS, warm_start=True)
+        model.coef_, model.intercept_ = weight, bias + weight @ mean
         model.fit(X, problem.y, sample_weight=problem.sample_weight)
-        solution = Solution(model.coef_.copy(), model.intercept_ - model.coef_ @ mean)
-        solutions.append(solution)
-    return solutions
+        weight, bias = model.coef_.copy(), model.intercept_ - model.coef_ @ mean
+        weights.append(weight)
+        biases.append(bias)
+    return np.stack(weights), np.stack(biases), {}

@@ -7,7 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from embedpipe.errors import NonFiniteFeatures, UsageError
 from embedpipe.heads import fit_knn
-from embedpipe.heads.knn import unit_rows
+from embedpipe.heads._problem import blocks
 
 X, Y = load_digits(return_X_y=True)
 TEN = tuple("0123456789")
@@ -47,10 +47,8 @@ def test_wrong_arguments_are_told() -> None:
         fit_knn(X + np.nan, Y, classes=TEN)
 
 
-def test_queries_are_answered_a_few_at_a_time_where_training_images_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_queries_are_compared_at_a_time_with_many_training_images() -> None:
     head = fit_knn(X[:600], Y[:600], classes=TEN)
-    whole, asked = head.predict_proba(X[600:800]), []
-    monkeypatch.setattr("embedpipe.heads._problem.MADE_NUMBERS", 7 * 600)
-    monkeypatch.setattr("embedpipe.heads.knn.unit_rows", lambda rows: asked.append(len(rows)) or unit_rows(rows))
-    np.testing.assert_allclose(head.predict_proba(X[600:800]), whole, atol=1e-6)
-    assert max(asked) == 7
+    whole = head.predict_proba(X[600:800])
+    np.testing.assert_allclose(head.predict_proba(X[600:800], max_numbers=7 * 600), whole, atol=1e-6)
+    assert max(rows.stop - rows.start for rows in blocks(X[600:800], row_numbers=600, max_numbers=7 * 600)) == 7

@@ -1,4 +1,4 @@
-"""Solver `newton`: every optimum proved in float64, with and without kept probabilities, for labels too."""
+"""Solver `newton`: the optimality gap of every solution, computed in float64, for classes and labels, in every precision."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from embedpipe.heads import L2_GRID, fit_linear
-from embedpipe.heads._directions import Points, find_direction
-from embedpipe.heads._newton import _points, _step, polish, solve_path
-from embedpipe.heads._problem import Chunked, Problem, Solution, centred
-from embedpipe.heads._starts import Solved
-from embedpipe.heads._sweeps import Metric, Sweeps
+from embedpipe.heads import L2_GRID, Chunked, fit_linear
+from embedpipe.heads._batched_objective import BatchedObjective, Iterates, has_native_bfloat16
+from embedpipe.heads._conjugate_gradients import newton_direction
+from embedpipe.heads._extrapolation import extrapolate
+from embedpipe.heads._newton import line_search, polish, solve_path
+from embedpipe.heads._problem import Problem, centre_features
+
+GRID = sorted(L2_GRID, reverse=True)
 
 
 def hard(n: int, width: int, n_classes: int, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -42,91 +44,166 @@ def standardised(X: np.ndarray) -> np.ndarray:
     return (X - X.mean(axis=0)) / np.maximum(std, 0.01 * np.median(std))
 
 
-def gap(problem: Problem, found: Solution, l2: float) -> float:
-    """Squared gradient / (2 l2) at the bias that is best for the weights, relative to the objective, written down afresh."""
-    across, bias, weight = problem.X.astype(np.float64) @ found.weight.T, found.bias, problem.sample_weight[:, None]
-    truth = problem.y.reshape(len(across), -1) if problem.apart else np.eye(problem.n_classes)[problem.y]
+def gap(problem: Problem, weight: np.ndarray, bias: np.ndarray, l2: float) -> float:
+    """Squared gradient / (2 l2) at the bias that is optimal for the weights, relative to the objective; independent code."""
+    X = problem.X[:].astype(np.float64)
+    across, sample_weight = X @ weight.T, problem.sample_weight[:, None]
+    truth = problem.y.reshape(len(across), -1) if problem.independent else np.eye(problem.n_classes)[problem.y]
     for _ in range(20):
         logits = across + bias
-        top = 0 if problem.apart else np.logaddexp.reduce(logits, axis=1)[:, None]
-        p = 1 / (1 + np.exp(-logits)) if problem.apart else np.exp(logits - top)
-        error = (p - truth) * weight
-        hessian = np.diag((p * weight).sum(axis=0)) - (p * weight).T @ p
-        curvature = np.diag((p * (1 - p) * weight).sum(axis=0)) if problem.apart else hessian
+        top = 0 if problem.independent else np.logaddexp.reduce(logits, axis=1)[:, None]
+        p = 1 / (1 + np.exp(-logits)) if problem.independent else np.exp(logits - top)
+        error = (p - truth) * sample_weight
+        if np.abs(error.sum(axis=0)).max() < 1e-12:
+            break
+        hessian = np.diag((p * sample_weight).sum(axis=0)) - (p * sample_weight).T @ p
+        curvature = np.diag((p * (1 - p) * sample_weight).sum(axis=0)) if problem.independent else hessian
         bias = bias - np.linalg.pinv(curvature, rcond=1e-9) @ error.sum(axis=0)
     assert np.abs(error.sum(axis=0)).max() < 1e-9
-    gradient = error.T @ problem.X + l2 * found.weight
-    return float(np.square(gradient).sum() / (2 * l2) / problem.objective(found, l2))
+    gradient = error.T @ X + l2 * weight
+    return float(np.square(gradient).sum() / (2 * l2) / problem.objective(weight, bias, l2))
 
 
 def even(X: np.ndarray | Chunked, y: np.ndarray, n_classes: int, **more: int) -> Problem:
     return Problem(X, y, np.full(len(X), 1 / len(X)), n_classes, **more)
 
 
-SHAPES = [(400, 60, 2), (90, 128, 2), (600, 60, 10), (120, 160, 10), (900, 40, 100)]
-SINGLE = [(70_000, 64, 2), (70_000, 64, 5), (3500, 1280, 26)]  # large enough to be swept in float32
+def hard_problem(n: int, width: int, n_classes: int, *, labels: bool = False, **more: int) -> Problem:
+    X, y = hard(n, width, n_classes)
+    if labels:
+        one_hot = np.eye(n_classes, dtype=np.int64)
+        y = one_hot[y] | one_hot[(y * 7) % n_classes]
+    return even(standardised(X).astype(np.float32), y, n_classes, **more)
+
+
+def worst_gap(problem: Problem, l2s: list[float], objective: BatchedObjective | None = None) -> float:
+    """The largest gap on a path."""
+    weights, biases, _ = solve_path(objective or BatchedObjective(problem), l2s)
+    return max(gap(problem, weight, bias, l2) for weight, bias, l2 in zip(weights, biases, l2s, strict=True))
+
+
+class CountedObjective(BatchedObjective):
+    """Counts evaluated problems, and problems of Hessian-vector products."""
+
+    values = products = 0
+
+    def evaluate(self, l2: Tensor, W: Tensor, b: Tensor) -> Iterates:
+        self.values += len(W)
+        return super().evaluate(l2, W, b)
+
+    def hessian_product(self, at: Iterates, V: Tensor, c: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        self.products += len(V)
+        return super().hessian_product(at, V, c, **options)
+
+
+SHAPES = [(400, 60, 2), (90, 128, 2), (600, 60, 10), (120, 160, 10), (300, 30, 60)]
+SINGLE = [(70_000, 64, 2), (20_000, 64, 5), (3000, 200, 26)]  # in float32
 LARGE = [(n, width, c) for width in (512, 1280, 2048) for c in (2, 10, 100) for n in (300, 3 * width)]
+SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, *SINGLE, *(pytest.param(shape, marks=pytest.mark.slow) for shape in LARGE)])
-def test_nothing_is_left_to_gain_at_any_point_of_a_path(shape: tuple[int, int, int]) -> None:
-    X, y = hard(*shape)
-    problem = even(standardised(X).astype(np.float32), y, shape[2])
-    l2s = sorted(L2_GRID, reverse=True)
-    gaps = [gap(problem, found, l2) for l2, found in zip(l2s, solve_path(problem, l2s), strict=True)]
-    assert max(gaps) <= 1e-6
+@pytest.mark.parametrize("shape", [*SHAPES, *(pytest.param(shape, marks=SLOW) for shape in [(900, 40, 100), *LARGE])])
+def test_every_point_of_a_path_is_an_optimum(shape: tuple[int, int, int]) -> None:
+    assert worst_gap(hard_problem(*shape), GRID) <= 1e-6
 
 
-def test_products_in_bfloat16_lead_to_the_same_optimum(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With every processor, though only some gain by it; weights differ by less than what ends the minimisation."""
-    X, y = hard(30_000, 150, 3)
-    problem, l2s = even(standardised(X).astype(np.float32), y, 3), sorted(L2_GRID, reverse=True)[::4]
-    paths, have = [], []
-    made = Sweeps.shorten
-
-    def shorten(self: Sweeps, metric: Metric, least: float, *, turned: bool) -> None:
-        made(self, metric, least, turned=turned)
-        have.append(self._turned is not None)
-
-    monkeypatch.setattr(Sweeps, "shorten", shorten)
-    for known in (True, False):
-        monkeypatch.setattr("embedpipe.heads._sweeps.has_bfloat16", lambda known=known: known)
-        paths.append(solve_path(problem, l2s))
-        assert max(gap(problem, one, l2) for one, l2 in zip(paths[-1], l2s, strict=True)) <= 1e-6
-    assert have == [True, False]
-    for one, other in zip(*paths, strict=True):
-        np.testing.assert_allclose(one.weight, other.weight, atol=2e-3 * np.abs(one.weight).max())
+@pytest.mark.parametrize(
+    "shape", [*SINGLE, *(pytest.param(shape, marks=SLOW) for shape in [(70_000, 64, 5), (3500, 1280, 26)])]
+)
+def test_every_point_of_a_path_in_float32_is_an_optimum(shape: tuple[int, int, int]) -> None:
+    problem = hard_problem(*shape)
+    objective = BatchedObjective(problem, float64_size=0)
+    assert objective.dtype == torch.float32
+    assert worst_gap(problem, GRID, objective) <= 1e-6
 
 
-@pytest.mark.parametrize("l2", [1e-3, 1e-6])
-def test_one_l2_in_bfloat16_leads_to_the_same_optimum(l2: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounded once or as they are read, rows are the same; where rounding would be seen, it is not used."""
-    X, y = hard(30_000, 150, 3)
-    Z = standardised(X).astype(np.float32)
-    found = []
-    for known, features in ((True, Z), (True, Chunked(Z.shape, lambda rows: Z[rows])), (False, Z)):
-        monkeypatch.setattr("embedpipe.heads._sweeps.has_bfloat16", lambda known=known: known)
-        problem = even(features, y, 3)
-        [solution] = solve_path(problem, [l2])
-        assert gap(even(Z, y, 3), solution, l2) <= 1e-6
-        found.append(polish(problem, solution, l2))
-    most = np.abs(found[0].weight).max()
-    np.testing.assert_allclose(found[0].weight, found[1].weight, atol=1e-3 * most)
-    np.testing.assert_allclose(found[0].weight, found[2].weight, atol=1e-5 * most)
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("n_classes", [24, 40])
+def test_every_point_of_a_path_of_many_classes_or_labels_is_an_optimum(n_classes: int, labels: bool) -> None:
+    problem = hard_problem(1500, 64, n_classes, labels=labels)
+    objective = BatchedObjective(problem, float64_size=0)
+    assert worst_gap(problem, GRID[::4], objective) <= 1e-6
 
 
-@pytest.mark.parametrize("n_classes", [2, 4, 30])
-def test_one_l2_in_bfloat16_needs_no_memory_for_probabilities(n_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedpipe.heads._sweeps.has_bfloat16", lambda: True)
-    X, y = hard(45_000, 100, n_classes)
-    problem = even(standardised(X).astype(np.float32), y, n_classes, memory_bytes=10**6)
-    [found] = solve_path(problem, [1e-3])
-    assert gap(problem, found, 1e-3) <= 1e-6
+@pytest.mark.slow
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("n_classes", [24, 40])
+def test_every_point_of_a_large_path_of_many_classes_or_labels_is_an_optimum(n_classes: int, labels: bool) -> None:
+    assert worst_gap(hard_problem(17_000, 256, n_classes, labels=labels), GRID) <= 1e-6
+
+
+@pytest.mark.parametrize(("n_classes", "labels"), [(2, False), (3, False), (3, True), (26, False)])
+@pytest.mark.parametrize("l2s", [GRID[::6], [1e-3], [1e-6]])
+def test_products_in_bfloat16_lead_to_the_same_optimum(n_classes: int, labels: bool, l2s: list[float]) -> None:
+    problem = hard_problem(3000, 60, n_classes, labels=labels)
+    objective = BatchedObjective(problem, bfloat16=True, float64_size=0)
+    assert objective.bfloat16
+    assert worst_gap(problem, l2s, objective) <= 1e-6
+
+
+def test_bfloat16_is_used_only_where_the_processor_multiplies_it() -> None:
+    """As /proc/cpuinfo lists it, where there is one."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            flags = {flag for line in file if line.startswith("flags") for flag in line.split()}
+    except OSError:
+        pytest.skip("no /proc/cpuinfo")
+    if not flags & {"avx512_bf16", "amx_bf16"}:
+        assert not has_native_bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("memory", "chunked", "used"), [(2**30, False, True), (10**5, False, False), (2**30, True, False)]
+)
+def test_bfloat16_needs_memory_for_a_copy(memory: int, chunked: bool, used: bool) -> None:
+    problem = hard_problem(2000, 60, 4, memory_bytes=memory)
+    if chunked:
+        problem = replace(problem, X=Chunked(problem.X.shape, problem.X.__getitem__))
+    objective = BatchedObjective(problem, bfloat16=True, float64_size=0)
+    assert objective.bfloat16 is used
+    assert worst_gap(problem, [1e-2, 1e-3], objective) <= 1e-6
+
+
+def test_a_product_in_bfloat16_is_close_to_the_exact_one() -> None:
+    objective = BatchedObjective(hard_problem(3000, 60, 4), bfloat16=True, float64_size=0)
+    at = some_iterates(objective, 1e-3)
+    V, c = (torch.randn(part.shape, generator=torch.Generator().manual_seed(1)) for part in (at.W, at.b))
+    for exact, rounded in zip(
+        objective.hessian_product(at, V, c), objective.hessian_product(at, V, c, bfloat16=True), strict=True
+    ):
+        assert not torch.equal(exact, rounded)
+        assert float((exact - rounded).norm() / exact.norm()) < 0.02
+
+
+def some_iterates(objective: BatchedObjective, l2: float) -> Iterates:
+    W, b = objective.start
+    random = torch.Generator().manual_seed(0)
+    W = W + 0.1 * torch.randn(W.shape, dtype=torch.float64, generator=random)
+    return objective.evaluate(torch.tensor([l2], dtype=torch.float64), W, b)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("memory", [2**30, 1])
+def test_gradient_and_hessian_are_those_of_finite_differences(labels: bool, memory: int) -> None:
+    """With stored probabilities, and with those that are computed again."""
+    objective = BatchedObjective(hard_problem(200, 20, 4, labels=labels, memory_bytes=memory))
+    at = some_iterates(objective, 1e-2)
+    assert (at.probabilities is None) is (memory == 1)
+    V, c = (
+        torch.randn(part.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        for part in (at.W, at.b)
+    )
+    up, down = (objective.evaluate(at.l2, at.W + step * V, at.b + step * c) for step in (1e-5, -1e-5))
+    slope = (at.grad_W * V).sum() + (at.grad_b * c).sum()
+    assert float((up.objective - down.objective) / 2e-5) == pytest.approx(float(slope), rel=1e-6)
+    hess_W, hess_b = objective.hessian_product(at, V, c)
+    np.testing.assert_allclose(hess_W, (up.grad_W - down.grad_W) / 2e-5, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(hess_b, (up.grad_b - down.grad_b) / 2e-5, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("seed", [23, 137, 186, 231])
-def test_what_weights_feel_of_a_bias_is_counted(seed: int) -> None:
-    """Of classes and labels that are rare, with weights of many sizes, on few rows."""
+def test_the_gap_counts_what_a_bias_gradient_does_to_the_weights(seed: int) -> None:
+    """With rare classes and labels, weights of many sizes, and few rows."""
     random = np.random.default_rng(seed)
     c, width = int(random.integers(2, 24)), int(random.integers(2, 60))
     n = int(random.integers(max(2 * c, 60), 700))
@@ -139,253 +216,212 @@ def test_what_weights_feel_of_a_bias_is_counted(seed: int) -> None:
     if random.random() < 0.25:
         y = (random.random((n, c)) < 10 ** random.uniform(-2, -0.3)).astype(np.int64)
         y[0], y[1] = 1, 0
-    problem = Problem(standardised(X).astype(np.float32), y, weights / weights.sum(), c)
-    l2s = sorted(L2_GRID, reverse=True)
-    assert max(gap(problem, found, l2) for found, l2 in zip(solve_path(problem, l2s), l2s, strict=True)) <= 1e-6
+    assert worst_gap(Problem(standardised(X).astype(np.float32), y, weights / weights.sum(), c), GRID) <= 1e-6
 
 
-@pytest.mark.parametrize("l2s", [sorted(L2_GRID, reverse=True)[::4], [1e-5]])
-def test_logits_that_float32_cannot_raise_e_to_are_no_optimum(l2s: list[float]) -> None:
-    """Of one row far away, with the wrong label; an infinite loss is nothing to be content with."""
+@pytest.mark.parametrize("l2s", [GRID[::4], [1e-5]])
+def test_logits_that_overflow_float32_are_no_optimum(l2s: list[float]) -> None:
+    """One distant row has the wrong label: its loss may become infinite."""
     random, y = np.random.default_rng(0), np.arange(70_000) % 2
     X = random.normal(size=(70_000, 64)) + 1.2 * random.normal(size=(2, 64))[y]
     X[7] *= 60
     y[7] = 1 - y[7]
-    problem = even(standardised(X).astype(np.float32), y, 2)
-    assert max(gap(problem, found, l2) for found, l2 in zip(solve_path(problem, l2s), l2s, strict=True)) <= 1e-6
+    assert worst_gap(even(standardised(X).astype(np.float32), y, 2), l2s) <= 1e-6
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 30])
 @pytest.mark.parametrize("chunked", [False, True])
-def test_rows_far_from_zero_are_solved_around_their_middle(n_classes: int, chunked: bool) -> None:
+def test_features_far_from_zero_are_centred(n_classes: int, chunked: bool) -> None:
     X, y = hard(600, 40, n_classes)
-    Z, l2s = standardised(X).astype(np.float32), sorted(L2_GRID, reverse=True)[::4]
+    Z, l2s = standardised(X).astype(np.float32), GRID[::4]
     Z[:, :2] += 100, -50
     Z += 10
-    features = Chunked(Z.shape, lambda rows: Z[rows]) if chunked else Z
-    found = solve_path(even(features, y, n_classes), l2s)
-    middle = Z.mean(axis=0, dtype=np.float64)
-    around = even(Z - middle, y, n_classes)
-    for one, l2 in zip(found, l2s, strict=True):
-        assert gap(around, Solution(one.weight, one.bias + one.weight @ middle), l2) <= 1e-6
-    [again] = solve_path(even(features, y, n_classes), l2s[-1:], found[-1])
-    np.testing.assert_allclose(again.weight, found[-1].weight, atol=1e-6 * np.abs(again.weight).max())
-    np.testing.assert_allclose(again.bias, found[-1].bias, rtol=1e-6)
+    problem = even(Chunked(Z.shape, lambda rows: Z[rows]) if chunked else Z, y, n_classes)
+    weights, biases, _ = solve_path(BatchedObjective(problem), l2s)
+    mean = Z.mean(axis=0, dtype=np.float64)
+    centred = even(Z - mean, y, n_classes)
+    for weight, bias, l2 in zip(weights, biases, l2s, strict=True):
+        assert gap(centred, weight, bias + weight @ mean, l2) <= 1e-6
+    [weight], [bias], _ = solve_path(BatchedObjective(problem), l2s[-1:], (weights[-1], biases[-1]))
+    np.testing.assert_allclose(weight, weights[-1], atol=1e-6 * np.abs(weight).max())
+    np.testing.assert_allclose(bias, biases[-1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e6, 1e8])
-def test_a_feature_beyond_all_others_is_solved_or_told(scale: float) -> None:
-    """Rounding may hide the others from it; never is the answer no number."""
+def test_a_feature_far_larger_than_all_others_is_solved_or_reported(scale: float) -> None:
+    """Rounding may hide the others; the solution is finite in any case."""
     random, y = np.random.default_rng(0), np.arange(800) % 10
     X = random.normal(size=(800, 40)) + random.normal(size=(10, 40))[y]
     X[:, 0] *= scale
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = solve_path(even(X.astype(np.float32), y, 10), sorted(L2_GRID, reverse=True))
-    assert all("newton has not converged" in str(one.message) for one in told)
-    assert bool(told) == (scale > 1e6)
-    assert all(np.isfinite(one.weight).all() and np.isfinite(one.bias).all() for one in found)
+        weights, biases, _ = solve_path(BatchedObjective(even(X.astype(np.float32), y, 10)), GRID)
+    assert all("newton has not converged" in str(one.message) for one in caught)
+    assert bool(caught) == (scale > 1e6)
+    assert np.isfinite(weights).all()
+    assert np.isfinite(biases).all()
 
 
-def test_a_direction_beyond_all_numbers_moves_nothing() -> None:
-    X, y = hard(200, 20, 3)
-    sweeps, l2 = Sweeps(even(standardised(X), y, 3)), torch.tensor([1e-3, 1e-2], dtype=torch.float64)
+def test_an_infinite_direction_moves_nothing() -> None:
+    objective = BatchedObjective(hard_problem(200, 20, 3))
+    l2 = torch.tensor([1e-3, 1e-2], dtype=torch.float64)
     W, b = torch.zeros(2, 3, 20, dtype=torch.float64), torch.zeros(2, 3, dtype=torch.float64)
-    points = _points(sweeps, l2, W, b)
+    at = objective.evaluate(l2, W, b)
     lengths = torch.tensor([1e308, 1e-3], dtype=torch.float64)
-    dW = -points.grad_W / points.grad_W.abs().amax((1, 2), keepdim=True) * lengths[:, None, None]
-    found, moved = _step(sweeps, points, dW * torch.tensor([10.0, 1.0])[:, None, None], 0 * b, torch.clone, 4e-7)
+    dW = -at.grad_W / at.grad_W.abs().amax((1, 2), keepdim=True) * lengths[:, None, None]
+    dW *= torch.tensor([10.0, 1.0])[:, None, None]
+    new, moved = line_search(objective, at, dW, 0 * b, torch.clone, 4e-7)
     assert moved
-    assert torch.equal(found.W[0], points.W[0])
-    assert found.objective[1] < points.objective[1]
+    assert torch.equal(new.W[0], at.W[0])
+    assert new.objective[1] < at.objective[1]
 
 
-def test_rounding_of_a_point_far_off_stops_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16 may have found its objective a thousandth too low."""
-    monkeypatch.setattr("embedpipe.heads._sweeps.has_bfloat16", lambda: True)
-    X, y = hard(45_000, 100, 3)
-    sweeps, l2 = Sweeps(even(standardised(X).astype(np.float32), y, 3)), torch.tensor([1e-3], dtype=torch.float64)
-    sweeps.shorten(sweeps.measure(), 1e-3, turned=False)
-    W, b = torch.zeros(1, 3, 100, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
-    for far in (True, False):
-        points = _points(sweeps, l2, W, b, far=far)
-        low = replace(points, objective=points.objective * 0.999)
-        _, moved = _step(sweeps, low, -1e-6 * points.grad_W, 0 * b, torch.clone, 4e-7)
-        assert moved is far
+def test_an_objective_that_is_not_finite_is_no_optimum() -> None:
+    objective = BatchedObjective(hard_problem(200, 20, 3))
+    at = some_iterates(objective, 1e-3)[torch.tensor([0, 0, 0])]
+    broken = replace(
+        at, objective=torch.tensor([1.0, torch.inf, torch.nan]), grad_W=0 * at.grad_W, grad_b=0 * at.grad_b
+    )
+    assert broken.gap.tolist() == [0.0, torch.inf, torch.inf]
 
 
-def test_what_is_no_number_is_no_optimum() -> None:
-    nothing = torch.zeros(3, dtype=torch.float64)
-    objective = torch.tensor([1.0, torch.inf, torch.nan], dtype=torch.float64)
-    weights, biases = nothing.view(3, 1, 1), nothing.view(3, 1)
-    points = Points(nothing + 1, weights, biases, objective, weights, biases, biases + 1, biases, nothing)
-    assert points.gap.tolist() == [0.0, torch.inf, torch.inf]
-
-
-def test_a_gradient_whose_square_is_nothing_gives_no_direction() -> None:
-    X, y = hard(200, 20, 3)
-    sweeps, l2 = Sweeps(even(standardised(X), y, 3)), torch.tensor([1e-3], dtype=torch.float64)
+def test_a_gradient_whose_square_underflows_gives_no_direction() -> None:
+    objective = BatchedObjective(hard_problem(200, 20, 3))
     W, b = torch.ones(1, 3, 20, dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64)
-    points = replace(_points(sweeps, l2, W, b), grad_W=1e-200 * W, grad_b=b)
-    dW, db, _ = find_direction(sweeps, points, torch.arange(1), sweeps.measure(), tolerance=4e-7)
+    at = objective.evaluate(torch.tensor([1e-3], dtype=torch.float64), W, b)
+    dW, db = newton_direction(objective, replace(at, grad_W=1e-200 * W, grad_b=b), tolerance=4e-7)
     assert torch.equal(dW, 0 * W)
     assert torch.equal(db, b)
 
 
 @pytest.mark.parametrize(("l2", "n_classes"), [(1e-28, 2), (1e-28, 3), (1e-28, 30), (1e-300, 3)])
-def test_a_penalty_that_rounding_hides_is_told(l2: float, n_classes: int) -> None:
-    random = np.random.default_rng(0)
+def test_a_penalty_below_the_rounding_error_is_reported(l2: float, n_classes: int) -> None:
+    X, y = np.random.default_rng(0).normal(size=(60, 20)).astype(np.float32), np.arange(60) % n_classes
     with pytest.warns(RuntimeWarning, match="newton has not converged"):
-        [found] = solve_path(
-            even(random.normal(size=(60, 20)).astype(np.float32), np.arange(60) % n_classes, n_classes), [l2]
-        )
-    assert np.isfinite(found.weight).all()
-    assert np.isfinite(found.bias).all()
+        weights, biases, _ = solve_path(BatchedObjective(even(X, y, n_classes)), [l2])
+    assert np.isfinite(weights).all()
+    assert np.isfinite(biases).all()
 
 
-def test_where_bfloat16_does_not_do_it_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On features of few directions, for one small l2 of many classes."""
-    monkeypatch.setattr("embedpipe.heads._sweeps.has_bfloat16", lambda: True)
-    random, y = np.random.default_rng(0), np.arange(20_000) % 30
-    hidden = random.normal(size=(20_000, 64)) + 2 * random.normal(size=(30, 64))[y]
-    y = np.where(random.random(20_000) < 0.03, random.integers(30, size=20_000), y)
-    problem = even(standardised(hidden @ random.normal(size=(64, 256))).astype(np.float32), y, 30)
-    [found] = solve_path(problem, [1e-6])
-    assert gap(problem, found, 1e-6) <= 1e-6
+def test_bfloat16_is_given_up_if_it_stalls() -> None:
+    """With few directions in the features, a small l2 and many classes."""
+    random, y = np.random.default_rng(0), np.arange(6000) % 30
+    hidden = random.normal(size=(6000, 32)) + 2 * random.normal(size=(30, 32))[y]
+    y = np.where(random.random(6000) < 0.03, random.integers(30, size=6000), y)
+    problem = even(standardised(hidden @ random.normal(size=(32, 96))).astype(np.float32), y, 30)
+    objective = BatchedObjective(problem, bfloat16=True, float64_size=0)
+    assert worst_gap(problem, [1e-6], objective) <= 1e-6
 
 
-def test_a_start_from_afar_is_left() -> None:
-    X, y = hard(90_000, 50, 3)
-    problem = even(standardised(X).astype(np.float32), y, 3)
-    for far in (1e4, np.nan):
-        start = Solution(far * np.random.default_rng(0).normal(size=(3, 50)), np.zeros(3))
-        [found] = solve_path(problem, [1e-3], start)
-        assert gap(problem, found, 1e-3) <= 1e-6
+def test_a_distant_start_is_ignored() -> None:
+    problem = hard_problem(90_000, 50, 3)
+    for scale in (1e4, np.nan):
+        start = scale * np.random.default_rng(0).normal(size=(3, 50)), np.zeros(3)
+        [weight], [bias], _ = solve_path(BatchedObjective(problem), [1e-3], start)
+        assert gap(problem, weight, bias, 1e-3) <= 1e-6
 
 
-def test_a_copy_around_the_middle_is_made_where_memory_holds_it() -> None:
+def test_a_good_start_saves_products() -> None:
+    problem, counts = hard_problem(600, 60, 10), []
+    weights, biases, _ = solve_path(BatchedObjective(problem), [1e-3])
+    for start in (None, (weights[0], biases[0])):
+        objective = CountedObjective(problem)
+        solve_path(objective, [1e-3], start)
+        counts.append(objective.products)
+    assert counts[1] == 0 < counts[0]
+
+
+def test_a_centred_copy_is_made_if_it_fits_in_memory() -> None:
     X, y = hard(500, 30, 3)
     for memory, kind in ((2**20, np.ndarray), (1000, Chunked)):
-        around, middle = centred(even(X + np.float32(1e3), y, 3, memory_bytes=memory))
-        assert isinstance(around.X, kind)
-        np.testing.assert_allclose(around.X[:7], X[:7] + 1e3 - middle, atol=1e-3)
+        centred, mean = centre_features(even(X + np.float32(1e3), y, 3, memory_bytes=memory))
+        assert isinstance(centred.X, kind)
+        np.testing.assert_allclose(centred.X[:7], X[:7] + 1e3 - mean, atol=1e-3)
 
 
 @pytest.mark.parametrize("n_classes", [4, 26])
-def test_l2_that_are_nearly_the_same_are_as_good_as_one(n_classes: int) -> None:
-    X, y = hard(500, 20, n_classes)
-    problem = even(standardised(X).astype(np.float32), y, n_classes)
+def test_nearly_equal_l2_are_solved(n_classes: int) -> None:
     l2s = [1e-2, 1e-3, 1e-3 * (1 - 1e-12), float(np.nextafter(1e-3, 0)), 1e-3 * (1 - 1e-9), 1e-4]
-    l2s.sort(reverse=True)
-    assert max(gap(problem, found, l2) for found, l2 in zip(solve_path(problem, l2s), l2s, strict=True)) <= 1e-6
+    assert worst_gap(hard_problem(500, 20, n_classes), sorted(l2s, reverse=True)) <= 1e-6
 
 
-def test_a_class_of_next_to_no_weight_has_a_bias() -> None:
+def test_a_class_of_negligible_weight_has_a_finite_bias() -> None:
     y, weights = np.ones(100_000, np.int64), np.full(100_000, 1.0)
     y[0], weights[0] = 0, 2e-12
     problem = Problem(np.zeros((100_000, 1), np.float32), y, weights / weights.sum(), 2)
-    np.testing.assert_allclose(problem.blind.bias, np.log(99_999 / 2e-12))
+    np.testing.assert_allclose(problem.start[1], np.log(99_999 / 2e-12))
 
 
-def test_the_hessians_of_single_classes_save_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the span of the weights: a quarter at least of what is left with their middles, on classes that overlap."""
+def test_the_corrected_preconditioner_saves_products() -> None:
+    """A quarter at least, with classes that overlap."""
     random = np.random.default_rng(0)
     y = random.integers(6, size=6000)
     X = (0.2 * random.normal(size=(6, 100))[y] + random.normal(size=(6000, 100))) * np.logspace(0, -2, 100)
     problem, products = even(standardised(X).astype(np.float32), y, 6), []
-    made = Sweeps.curve
-
-    def curve(self: Sweeps, V: Tensor, c: Tensor, which: Tensor, metric: Metric, **more: bool) -> tuple[Tensor, Tensor]:
-        products[-1] += 1
-        return made(self, V, c, which, metric, **more)
-
-    monkeypatch.setattr(Sweeps, "curve", curve)
-    for most in (0, 32):
-        monkeypatch.setattr("embedpipe.heads._directions.MANY_CLASSES", most)
-        products.append(0)
-        solve_path(problem, [1e-4])
+    for max_corrected in (0, 23):
+        objective = CountedObjective(problem, max_corrected=max_corrected)
+        solve_path(objective, [1e-4])
+        products.append(objective.products)
     assert products[1] < 0.75 * products[0]
 
 
-@pytest.mark.parametrize(("n_classes", "values", "curves"), [(10, 140, 600), (30, 130, 1450)])
-def test_a_path_costs_few_sweeps(n_classes: int, values: int, curves: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few classes are solved together, many one after the other; starts lie on curves through the neighbours."""
-    X, y = hard(3000, 60, n_classes)
-    problem, sweeps = even(standardised(X).astype(np.float32), y, n_classes), _counted(monkeypatch)
-    solve_path(problem, sorted(L2_GRID, reverse=True))
-    assert sweeps["value"] < values
-    assert sweeps["curve"] < curves
+@pytest.mark.parametrize(("n_classes", "values", "products"), [(10, 140, 600), (30, 130, 1800)])
+def test_a_path_costs_few_products(n_classes: int, values: int, products: int) -> None:
+    """A few classes are solved for several l2 together, many for one after the other, from extrapolated starts."""
+    problem = hard_problem(3000, 60, n_classes)
+    objective = CountedObjective(problem)
+    solve_path(objective, GRID)
+    assert objective.values < values
+    assert objective.products < products
 
 
-def _counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """Count problems, not calls."""
-    counts = {"value": 0, "curve": 0}
-
-    def count(name: str) -> None:
-        made = getattr(Sweeps, name)
-
-        def counting(self: Sweeps, W: Tensor, *rest: Any, **more: Any) -> Any:
-            counts[name] += len(W)
-            return made(self, W, *rest, **more)
-
-        monkeypatch.setattr(Sweeps, name, counting)
-
-    count("value")
-    count("curve")
-    return counts
-
-
-def test_many_classes_come_down_to_a_small_l2(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fewer sweeps than from nothing, to the same optimum."""
-    X, y = hard(2000, 120, 30)
-    problem, sweeps, solutions, counts = even(standardised(X), y, 30), _counted(monkeypatch), [], []
-    for steep in (1e-4, 0.0):
-        monkeypatch.setattr("embedpipe.heads._newton.STEEP", steep)
-        sweeps.update(value=0, curve=0)
-        solutions += solve_path(problem, [1e-7])
-        counts.append(sweeps["value"] + sweeps["curve"])
+def test_many_classes_reach_a_small_l2_through_larger_ones() -> None:
+    """With fewer products than directly, to the same optimum."""
+    problem, counts = hard_problem(1000, 60, 30), []
+    for continue_below in (1e-4, 0.0):
+        objective = CountedObjective(problem)
+        [weight], [bias], _ = solve_path(objective, [1e-7], continue_below=continue_below)
+        counts.append(objective.values + objective.products)
+        assert gap(problem, weight, bias, 1e-7) <= 1e-6
     assert counts[0] < 0.8 * counts[1]
-    assert max(gap(problem, one, 1e-7) for one in solutions) <= 1e-6
 
 
-def test_starts_lie_on_a_curve_in_log_l2() -> None:
-    solved = Solved(Metric(torch.ones(1), torch.eye(1), torch.zeros(1)), torch.float64)
-    for l2 in torch.logspace(0, -4, 9, dtype=torch.float64):
-        solved.add(float(l2), (l2.log() ** 3).reshape(1, 1), (l2.log() ** 2).reshape(1), 1e9)  # the penalty is small
-    for l2, found in ((10**-2.25, solved.start(10**-2.25)), (10**-4.5, solved.start(10**-4.5))):
-        np.testing.assert_allclose(found[1].item(), math.log(l2) ** 2)  # beyond the last through three
-    np.testing.assert_allclose(solved.start(10**-2.25)[0].item(), math.log(10**-2.25) ** 3)
-    assert solved.start(1e-9)[1].item() == pytest.approx(math.log(1e-4) ** 2)  # too far for a curve
+def test_starts_lie_on_a_polynomial_in_log_l2() -> None:
+    def optimum(l2: float) -> tuple[Tensor, Tensor]:
+        log = torch.tensor(math.log(l2), dtype=torch.float64)
+        return (log**3).reshape(1, 1), (log**2).reshape(1)
+
+    optima = {l2: optimum(l2) for l2 in np.logspace(0, -4, 9).tolist()}
+    inside, beyond, distant = (extrapolate(l2, optima) for l2 in (10**-2.25, 10**-4.5, 1e-9))
+    assert inside[0].item() == pytest.approx(math.log(10**-2.25) ** 3)
+    assert inside[1].item() == pytest.approx(math.log(10**-2.25) ** 2)
+    assert beyond[1].item() == pytest.approx(math.log(10**-4.5) ** 2)  # through the last three
+    assert distant[1].item() == pytest.approx(math.log(1e-4) ** 2)  # the last one
+    assert extrapolate(1e-2 * (1 + 1e-9), optima)[0].item() == pytest.approx(math.log(1e-2) ** 3)
 
 
-def test_starts_of_a_large_penalty_lie_where_least_squares_would_have_them() -> None:
-    """There exactly; of classes, where p (1 - p) changes, far nearer than a polynomial through the weights."""
-    basis, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
-    spectrum, spread, c = torch.logspace(0, -3, 5, dtype=torch.float64), 0.25, torch.arange(5.0, dtype=torch.float64)
-
-    def ridge(l2: float) -> Tensor:
-        return ((c / (spectrum + l2 / spread)) @ basis.T)[None]
-
-    solved = Solved(Metric(spectrum, basis, torch.zeros(5)), torch.float64)
-    for l2 in (100.0, 10.0):
-        solved.add(l2, ridge(l2), torch.zeros(1), spread)
-    for l2 in (30.0, 1.0):
-        np.testing.assert_allclose(solved.start(l2)[0][0], ridge(l2), rtol=1e-12)
+def test_polishing_stops_at_the_rounding_error() -> None:
+    problem = hard_problem(20_000, 64, 3)
+    [weight], [bias], _ = solve_path(BatchedObjective(problem, float64_size=0), [1e-6])
+    objective = CountedObjective(problem, float64_size=0)
+    polished = polish(objective, weight, bias, 1e-6)
+    assert gap(problem, *polished, 1e-6) <= gap(problem, weight, bias, 1e-6)
+    assert objective.products <= 60
 
 
-def test_polishing_ends_where_rounding_hides_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    X, y = hard(70_000, 64, 3)
-    problem = even(standardised(X).astype(np.float32), y, 3)
-    [solution] = solve_path(problem, [1e-6])
-    sweeps = _counted(monkeypatch)
-    monkeypatch.delattr(Sweeps, "measure")  # what the path measured is still known
-    polished = polish(problem, solution, 1e-6)
-    assert gap(problem, polished, 1e-6) <= gap(problem, solution, 1e-6)
-    assert sweeps["curve"] <= 45
+def test_polished_weights_do_not_depend_on_the_path() -> None:
+    problem = hard_problem(600, 60, 10)
+    polished = []
+    for l2s in ([1e-2], [10.0, 1e-2], [*GRID[:20], 1e-2]):
+        objective = BatchedObjective(problem)
+        weights, biases, _ = solve_path(objective, l2s)
+        polished.append(polish(objective, weights[-1], biases[-1], 1e-2)[0])
+    for weight in polished[1:]:
+        np.testing.assert_allclose(weight, polished[0], atol=1e-6 * np.abs(weight).max())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_stored_head_is_as_good_and_answers_as_scikit_learn_does(shape: tuple[int, int, int]) -> None:
+def test_the_stored_head_is_as_good_as_that_of_scikit_learn_and_predicts_the_same(shape: tuple[int, int, int]) -> None:
     X, y = hard(*shape)
     Z = standardised(X)
     problem = even(Z, y, shape[2])
@@ -395,57 +431,55 @@ def test_the_stored_head_is_as_good_and_answers_as_scikit_learn_does(shape: tupl
         model = LogisticRegression(C=1 / (len(y) * l2), tol=1e-8, max_iter=20_000).fit(Z, y)
         same = head.predict_proba(X).argmax(axis=1) == model.predict(Z)
         assert same.mean() >= 0.999
-        best = problem.objective(Solution(model.coef_, model.intercept_), l2)
+        best = problem.objective(model.coef_, model.intercept_, l2)
         assert head.provenance["objective"] <= best * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("n_classes", [2, 5])
 def test_probabilities_that_do_not_fit_in_memory_change_nothing(n_classes: int) -> None:
-    X, y = hard(500, 40, n_classes)
-    Z, l2s = standardised(X).astype(np.float32), sorted(L2_GRID, reverse=True)
-    kept = solve_path(even(Z, y, n_classes), l2s)
-    again = solve_path(even(Z, y, n_classes, memory_bytes=1), l2s)
-    for one, other in zip(
-        kept, again, strict=True
-    ):  # batches of 12 and of 1: both optima within what ends a minimisation
-        np.testing.assert_allclose(one.weight, other.weight, atol=1e-2 * np.abs(one.weight).max())
+    """Batches of 12 and of 1: both optima within the tolerance."""
+    stored, again = (
+        solve_path(BatchedObjective(hard_problem(500, 40, n_classes, memory_bytes=memory)), GRID)[0]
+        for memory in (2**30, 1)
+    )
+    for one, other in zip(stored, again, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-2 * np.abs(one).max())
 
 
 def test_features_that_are_read_in_chunks_give_the_same_weights() -> None:
-    X, y = hard(60_000, 80, 4)  # more than what is carried in float64
-    Z = standardised(X).astype(np.float32)
+    problem = hard_problem(20_000, 80, 4)
     most = 0
 
-    def read(rows: object) -> np.ndarray:
+    def read(rows: Any) -> np.ndarray:
         nonlocal most
-        part = Z[rows]  # type: ignore[index]
+        part = problem.X[rows]
         most = max(most, len(part))
         return part
 
+    chunked = replace(problem, X=Chunked(problem.X.shape, read))
     for l2 in (1e-1, 1e-3):
-        problems = even(Z, y, 4), even(Chunked(Z.shape, read), y, 4)
-        whole, chunked = (polish(one, solve_path(one, [l2])[0], l2) for one in problems)
-        np.testing.assert_allclose(whole.weight, chunked.weight, atol=1e-5)
+        polished = []
+        for one in (problem, chunked):
+            objective = BatchedObjective(one, float64_size=0)
+            [weight], [bias], _ = solve_path(objective, [l2])
+            polished.append(polish(objective, weight, bias, l2)[0])
+        np.testing.assert_allclose(*polished, atol=1e-5)
     assert most <= 4096
 
 
-def test_labels_of_which_an_image_may_have_several_are_solved_one_by_one() -> None:
+def test_several_labels_are_solved_as_one_problem_each() -> None:
     X, first = hard(300, 30, 2)
     second = (np.arange(300) // 3) % 2
     Z = standardised(X).astype(np.float32)
-    [found] = solve_path(even(Z, np.stack([first, second], axis=1), 2), [1e-2])
-    for number, y in enumerate((first, second)):
-        [alone] = solve_path(even(Z, y, 2), [1e-2])
-        np.testing.assert_allclose(found.weight[number], alone.weight[0], atol=5e-3)
     problem = even(Z, np.stack([first, second], axis=1), 2)
-    assert gap(problem, found, 1e-2) <= 1e-6
+    [weight], [bias], _ = solve_path(BatchedObjective(problem), [1e-2])
+    assert gap(problem, weight, bias, 1e-2) <= 1e-6
+    for row, y in zip(weight, (first, second), strict=True):
+        [alone], _, _ = solve_path(BatchedObjective(even(Z, y, 2)), [1e-2])
+        np.testing.assert_allclose(row, alone[0], atol=5e-3)
 
 
-def test_what_does_not_converge_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from embedpipe.heads import _newton
-
-    monkeypatch.setattr(_newton, "STEPS", 1)
-    X, y = hard(200, 20, 3)
+def test_a_solver_that_does_not_converge_warns() -> None:
     with pytest.warns(RuntimeWarning) as caught:
-        solve_path(even(standardised(X), y, 3), [1e-6])
+        solve_path(BatchedObjective(hard_problem(200, 20, 3)), [1e-6], max_steps=1)
     assert "newton has not converged at l2 = 1e-06" in str(caught[-1].message)

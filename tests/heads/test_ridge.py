@@ -27,20 +27,20 @@ def targets(given: Problem) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(80, 20, 3), (40, 60, 4), (60, 20, 2)])
 def test_weights_are_those_of_least_squares_times_one_factor(shape: tuple[int, int, int], l2: float) -> None:
     given = problem(*shape)
-    [found] = solve_path(given, [l2])
+    [weights], [bias], _ = solve_path(given, [l2])
     reference = Ridge(alpha=l2).fit(given.X.astype(np.float64), targets(given), sample_weight=given.sample_weight)
     weight = np.atleast_2d(reference.coef_)
-    factor = np.linalg.norm(found.weight) / np.linalg.norm(weight)
+    factor = np.linalg.norm(weights) / np.linalg.norm(weight)
     assert factor >= 1
-    np.testing.assert_allclose(found.weight, factor * weight, atol=1e-6 * np.abs(found.weight).max())
-    np.testing.assert_allclose(found.bias, factor * reference.intercept_, atol=1e-6)
+    np.testing.assert_allclose(weights, factor * weight, atol=1e-6 * np.abs(weights).max())
+    np.testing.assert_allclose(bias, factor * reference.intercept_, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(80, 20, 3), (40, 60, 4), (60, 20, 2)])
 def test_leave_one_out_is_what_refitting_without_each_sample_gives(shape: tuple[int, int, int]) -> None:
     given = problem(*shape)
     l2s = [1.0, 1e-2]
-    for l2, found in zip(l2s, solve_path(given, l2s), strict=True):
+    for l2, accuracy in zip(l2s, solve_path(given, l2s)[2]["loo_accuracy"], strict=True):
         right = []
         for one in range(len(given.y)):
             rest = np.arange(len(given.y)) != one
@@ -48,7 +48,7 @@ def test_leave_one_out_is_what_refitting_without_each_sample_gives(shape: tuple[
             scores = np.ravel(model.predict(given.X[one : one + 1]))
             said = scores.argmax() if len(scores) > 1 else int(scores[0] > 0)
             right.append(said == given.y[one])
-        assert found.loo_accuracy == pytest.approx(given.sample_weight @ np.array(right), abs=1e-9)
+        assert accuracy == pytest.approx(given.sample_weight @ np.array(right), abs=1e-9)
 
 
 def test_without_validation_leave_one_out_chooses_l2() -> None:

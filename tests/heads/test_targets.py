@@ -120,7 +120,7 @@ def test_numbers_of_any_unit_give_the_same_head(unit: float) -> None:
 def test_solvers_that_do_not_do_the_task_are_refused(task: str, solver: str) -> None:
     X, Y, y = features()
     target, classes = (Y, NAMES) if task == "multilabel" else (y, ("target",))
-    with pytest.raises(UsageError, match=f"the solver {solver} knows no {task} targets; take"):
+    with pytest.raises(UsageError, match=f"the solver {solver} does not support {task} targets; use"):
         fit_linear(X, target, classes=classes, l2=0.1, task=task, solver=solver)
 
 

@@ -172,7 +172,7 @@ def test_what_needs_one_class_an_image_is_refused_in_a_line(run: Run, digits: Pa
         (["finetune", "--unfreeze", "none"], "expected one class an image"),
         (["compare", name, name], "expected single labels"),
         (["evaluate", name, "--confusion", "c.csv"], "have no confusion matrix"),
-        (["fit-head", *layer, "--solver", "lbfgs"], "the solver lbfgs knows no"),
+        (["fit-head", *layer, "--solver", "lbfgs"], "the solver lbfgs does not support"),
         (["fit-head", *layer, "--solver", "knn"], "the solver knn does not support"),
         (["evaluate", name, digits / ("value.csv" if table == "several.csv" else "several.csv")], "was fitted on"),
     ):

@@ -1,0 +1,356 @@
+"""Loss, gradient and Hessian-vector products of the objective, for several values of l2 at once.
+
+For each of L values of l2 the objective of weights W (K, D) and bias b (K,) is
+
+    f(W, b) = sum_i s_i * loss(W x_i + b, y_i) + l2 / 2 * ||W||^2
+
+with sample weights s (N,) that sum to 1. Let p (K, N) be the predicted probabilities and t (K, N) the targets, 0 or 1.
+
+* gradient: G = (s * (p - t)) X + l2 * W, shape (K, D), and the row sums of s * (p - t), shape (K,).
+* Hessian times (V, c): with z = V X' + c (K, N) and the derivative of p along z, dp = p * (z - sum_k p_k z_k) for the softmax and
+  dp = p * (1 - p) * z for independent labels: (s * dp) X + l2 * V, shape (K, D), and the row sums of s * dp, shape (K,).
+
+The L problems share every block of rows: one matrix product handles L * K rows of weights. Blocks of rows stay in the processor's
+cache, and X may be read in chunks. Large problems multiply in float32 and add the blocks up in float64; weights are float64.
+
+The features are centred if they lie far from zero, and projected onto the span of the rows if there are fewer rows than features.
+
+Source: Böhning, Multinomial logistic regression algorithm, Ann. Inst. Stat. Math. 44 (1992), for gradient and Hessian.
+
+>>> objective = BatchedObjective(problem)
+>>> iterates = objective.evaluate(l2, W, b)                   # l2 (L,), W (L, K, D), b (L, K)
+>>> hess_W, hess_b = objective.hessian_product(iterates, V, c)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from embedpipe.heads._problem import Chunked, Float64, Int64, Problem, blocks, centre_features, project_on_rows
+
+FLOAT64_SIZE = 2**22  # features of a problem that is solved in float64
+BLOCK_LOGITS, BLOCK_BYTES = 2**18, 2**23  # of a block of rows, which should fit in the processor's cache
+MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 512, 4096
+CHUNK_ROWS = 512  # of a block that is read from disk
+GROUP_LOGITS = 256  # columns of logits that are processed together
+MAX_CORRECTED = 23  # logits whose Hessians are each corrected in the preconditioner
+PROBE_ROWS = 1024  # sampled rows that estimate the curvature
+COVARIANCE_ROWS = 16  # times D: sampled rows that estimate the covariance
+SOFTPLUS_THRESHOLD = 40  # above which log(1 + e^z) = z; e^89 overflows float32
+MIN_CURVATURE = 1e-12  # of a class that every sample predicts with certainty
+
+Weights = tuple[Tensor, Tensor]  # W (L, K, D) and b (L, K)
+Eigen = tuple[Tensor, Tensor, Tensor]  # eigenvalues (D,), eigenvectors (D, D) and mean (D,)
+
+
+@dataclass(frozen=True, eq=False)
+class Iterates:
+    """The objective at one iterate of each of L problems, float64.
+
+    Parameters
+    ----------
+    l2 : (L,)
+    W : (L, K, D)
+    b : (L, K)
+    objective : (L,)
+    grad_W : (L, K, D)
+    grad_b : (L, K)
+    curvature : (L, K)              weighted mean of p (1 - p) of each class
+    coupling : (L, K)               squared norm of the p (1 - p)-weighted feature mean of each class, estimated on some rows
+    row : int64 (L,)                row of `probabilities` that belongs to each problem
+    probabilities : (P, K, N)       None if they exceed the memory limit and must be computed again
+    """
+
+    l2: Tensor
+    W: Tensor
+    b: Tensor
+    objective: Tensor
+    grad_W: Tensor
+    grad_b: Tensor
+    curvature: Tensor
+    coupling: Tensor
+    row: Tensor
+    probabilities: Tensor | None
+
+    def __getitem__(self, which: Tensor) -> Iterates:
+        own = {field.name: getattr(self, field.name)[which] for field in fields(self)[:-1]}
+        return replace(self, **own)
+
+    def put(self, which: Tensor, other: Iterates) -> None:
+        """Overwrite some problems, except for their probabilities."""
+        for field in fields(self)[:-1]:
+            getattr(self, field.name)[which] = getattr(other, field.name)
+
+    @property
+    def gap(self) -> Tensor:
+        """Upper bound (L,) on (f - min f) / f; infinite after an overflow."""
+        bound = self.gap_bound(self.grad_W, self.grad_b) / self.objective
+        return torch.where(self.objective.isfinite() & bound.isfinite(), bound, torch.inf)
+
+    def gap_bound(self, grad_W: Tensor, grad_b: Tensor) -> Tensor:
+        """Return an upper bound (L,) on f - min f for gradients (L, K, D) and (L, K).
+
+        f is l2-strongly convex in W, hence ||grad_W||^2 / (2 l2). Removing a bias gradient by a Newton step on the bias, whose
+        curvature is the mean of p (1 - p), moves grad_W by grad_b times the p (1 - p)-weighted feature mean.
+
+        Source: Boyd and Vandenberghe, Convex Optimization, 9.1.2.
+        """
+        bias = grad_b.square() * (1 / self.curvature + self.coupling / self.l2[:, None])
+        return (grad_W.square().sum((1, 2)) / self.l2 + bias.sum(1)) / 2
+
+
+class BatchedObjective:
+    """The objective of a problem as a function of L sets of weights (L, K, D) and biases (L, K).
+
+    Parameters
+    ----------
+    problem : Problem
+    bfloat16 : bool       whether Hessian-vector products may multiply in bfloat16; see `has_native_bfloat16`. They do where X and
+                          its rotated copy fit in memory
+    float64_size : int    number of features N * D up to which all is computed in float64
+    max_corrected : int   number of logits up to which `subspace_hessian` pays: its cost grows with their cube
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        bfloat16: bool = False,
+        float64_size: int = FLOAT64_SIZE,
+        max_corrected: int = MAX_CORRECTED,
+    ) -> None:
+        centred, self._centre = centre_features(problem)
+        self.problem, self._row_basis = project_on_rows(centred)
+        self.n, self.width = self.problem.X.shape
+        self.n_logits = problem.n_logits
+        self.is_corrected = self.n_logits <= max_corrected
+        is_small = self.n * self.width <= float64_size
+        self._X = self.problem.array.astype(np.float64) if is_small else self.problem.X
+        self.dtype = torch.float64 if is_small else torch.float32
+        self._y, self._independent = torch.from_numpy(problem.y), problem.independent
+        self._sample_weight = torch.from_numpy(problem.sample_weight)
+        fits = 2 * self.n * self.width <= problem.memory_bytes // 2 and not isinstance(self._X, Chunked)
+        self.bfloat16 = bfloat16 and fits and not is_small
+        bytes_each = self.n * self.n_logits * self.dtype.itemsize
+        self._max_stored: int = (
+            problem.memory_bytes // 4 // bytes_each
+        )  # probabilities of an iterate and of the next one
+
+    @property
+    def start(self) -> Weights:
+        """Zero weights and the bias of the class frequencies, with L = 1."""
+        weight, bias = self.problem.start
+        return torch.from_numpy(weight)[None], torch.from_numpy(bias)[None]
+
+    def enter(self, weight: Float64, bias: Float64) -> Weights:
+        """Return weights (K, D) and bias (K,) of the problem in the coordinates of this objective, with L = 1."""
+        reduced = weight if self._row_basis is None else weight @ self._row_basis
+        return torch.from_numpy(reduced)[None], torch.from_numpy(bias + weight @ self._centre)[None]
+
+    def leave(self, W: Tensor, b: Tensor) -> tuple[Float64, Float64]:
+        """Return weights (L, K, D) and biases (L, K) as those of the problem."""
+        weight = W.numpy() if self._row_basis is None else W.numpy() @ self._row_basis.T
+        return weight, b.numpy() - weight @ self._centre
+
+    @property
+    def max_batch(self) -> int:
+        """Number of problems that are solved together: as many as have their probabilities in memory."""
+        return max(1, self._max_stored)
+
+    def evaluate(self, l2: Tensor, W: Tensor, b: Tensor) -> Iterates:
+        """Return the objective and its gradient for l2 (L,), W (L, K, D) and b (L, K), float64."""
+        batch = len(W)
+        probabilities = None
+        if batch <= self._max_stored:
+            probabilities = torch.empty(batch, self.n_logits, self.n, dtype=self.dtype)
+        loss, curvature, grad_b = W.new_zeros(batch), torch.zeros_like(b), torch.zeros_like(b)
+        grad_W = torch.zeros_like(W)
+        groups = [(group, _split(W[group], b[group], self.dtype)) for group in self._groups(batch)]
+        sample_weight = self._sample_weight.to(self.dtype)
+        for rows, x in self._blocks(batch):
+            for group, parts in groups:
+                p, row_loss, error = self._predict(_logits(x, *parts), rows)
+                if probabilities is not None:
+                    probabilities[group, :, rows] = p
+                loss[group] += row_loss @ sample_weight[rows]
+                curvature[group] += p.mul_(1 - p) @ sample_weight[rows]
+                error *= sample_weight[rows]
+                grad_W[group] += (error.flatten(0, 1) @ x).view_as(grad_W[group])
+                grad_b[group] += error.sum(2)
+        value = loss + l2 / 2 * W.square().sum((1, 2))
+        grad_W += l2[:, None, None] * W
+        curvature.clamp_(min=MIN_CURVATURE)
+        return Iterates(
+            l2, W, b, value, grad_W, grad_b, curvature, self._coupling(W, b), torch.arange(batch), probabilities
+        )
+
+    def hessian_product(self, at: Iterates, V: Tensor, c: Tensor, *, bfloat16: bool = False) -> Weights:
+        """Return the Hessian at some iterates times V (L, K, D), c (L, K).
+
+        bfloat16 : bool    multiply in bfloat16, with the features in the eigenbasis of their covariance: in the basis of the
+                           features, rounding V would hide the directions of small variance
+        """
+        bfloat16 = bfloat16 and self.bfloat16 and at.probabilities is not None
+        _, basis, mean = (part.to(self.dtype) for part in self.covariance)
+        along, shift = (V @ basis, c + V @ mean) if bfloat16 else (V, c)
+        hess_W, hess_b = torch.zeros_like(V), torch.zeros_like(c)
+        for rows, x in self._blocks(len(V), rotated=bfloat16):
+            for group in self._groups(len(V)):
+                z = _logits(x, along[group].to(x.dtype), shift[group].to(x.dtype)).to(self.dtype)
+                p = self._probabilities(at, x, rows, group)
+                dp = z.mul_(p - p * p) if self._independent else z.sub_((p * z).sum(1, keepdim=True)).mul_(p)
+                dp *= self._sample_weight[rows].to(self.dtype)
+                hess_W[group] += (dp.flatten(0, 1).to(x.dtype) @ x).view_as(hess_W[group])
+                hess_b[group] += dp.sum(2)
+        if bfloat16:
+            hess_W = hess_W @ basis.T + hess_b[..., None] * mean
+        return hess_W + at.l2[:, None, None].to(self.dtype) * V, hess_b
+
+    def subspace_hessian(self, at: Iterates, V: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the Hessian of each class alone within the span of r vectors, estimated on some rows.
+
+        Parameters
+        ----------
+        V : (L, r, D)    weights
+        c : (L, r)       biases
+
+        Returns
+        -------
+        float64 (L, K, r, r), and the effective number of rows that it was estimated on, (L, K) (Kish)
+        """
+        x, _ = self._probes
+        factor = self._probe_curvature(at.W, at.b)
+        z = x @ V.mT + c[:, None]
+        hessian = torch.stack(
+            [torch.stack([(one.T * each) @ one for each in of]) for one, of in zip(z, factor, strict=True)]
+        )
+        rows = factor.sum(2).square() / factor.square().sum(2).clamp_min(torch.finfo(x.dtype).tiny)
+        return hessian.double(), rows.double()
+
+    @cached_property
+    def covariance(self) -> Eigen:
+        """Eigenvalues (D,), eigenvectors (D, D) and mean (D,) of the weighted features, float64; of many rows, of a sample."""
+        drawn, share = sample_rows(self._sample_weight, COVARIANCE_ROWS * self.width)
+        mean, gram = torch.zeros(self.width, dtype=torch.float64), np.zeros((self.width, self.width))
+        for part in blocks(self._X, rows=len(drawn)):
+            x, weight = self._X[drawn[part]], share[part].numpy()
+            mean += torch.from_numpy(weight @ x)
+            x = x * np.sqrt(weight)[:, None].astype(x.dtype)
+            gram += x.T @ x  # NumPy computes half of a product of a matrix with itself
+        centred = torch.from_numpy(gram) - torch.outer(mean, mean)
+        spectrum, basis = (part.double() for part in torch.linalg.eigh(centred.to(self.dtype)))
+        return spectrum.clamp_min(0), basis, mean
+
+    def centre_logits(self, W: Tensor, b: Tensor) -> Weights:
+        """Subtract the mean over classes, which no probability of a softmax depends on."""
+        if self._independent:
+            return W, b
+        return W - W.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+
+    def _coupling(self, W: Tensor, b: Tensor) -> Tensor:
+        x, _ = self._probes
+        factor = self._probe_curvature(W, b)
+        means = factor @ x / factor.sum(2, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        return means.square().sum(2).double()
+
+    def _probe_curvature(self, W: Tensor, b: Tensor) -> Tensor:
+        """Return p (1 - p) times the weight of some rows, (L, K, n)."""
+        x, share = self._probes
+        logits = _logits(x, W.to(x.dtype), b.to(x.dtype))
+        p = logits.sigmoid() if self._independent else logits.softmax(1)
+        return (p - p * p) * share
+
+    @cached_property
+    def _probes(self) -> tuple[Tensor, Tensor]:
+        """Sampled rows (n, D) and their weights (n,), which sum to 1."""
+        rows, share = sample_rows(self._sample_weight, PROBE_ROWS)
+        return torch.from_numpy(self._X[rows]), share.to(self.dtype)
+
+    @cached_property
+    def _rotated(self) -> Tensor:
+        """The centred features in the eigenbasis of their covariance, bfloat16 (N, D)."""
+        _, basis, mean = (part.to(self.dtype) for part in self.covariance)
+        rotated = torch.empty(self.n, self.width, dtype=torch.bfloat16)
+        for rows, x in self._blocks(1):
+            rotated[rows] = (x - mean) @ basis
+        return rotated
+
+    def _groups(self, batch: int) -> list[slice]:
+        """Cut a batch of problems into groups of about GROUP_LOGITS columns of logits."""
+        size = max(1, min(batch, GROUP_LOGITS // self.n_logits))
+        return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+
+    def _blocks(self, batch: int, *, rotated: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the features block by block."""
+        columns = self._groups(batch)[0].stop * self.n_logits
+        size = min(BLOCK_LOGITS // columns, BLOCK_BYTES // (self.width * 4))
+        size = min(max(size // 64 * 64, MIN_BLOCK_ROWS), CHUNK_ROWS if isinstance(self._X, Chunked) else MAX_BLOCK_ROWS)
+        for start in range(0, self.n, size):
+            rows = slice(start, min(start + size, self.n))
+            yield rows, self._rotated[rows] if rotated else torch.from_numpy(np.ascontiguousarray(self._X[rows]))
+
+    def _predict(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Return probabilities p (L, K, n), losses (L, n) and p - t (L, K, n) for logits (L, K, n), which are overwritten.
+
+        The error of a class with p near 1 is computed from the other probabilities, because 1 - p would cancel.
+        """
+        if self._independent:
+            signs = 1 - 2 * self._y[rows].reshape(-1, self.n_logits).T.to(logits.dtype)
+            wrong = logits * signs
+            p, loss = logits.sigmoid(), softplus(wrong, threshold=SOFTPLUS_THRESHOLD).sum(1)
+            return p, loss, wrong.sigmoid_().mul_(signs)
+        truth = self._y[rows].expand(len(logits), 1, -1)
+        top, own = logits.amax(1, keepdim=True), logits.gather(1, truth)
+        p = logits.sub_(top).exp_()
+        total = p.sum(1, keepdim=True)
+        p /= total
+        loss = (total.log() + top - own)[:, 0]
+        error = p.scatter(1, truth, 0)
+        others = error.sum(1)
+        error.scatter_(1, truth, -others[:, None])
+        return p, torch.where(others < 0.5, -torch.log1p(-others.clamp(max=0.5)), loss), error
+
+    def _probabilities(self, at: Iterates, x: Tensor, rows: slice, group: slice) -> Tensor:
+        """Return the probabilities (L, K, n) of a block of rows, stored or computed again."""
+        if at.probabilities is None:
+            return self._predict(_logits(x, *_split(at.W[group], at.b[group], self.dtype)), rows)[0]
+        is_whole = len(at.row) == len(at.probabilities)
+        return at.probabilities[group if is_whole else at.row[group], :, rows]
+
+
+def has_native_bfloat16() -> bool:
+    """Return whether this processor multiplies bfloat16 matrices itself; emulation is slower than float32."""
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def sample_rows(weights: Tensor, size: int) -> tuple[Int64, Tensor]:
+    """Draw at most `size` of N rows in proportion to their weights (N,); return indices (n,) and weights (n,) that sum to 1."""
+    share = weights / weights.sum()
+    if len(weights) <= 2 * size:
+        return np.arange(len(weights)), share
+    drawn = np.random.default_rng(0).choice(len(weights), size, p=share.numpy())
+    rows, times = np.unique(drawn, return_counts=True)
+    return rows, torch.from_numpy(times / size)
+
+
+def _split(W: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return W (L, K, D), b (L, K) in a shorter dtype, followed by the rounding error of W unless that is zero."""
+    high = W.to(dtype)
+    low = (W - high).to(dtype)
+    return (high, b.to(dtype), low) if low.any() else (high, b.to(dtype))
+
+
+def _logits(x: Tensor, W: Tensor, b: Tensor, low: Tensor | None = None) -> Tensor:
+    """Return W x + b, (L, K, n), for rows x (n, D) and what `_split` returns."""
+    logits = torch.addmm(b.reshape(-1, 1), W.flatten(0, 1), x.T)
+    if low is not None:
+        logits.addmm_(low.flatten(0, 1), x.T)
+    return logits.view(*b.shape, len(x))

@@ -1,0 +1,265 @@
+"""Standardisation: raw features and targets to a `Problem`, and weights on standardised features to a `LinearHead`.
+
+With the mean m and the standard deviation d of every feature, W x + b on x = (X - m) / d equals (W / d) X + b - (W / d) m.
+
+>>> problem = make_problem(X, y, classes=("cat", "dog"), standardize=True, sample_weight=None)
+>>> head = fold(problem, weight, bias, provenance={})
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from embedpipe.errors import NonFiniteFeatures, UsageError
+from embedpipe.heads._gram import Gram
+from embedpipe.heads._problem import (
+    MEMORY_BYTES,
+    Chunked,
+    Float32,
+    Float64,
+    Int64,
+    Problem,
+    affine,
+    blocks,
+    map_features,
+    some_of,
+)
+from embedpipe.heads.linear import LinearHead
+
+STD_FLOOR = 0.01  # of the median std, so that constant features are not amplified
+FLOAT32_LIMIT = 1e30  # float32 overflows at 3.4e38
+NEGLIGIBLE_WEIGHT = 1e-12  # of the largest sample weight; changes no digit of the loss
+MIN_TARGET_STD = 1e-100  # the square of a smaller one underflows
+ABSENT_MARGIN = 20.0  # of a logit below the winner; e^-20 = 2e-9
+
+
+def make_problem(
+    X: ArrayLike | Chunked,
+    y: ArrayLike,
+    *,
+    classes: Sequence[str],
+    standardize: bool,
+    sample_weight: ArrayLike | None,
+    task: str = "single",
+    memory_bytes: int = MEMORY_BYTES,
+    gram: Gram | None = None,
+) -> Problem:
+    """Check and standardise training data; samples without weight only contribute to the mean and std of the features.
+
+    `Chunked` features are standardised when they are read.
+
+    Raises
+    ------
+    UsageError           fewer than two classes have samples, no label or number varies; labels or weights that do not fit
+    NonFiniteFeatures    X has NaN or inf; the first bad row is named
+    """
+    features, labels = check_labelled(X, y, len(classes), task)
+    weights = _check_weights(sample_weight, len(labels))
+    used = weights > NEGLIGIBLE_WEIGHT * weights.max(initial=0)
+    targets = _MAKE_TARGETS[task](labels[used], weights[used], len(classes))
+    mean, inverse = np.zeros(features.shape[1]), np.ones(features.shape[1])
+    if standardize:
+        mean, inverse = _measure_scale(features)
+        features = map_features(features, partial(_scale, mean=mean, inverse=inverse), np.inf)
+    n_classes = len(targets["present"])
+    moments = None
+    if gram and sample_weight is None:
+        moments = gram.moments(mean, inverse, targets["present"])
+    return Problem(
+        features if used.all() else some_of(features, np.flatnonzero(used)),
+        sample_weight=weights[used] / weights[used].sum(),
+        n_classes=n_classes,
+        memory_bytes=memory_bytes,
+        moments=moments,
+        mean=mean.astype(np.float64),
+        std=1 / inverse.astype(np.float64),
+        classes=tuple(classes),
+        task=task,
+        **targets,
+    )
+
+
+def fold(problem: Problem, weight: Float64, bias: Float64, provenance: dict[str, Any]) -> LinearHead:
+    """Return the head for raw features and all classes, of weights (K, D) and bias (K,) on standardised features.
+
+    A class without training samples gets zero weights and a bias 20 below the least winning training logit; a label that no
+    training sample has, or that all have, gets a bias of -20 or 20.
+    """
+    weight, bias = problem.y_std * weight, problem.y_std * bias + problem.y_mean
+    if _is_one_logit(problem):
+        half = np.array([[-0.5], [0.5]])
+        weight, bias = half * weight, half[:, 0] * bias
+    dtype = np.float64 if problem.task == "regression" else np.float32
+    raw = np.zeros((len(problem.classes), len(problem.mean)), dtype=dtype)
+    raw[problem.present] = weight / problem.std
+    raw_bias = problem.absent_bias.copy()
+    # with the rounded weights, so that the rounding error multiplies X - mean and not X
+    raw_bias[problem.present] = bias - raw[problem.present].astype(np.float64) @ problem.mean
+    absent = np.setdiff1d(np.arange(len(problem.classes)), problem.present)
+    if len(absent) and problem.task == "single":
+        raw_bias[absent] = affine(problem.X, weight, bias).max(axis=1).min() - ABSENT_MARGIN
+    return LinearHead(raw, raw_bias.astype(dtype), problem.classes, provenance, problem.task)
+
+
+def unfold(problem: Problem, head: LinearHead) -> tuple[Float64, Float64]:
+    """Return the weights (K, D) and bias (K,) of a head on standardised features, the inverse of `fold`.
+
+    Raises
+    ------
+    UsageError    a head of other classes or another width
+    """
+    width = len(problem.mean)
+    if (head.task, head.classes) != (problem.task, problem.classes) or head.feature_dim != width:
+        raise UsageError(
+            f"warm_start has {len(head.classes)} classes and {head.feature_dim} features, "
+            f"expected the same {len(problem.classes)} classes and {width} features"
+        )
+    raw = head.weight[problem.present].astype(np.float64)
+    weight, bias = raw * problem.std, head.bias[problem.present] + raw @ problem.mean
+    if _is_one_logit(problem):
+        return weight[1:] - weight[:1], bias[1:] - bias[:1]
+    return weight, bias
+
+
+def _is_one_logit(problem: Problem) -> bool:
+    return problem.task == "single" and len(problem.present) == 2
+
+
+def _measure_scale(X: Float32 | Chunked) -> tuple[Any, Any]:
+    """Return mean and 1 / std (D,): float32, which is as fast as memory, or float64 if float32 would overflow."""
+    mean, std = measure(X)
+    inverse = 1 / std
+    fits = np.abs([mean, inverse, mean * inverse]).max() < FLOAT32_LIMIT and inverse.min() > 1 / FLOAT32_LIMIT
+    return (mean.astype(np.float32), inverse.astype(np.float32)) if fits else (mean, inverse)
+
+
+def _scale(x: Float32, *, mean: Any, inverse: Any) -> Float32:
+    scaled = x - mean
+    scaled *= inverse
+    return np.asarray(scaled, dtype=np.float32)
+
+
+def _single_targets(y: Int64, weights: Float64, n_classes: int) -> dict[str, Any]:
+    present, index = np.unique(y, return_inverse=True)
+    if len(present) < 2:
+        raise UsageError(
+            f"classes with training samples: {len(present)}, expected at least 2", hint="add images of another class"
+        )
+    return {"y": index, "present": present, "absent_bias": np.zeros(n_classes)}
+
+
+def _multilabel_targets(y: Int64, weights: Float64, n_classes: int) -> dict[str, Any]:
+    counts = y.sum(axis=0)
+    present = np.flatnonzero((counts > 0) & (counts < len(y)))
+    if not len(present):
+        raise UsageError(
+            "labels that some training images have and others lack: 0, expected at least 1",
+            hint="add images with and without each label",
+        )
+    absent_bias = np.where(counts > 0, ABSENT_MARGIN, -ABSENT_MARGIN)
+    return {"y": np.ascontiguousarray(y[:, present]), "present": present, "absent_bias": absent_bias}
+
+
+def _regression_targets(y: Float64, weights: Float64, n_classes: int) -> dict[str, Any]:
+    if not len(y) or np.ptp(y) == 0:
+        raise UsageError("training targets: one value, expected several", hint="add images with another target")
+    mean = np.average(y, weights=weights)
+    std = np.sqrt(np.average((y - mean) ** 2, weights=weights))
+    if not MIN_TARGET_STD <= std <= 1 / MIN_TARGET_STD:
+        raise UsageError(
+            f"training targets vary by {np.ptp(y):.1g}, expected from {MIN_TARGET_STD:g} to {1 / MIN_TARGET_STD:g}",
+            hint="use another unit",
+        )
+    zero = np.zeros(1, np.int64)
+    return {"y": (y - mean) / std, "present": zero, "absent_bias": np.zeros(n_classes), "y_mean": mean, "y_std": std}
+
+
+_MAKE_TARGETS: dict[str, Callable[[Any, Float64, int], dict[str, Any]]] = {
+    "single": _single_targets,
+    "multilabel": _multilabel_targets,
+    "regression": _regression_targets,
+}
+
+
+def measure(X: Float32 | Chunked) -> tuple[Float64, Float64]:
+    """Return mean and std of every feature, float64 (D,), the std floored at 0.01 x the median std.
+
+    If the median is zero, the median of the features that vary is used.
+    """
+    n = max(1, len(X))
+    mean = sum((X[rows].sum(axis=0, dtype=np.float64) for rows in blocks(X)), np.zeros(X.shape[1])) / n
+    squares = sum(np.square(X[rows] - mean).sum(axis=0) for rows in blocks(X))
+    std = np.sqrt(squares / n)
+    varying = std[std > 0] if std.any() else np.ones(1)
+    return mean, np.maximum(std, STD_FLOOR * (np.median(std) or np.median(varying)))
+
+
+def class_weights(y: ArrayLike, n_classes: int) -> Float64:
+    """Return a weight for each class, float64 (C,), inverse to its count; 0 for a class without samples.
+
+    The sample weights class_weights(y, C)[y] have mean 1.
+    """
+    counts = np.bincount(np.asarray(y, dtype=np.int64), minlength=n_classes)
+    total = counts.sum() / max(1, np.count_nonzero(counts))
+    return np.asarray(np.divide(total, counts, out=np.zeros(n_classes), where=counts > 0))
+
+
+def check_labelled(X: ArrayLike | Chunked, y: ArrayLike, n_classes: int, task: str = "single") -> tuple[Any, Any]:
+    """Return checked features float32 (N, D), or `Chunked`, and targets of the dtype of the task.
+
+    Returns
+    -------
+    X, y    int64 (N,); for several labels int64 (N, C), 0 and 1; for numbers float64 (N,)
+
+    Raises
+    ------
+    UsageError           shapes that do not fit each other, a label outside [0, n_classes), a number that is not finite
+    NonFiniteFeatures    NaN or inf; the first bad row is named
+    """
+    with np.errstate(over="ignore"):
+        features = X if isinstance(X, Chunked) else np.asarray(X, dtype=np.float32)
+    labels = _to_numbers(y, np.float64 if task == "regression" else np.int64)
+    columns = (n_classes,) if task == "multilabel" else ()
+    if features.ndim != 2 or features.shape[1] == 0 or labels.shape != (len(features), *columns):
+        raise UsageError(f"X {features.shape} and y {labels.shape}, expected (N, D) and {('N', *columns)}")
+    last = 1 if task == "multilabel" else n_classes - 1
+    wrong = ~np.isfinite(labels) if task == "regression" else (labels < 0) | (labels > last)
+    if wrong.any():
+        row, expected = int(wrong.nonzero()[0][0]), "a finite number" if task == "regression" else f"0 to {last}"
+        raise UsageError(f"label {labels[row]} in row {row}, expected {expected}", row=row)
+    for rows in blocks(features):
+        bad = np.flatnonzero(~np.isfinite(features[rows]).all(axis=1))
+        if len(bad):
+            row = rows.start + int(bad[0])
+            raise NonFiniteFeatures(f"NaN or infinity in row {row} of the features", hint="extract it again", row=row)
+    return features, labels
+
+
+def _to_numbers(y: ArrayLike, dtype: type) -> Any:
+    """Return targets as numbers, whole ones for classes.
+
+    Raises
+    ------
+    UsageError    text, or a class that is not a whole number
+    """
+    values = np.asarray(y)
+    try:
+        numbers: Any = values.astype(dtype)
+    except (TypeError, ValueError) as exc:
+        raise UsageError(f"y of {values.dtype}, expected {dtype.__name__}", hint="give each class a number") from exc
+    if dtype is np.int64 and values.dtype.kind == "f" and (values != numbers).any():
+        row = int((values != numbers).nonzero()[0][0])
+        raise UsageError(f"label {values[row]} in row {row}, expected a whole number", row=row)
+    return numbers
+
+
+def _check_weights(sample_weight: ArrayLike | None, n: int) -> Float64:
+    weights = np.ones(n) if sample_weight is None else np.asarray(sample_weight, dtype=np.float64)
+    if weights.shape != (n,) or not np.isfinite(weights).all() or (weights < 0).any():
+        raise UsageError(f"sample_weight of shape {weights.shape}, expected ({n},) finite and not negative")
+    return weights
