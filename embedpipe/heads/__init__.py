@@ -1,8 +1,7 @@
-"""Heads: from features (N, D) and labels (N,) to class probabilities. Floor 3 and above may enter.
+"""Heads: from features (N, D) and labels (N,) to class probabilities, labels or numbers.
 
-All linear heads minimise one `objective`, mean cross-entropy + l2/2 * ||W||^2 on standardised
-features with a free bias, whatever the solver. torch and scikit-learn load when a solver runs.
-Labels of which an image may have several, and numbers, are tasks of their own (`fit_linear`).
+All linear heads minimise one `objective`, mean cross-entropy + l2/2 * ||W||^2 on standardised features with a free bias, by any
+of the solvers; `ridge` minimises the squared error. torch and scikit-learn are imported when a solver runs.
 
 >>> path = fit_path(X, y, X_val, y_val, classes=("cat", "dog"))
 >>> path.head.save("runs/mine")
@@ -15,14 +14,15 @@ import os
 from pathlib import Path as FilePath
 
 from embedpipe.errors import ModelMismatch
-from embedpipe.heads._blocks import block_scales, fit_blocks, fit_blocks_once
 from embedpipe.heads._files import read_record
 from embedpipe.heads._fitting import L2_GRID, SOLVERS, Path, PathPoint, fit_linear, fit_path
 from embedpipe.heads._gram import Gram
 from embedpipe.heads._problem import MEMORY_BYTES, Chunked, objective, some_of
-from embedpipe.heads._standardisation import class_weights
+from embedpipe.heads._standardisation import block_scales, class_weights
 from embedpipe.heads.knn import KnnHead, fit_knn
 from embedpipe.heads.linear import LinearHead
+
+fit_blocks, fit_blocks_once = fit_path, fit_linear
 
 __all__ = [
     "L2_GRID",

@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from embedpipe.errors import UsageError
-from embedpipe.heads._gram import Gram
-from embedpipe.heads._problem import MEMORY_BYTES, Chunked, Float64, PathWeights, Problem
+from embedpipe.evaluation import binary_log_loss, score
+from embedpipe.heads._problem import Chunked, Float64, PathWeights, Problem
 from embedpipe.heads._standardisation import check_labelled, fold, make_problem, unfold
 from embedpipe.heads.linear import LinearHead
-from embedpipe.evaluation import binary_log_loss, score
 from embedpipe.provenance import nearest
 
 L2_GRID: tuple[float, ...] = tuple(float(l2) for l2 in np.logspace(-6, 2, 45))
@@ -31,7 +30,7 @@ TASK_SOLVERS = {
     "regression": ("ridge",),
 }  # the first is the default
 SolvePath = Callable[[Sequence[float], tuple[Float64, Float64] | None], PathWeights]
-Polish = Callable[[Float64, Float64, float], tuple[Float64, Float64]]
+Polish = Callable[[Float64, Float64, float], PathWeights]
 
 
 @dataclass(frozen=True)
@@ -69,10 +68,8 @@ def fit_linear(
     task: str = "single",
     solver: str = "auto",
     standardize: bool = True,
-    sample_weight: ArrayLike | None = None,
     warm_start: LinearHead | None = None,
-    memory_bytes: int = MEMORY_BYTES,
-    gram: Gram | None = None,
+    **options: Any,
 ) -> LinearHead:
     """Minimise mean cross-entropy + l2/2 * ||W||^2 (bias free) on standardised features.
 
@@ -89,8 +86,9 @@ def fit_linear(
     task : str                              single, multilabel or regression
     solver : str                            auto, newton, lbfgs, sklearn or ridge
     standardize : bool
-    sample_weight : float (N,), optional    not negative, divided by its sum
     warm_start : LinearHead, optional       of the same classes and width
+    sample_weight : float (N,), optional    not negative, divided by its sum
+    widths : sequence of int, optional      of blocks of features side by side that weigh the same (`block_scales`)
     memory_bytes : int                      that the solver may use besides X, which may be `Chunked`
     gram : Gram, optional                   of X and y, for `ridge` with single labels without weights
 
@@ -102,19 +100,10 @@ def fit_linear(
     Source: Bishop, PRML 4.3.4.
     """
     [value], name = _check_l2s([l2]), _check_solver(solver, task, chunked=isinstance(X, Chunked))
-    problem = make_problem(
-        X,
-        y,
-        classes=classes,
-        standardize=standardize,
-        sample_weight=sample_weight,
-        task=task,
-        memory_bytes=memory_bytes,
-        gram=gram,
-    )
+    problem = make_problem(X, y, classes=classes, task=task, standardize=standardize, **options)
     solve_path, _ = _prepare_solver(name, problem)
-    weights, biases, extra = solve_path([value], unfold(problem, warm_start) if warm_start else None)
-    return _make_head(problem, weights[0], biases[0], value, _row(extra, 0), solver=name, standardize=standardize)
+    solution = solve_path([value], unfold(problem, warm_start) if warm_start else None)
+    return _make_heads(problem, name, [value], *solution)[0]
 
 
 def fit_path(
@@ -128,17 +117,15 @@ def fit_path(
     task: str = "single",
     solver: str = "auto",
     standardize: bool = True,
-    sample_weight: ArrayLike | None = None,
     grid: Sequence[float] = L2_GRID,
-    memory_bytes: int = MEMORY_BYTES,
-    gram: Gram | None = None,
+    **options: Any,
 ) -> Path:
     """Fit a head for every l2 of a grid, or for a single l2, on train, and choose on validation.
 
     For classes, the highest validation accuracy wins; ties go to the lowest log loss, then to the largest l2. For several labels,
     the lowest log loss wins, because metrics of ranking such as mean average precision ignore the threshold of 0.5. For numbers,
     the lowest RMSE wins. X_val and y_val may be None or empty if l2 is a number, and with the solver `ridge`, which then uses its
-    leave-one-out accuracy or error. All else as in `fit_linear`.
+    leave-one-out accuracy or error. All else, `options` too, as in `fit_linear`.
     """
     l2s = _check_l2s(grid if isinstance(l2, str) and l2 == "auto" else [l2])
     validation = None
@@ -149,24 +136,14 @@ def fit_path(
         raise UsageError(
             "no validation samples, expected some to choose l2 on", hint="give one l2 as a number, or keep a val split"
         )
-    problem = make_problem(
-        X,
-        y,
-        classes=classes,
-        standardize=standardize,
-        sample_weight=sample_weight,
-        task=task,
-        memory_bytes=memory_bytes,
-        gram=gram,
-    )
+    problem = make_problem(X, y, classes=classes, task=task, standardize=standardize, **options)
     solve_path, polish = _prepare_solver(name, problem, is_path=len(l2s) > 1)
     weights, biases, extra = solve_path(l2s, None)
-    make_head = partial(_make_head, problem, solver=name, standardize=standardize)
-    heads = [make_head(weights[i], biases[i], l2s[i], _row(extra, i)) for i in range(len(l2s))]
+    heads = _make_heads(problem, name, l2s, weights, biases, extra)
     points = [_validate(head, validation) for head in heads]
     best = max(range(len(points)), key=lambda i: _rank(points[i]))
     if polish:
-        heads[best] = make_head(*polish(weights[best], biases[best], l2s[best]), l2s[best], {})
+        heads[best] = _make_heads(problem, name, [l2s[best]], *polish(weights[best], biases[best], l2s[best]))[0]
         points[best] = _validate(heads[best], validation)
     return Path(heads[best], l2s[best], tuple(points[::-1]))
 
@@ -222,32 +199,19 @@ def _check_l2s(l2s: Sequence[Any]) -> list[float]:
     return sorted({float(l2) for l2 in l2s}, reverse=True)
 
 
-def _row(extra: dict[str, Float64], index: int) -> dict[str, float]:
-    return {name: float(values[index]) for name, values in extra.items()}
-
-
-def _make_head(
-    problem: Problem,
-    weight: Float64,
-    bias: Float64,
-    l2: float,
-    extra: dict[str, float],
-    *,
-    solver: str,
-    standardize: bool,
-) -> LinearHead:
-    provenance = {
-        "solver": solver,
-        "l2": l2,
-        "objective": extra["objective"] if "objective" in extra else problem.objective(weight, bias, l2),
-        "standardize": standardize,
-        "n_train": len(problem.y),
-    }
-    if "loo_accuracy" in extra:
-        provenance["loo_accuracy"] = extra["loo_accuracy"]
-    if "loo_rmse" in extra:
-        provenance["loo_rmse"] = extra["loo_rmse"] * problem.y_std
-    return fold(problem, weight, bias, provenance)
+def _make_heads(
+    problem: Problem, solver: str, l2s: Sequence[float], weights: Float64, biases: Float64, extra: dict[str, Float64]
+) -> list[LinearHead]:
+    """Return a head for each l2, of what a solver returns."""
+    heads = []
+    for index, (l2, weight, bias) in enumerate(zip(l2s, weights, biases, strict=True)):
+        values = {name: float(column[index]) for name, column in extra.items()}
+        objective = values.pop("objective") if "objective" in values else problem.objective(weight, bias, l2)
+        provenance = {"solver": solver, "l2": l2, "objective": objective, **problem.provenance, **values}
+        if "loo_rmse" in values:
+            provenance["loo_rmse"] *= problem.y_std
+        heads.append(fold(problem, weight, bias, provenance))
+    return heads
 
 
 def _validate(head: LinearHead, validation: tuple[Any, Any] | None) -> PathPoint:

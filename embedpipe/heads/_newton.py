@@ -72,8 +72,8 @@ def solve_path(
     return *objective.leave(weight, bias), {}
 
 
-def polish(objective: BatchedObjective, weight: Float64, bias: Float64, l2: float) -> tuple[Float64, Float64]:
-    """Return weights (K, D) and bias (K,) nearer to the optimum, so that they no longer depend on how the path was solved."""
+def polish(objective: BatchedObjective, weight: Float64, bias: Float64, l2: float) -> PathWeights:
+    """Return a solution nearer to the optimum than weights (K, D) and bias (K,), so that it does not depend on the path."""
     at = minimise(
         objective,
         torch.tensor([l2], dtype=torch.float64),
@@ -83,8 +83,7 @@ def polish(objective: BatchedObjective, weight: Float64, bias: Float64, l2: floa
         max_products=POLISHING_PRODUCTS,
         bfloat16=False,
     )
-    polished_weight, polished_bias = objective.leave(at.W, at.b)
-    return polished_weight[0], polished_bias[0]
+    return *objective.leave(at.W, at.b), {}
 
 
 def _value(objective: BatchedObjective, l2: float, W: Tensor, b: Tensor) -> float:

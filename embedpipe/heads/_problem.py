@@ -83,6 +83,7 @@ class Problem:
     absent_bias : float64 (C,)           bias of labels that all or no training samples have
     y_mean, y_std : float                of numbers
     task : str                           as in `LinearHead`
+    provenance : dict                    how the features were standardised
     """
 
     X: Float32 | Chunked
@@ -99,6 +100,7 @@ class Problem:
     y_mean: float = 0.0
     y_std: float = 1.0
     task: str = "single"
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def numeric(self) -> bool:

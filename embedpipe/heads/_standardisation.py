@@ -43,43 +43,44 @@ def make_problem(
     y: ArrayLike,
     *,
     classes: Sequence[str],
-    standardize: bool,
-    sample_weight: ArrayLike | None,
     task: str = "single",
+    standardize: bool = True,
+    sample_weight: ArrayLike | None = None,
+    widths: Sequence[int] = (),
     memory_bytes: int = MEMORY_BYTES,
     gram: Gram | None = None,
 ) -> Problem:
-    """Check and standardise training data; samples without weight only contribute to the mean and std of the features.
+    """Check and standardise training data; `fit_linear` describes the parameters.
 
-    `Chunked` features are standardised when they are read.
+    Samples without weight only contribute to the mean and std of the features. `Chunked` features are standardised when read.
 
     Raises
     ------
-    UsageError           fewer than two classes have samples, no label or number varies; labels or weights that do not fit
+    UsageError           fewer than two classes have samples, no label or number varies; labels, weights or widths that do not fit
     NonFiniteFeatures    X has NaN or inf; the first bad row is named
     """
     features, labels = check_labelled(X, y, len(classes), task)
     weights = _check_weights(sample_weight, len(labels))
     used = weights > NEGLIGIBLE_WEIGHT * weights.max(initial=0)
     targets = _MAKE_TARGETS[task](labels[used], weights[used], len(classes))
-    mean, inverse = np.zeros(features.shape[1]), np.ones(features.shape[1])
-    if standardize:
-        mean, inverse = _measure_scale(features)
+    mean, inverse = _measure_scale(features, widths or (features.shape[1],), standardize)
+    provenance: dict[str, Any] = {"standardize": standardize, "n_train": int(used.sum())}
+    if len(widths) > 1:
+        provenance |= {"blocks": list(widths), "scales": block_scales(widths).tolist()}
+        gram = None  # its sums are those of features that are scaled otherwise
+    if standardize or len(widths) > 1:
         features = map_features(features, partial(_scale, mean=mean, inverse=inverse), np.inf)
-    n_classes = len(targets["present"])
-    moments = None
-    if gram and sample_weight is None:
-        moments = gram.moments(mean, inverse, targets["present"])
     return Problem(
         features if used.all() else some_of(features, np.flatnonzero(used)),
         sample_weight=weights[used] / weights[used].sum(),
-        n_classes=n_classes,
+        n_classes=len(targets["present"]),
         memory_bytes=memory_bytes,
-        moments=moments,
+        moments=gram.moments(mean, inverse, targets["present"]) if gram and sample_weight is None else None,
         mean=mean.astype(np.float64),
         std=1 / inverse.astype(np.float64),
         classes=tuple(classes),
         task=task,
+        provenance=provenance,
         **targets,
     )
 
@@ -130,12 +131,31 @@ def _is_one_logit(problem: Problem) -> bool:
     return problem.task == "single" and len(problem.present) == 2
 
 
-def _measure_scale(X: Float32 | Chunked) -> tuple[Any, Any]:
-    """Return mean and 1 / std (D,): float32, which is as fast as memory, or float64 if float32 would overflow."""
-    mean, std = measure(X)
-    inverse = 1 / std
+def _measure_scale(X: Float32 | Chunked, widths: Sequence[int], standardize: bool) -> tuple[Any, Any]:
+    """Return what to subtract from the features and what to multiply them by, (D,).
+
+    float32 is as fast as memory; float64 if float32 would overflow.
+
+    Raises
+    ------
+    UsageError    blocks of these widths are not all of the features
+    """
+    if sum(widths) != X.shape[1]:
+        raise UsageError(f"blocks of {sum(widths)} features together, expected {X.shape[1]}")
+    mean, std = _mean_and_std(X) if standardize else (np.zeros(X.shape[1]), np.ones(X.shape[1]))
+    columns = np.split(std, np.cumsum(widths)[:-1])
+    inverse = np.concatenate([scale / _floor(one) for scale, one in zip(block_scales(widths), columns, strict=True)])
     fits = np.abs([mean, inverse, mean * inverse]).max() < FLOAT32_LIMIT and inverse.min() > 1 / FLOAT32_LIMIT
     return (mean.astype(np.float32), inverse.astype(np.float32)) if fits else (mean, inverse)
+
+
+def block_scales(widths: Sequence[int]) -> Float64:
+    """Return sqrt(D / (B * width)) for each of B blocks of D features together, float64 (B,).
+
+    Standardised features times the scale of their block have rows of the same mean squared norm in every block, so that a block
+    of 2,048 features does not dominate one of 64, and together that of D standardised features, so that l2 keeps its meaning.
+    """
+    return np.sqrt(sum(widths) / (len(widths) * np.asarray(widths, dtype=np.float64)))
 
 
 def _scale(x: Float32, *, mean: Any, inverse: Any) -> Float32:
@@ -186,17 +206,18 @@ _MAKE_TARGETS: dict[str, Callable[[Any, Float64, int], dict[str, Any]]] = {
 }
 
 
-def measure(X: Float32 | Chunked) -> tuple[Float64, Float64]:
-    """Return mean and std of every feature, float64 (D,), the std floored at 0.01 x the median std.
-
-    If the median is zero, the median of the features that vary is used.
-    """
+def _mean_and_std(X: Float32 | Chunked) -> tuple[Float64, Float64]:
+    """Return mean and std of every feature, float64 (D,)."""
     n = max(1, len(X))
     mean = sum((X[rows].sum(axis=0, dtype=np.float64) for rows in blocks(X)), np.zeros(X.shape[1])) / n
     squares = sum(np.square(X[rows] - mean).sum(axis=0) for rows in blocks(X))
-    std = np.sqrt(squares / n)
+    return mean, np.sqrt(squares / n)
+
+
+def _floor(std: Float64) -> Float64:
+    """Return std (D,), at least 0.01 x their median, or x the median of the features that vary if most are constant."""
     varying = std[std > 0] if std.any() else np.ones(1)
-    return mean, np.maximum(std, STD_FLOOR * (np.median(std) or np.median(varying)))
+    return np.maximum(std, STD_FLOOR * (np.median(std) or np.median(varying)))
 
 
 def class_weights(y: ArrayLike, n_classes: int) -> Float64:

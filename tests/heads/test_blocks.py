@@ -1,4 +1,4 @@
-"""A head on blocks: plain weights on raw features, blocks of any width weighing the same."""
+"""A head on blocks of features: weights on raw features, and the same influence of blocks of any width."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from embedpipe.errors import NonFiniteFeatures, UsageError
-from embedpipe.heads import Gram, block_scales, fit_blocks, fit_blocks_once, fit_linear, fit_path
+from embedpipe.heads import Chunked, Gram, block_scales, fit_blocks, fit_blocks_once, fit_linear, fit_path
 
 CLASSES = ("a", "b", "c")
 RNG = np.random.default_rng(0)
@@ -16,7 +16,7 @@ WIDE = RNG.normal(0, 1, (120, 300)).astype(np.float32)
 X = np.hstack([NARROW, WIDE])
 
 
-def test_the_scale_is_folded_in() -> None:
+def test_weights_are_those_of_raw_features() -> None:
     """Weights on raw features give the logits of a head on what was scaled by hand."""
     head = fit_blocks_once(X, Y, classes=CLASSES, widths=(3, 300), l2=0.1)
     mean, std = X.mean(axis=0), X.std(axis=0)
@@ -67,6 +67,12 @@ def test_a_gram_of_raw_features_is_not_that_of_scaled_ones() -> None:
     options = {"classes": CLASSES, "widths": (3, 300), "l2": 0.1, "solver": "ridge"}
     plain = fit_blocks_once(X, Y, **options)
     np.testing.assert_array_equal(fit_blocks_once(X, Y, gram=Gram.of(X, Y, 3), **options).weight, plain.weight)
+
+
+def test_blocks_are_read_in_chunks() -> None:
+    options = {"classes": CLASSES, "widths": (3, 300), "l2": 0.1}
+    whole, chunked = (fit_blocks_once(one, Y, **options) for one in (X, Chunked(X.shape, X.__getitem__)))
+    np.testing.assert_allclose(chunked.weight, whole.weight, atol=1e-6)
 
 
 def test_what_does_not_fit() -> None:

@@ -404,8 +404,8 @@ def test_polishing_stops_at_the_rounding_error() -> None:
     problem = hard_problem(20_000, 64, 3)
     [weight], [bias], _ = solve_path(BatchedObjective(problem, float64_size=0), [1e-6])
     objective = CountedObjective(problem, float64_size=0)
-    polished = polish(objective, weight, bias, 1e-6)
-    assert gap(problem, *polished, 1e-6) <= gap(problem, weight, bias, 1e-6)
+    [polished_weight], [polished_bias], _ = polish(objective, weight, bias, 1e-6)
+    assert gap(problem, polished_weight, polished_bias, 1e-6) <= gap(problem, weight, bias, 1e-6)
     assert objective.products <= 60
 
 
@@ -415,7 +415,7 @@ def test_polished_weights_do_not_depend_on_the_path() -> None:
     for l2s in ([1e-2], [10.0, 1e-2], [*GRID[:20], 1e-2]):
         objective = BatchedObjective(problem)
         weights, biases, _ = solve_path(objective, l2s)
-        polished.append(polish(objective, weights[-1], biases[-1], 1e-2)[0])
+        polished.append(polish(objective, weights[-1], biases[-1], 1e-2)[0][0])
     for weight in polished[1:]:
         np.testing.assert_allclose(weight, polished[0], atol=1e-6 * np.abs(weight).max())
 
@@ -462,7 +462,7 @@ def test_features_that_are_read_in_chunks_give_the_same_weights() -> None:
         for one in (problem, chunked):
             objective = BatchedObjective(one, float64_size=0)
             [weight], [bias], _ = solve_path(objective, [l2])
-            polished.append(polish(objective, weight, bias, l2)[0])
+            polished.append(polish(objective, weight, bias, l2)[0][0])
         np.testing.assert_allclose(*polished, atol=1e-5)
     assert most <= 4096
 
