@@ -120,7 +120,7 @@ def test_every_point_of_a_path_in_float32_is_an_optimum(shape: tuple[int, int, i
 @pytest.mark.parametrize("labels", [False, True])
 @pytest.mark.parametrize("n_classes", [24, 40])
 def test_every_point_of_a_path_of_many_classes_or_labels_is_an_optimum(n_classes: int, labels: bool) -> None:
-    problem = hard_problem(1500, 64, n_classes, labels=labels)
+    problem = hard_problem(1000, 48, n_classes, labels=labels)
     objective = BatchedObjective(problem, float64_size=0)
     assert worst_gap(problem, GRID[::4], objective) <= 1e-6
 
@@ -132,10 +132,10 @@ def test_every_point_of_a_large_path_of_many_classes_or_labels_is_an_optimum(n_c
     assert worst_gap(hard_problem(17_000, 256, n_classes, labels=labels), GRID) <= 1e-6
 
 
-@pytest.mark.parametrize(("n_classes", "labels"), [(2, False), (3, False), (3, True), (26, False)])
-@pytest.mark.parametrize("l2s", [GRID[::6], [1e-3], [1e-6]])
+@pytest.mark.parametrize(("n_classes", "labels"), [(2, False), (3, False), (3, True), (24, False)])
+@pytest.mark.parametrize("l2s", [[1.0, 1e-2, 1e-4], [1e-6]])
 def test_products_in_bfloat16_lead_to_the_same_optimum(n_classes: int, labels: bool, l2s: list[float]) -> None:
-    problem = hard_problem(3000, 60, n_classes, labels=labels)
+    problem = hard_problem(1000, 40, n_classes, labels=labels)
     objective = BatchedObjective(problem, bfloat16=True, float64_size=0)
     assert objective.bfloat16
     assert worst_gap(problem, l2s, objective) <= 1e-6
@@ -303,12 +303,13 @@ def test_a_penalty_below_the_rounding_error_is_reported(l2: float, n_classes: in
     assert np.isfinite(biases).all()
 
 
-def test_bfloat16_is_given_up_if_it_stalls() -> None:
-    """With few directions in the features, a small l2 and many classes."""
-    random, y = np.random.default_rng(0), np.arange(6000) % 30
-    hidden = random.normal(size=(6000, 32)) + 2 * random.normal(size=(30, 32))[y]
-    y = np.where(random.random(6000) < 0.03, random.integers(30, size=6000), y)
-    problem = even(standardised(hidden @ random.normal(size=(32, 96))).astype(np.float32), y, 30)
+@pytest.mark.parametrize(("n", "rank", "n_classes"), [(600, 12, 4), pytest.param(6000, 48, 30, marks=SLOW)])
+def test_bfloat16_is_given_up_if_it_stalls(n: int, rank: int, n_classes: int) -> None:
+    """With few directions in the features, and a small l2."""
+    random, y = np.random.default_rng(0), np.arange(n) % n_classes
+    hidden = random.normal(size=(n, rank)) + 2 * random.normal(size=(n_classes, rank))[y]
+    y = np.where(random.random(n) < 0.03, random.integers(n_classes, size=n), y)
+    problem = even(standardised(hidden @ random.normal(size=(rank, 2 * rank))).astype(np.float32), y, n_classes)
     objective = BatchedObjective(problem, bfloat16=True, float64_size=0)
     assert worst_gap(problem, [1e-6], objective) <= 1e-6
 
