@@ -1,14 +1,19 @@
-"""fill_spaces: decode, forward and commit what spaces lack, each image once for all of them."""
+"""fill_spaces: decode, forward and commit the rows that spaces lack, each image once for all of them.
+
+>>> [result] = fill_spaces([Target(space, backbone)], manifest, plan_forward(device="cpu", batch_size="auto", workers=2))
+>>> result.computed, result.reused
+(1000, 0)
+"""
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,67 +23,24 @@ from embedpipe.errors import CacheBusy, CacheMismatch, EmbedpipeWarning, Storage
 from embedpipe.images import DECODER
 from embedpipe.inference._drift import check_drift, is_new, record_environment
 from embedpipe.inference._executor_selection import record_run, settle
-from embedpipe.inference._lookup import Filled, Lookup, Target, ahead_of, look_up, row_bytes, summarise
-from embedpipe.inference._runner import Rows, Runner
+from embedpipe.inference._lookup import Filled, Lookup, Target, look_up, missing_images, row_bytes, summarise
+from embedpipe.inference._runner import Rows, Runner, stream_rows
 from embedpipe.inference._settings import Forward
-from embedpipe.inference._stream import stream_rows
 from embedpipe.provenance import canonical_json
 from embedpipe.storage import check_free_space
 
 Progress = Callable[[str, int, int], None]
-MOST_PENDING = 64  # batches of rows on their way to the disk
+Transient = dict[bytes, tuple[str, str]]  # failures that are not stored, since they may pass: key -> (stage, reason)
+
+MOST_PENDING = 64  # batches of rows that wait for the disk
+MEASURED_BATCHES = 4  # of an estimate, for each stream
 REMOVED_EXECUTOR = "fused"
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is to be filled in, and how: the arguments of `fill_spaces` that all of its steps go by."""
-
-    manifest: Manifest
-    shard_rows: int
-    retry_failed: bool
-    progress: Progress | None
-    graphs: Path | None
-
-    def look(self, target: Target) -> Lookup:
-        return look_up(target.space, self.manifest, splits=target.splits, retry_failed=self.retry_failed)
-
-
-@dataclass
-class Job:
-    """One space while it is filled.
-
-    record : dict      of this environment, to be stored beside the rows
-    new : bool         no row has been proved in this environment yet
-    passing : dict     failures that may pass next time: key -> (stage, reason)
-    """
-
-    target: Target
-    found: Lookup
-    record: dict[str, Any] = field(default_factory=dict)
-    new: bool = False
-    passing: dict[bytes, tuple[str, str]] = field(default_factory=dict)
-    writer: SpaceWriter | None = None
-
-
-@dataclass
-class Clock:
-    """Seconds of work, as a share of what the threads of a stage could do; the busiest stage sets the pace."""
-
-    decode_s: float = 0.0
-    forward_s: float = 0.0
-    commit_s: float = 0.0
-
-    @property
-    def bottleneck(self) -> str:
-        shares = {"decode": self.decode_s, "forward": self.forward_s, "commit": self.commit_s}
-        return max(shares, key=lambda name: shares[name]) if any(shares.values()) else "none"
 
 
 def fill_spaces(
     targets: Sequence[Target],
     manifest: Manifest,
-    forward: Forward,
+    settings: Forward,
     *,
     shard_rows: int = 1024,
     retry_failed: bool = False,
@@ -89,199 +51,236 @@ def fill_spaces(
 
     Parameters
     ----------
-    forward : Forward    as planned; the pins of a space whose extraction was interrupted win over it
-    graphs : Path        folder where converted graphs are kept
+    settings : Forward    the pins of a space whose extraction was interrupted replace them
+    graphs : Path         folder of the converted graphs
 
     Raises
     ------
-    StorageError     the disk cannot hold what is planned, or refused while writing
-    CacheBusy        somebody else writes to one of the spaces
-    CacheMismatch    stored rows come out differently in this environment
+    StorageError     the disk cannot hold the new rows, or refuses to write
+    CacheBusy        another process writes to one of the spaces
+    CacheMismatch    stored rows are computed differently in this environment
     """
-    filled: dict[Path, Filled] = {}
     _discard_removed(targets)
-    order = Order(manifest, shard_rows, retry_failed, progress, graphs)
-    for some in _by_pins(targets):
-        pins = pins_of(some[0])
-        done = _fill_together(order, some, forward.pinned(pins) if pins else forward)
-        filled |= zip((target.space.folder for target in some), done, strict=True)
-    return [filled[target.space.folder] for target in targets]
+    groups: dict[str, dict[Path, Target]] = defaultdict(dict)  # a space that is requested twice is filled once
+    for target in targets:
+        groups[canonical_json(pins_of(target))][target.space.folder] = target
+    results: dict[Path, Filled] = {}
+    options: dict[str, Any] = {"progress": progress, "graphs": graphs}
+    for group in groups.values():
+        filled = _fill_group(
+            list(group.values()), manifest, settings, shard_rows=shard_rows, retry_failed=retry_failed, **options
+        )
+        results |= zip(group, filled, strict=True)
+    return [results[target.space.folder] for target in targets]
+
+
+def estimate_run(
+    targets: Sequence[Target], lookups: Sequence[Lookup], manifest: Manifest, settings: Forward
+) -> tuple[float, int, str]:
+    """Return the expected seconds of `fill_spaces`, the number of images measured, and the executor; nothing is written."""
+    images = missing_images(manifest, lookups)
+    if not images:
+        return 0.0, 0, "none"
+    start = time.monotonic()
+    lacking = [target.backbone for target, found in zip(targets, lookups, strict=True) if found.missing]
+    runner = settle(lacking, settings, images.items(), work=len(images))
+    sample = dict(list(images.items())[: MEASURED_BATCHES * runner.settings.batch_size * runner.settings.streams])
+    warm = time.monotonic()
+    count = sum(len(rows) for rows in stream_rows(sample.items(), runner) if rows.backbone == 0)
+    image_s = (time.monotonic() - warm) / max(count, 1)
+    return warm - start + image_s * len(images), len(sample), runner.settings.executor
+
+
+def pins_of(target: Target) -> dict[str, Any]:
+    """Return the pins of a space whose extraction was interrupted; empty elsewhere."""
+    meta = target.space.meta
+    return dict(meta.pins or {}) if meta else {}
 
 
 def _discard_removed(targets: Sequence[Target]) -> None:
-    """Drop the pending rows of interrupted extractions whose executor no longer exists; all rows get the same one."""
+    """Drop the pending rows of interrupted extractions whose executor was removed: all rows come from one executor."""
     for target in targets:
         if pins_of(target).get("executor") == REMOVED_EXECUTOR:
             target.space.discard_pending()
             warnings.warn(
-                f"{target.space.folder.name} was interrupted while --executor {REMOVED_EXECUTOR}, which was removed, "
-                "computed it; its unfinished rows are computed again",
+                f"{target.space.folder.name} was interrupted under --executor {REMOVED_EXECUTOR}, which was removed; "
+                "its unfinished rows are computed again",
                 EmbedpipeWarning,
                 stacklevel=3,
             )
 
 
-def pins_of(target: Target) -> dict[str, Any]:
-    """Return the pins of a space whose extraction was interrupted, none elsewhere."""
-    meta = target.space.meta
-    return dict(meta.pins or {}) if meta else {}
+def _fill_group(
+    targets: Sequence[Target],
+    manifest: Manifest,
+    settings: Forward,
+    *,
+    shard_rows: int,
+    retry_failed: bool,
+    progress: Progress | None,
+    graphs: Path | None,
+) -> list[Filled]:
+    """Fill spaces that have the same pins, or none."""
 
+    def look(target: Target) -> Lookup:
+        return look_up(target.space, manifest, splits=target.splits, retry_failed=retry_failed)
 
-def _by_pins(targets: Sequence[Target]) -> list[list[Target]]:
-    """Group targets that can be filled under the same settings; a space that is asked for twice is filled once."""
-    groups: dict[str, list[Target]] = defaultdict(list)
-    for target in {target.space.folder: target for target in targets}.values():
-        groups[canonical_json(pins_of(target))].append(target)
-    return list(groups.values())
-
-
-def _fill_together(order: Order, targets: Sequence[Target], forward: Forward) -> list[Filled]:
-    """Fill several spaces under the same settings."""
-    jobs = [Job(target, order.look(target)) for target in targets]
-    lacking = [job for job in jobs if job.found.missing]
-    for job in lacking:
-        job.target.space.ensure_free()  # before anything is measured in vain
-    runner = _settle(order, lacking, forward) if lacking else None
-    if runner:
-        _keep_pins(pins_of(targets[0]), runner.settings)
-    forward, clock = runner.settings if runner else forward.definite, Clock()
-    for job in jobs:
-        _prove(order, job, forward)
-    with ExitStack() as held:
-        for job in jobs:
-            if job.found.missing or job.target.space.interrupted:
-                _check_plan(job, forward)
-                job.writer = held.enter_context(_open(job, forward, order.shard_rows))
-                _obey(job.writer, forward)
-                job.found = order.look(job.target)
-            elif job.new:
-                with suppress(CacheBusy, StorageError), _open(job, forward, order.shard_rows) as writer:
-                    writer.finish()  # else it is probed again next time
+    pins = pins_of(targets[0])
+    settings = settings.pinned(pins) if pins else settings
+    lookups = [look(target) for target in targets]
+    lacking = [n for n, found in enumerate(lookups) if found.missing]
+    runner = _open_runner([targets[n] for n in lacking], missing_images(manifest, lookups), settings, graphs)
+    settings = runner.settings if runner else settings.definite
+    if pins and pins != settings.pins:
+        raise CacheMismatch(
+            f"this extraction was interrupted under {canonical_json(pins)}, which does not work here",
+            hint="continue where it was started, or remove the space (`embedpipe cache ls`, `cache rm`) and start again",
+        )
+    records = [_check_environment(*one, manifest, settings, graphs) for one in zip(targets, lookups, strict=True)]
+    transient: list[Transient] = [{} for _ in targets]
+    writers: dict[int, SpaceWriter] = {}
+    with ExitStack() as stack:
+        for n, (target, record) in enumerate(zip(targets, records, strict=True)):
+            if lookups[n].missing or target.space.interrupted:
+                _check_disk(target, len(lookups[n].missing))
+                writers[n] = stack.enter_context(_writer(target, settings, record, shard_rows))
+                _check_pins(writers[n], settings)
+                lookups[n] = look(target)
+            elif "probed" in record:
+                with suppress(CacheBusy, StorageError), _writer(target, settings, record, shard_rows) as writer:
+                    writer.finish()  # else the rows are checked again next time
+        busy_s = dict[str, float]()
         if runner:
-            _compute(order, lacking, runner, clock)
-        for job in jobs:
-            if job.writer:
-                job.writer.finish()
-    ran = (clock.bottleneck, forward.executor, runner.difference) if runner else ()
-    return [summarise(order.manifest, job.found, job.target.space.view(), job.passing, *ran) for job in jobs]
+            for n in lacking:
+                writers[n].forget_failures([key for key in lookups[n].missing if key in lookups[n].view.failures])
+            commits = [functools.partial(_commit, writers[n], transient[n]) for n in lacking]
+            missing = [lookups[n].missing for n in lacking]
+            busy_s = _compute(runner, missing, commits, manifest, progress=progress, graphs=graphs)
+        for writer in writers.values():
+            writer.finish()
+    bottleneck = max(busy_s, key=busy_s.__getitem__) if any(busy_s.values()) else "none"
+    ran = (bottleneck, settings.executor, runner.difference) if runner else ()
+    return [
+        summarise(manifest, lookups[n], target.space.view(), transient[n], *ran) for n, target in enumerate(targets)
+    ]
 
 
-def _settle(order: Order, lacking: Sequence[Job], forward: Forward) -> Runner:
-    """Return a runner for the spaces that lack rows."""
-    ahead = ahead_of(order.manifest, [job.found for job in lacking])
-    backbones = [job.target.backbone for job in lacking]
-    return settle(backbones, forward, ahead.items(), work=len(ahead), graphs=order.graphs)
+def _open_runner(
+    targets: Sequence[Target], images: Mapping[bytes, Place], settings: Forward, graphs: Path | None
+) -> Runner | None:
+    """Return a runner for the backbones of spaces that lack rows, None where there are none."""
+    for target in targets:
+        target.space.ensure_free()  # before the executor is chosen, which takes seconds
+    backbones = [target.backbone for target in targets]
+    return settle(backbones, settings, images.items(), work=len(images), graphs=graphs) if targets else None
 
 
-def _prove(order: Order, job: Job, forward: Forward) -> None:
-    """Note this environment in a job; where it is new to the space, compute a few of its rows again."""
-    target, view = job.target, job.found.view
-    job.record = record_environment(forward, target.loader)
-    job.new = is_new(target.space, job.record, computing=bool(job.found.missing))
-    if job.new:
-        items = [(key, order.manifest.place_of(sample)) for key, sample in job.found.present.items()]
-        probe = Runner([target.backbone], forward, graphs=order.graphs)
-        job.record |= {"probed": check_drift(target.space, view, items, probe)}
+def _check_environment(
+    target: Target, found: Lookup, manifest: Manifest, settings: Forward, graphs: Path | None
+) -> dict[str, Any]:
+    """Return the record of this environment; where it is new to the space, compute a few stored rows again first."""
+    record = record_environment(settings, target.loader)
+    if is_new(target.space, record, computing=bool(found.missing)):
+        items = [(key, manifest.place_of(sample)) for key, sample in found.present.items()]
+        runner = Runner([target.backbone], settings, graphs=graphs)
+        record["probed"] = check_drift(target.space, found.view, items, runner)
+    return record
 
 
-def _open(job: Job, forward: Forward, shard_rows: int) -> SpaceWriter:
-    return job.target.space.writer(
-        feature_dim=job.target.backbone.feature_dim,
-        dtype=forward.store_dtype,
-        environment=job.record,
-        pins=forward.pins,
+def _check_disk(target: Target, rows: int) -> None:
+    """Raise StorageError if the disk cannot hold the new rows twice: in shards and in the merged file."""
+    space = target.space
+    stored = space.features_path.stat().st_size if space.features_path.exists() else 0
+    check_free_space(space.folder, 2 * rows * row_bytes(target) + min(stored, 1 << 30))
+
+
+def _writer(target: Target, settings: Forward, record: Mapping[str, Any], shard_rows: int) -> SpaceWriter:
+    return target.space.writer(
+        feature_dim=target.backbone.feature_dim,
+        dtype=settings.store_dtype,
+        environment=record,
+        pins=settings.pins,
         shard_rows=shard_rows,
     )
 
 
-def _keep_pins(pins: Mapping[str, Any], forward: Forward) -> None:
-    """Refuse to go on with an interrupted extraction in another way than it was begun in."""
-    if pins and pins != forward.pins:
-        raise CacheMismatch(
-            f"this extraction was interrupted under {canonical_json(dict(pins))}, which does not work here",
-            hint="go on where it was begun, or remove the space (`embedpipe cache ls`, `cache rm`) and begin again",
-        )
-
-
-def _obey(writer: SpaceWriter, forward: Forward) -> None:
-    """Refuse a space that another process began to fill, and left, since its pins were read."""
-    if writer.pins != forward.pins:
+def _check_pins(writer: SpaceWriter, settings: Forward) -> None:
+    """Raise CacheBusy if another process started to fill the space, and was interrupted, since its pins were read."""
+    if writer.pins != settings.pins:
         raise CacheBusy("another process has just written to this space", hint="run the same command again")
 
 
-def _compute(order: Order, lacking: Sequence[Job], runner: Runner, clock: Clock) -> None:
-    """Decode, forward and commit what the spaces lack; each image once for all that lack it."""
-    wanted: dict[bytes, Sample] = {}
+def _compute(
+    runner: Runner,
+    missing: Sequence[Mapping[bytes, Sample]],
+    commits: Sequence[Callable[[Rows], float]],
+    manifest: Manifest,
+    *,
+    progress: Progress | None,
+    graphs: Path | None,
+) -> dict[str, float]:
+    """Compute and commit the missing rows of each backbone of a runner; return the seconds of each stage per thread.
+
+    Images that several backbones lack are decoded once.
+    """
     lackers: dict[bytes, list[int]] = defaultdict(list)
-    for number, job in enumerate(lacking):
-        if job.writer:
-            job.writer.forget_failures([key for key in job.found.missing if key in job.found.view.failures])
-        for key, sample in job.found.missing.items():
-            wanted.setdefault(key, sample)
+    for number, samples in enumerate(missing):
+        for key in samples:
             lackers[key].append(number)
     passes: dict[tuple[int, ...], list[tuple[bytes, Place]]] = defaultdict(list)
-    for key, sample in wanted.items():
-        passes[tuple(lackers[key])].append((key, order.manifest.place_of(sample)))
-    report = _reporter(order.progress, "extract", len(wanted))
-    for numbers, items in passes.items():
-        jobs = [lacking[n] for n in numbers]
-        whole = len(jobs) == len(lacking)
-        one = runner if whole else Runner([job.target.backbone for job in jobs], runner.settings, graphs=order.graphs)
-        _stream(jobs, items, one, clock, report, order.graphs)
+    for key, numbers in lackers.items():
+        passes[tuple(numbers)].append((key, manifest.place_of(missing[numbers[0]][key])))
+    report, busy_s = _reporter(progress, len(lackers)), dict.fromkeys(("decode", "forward", "commit"), 0.0)
+    for backbones, items in passes.items():
+        whole = len(backbones) == len(missing)
+        part = runner if whole else Runner([runner.backbones[n] for n in backbones], runner.settings, graphs=graphs)
+        busy_s["commit"] += _stream(part, items, [commits[n] for n in backbones], report)
+        record_run(part, graphs)
+        busy_s["decode"] += part.decode_s / part.settings.workers
+        busy_s["forward"] += part.forward_s / part.settings.streams
+    return busy_s
 
 
 def _stream(
-    jobs: Sequence[Job],
-    items: Sequence[tuple[bytes, Place]],
     runner: Runner,
-    clock: Clock,
+    items: Sequence[tuple[bytes, Place]],
+    commits: Sequence[Callable[[Rows], float]],
     report: Callable[[int], None],
-    graphs: Path | None,
-) -> None:
-    """Compute rows here and commit them in a thread of its own, so that neither waits for the other."""
-    pending: deque[Future[None]] = deque()
+) -> float:
+    """Compute rows in this thread and commit them in another one; return the seconds that commits took."""
+    pending: deque[Future[float]] = deque()
+    seconds = 0.0
     with ThreadPoolExecutor(1, thread_name_prefix="commit") as committing:
         for rows in stream_rows(items, runner):
-            pending.append(committing.submit(_commit, jobs[rows.backbone], rows, clock))
+            pending.append(committing.submit(commits[rows.backbone], rows))
             while pending and (pending[0].done() or len(pending) > MOST_PENDING):
-                pending.popleft().result()
+                seconds += pending.popleft().result()
             if rows.backbone == 0:
                 report(len(rows))
-        for future in pending:
-            future.result()
-    record_run(runner, graphs)
-    clock.decode_s += runner.decode_s / runner.settings.workers
-    clock.forward_s += runner.forward_s / runner.settings.streams
+        return seconds + sum(future.result() for future in pending)
 
 
-def _commit(job: Job, rows: Rows, clock: Clock) -> None:
-    start, writer = time.monotonic(), job.writer
-    assert writer is not None
-    writer.append(rows.keys, rows.features)
-    for key, stage, reason in rows.failures:
-        if stage == "decode":  # the same bytes will always fail so
-            writer.fail(key, stage, reason, DECODER)
-        else:
-            job.passing[key] = (stage, reason)
-    clock.commit_s += time.monotonic() - start
-
-
-def _check_plan(job: Job, forward: Forward) -> None:
-    """Refuse a plan that the disk cannot hold: the new rows once in shards and once in the compacted file."""
-    space, rows = job.target.space, len(job.found.missing)
-    held = space.features_path.stat().st_size if space.features_path.exists() else 0
-    check_free_space(space.folder, 2 * rows * row_bytes(job.target) + min(held, 1 << 30))
-
-
-def _reporter(progress: Progress | None, label: str, total: int) -> Callable[[int], None]:
-    """Return a function that adds to a count and tells `progress`."""
+def _reporter(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """Return a function that adds to a count and passes the sum to `progress`."""
     done = 0
 
     def report(count: int) -> None:
         nonlocal done
         done += count
         if progress:
-            progress(label, done, total)
+            progress("extract", done, total)
 
     report(0)
     return report
+
+
+def _commit(writer: SpaceWriter, transient: Transient, rows: Rows) -> float:
+    """Give rows to the writer, note failures, and return the seconds that this took."""
+    start = time.monotonic()
+    writer.append(rows.keys, rows.features)
+    for key, stage, reason in rows.failures:
+        if stage == "decode":  # the same bytes always fail
+            writer.fail(key, stage, reason, DECODER)
+        else:
+            transient[key] = (stage, reason)
+    return time.monotonic() - start

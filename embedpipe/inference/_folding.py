@@ -1,6 +1,6 @@
-"""Fold batch normalisations into the convolutions before them: in eval mode both are linear, so one of them is enough.
+"""Fold batch normalisations into the convolutions before them: in eval mode both are linear.
 
->>> folded = fold(joint)          # the joint itself where there is nothing to fold
+>>> folded = fold(joint)          # the joint itself if there is nothing to fold
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SHAPES = ("__get__", "size", "dim", "numel")  # functions that only look at a te
 def fold(joint: Joint) -> Joint:
     """Return a copy of a joint without the batch normalisations that directly follow a convolution.
 
-    A convolution is left alone where its output is wanted itself, or goes anywhere else as well.
+    A convolution is left as it is if its output is a requested layer, or has other uses.
     """
     pairs = find_pairs(joint)
     if not pairs:
@@ -41,32 +41,32 @@ def fold(joint: Joint) -> Joint:
 
 
 def find_pairs(joint: Joint) -> list[tuple[str, str]]:
-    """Return names of convolutions and of the batch normalisations that alone take their output, from a pass on black images."""
+    """Return pairs of a convolution and the batch normalisation that alone uses its output, from a pass on black images."""
     import torch
     from torch.overrides import TorchFunctionMode
 
     model = joint.headless.model
     names = {module: name for name, module in model.named_modules()}
-    made: dict[int, str] = {}  # by the identity of an output
-    taken: dict[str, str] = {}
+    producers: dict[int, str] = {}  # id of an output -> name of the convolution
+    consumers: dict[str, str] = {}
     uses: Counter[str] = Counter()
     runs: Counter[str] = Counter()
-    alive: list[Any] = []  # so that identities stay unique
+    alive: list[Any] = []  # outputs stay alive, so that their ids are unique
 
     class Uses(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if getattr(func, "__name__", "") not in SHAPES:
-                uses.update(made[id(one)] for one in _flat([args, kwargs]) if id(one) in made)
+                uses.update(producers[id(one)] for one in _flat([args, kwargs]) if id(one) in producers)
             return func(*args, **(kwargs or {}))
 
     def enter(module: nn.Module, inputs: Any) -> None:
         runs[names[module]] += 1
-        if is_norm(module) and inputs and id(inputs[0]) in made:
-            taken[made[id(inputs[0])]] = names[module]
+        if is_norm(module) and inputs and id(inputs[0]) in producers:
+            consumers[producers[id(inputs[0])]] = names[module]
 
     def leave(module: nn.Module, inputs: Any, output: Any) -> None:
         if is_conv(module):
-            made[id(output)] = names[module]
+            producers[id(output)] = names[module]
         alive.append(output)
 
     handles = [module.register_forward_pre_hook(enter) for module in names]
@@ -77,16 +77,16 @@ def find_pairs(joint: Joint) -> list[tuple[str, str]]:
     finally:
         for handle in handles:
             handle.remove()
-    wanted = {tap.name for group in joint.groups for tap in group}
+    requested = {tap.name for group in joint.groups for tap in group}
     return [
         (conv, norm)
-        for conv, norm in taken.items()
-        if uses[conv] == 1 and runs[conv] == runs[norm] == 1 and conv not in wanted
+        for conv, norm in consumers.items()
+        if uses[conv] == 1 and runs[conv] == runs[norm] == 1 and conv not in requested
     ]
 
 
 def _flat(value: Any) -> Iterator[Any]:
-    """Yield what stands in nested lists, tuples and dictionaries."""
+    """Yield the values of nested lists, tuples and dictionaries."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list | tuple):
@@ -97,12 +97,12 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def is_conv(module: nn.Module) -> bool:
-    """Whether a module is a convolution with the weights that it holds, of torch or of timm's padding."""
+    """Return True if a module is a convolution of torch, or of timm with padding as in TensorFlow."""
     return type(module).__name__ in ("Conv2d", "Conv2dSame")
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch normalisation of torch, or of timm with its activation, with fixed statistics."""
+    """Return True if a module is a batch normalisation with fixed statistics, of torch, or of timm with an activation."""
     from torch import nn
 
     known = type(module).__name__ in ("BatchNorm2d", "BatchNormAct2d")

@@ -1,4 +1,4 @@
-"""What a space holds and lacks of a data set, told without a model."""
+"""Which rows of a data set a space holds and lacks, without loading a model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ KEY_BYTES = 32
 
 @dataclass(frozen=True)
 class Target:
-    """A space to fill, and the backbone that does.
+    """The features of one backbone, at one layer and in one view, and the space that stores them.
 
-    loader : dict             how the backbone was named; recorded beside the rows so that a head can load it again
-    splits : tuple or None    splits whose samples are wanted; None: all
+    loader : dict             keyword arguments of `load_backbone`, stored with the rows so that a head can load it again
+    splits : tuple or None    splits whose samples are requested; None: all
     """
 
     space: Space
@@ -35,11 +35,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Filled:
-    """What filling a space took: rows computed, rows found there, failures of this data set, and how it went.
+    """The result of an extraction: the numbers of rows computed and reused, and the failures of this data set.
 
-    bottleneck : str     the stage that set the pace: "decode", "forward" or "commit"; "none" where nothing was computed
-    executor : str       what carried the images through the backbone; "none" where nothing was computed
-    difference : float   of its features from eager torch, where that was measured
+    bottleneck : str     the busiest stage: "decode", "forward" or "commit"; "none" if nothing was computed
+    executor : str       the executor that was used; "none" if nothing was computed
+    difference : float   of its features from those of eager torch, where that was measured
     """
 
     computed: int
@@ -52,7 +52,7 @@ class Filled:
 
 @dataclass(frozen=True)
 class Lookup:
-    """What a space says of a manifest: its samples by key, a view of the rows, and the samples still to compute."""
+    """The requested samples by key, a view of the stored rows, and the samples without a row."""
 
     wanted: dict[bytes, Sample]
     view: SpaceView
@@ -64,7 +64,7 @@ class Lookup:
 
 
 def space_spec(backbone: Backbone, precision: str, store_dtype: str, *, view: int = 0) -> dict[str, Any]:
-    """Return all that shapes a row: what the fingerprint of a space is taken from."""
+    """Return everything that shapes a row; the fingerprint of a space is its hash."""
     return {**backbone.spec, "precision": precision, "stored_dtype": store_dtype, "view": view}
 
 
@@ -76,9 +76,9 @@ def space_name(spec: Mapping[str, Any]) -> str:
 def look_up(
     space: Space, manifest: Manifest, *, splits: tuple[str, ...] | None = None, retry_failed: bool = False
 ) -> Lookup:
-    """Return what a space holds and lacks of a manifest, or of some of its splits.
+    """Return which samples of a manifest, or of some of its splits, a space holds and lacks.
 
-    Recorded failures are not lacking unless they are tried again.
+    A recorded failure does not count as missing unless `retry_failed`.
     """
     wanted: dict[bytes, Sample] = {}
     for sample in manifest.samples:
@@ -97,11 +97,11 @@ def reuse_space(
     splits: tuple[str, ...] | None = None,
     retry_failed: bool = False,
 ) -> Filled | None:
-    """Return what filling would where there is nothing to compute and nothing to prove, else None; no model is needed.
+    """Return the result of an extraction that has nothing to compute and nothing to check, else None.
 
     Parameters
     ----------
-    record : dict    of this environment, as `record_environment` returns it
+    record : dict    this environment, as `record_environment` returns it
     """
     found = look_up(space, manifest, splits=splits, retry_failed=retry_failed)
     if found.missing or space.interrupted or is_new(space, record, computing=False):
@@ -110,9 +110,16 @@ def reuse_space(
 
 
 def summarise(
-    manifest: Manifest, found: Lookup, after: SpaceView, passing: Mapping[bytes, tuple[str, str]], *ran: Any
+    manifest: Manifest, found: Lookup, after: SpaceView, transient: Mapping[bytes, tuple[str, str]], *ran: Any
 ) -> Filled:
-    reasons = {key: (stage, reason) for key, (stage, reason, _) in after.failures.items()} | dict(passing)
+    """Return the result of an extraction from the lookup before it and the view after it.
+
+    Parameters
+    ----------
+    transient : dict    failures that are not stored: key -> (stage, reason)
+    ran                 bottleneck, executor and difference
+    """
+    reasons = {key: (stage, reason) for key, (stage, reason, _) in after.failures.items()} | dict(transient)
     failed = tuple(
         Failure(manifest.name_of(sample), *reasons[sample.key]) for sample in manifest.samples if sample.key in reasons
     )
@@ -121,12 +128,12 @@ def summarise(
     return Filled(computed, reused, (*manifest.unreadable, *failed), *(ran if found.missing else ()))
 
 
-def ahead_of(manifest: Manifest, founds: Iterable[Lookup]) -> dict[bytes, Place]:
-    """Return the images that any of the spaces lacks."""
-    return {key: manifest.place_of(sample) for found in founds for key, sample in found.missing.items()}
+def missing_images(manifest: Manifest, lookups: Iterable[Lookup]) -> dict[bytes, Place]:
+    """Return the images that at least one space lacks."""
+    return {key: manifest.place_of(sample) for found in lookups for key, sample in found.missing.items()}
 
 
 def row_bytes(target: Target) -> int:
-    """Return what a row takes on the disk, its key included."""
+    """Return the size of a row on the disk in bytes, its key included."""
     itemsize: int = np.dtype(target.space.spec["stored_dtype"]).itemsize
     return target.backbone.feature_dim * itemsize + KEY_BYTES

@@ -1,4 +1,4 @@
-"""OpenVINO: the module's graph, compiled for this CPU. The graph is kept beside the cache, for the next start."""
+"""OpenVino: the executor that compiles the graph of a module for this CPU. Converted graphs are stored in the cache."""
 
 from __future__ import annotations
 
@@ -32,15 +32,14 @@ def has_openvino() -> bool:
 
 
 class OpenVino:
-    """A `Session` of OpenVINO, fp32, with one thread a call.
+    """An `Executor` of OpenVINO, fp32, with one thread a call.
 
     Parameters
     ----------
     joints : list of Joint
-    batch_size : int          images a call, always
-    streams : int             calls at a time
-    graphs : Path or None     folder where converted graphs are kept
-    renew : bool              convert again, whatever is kept
+    batch_size : int          images a call
+    streams : int             calls at the same time
+    graphs : Path or None     folder of the converted graphs
 
     Raises
     ------
@@ -48,9 +47,7 @@ class OpenVino:
     RuntimeError  it cannot convert a model
     """
 
-    def __init__(
-        self, joints: Sequence[Joint], *, batch_size: int, streams: int, graphs: Path | None = None, renew: bool = False
-    ) -> None:
+    def __init__(self, joints: Sequence[Joint], *, batch_size: int, streams: int, graphs: Path | None = None) -> None:
         if not has_openvino():
             raise UsageError("the executor openvino is not installed", hint="pip install 'embedpipe[openvino]'")
         import openvino
@@ -64,7 +61,7 @@ class OpenVino:
         options |= {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
         self._compiled = []
         for joint in joints:
-            graph = _graph(core, joint, graphs, renew)
+            graph = _graph(core, joint, graphs)
             graph.reshape([batch_size, *joint.example(1).shape[1:]])
             self._compiled.append(core.compile_model(graph, "CPU", options))
         self._own = threading.local()
@@ -72,30 +69,29 @@ class OpenVino:
     def __call__(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
         if not hasattr(self._own, "requests"):
             self._own.requests = [compiled.create_infer_request() for compiled in self._compiled]
-        given = self._own.requests[joint].infer([images], share_inputs=True)
-        return [np.array(features) for features in given.to_tuple()]
+        outputs = self._own.requests[joint].infer([images], share_inputs=True)
+        return [np.array(features) for features in outputs.to_tuple()]
 
 
-def _graph(core: Any, joint: Joint, graphs: Path | None, renew: bool) -> Any:
-    """Return the graph of a joint: the kept one, or one converted now and kept.
+def _graph(core: Any, joint: Joint, graphs: Path | None) -> Any:
+    """Return the graph of a joint, from its file, or converted and stored.
 
-    It is always read from a file: a graph fresh from conversion gives other last bits than the same graph read again.
+    It is always read from a file: a graph has other last bits before it is stored and read.
     """
     if graphs is None:
         with TemporaryDirectory() as folder:
-            return _graph(core, joint, Path(folder), renew)
-    kept = graphs / graph_name([joint])
-    if not renew:
-        with suppress(RuntimeError, OSError):  # not there, or damaged
-            graph = core.read_model(kept / "graph.xml")
-            os.utime(kept)  # the time of the last use, for `cache gc`
-            return graph
-    _convert(joint, kept)
-    return core.read_model(kept / "graph.xml")
+            return _graph(core, joint, Path(folder))
+    stored = graphs / graph_name([joint])
+    with suppress(RuntimeError, OSError):  # absent or damaged
+        graph = core.read_model(stored / "graph.xml")
+        os.utime(stored)  # the time of the last use, for `cache gc`
+        return graph
+    _convert(joint, stored)
+    return core.read_model(stored / "graph.xml")
 
 
 def _convert(joint: Joint, folder: Path) -> None:
-    """Write the graph of a joint where the next start finds it, whole or not at all.
+    """Convert a joint and store its graph, whole or not at all.
 
     Raises
     ------
@@ -104,7 +100,7 @@ def _convert(joint: Joint, folder: Path) -> None:
     import openvino
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tracing: shapes become constants, as they should
+        warnings.simplefilter("ignore")  # of tracing: shapes become constants, as intended
         graph = openvino.convert_model(joint.cpu(), example_input=joint.example(2))
     fresh = folder.with_name(f".tmp-{uuid.uuid4().hex}")
     with storage_errors(folder, "write to"):
@@ -121,12 +117,12 @@ def _rename(fresh: Path, folder: Path) -> None:
     try:
         os.rename(fresh, folder)
     except OSError:
-        if not (folder / "graph.xml").exists():  # else another process was quicker with the same graph
+        if not (folder / "graph.xml").exists():  # else another process has stored the same graph
             raise
 
 
 def graph_name(joints: Sequence[Joint]) -> str:
-    """Return the name of the graph of joints: of all that shapes it."""
+    """Return the name of the graph of joints: a hash of their specs and the library versions."""
     versions = [_version(library) for library in ("openvino", "torch")]
     return hashlib.sha256(canonical_json([versions, [joint.spec for joint in joints]]).encode()).hexdigest()[:24]
 

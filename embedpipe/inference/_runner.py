@@ -1,38 +1,56 @@
-"""Runner: batches of images to rows of several backbones, and which layer is at fault when numbers break."""
+"""Runner and stream_rows: images to the features of several backbones, decoded and computed at the same time.
+
+>>> runner = Runner([backbone], settings)
+>>> for rows in stream_rows(items, runner):
+...     rows.keys, rows.features
+"""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from embedpipe.images import ALL, Batch, Transform
-from embedpipe.inference._executor import Session
+from embedpipe.data import Place
+from embedpipe.images import ALL, LIMITS, Batch, Limits, Transform, image_batches
 from embedpipe.inference._openvino import OpenVino
-from embedpipe.inference._settings import Forward
+from embedpipe.inference._settings import Forward, torch_threads
 from embedpipe.inference._torch import Torch
 
 if TYPE_CHECKING:
     from embedpipe.backbones import Backbone, Joint
 
+RECENT_CALLS = 512  # whose speed is remembered
 
-RECENT_CALLS = 512
+
+class Executor(Protocol):
+    """Runs images through models; safe to call from several threads."""
+
+    def __call__(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
+        """Return float32 (n, D) for each feature of one of the joints.
+
+        Raises
+        ------
+        MemoryError    the device cannot hold a batch of this size
+        """
+        ...
 
 
 @dataclass(frozen=True)
 class Rows:
     """Features of one batch from one backbone.
 
-    backbone : int                     which of the runner's
+    backbone : int                     index into the runner's backbones
     keys : list of bytes               (n)
     features : float32|float16 (n, D)
-    failures : list                    (key, stage, reason) each
+    failures : list                    of (key, stage, reason)
     """
 
     backbone: int
@@ -45,34 +63,32 @@ class Rows:
 
 
 class Runner:
-    """Images to features of several backbones, on the device and in the precision of `forward`.
-
-    What backbones have in common, a decode or a model, runs once.
+    """Computes the features of several backbones; images are decoded once, and a model that backbones share runs once.
 
     Parameters
     ----------
-    session : Session    instead of the one that `forward` names; its joints are those of `backbones.join`
-    graphs : Path        folder where converted graphs are kept
+    session : Executor    instead of the one that `settings` names; its joints are those of `backbones.join`
+    graphs : Path         folder of the converted graphs
 
     Attributes
     ----------
-    windows : list       what the backbones want of an image: one array of each is taken by `__call__`
-    decode_s, forward_s : float    seconds of work in decoders and in the session so far, summed over threads
+    windows : list       the distinct transforms that decoders apply; `__call__` takes an array of images for each
+    decode_s, forward_s : float    seconds in decoders and in the executor so far, summed over threads
     image_s : deque      seconds an image of the last calls
-    difference : float   from eager torch, of the largest feature, where another executor was tried on a batch
+    difference : float   from eager torch, of the largest feature, if another executor was compared with it
     """
 
     def __init__(
         self,
         backbones: Sequence[Backbone],
-        forward: Forward,
+        settings: Forward,
         *,
-        session: Session | None = None,
+        session: Executor | None = None,
         graphs: Path | None = None,
     ) -> None:
         from embedpipe.backbones import join
 
-        self.backbones, self.settings = list(backbones), forward
+        self.backbones, self.settings = list(backbones), settings
         self.image_s: deque[float] = deque(maxlen=RECENT_CALLS)
         self.decode_s = self.forward_s = self.difference = 0.0
         self.joints, self._joint = join(backbones)
@@ -80,10 +96,10 @@ class Runner:
         self.windows = list(dict.fromkeys(windows))
         self._window = [self.windows.index(window) for window in windows]
         self._lock, self._parts = threading.Lock(), 1
-        self.session = session or open_session(self.joints, forward, graphs)
+        self.session = session or open_executor(self.joints, settings, graphs)
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return float32 (n, D) for each backbone, of one array of images for each window; n is a multiple of the batch size.
+        """Return float32 (n, D) for each backbone, from one array of n images for each window; n is a multiple of the batch size.
 
         Raises
         ------
@@ -101,7 +117,7 @@ class Runner:
         ]
 
     def _in_parts(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
-        """Run batch by batch, each in as many parts as the device can hold; once halved, batches stay so."""
+        """Run one batch after another, each in as few parts as the device can hold; batches that were halved stay halved."""
         size, parts = self.settings.batch_size, self._parts
         try:
             cuts = range(0, len(images), -(-size // parts))
@@ -119,12 +135,12 @@ class Runner:
         return [self.joints[joint].example(size or self.settings.batch_size).numpy() for joint in of]
 
     def pad(self, images: Sequence[np.ndarray], size: int | None = None) -> list[np.ndarray]:
-        """Return whole batches for each window, filled up, or images filled up to `size`, with black ones."""
+        """Return the images of each window with black ones appended, up to whole batches or to `size` images."""
         batch = self.settings.batch_size
         return [_pad(one, size or max(1, -(-len(one) // batch)) * batch) for one in images]
 
     def rows_of(self, batch: Batch[bytes]) -> list[Rows]:
-        """Return the rows of each backbone in the stored dtype; those that are not finite are failures."""
+        """Return the rows of each backbone in the stored dtype; rows that are not finite become failures."""
         with self._lock:
             self.decode_s += batch.decode_s
         padded = self.pad(batch.images)
@@ -146,7 +162,7 @@ class Runner:
         return Rows(number, [batch.keys[row] for row in good], stored[good], failures)
 
     def _explain(self, number: int, images: Sequence[np.ndarray]) -> list[str]:
-        """Return for each image why its features are not finite: the first layer at fault, or the stored dtype."""
+        """Return why the features of each image are not finite: the first layer with such an output, or the stored dtype."""
         joint, batch = self.joints[self._joint[number]], images[self._window[number]]
         faults = find_faults(joint, lambda: open_torch([joint], self.settings, folded=False)(0, batch), len(batch))
         return [self._reason(faults.get(row)) for row in range(len(batch))]
@@ -159,27 +175,53 @@ class Runner:
         return f"the output of layer {layer!r} is not finite in {precision}; {hint}"
 
 
-def open_session(joints: Sequence[Joint], forward: Forward, graphs: Path | None = None) -> Session:
-    """Return a session of the executor that `forward` names."""
-    if forward.executor == "openvino":
-        return OpenVino(joints, batch_size=forward.batch_size, streams=forward.streams, graphs=graphs)
-    return open_torch(joints, forward, compiled=forward.executor == "compile")
+def stream_rows(items: Iterable[tuple[bytes, Place | Path]], runner: Runner, limits: Limits = LIMITS) -> Iterator[Rows]:
+    """Decode images and compute their features, a few batches at a time, in the order in which they are ready.
+
+    Yields
+    ------
+    Rows    of at most `settings.handed` images from one backbone, for each backbone in turn
+    """
+    settings = runner.settings
+    batches: Any = image_batches(
+        items, runner.windows, batch_size=settings.handed, workers=settings.workers, in_order=False, limits=limits
+    )
+    pending: deque[Future[list[Rows]]] = deque()
+    threads = ThreadPoolExecutor(settings.streams, thread_name_prefix="forward")
+    with torch_threads(settings.threads):
+        try:
+            for batch in batches:
+                pending.append(threads.submit(runner.rows_of, batch))
+                while pending and (pending[0].done() or len(pending) > 2 * settings.streams):
+                    yield from pending.popleft().result()
+            while pending:
+                yield from pending.popleft().result()
+        finally:
+            batches.close()
+            threads.shutdown(wait=True, cancel_futures=True)
 
 
-def open_torch(joints: Sequence[Joint], forward: Forward, *, compiled: bool = False, folded: bool = True) -> Torch:
-    """Return a session of torch."""
+def open_executor(joints: Sequence[Joint], settings: Forward, graphs: Path | None = None) -> Executor:
+    """Return the executor that `settings` names."""
+    if settings.executor == "openvino":
+        return OpenVino(joints, batch_size=settings.batch_size, streams=settings.streams, graphs=graphs)
+    return open_torch(joints, settings, compiled=settings.executor == "compile")
+
+
+def open_torch(joints: Sequence[Joint], settings: Forward, *, compiled: bool = False, folded: bool = True) -> Torch:
+    """Return an executor of torch."""
     return Torch(
         joints,
-        device=forward.device,
-        precision=forward.precision,
-        channels_last=forward.channels_last,
+        device=settings.device,
+        precision=settings.precision,
+        channels_last=settings.channels_last,
         compiled=compiled,
         folded=folded,
     )
 
 
 def find_faults(joint: Joint, run: Callable[[], object], size: int) -> dict[int, str]:
-    """Return, for images of a batch of `size` whose numbers break while it is run, the first layer at fault."""
+    """Run a batch of `size` images; return the first layer whose output is not finite, by the index of the image."""
     import torch
 
     faults: dict[int, str] = {}
@@ -205,12 +247,12 @@ def find_faults(joint: Joint, run: Callable[[], object], size: int) -> dict[int,
 
 
 def _window_of(transform: Any) -> Any:
-    """Return what a decoder does of a transform: joints that normalise differently may share it."""
+    """Return the part of a transform that decoders apply; the normalisation is applied on the device."""
     return transform.geometry if isinstance(transform, Transform) else transform
 
 
 def _pad(images: np.ndarray, size: int) -> np.ndarray:
-    """Fill a batch up to its full size with black images: a row's bits depend on the size of its batch."""
+    """Append black images up to `size`: the bits of a row depend on the size of its batch."""
     if len(images) == size:
         return images
     return np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), images.dtype)])

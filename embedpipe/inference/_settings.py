@@ -1,4 +1,4 @@
-"""Forward: how images go through backbones on this machine."""
+"""Settings of inference on this machine: device, precision, executor, batch size, processes and threads."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from typing import Any
 from embedpipe.errors import UsageError
 from embedpipe.images import start_decoders
 
-FIRST_BATCH = 64  # on a device, before the best size is found
-# small ones stay in the caches of a core: a fifth faster than 32
+FIRST_BATCH = 64  # on a GPU, before the best size is found
+# a small batch stays in the caches of a core: a fifth faster than 32
 CPU_BATCH = {"eager": 4, "openvino": 2, "compile": 4}
-LOAD = 8  # images that are handed on together where batches are smaller: each time costs half a millisecond
+LOAD = 8  # images that decoders hand over together where batches are smaller: each time costs half a millisecond
 MOST_STREAMS = 8  # each holds the activations of a batch
 
 
 @dataclass(frozen=True)
 class Forward:
-    """How images go through a backbone. Precision and stored dtype shape a feature; the rest does not.
+    """How features are computed. Only precision and stored dtype are part of the identity of a feature.
 
-    executor : str        "eager", "compile" or "openvino"; "auto" until `settle` has chosen
-    batch_size : int      images a batch; the last one is padded, so that no row depends on its place; 0 until `settle`
-                          knows how many suit the executor and the device
-    load : int            images that are handed on together where batches are smaller
+    executor : str        "eager", "compile" or "openvino"; "auto" until one is chosen
+    batch_size : int      images a batch, the last of which is padded; 0 until it is chosen
+    load : int            images that decoders hand over together where batches are smaller
     workers : int         decoding processes
-    streams : int         batches in the backbone at a time
+    streams : int         batches that are computed at the same time
     threads : int         threads of one forward pass on a CPU
     channels_last : bool  memory format of images and weights
     """
@@ -45,12 +44,12 @@ class Forward:
 
     @property
     def handed(self) -> int:
-        """How many images are handed from decoders to the backbones together."""
+        """Images that decoders hand over together: a multiple of the batch size."""
         return max(1, self.load // self.batch_size) * self.batch_size
 
     @property
     def pins(self) -> dict[str, Any]:
-        """What must not change until an extraction is complete, for the same bits."""
+        """Settings that stay the same until an extraction is complete, so that all its rows have the same bits."""
         return {
             "executor": self.executor,
             "batch_size": self.batch_size,
@@ -60,11 +59,11 @@ class Forward:
 
     @property
     def definite(self) -> Forward:
-        """These settings without anything left to choose: eager, in batches that any device takes."""
+        """These settings with eager for "auto" and the usual batch size for 0."""
         return self.under("eager" if self.executor == "auto" else self.executor)
 
     def under(self, executor: str) -> Forward:
-        """These settings with an executor, and where the batch size is open, one that suits it."""
+        """Return these settings with an executor and, if the batch size is 0, its usual one."""
         usual = CPU_BATCH[executor] if self.device == "cpu" else FIRST_BATCH
         return replace(self, executor=executor, batch_size=self.batch_size or usual)
 
@@ -82,14 +81,13 @@ def plan_forward(
     store_dtype: str = "float32",
     executor: str = "auto",
 ) -> Forward:
-    """Turn what a user asked for into settings of this machine.
+    """Return the settings of this machine for the arguments of a command.
 
-    On a CPU every core has a decoding process and a forward pass of one thread: the bounded queue between them divides
-    the cores as the work demands.
+    On a CPU every core has a decoding process and a stream of one thread; the bounded queue between them balances both.
 
     Raises
     ------
-    UsageError    the device is not there (there is no silent fall-back), or a number is below 1
+    UsageError    the device is not available, or a number is below 1
     """
     device = resolve_device(device)
     for name, value in (("batch-size", batch_size), ("workers", workers)):
@@ -111,9 +109,9 @@ def plan_forward(
 
 
 def begin_decoding(workers: int | str, images: int) -> None:
-    """Start the decoders for so many images while other things are loaded."""
-    wanted = count_cores() if workers == "auto" else int(workers)
-    start_decoders(min(wanted, count_cores(), images), images)
+    """Start the decoding processes, so that they load while the model does."""
+    count = count_cores() if workers == "auto" else min(int(workers), count_cores())
+    start_decoders(min(count, images), images)
 
 
 def count_cores() -> int:
@@ -122,11 +120,11 @@ def count_cores() -> int:
 
 
 def resolve_device(device: str) -> str:
-    """Return the device to use: `auto` means the first of cuda, mps, cpu that is there.
+    """Return the device to use; `auto` is the first of cuda, mps and cpu that is available.
 
     Raises
     ------
-    UsageError    it is not there
+    UsageError    the device is not available
     """
     import torch
 
@@ -144,7 +142,7 @@ def resolve_device(device: str) -> str:
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """Set the threads of one forward pass on a CPU, and set them back."""
+    """Set the number of threads of one forward pass on a CPU, and restore it."""
     import torch
 
     before = torch.get_num_threads()

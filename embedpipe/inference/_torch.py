@@ -1,4 +1,4 @@
-"""Torch: the module itself, as it is or compiled, on any device."""
+"""Torch: the executor that runs the torch module, as it is or compiled, on any device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class Torch:
-    """A `Session` of torch.
+    """An `Executor` of torch.
 
     Parameters
     ----------
@@ -28,8 +28,8 @@ class Torch:
     device : str              "cpu", "mps", "cuda" or "cuda:K"
     precision : str           "fp32"; "bf16" and "fp16" by autocast
     channels_last : bool      memory format of images and weights
-    compiled : bool           by torch.compile, which takes its time with the first batch
-    folded : bool             without batch normalisations, in fp32; else as the library made it
+    compiled : bool           by torch.compile, during the first call
+    folded : bool             in fp32, with batch normalisations folded into convolutions
     """
 
     def __init__(
@@ -47,7 +47,9 @@ class Torch:
         self._device, self._kind = device, device.partition(":")[0]
         self._dtype = getattr(torch, DTYPES[precision])
         self._memory = torch.channels_last if channels_last else torch.contiguous_format
-        if self._kind == "cuda" and precision == "fp32":  # not the 10 bits of TF32, which is cuDNN's default
+        if (
+            self._kind == "cuda" and precision == "fp32"
+        ):  # without TF32, which keeps 10 bits and is the default of cuDNN
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         ready = [fold(joint.cpu()) if folded and precision == "fp32" else joint for joint in joints]
         modules = [joint.to(device).to(memory_format=self._memory) for joint in ready]
@@ -76,7 +78,7 @@ class Torch:
         there = torch.from_numpy(batch)
         if self._kind == "cuda":
             there = there.pin_memory()
-        if batch.dtype == np.uint8:  # NHWC: channels last already once normalised
+        if batch.dtype == np.uint8:  # NHWC: in channels-last order after normalisation
             return there.to(self._device, non_blocking=True)
         return there.to(self._device, memory_format=self._memory, non_blocking=True)
 
@@ -86,7 +88,7 @@ class Torch:
         return torch.autocast(self._kind, self._dtype, enabled=self._dtype is not torch.float32)
 
     def _stream(self) -> AbstractContextManager[Any]:
-        """A CUDA stream for each thread: the images of one batch travel while another is computed."""
+        """Return a CUDA stream for each thread: images of one batch are copied while another is computed."""
         import torch
 
         if self._kind != "cuda":

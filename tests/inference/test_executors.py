@@ -13,12 +13,12 @@ from torch import nn
 
 from embedpipe.backbones import Backbone, Joint, at_layer, join, load_backbone
 from embedpipe.images import Transform
-from embedpipe.inference import OpenVino, Session, Torch, graph_name
+from embedpipe.inference import Executor, OpenVino, Torch, graph_name
 from embedpipe.inference._folding import find_pairs, fold
 
 BATCH = 4
 NAMES = ("timm:test_resnet", "timm:test_efficientnet", "timm:test_vit", "torchvision:mobilenet_v3_small")
-MAKERS: dict[str, Callable[[list[Joint]], Session]] = {
+MAKERS: dict[str, Callable[[list[Joint]], Executor]] = {
     "eager": lambda joints: Torch(joints),
     "eager, not folded": lambda joints: Torch(joints, folded=False),
     "openvino": lambda joints: OpenVino(joints, batch_size=BATCH, streams=2),

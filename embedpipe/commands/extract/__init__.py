@@ -1,8 +1,7 @@
-"""extract: every image through frozen backbones once, their features into the cache.
-
-The doors enter here.
+"""extract: compute the features of images with frozen backbones, once, and store them in the cache.
 
 >>> extract("data/", "timm:resnet18", cache_dir="cache").summary["computed"]
+1000
 """
 
 from embedpipe.commands.extract._extract import extract

@@ -1,4 +1,9 @@
-"""extract: every image through a frozen backbone once, its features into the cache.
+"""extract: compute the features of images with frozen backbones, once, and store them in the cache.
+
+An image passes through six types of this package and of `inference` between the command and its committed row:
+`SpaceResolver` finds the space of each request, `Target` is a space with its backbone, `Lookup` has the samples without a
+row, `Forward` has the settings of this machine, `Runner` computes, `Rows` are what it returns. The values that other
+packages take and return beside these: `data.Manifest`, `Sample` and `Place`, `images.Batch`, `cache.SpaceWriter`.
 
 >>> features = extract("data/", "timm:resnet18", cache_dir="cache")
 >>> X, y = features.arrays("train")
@@ -19,7 +24,6 @@ from embedpipe.storage import PathLike
 if TYPE_CHECKING:
     from embedpipe.backbones import Backbone
     from embedpipe.cache import KeyIndex
-    from embedpipe.commands.extract._requests import Extracted, Wish, Workshop
     from embedpipe.data import Manifest
     from embedpipe.features import FeatureSet
     from embedpipe.inference import Progress
@@ -69,56 +73,56 @@ def extract(
     weights : str
         pretrained (from the library's hub), packaged (from an installed package), none (seeded random), or a file.
     layer : str or several
-        Layer to take features from, pooled; repeatable; all means every stage. Default: penultimate, what enters the classifier.
+        Layer whose pooled output is the feature; repeatable; all: every stage. Default: penultimate, the input of the classifier.
     pool : str
-        How maps and tokens become one vector; auto averages what is not class or register token.
+        How maps and tokens become one vector; auto averages all tokens except class and register tokens.
     image_size : int
         Side of the network's input in pixels. Default: the model's own.
     crop_pct : float
-        Share of the resized image that the centre crop keeps. Default: the model's own.
+        Fraction of the resized image that the centre crop keeps. Default: the model's own.
     interpolation : str
         Resize filter. Default: the model's own.
     pixels : str
         No longer used: images are always resized exactly.
     precision : str
-        Arithmetic of the forward pass.
+        Precision of the forward pass.
     store_dtype : str
-        How features are stored.
+        Data type of the stored features.
     batch_size : int or auto
-        Images a forward pass. Never changes a feature's identity.
+        Images a forward pass; not part of the identity of a feature.
     device : str
-        auto, cpu, cuda, cuda:K or mps. A device that is not there is an error.
+        auto, cpu, cuda, cuda:K or mps; a device that is not available is an error.
     executor : str
         What runs the backbone. auto: the one expected to finish these images first; fused: no longer used, means auto.
     workers : int or auto
         Decoding processes.
     split_by : str
-        Where train, val and test come from: auto takes folders or a column when there are some, else a hash of the content.
+        Source of the splits; auto: folders or a column if there are any, else a hash of the content.
     val_fraction : float
-        Share of the samples that a hash split puts into val.
+        Fraction of the samples that a hash split puts into val.
     test_fraction : float
-        Share of the samples that a hash split puts into test.
+        Fraction of the samples that a hash split puts into test.
     limit : int
         Only the first N images.
     shard_rows : int
         Rows committed at a time.
     retry_failed : bool
-        Decode again what is recorded as a failure.
+        Decode images again that are recorded as failures.
     strict : bool
         Exit with 1, not 3, when an image failed.
     allow_outside : bool
-        Let a manifest name files outside its own folder.
+        Allow a manifest to name files outside its own folder.
     views : int
-        Augmented views of each training image beside the clean one, each in a space of its own.
+        Number of augmented views of each training image, each stored in a space of its own.
     augment : str
-        What makes a view: flip; standard (a random crop too); strong (RandAugment and erasing too).
+        Augmentation of the views: flip; standard (flip and random crop); strong (RandAugment and erasing too).
     dry_run : bool
-        Say what would be computed, how large it is and how long it takes; write nothing.
+        Report what would be computed, its size and the expected time; write nothing.
 
     Returns
     -------
     FeatureSet
-        Of the first space; `summary` tells of all.
+        Of the first space; `summary` describes all.
 
     Raises
     ------
@@ -128,42 +132,33 @@ def extract(
     """
     from embedpipe.cache import Cache, KeyIndex
     from embedpipe.commands.extract._report import describe, describe_plan
-    from embedpipe.commands.extract._requests import Workshop
+    from embedpipe.commands.extract._requests import SpaceResolver, complete_spaces, plan_spaces
     from embedpipe.features import FeatureSet
 
     check_pixels_option(pixels)
     start, cache = time.monotonic(), Cache(Path(cache_dir))
     reading: dict[str, Any] = {"split_by": split_by, "limit": limit, "allow_outside": allow_outside}
     reading |= {"val_fraction": val_fraction, "test_fraction": test_fraction}
-    shape = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
-    loader = {"weights": weights, "seed": seed, "pool": pool, **shape}
-    settings: dict[str, Any] = {"precision": precision, "store_dtype": store_dtype}
-    settings |= {"device": device, "batch_size": batch_size, "workers": workers, "executor": _existing(executor)}
-    writing = {"shard_rows": shard_rows, "retry_failed": retry_failed, "progress": progress}
+    transform = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
+    options = {"weights": weights, "seed": seed, "pool": pool, **transform}
+    settings: dict[str, Any] = {"precision": precision, "store_dtype": store_dtype, "device": device}
+    settings |= {"batch_size": batch_size, "workers": workers, "executor": _existing(executor)}
     with closing(KeyIndex(keep=not dry_run)) as index:
         manifest = _read(data, index, **reading)
-        workshop = Workshop(cache, index, settings)
-        wishes = workshop.wishes_of(_as_list(backbone), tuple(_as_list(layer)), loader, views=views, augment=augment)
+        resolver = SpaceResolver(cache, index, options, settings, augment)
+        requests = resolver.expand(_as_list(backbone), _as_list(layer), views)
         if dry_run:
-            planned = workshop.plan(wishes, manifest, retry_failed=retry_failed)
-            return FeatureSet(manifest, planned.spaces[0].space, None, describe_plan(manifest, planned))
-        extracted = _fulfil(workshop, wishes, manifest, **writing)
+            spaces, run = plan_spaces(resolver, requests, manifest, retry_failed=retry_failed)
+            return FeatureSet(manifest, spaces[0][0], None, describe_plan(manifest, spaces, run))
+        writing: dict[str, Any] = {"shard_rows": shard_rows, "retry_failed": retry_failed, "progress": progress}
+        results = complete_spaces(resolver, requests, manifest, **writing)
     dataset = cache.write_dataset(manifest)
-    cache.set_latest(dataset, [one.space.folder.name for one in extracted])
-    summary = describe(manifest, dataset, extracted, time.monotonic() - start)
+    cache.set_latest(dataset, [space.folder.name for _, _, space, _ in results])
+    summary = describe(manifest, dataset, results, time.monotonic() - start)
     if strict and summary["failed"]:
         raise _refusal(summary)
-    return FeatureSet(manifest, extracted[0].space, extracted[0].backbone, summary)
-
-
-def _fulfil(workshop: Workshop, wishes: Sequence[Wish], manifest: Manifest, **writing: Any) -> list[Extracted]:
-    """Return the space of each wish, complete; models are loaded only for those that are not so already."""
-    again = writing["retry_failed"]
-    done = {n: found for n, wish in enumerate(wishes) if (found := workshop.reuse(wish, manifest, retry_failed=again))}
-    rest = [n for n in range(len(wishes)) if n not in done]
-    if rest:
-        done |= zip(rest, workshop.fill([wishes[n] for n in rest], manifest, **writing), strict=True)
-    return [done[n] for n in range(len(wishes))]
+    _, loaded, space, _ = results[0]
+    return FeatureSet(manifest, space, loaded, summary)
 
 
 def _existing(executor: str) -> str:
@@ -175,13 +170,12 @@ def _existing(executor: str) -> str:
     return "auto"
 
 
-def _as_list(backbone: str | Backbone | Sequence[str]) -> list[Any]:
-    several = isinstance(backbone, Sequence) and not isinstance(backbone, str)
-    return list(backbone) if several else [backbone]  # type: ignore[arg-type]
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
 
 def _read(data: PathLike | Sequence[PathLike], index: KeyIndex, **options: Any) -> Manifest:
-    """Return the manifest of the sources, its warnings told."""
+    """Return the manifest of the sources, and issue its warnings."""
     from embedpipe.data import read_manifest
 
     manifest = read_manifest(data, key_of=index.key_of, **options)
@@ -195,6 +189,6 @@ def _refusal(summary: Mapping[str, Any]) -> EmbedpipeError:
     first = f"first {failed[0]['path']}: {failed[0]['reason']}"
     return EmbedpipeError(
         f"{len(failed)} of {summary['images']} images failed, {first}",
-        hint="mend or remove them, or run without --strict",
+        hint="repair or remove them, or run without --strict",
         failed=failed,
     )

@@ -1,4 +1,4 @@
-"""From what a user asks for to filled spaces: every layer and view of every backbone, with one decode for all."""
+"""From the arguments of `extract` to spaces: every layer and view of every backbone, with one decode for all."""
 
 from __future__ import annotations
 
@@ -11,192 +11,176 @@ from embedpipe.errors import UsageError
 from embedpipe.features import PENULTIMATE
 from embedpipe.inference import (
     Filled,
-    Planned,
-    PlannedSpace,
+    Forward,
     Target,
     begin_decoding,
+    estimate_run,
     fill_spaces,
+    look_up,
+    lookup_layers,
+    lookup_spec,
     plan_forward,
-    plan_spaces,
-    question_of,
-    recall,
-    recall_layers,
-    remember,
-    remember_layers,
+    record_environment,
     reuse_space,
+    row_bytes,
     space_name,
     space_spec,
+    spec_key,
+    store_layers,
+    store_spec,
 )
 
 if TYPE_CHECKING:
     from embedpipe.backbones import Backbone
     from embedpipe.data import Manifest
 
-REMOVED = {"pixels": "exact"}  # options that were removed, in records as they always were
-VIEWED = ("train", "all")  # splits that have views; val and test are only seen as they are
+REMOVED = {"pixels": "exact"}  # removed options, which records keep
+VIEWED = ("train", "all")  # splits that have views; val and test have the clean images alone
+
+Request = tuple[
+    Any, str | None, int
+]  # backbone (a name or a `Backbone`), layer (None: penultimate) and view (0: clean)
+Result = tuple[str, "Backbone | None", Space, Filled]  # name of the backbone, the backbone if it was loaded, ...
 
 
 @dataclass(frozen=True)
-class Wish:
-    """One layer of one backbone, in one view, as asked for.
+class SpaceResolver:
+    """Finds the space of a request: by the memo of specs where possible, else by loading the model, once a backbone.
 
-    backbone : str or Backbone    a name, or a backbone handed over from Python
-    layer : str or None           None: what enters the classifier
-    shape : dict                  how to load it: the other keyword arguments of `load_backbone`
-    settings : dict               precision, device and the like: keyword arguments of `plan_forward`
-    augment, view                 how view 1, 2, ... differs from the clean image; view 0 is the clean one
+    options : dict     how to load backbones: keyword arguments of `load_backbone` without name and layer
+    settings : dict    precision, device and the like: keyword arguments of `plan_forward`
+    augment : str      what makes a view
     """
-
-    backbone: str | Backbone
-    layer: str | None
-    shape: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    augment: str = "none"
-    view: int = 0
-
-    @property
-    def named(self) -> bool:
-        return not hasattr(self.backbone, "spec")
-
-    @property
-    def loader(self) -> dict[str, Any]:
-        """Keyword arguments of `load_backbone` as they are recorded; empty where the backbone came as an object."""
-        return {"name": self.backbone, **self.shape, **REMOVED, "layer": self.layer} if self.named else {}
-
-    @property
-    def question(self) -> str:
-        """What `recall` knows the answer of, for a named backbone."""
-        views = {"augment": self.augment, "view": self.view} if self.view else {}
-        return question_of({**self.loader, **views}, self.settings)
-
-
-@dataclass(frozen=True)
-class Extracted:
-    """One space after the deed: the backbone (its name alone where it was not loaded), where it is, what it took."""
-
-    name: str
-    backbone: Backbone | None
-    space: Space
-    filled: Filled
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "backbone": self.name,
-            "layer": self.space.spec["layer"],
-            "view": self.space.spec["view"],
-            "fingerprint": self.space.fingerprint,
-            "space": str(self.space.folder),
-            "features": str(self.space.features_path),
-            "feature_dim": self.space.feature_dim,
-            "rows": len(self.space.view()),
-            "computed": self.filled.computed,
-            "reused": self.filled.reused,
-            "pending_shards": self.space.pending_shards,
-            "failed": [vars(failure) for failure in self.filled.failed],
-            "bottleneck": self.filled.bottleneck,
-            "executor": self.filled.executor,
-            "executor_difference": self.filled.difference,
-        }
-
-
-@dataclass
-class Workshop:
-    """What wishes are fulfilled with: the cache, the memo, and each model, loaded once and only when there is work."""
 
     cache: Cache
     index: KeyIndex
+    options: Mapping[str, Any]
     settings: Mapping[str, Any]
+    augment: str
     models: dict[str, Backbone] = field(default_factory=dict)
 
-    def wishes_of(
-        self,
-        backbones: Sequence[str | Backbone],
-        layers: Sequence[str],
-        shape: Mapping[str, Any],
-        *,
-        views: int,
-        augment: str,
-    ) -> list[Wish]:
-        """Return a wish for each view, the clean one first, of each layer of each backbone."""
+    def expand(self, backbones: Sequence[Any], layers: Sequence[str], views: int) -> list[Request]:
+        """Return a request for each view, the clean one first, of each layer of each backbone."""
         if views < 0:
             raise UsageError(f"--views is {views}, expected 0 or more")
-        asked = [
-            Wish(name, None if layer == PENULTIMATE else layer, shape, self.settings, augment if view else "none", view)
+        return [
+            (backbone, None if name == PENULTIMATE else name, view)
             for view in range(views + 1)
-            for name in backbones
+            for backbone in backbones
             for layer in layers or (PENULTIMATE,)
+            for name in (self.stages((backbone, layer, view)) if layer == "all" else (layer,))
         ]
-        return [one for wish in asked for one in self.expand(wish)]
 
-    def expand(self, wish: Wish) -> list[Wish]:
-        """Return a wish for each stage of the model where all are asked for."""
-        if wish.layer != "all":
-            return [wish]
-        layers = recall_layers(self.index, wish.question) if wish.named else None
+    def stages(self, request: Request) -> tuple[str, ...]:
+        """Return the names of the stages of a model."""
+        key = self.key(request)
+        layers = lookup_layers(self.index, key) if key else None
         if layers is None:
-            backbone = self.load(replace(wish, layer=None))
+            backbone = self.load((request[0], None, request[2]))
             layers = tuple(layer.name for layer in backbone.layers)
-            if wish.named:
-                remember_layers(self.index, wish.question, backbone)
-        return [replace(wish, layer=layer) for layer in layers]
+            if key:
+                store_layers(self.index, key, backbone)
+        return layers
 
-    def reuse(self, wish: Wish, manifest: Manifest, *, retry_failed: bool) -> Extracted | None:
-        """Return a space that has every row already, None where it takes a model to tell."""
-        known = recall(self.index, wish.question) if wish.named else None
-        if known is None:
+    def loader(self, request: Request) -> dict[str, Any]:
+        """Return the recorded arguments of `load_backbone`; empty for a backbone that was passed as an object."""
+        name, layer, _ = request
+        return {} if hasattr(name, "spec") else {"name": name, **self.options, **REMOVED, "layer": layer}
+
+    def key(self, request: Request) -> str | None:
+        """Return the key of a request in the memo of specs, None for a backbone that was passed as an object."""
+        loader, view = self.loader(request), request[2]
+        views = {"augment": self.augment, "view": view} if view else {}
+        return spec_key({**loader, **views}, self.settings) if loader else None
+
+    def reuse(self, request: Request, manifest: Manifest, *, retry_failed: bool) -> Result | None:
+        """Return the space of a request if it has every row already, None if a model has to be loaded to know."""
+        key = self.key(request)
+        stored = lookup_spec(self.index, key) if key else None
+        if stored is None:
             return None
-        space = self.cache.open_space(known.spec, name=space_name(known.spec))
-        splits = VIEWED if wish.view else None
-        filled = reuse_space(space, manifest, known.record, splits=splits, retry_failed=retry_failed)
+        name, spec, record = stored
+        space = self.cache.open_space(spec, name=space_name(spec))
+        filled = reuse_space(space, manifest, record, splits=_splits(request), retry_failed=retry_failed)
         if filled is None:
-            space.ensure_free()  # before a model is loaded in vain
-        return Extracted(known.name, None, space, filled) if filled else None
+            space.ensure_free()  # before a model is loaded, which takes seconds
+        return (name, None, space, filled) if filled else None
 
-    def fill(self, wishes: Sequence[Wish], manifest: Manifest, **writing: Any) -> list[Extracted]:
-        """Load what is wished for and compute what is missing, all together."""
-        begin_decoding(self.settings["workers"], len(manifest.samples))
-        forward = plan_forward(**self.settings)
-        targets = [self._target(wish, forward) for wish in wishes]
-        filled = fill_spaces(targets, manifest, forward, graphs=self.cache.graphs_folder, **writing)
-        return [Extracted(t.backbone.name, t.backbone, t.space, one) for t, one in zip(targets, filled, strict=True)]
+    def target(self, request: Request, settings: Forward) -> Target:
+        """Load the backbone of a request and return it with its space."""
+        backbone, loader, key = self.load(request), self.loader(request), self.key(request)
+        spec = space_spec(backbone, settings.precision, settings.store_dtype, view=request[2])
+        if key:
+            store_spec(self.index, key, backbone, spec, record_environment(settings, loader))
+        return Target(self.cache.open_space(spec, name=space_name(spec)), backbone, loader, _splits(request))
 
-    def plan(self, wishes: Sequence[Wish], manifest: Manifest, *, retry_failed: bool) -> Planned:
-        """Return what filling would take; nothing is written, and no model is loaded where nothing is missing."""
-        complete = [self.reuse(wish, manifest, retry_failed=retry_failed) for wish in wishes]
-        if all(complete):
-            found = [one for one in complete if one]
-            return Planned(tuple(PlannedSpace(x.space, x.space.feature_dim or 0, 0, x.filled.reused, 0) for x in found))
-        forward = plan_forward(**self.settings)
-        return plan_spaces(
-            [self._target(wish, forward) for wish in wishes], manifest, forward, retry_failed=retry_failed
-        )
-
-    def load(self, wish: Wish) -> Backbone:
-        """Return the backbone of a wish; those of one name share the model."""
-        from embedpipe.backbones import Backbone, at_layer, load_backbone
+    def load(self, request: Request) -> Backbone:
+        """Return the backbone of a request; requests of one name share the model."""
+        from embedpipe.backbones import at_layer, load_backbone
         from embedpipe.images import Transform
 
-        if isinstance(wish.backbone, Backbone):
-            backbone = at_layer(wish.backbone, wish.layer, pool=wish.shape["pool"]) if wish.layer else wish.backbone
-        elif wish.backbone in self.models:
-            backbone = at_layer(self.models[wish.backbone], wish.layer, pool=wish.shape["pool"])
+        name, layer, view = request
+        if hasattr(name, "spec"):
+            backbone: Backbone = at_layer(name, layer, pool=self.options["pool"]) if layer else name
+        elif name in self.models:
+            backbone = at_layer(self.models[name], layer, pool=self.options["pool"])
         else:
-            backbone = self.models[wish.backbone] = load_backbone(wish.backbone, **wish.shape, layer=wish.layer)
-        if not wish.view:
+            backbone = self.models[name] = load_backbone(name, **self.options, layer=layer)
+        if not view:
             return backbone
         if not isinstance(backbone.transform, Transform):
             raise UsageError(
                 "--views of a backbone with a transform of your own", hint="use an embedpipe.images.Transform"
             )
-        transform = replace(backbone.transform, augment=wish.augment, seed=wish.shape["seed"], view=wish.view)
+        transform = replace(backbone.transform, augment=self.augment, seed=self.options["seed"], view=view)
         return replace(backbone, transform=transform, spec={**backbone.spec, "transform": transform.to_dict()})
 
-    def _target(self, wish: Wish, forward: Any) -> Target:
-        from embedpipe.inference import record_environment
 
-        loaded = self.load(wish)
-        spec = space_spec(loaded, forward.precision, forward.store_dtype, view=wish.view)
-        if wish.named:
-            remember(self.index, wish.question, loaded, spec, record_environment(forward, wish.loader))
-        space = self.cache.open_space(spec, name=space_name(spec))
-        return Target(space, loaded, wish.loader, VIEWED if wish.view else None)
+def complete_spaces(
+    resolver: SpaceResolver, requests: Sequence[Request], manifest: Manifest, *, retry_failed: bool, **writing: Any
+) -> list[Result]:
+    """Return the space of each request with all its rows; models are loaded only for spaces that lack some."""
+    results = {n: resolver.reuse(one, manifest, retry_failed=retry_failed) for n, one in enumerate(requests)}
+    rest = [n for n, result in results.items() if result is None]
+    if rest:
+        begin_decoding(resolver.settings["workers"], len(manifest.samples))
+        settings = plan_forward(**resolver.settings)
+        targets = [resolver.target(requests[n], settings) for n in rest]
+        writing |= {"retry_failed": retry_failed, "graphs": resolver.cache.graphs_folder}
+        for n, target, filled in zip(rest, targets, fill_spaces(targets, manifest, settings, **writing), strict=True):
+            results[n] = (target.backbone.name, target.backbone, target.space, filled)
+    return [result for result in results.values() if result]
+
+
+def plan_spaces(
+    resolver: SpaceResolver, requests: Sequence[Request], manifest: Manifest, *, retry_failed: bool
+) -> tuple[list[tuple[Space, int, int, int, int]], tuple[float, int, str]]:
+    """Return what `complete_spaces` would take; nothing is written, and no model is loaded where no row is missing.
+
+    Returns
+    -------
+    for each space: the space, feature_dim, missing rows, stored rows, bytes of a row
+    expected seconds, number of images measured, executor
+    """
+    results = [resolver.reuse(request, manifest, retry_failed=retry_failed) for request in requests]
+    if all(results):
+        there = [(space, filled.reused) for _, _, space, filled in filter(None, results)]
+        return [(space, space.feature_dim or 0, 0, reused, 0) for space, reused in there], (0.0, 0, "none")
+    settings = plan_forward(**resolver.settings)
+    targets = [resolver.target(request, settings) for request in requests]
+    lookups = [look_up(one.space, manifest, splits=one.splits, retry_failed=retry_failed) for one in targets]
+    spaces = [
+        (
+            one.space,
+            one.backbone.feature_dim,
+            len(found.missing),
+            len(found.wanted) - len(found.missing),
+            row_bytes(one),
+        )
+        for one, found in zip(targets, lookups, strict=True)
+    ]
+    return spaces, estimate_run(targets, lookups, manifest, settings)
+
+
+def _splits(request: Request) -> tuple[str, ...] | None:
+    return VIEWED if request[2] else None
