@@ -11,27 +11,22 @@ from embedpipe.inference._drift import TOLERANCE, record_environment, row_distan
 from embedpipe.inference._executor_selection import settle
 from embedpipe.inference._extraction import Progress, estimate_run, fill_spaces
 from embedpipe.inference._lookup import Filled, Target, look_up, reuse_space, row_bytes, space_name, space_spec
-from embedpipe.inference._openvino import OpenVino, graph_name, has_openvino
-from embedpipe.inference._runner import Executor, Rows, Runner, stream_rows
+from embedpipe.inference._openvino import has_openvino
+from embedpipe.inference._runner import Rows, Runner, stream_rows
 from embedpipe.inference._settings import Forward, begin_decoding, plan_forward
 from embedpipe.inference._spec_memo import lookup_layers, lookup_spec, spec_key, store_layers, store_spec
-from embedpipe.inference._torch import Torch
 
 __all__ = [
     "TOLERANCE",
-    "Executor",
     "Filled",
     "Forward",
-    "OpenVino",
     "Progress",
     "Rows",
     "Runner",
     "Target",
-    "Torch",
     "begin_decoding",
     "estimate_run",
     "fill_spaces",
-    "graph_name",
     "has_openvino",
     "look_up",
     "lookup_layers",

@@ -17,7 +17,7 @@ import numpy as np
 from embedpipe.data import Place
 from embedpipe.errors import CacheMismatch
 from embedpipe.inference._runner import Runner, stream_rows
-from embedpipe.inference._settings import Forward
+from embedpipe.inference._settings import PINS, Forward
 from embedpipe.provenance import environment
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ PROBES = 8
 # batch size or memory format changes a row by 1e-6 in fp32 and 3e-3 in bf16; one grey level in all pixels by 1e-3.
 TOLERANCE = {"fp32": 1e-3, "fp16": 5e-3, "bf16": 1.5e-2}
 SHAPING = ("torch", "torchvision", "timm", "numpy", "pillow", "machine", "device")
-PINS = ("executor", "batch_size", "threads", "channels_last")
 
 
 def record_environment(settings: Forward, loader: Mapping[str, Any]) -> dict[str, Any]:

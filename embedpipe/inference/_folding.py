@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,6 +43,7 @@ def find_pairs(joint: Joint) -> list[tuple[str, str]]:
     """Return pairs of a convolution and the batch normalisation that alone uses its output, from a pass on black images."""
     import torch
     from torch.overrides import TorchFunctionMode
+    from torch.utils._pytree import tree_leaves
 
     model = joint.headless.model
     names = {module: name for name, module in model.named_modules()}
@@ -56,7 +56,7 @@ def find_pairs(joint: Joint) -> list[tuple[str, str]]:
     class Uses(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if getattr(func, "__name__", "") not in SHAPES:
-                uses.update(producers[id(one)] for one in _flat([args, kwargs]) if id(one) in producers)
+                uses.update(producers[id(one)] for one in tree_leaves((args, kwargs)) if id(one) in producers)
             return func(*args, **(kwargs or {}))
 
     def enter(module: nn.Module, inputs: Any) -> None:
@@ -83,17 +83,6 @@ def find_pairs(joint: Joint) -> list[tuple[str, str]]:
         for conv, norm in consumers.items()
         if uses[conv] == 1 and runs[conv] == runs[norm] == 1 and conv not in requested
     ]
-
-
-def _flat(value: Any) -> Iterator[Any]:
-    """Yield the values of nested lists, tuples and dictionaries."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for part in value:
-            yield from _flat(part)
-    else:
-        yield value
 
 
 def is_conv(module: nn.Module) -> bool:

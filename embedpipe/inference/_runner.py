@@ -96,7 +96,7 @@ class Runner:
         self.windows = list(dict.fromkeys(windows))
         self._window = [self.windows.index(window) for window in windows]
         self._lock, self._parts = threading.Lock(), 1
-        self.session = session or open_executor(self.joints, settings, graphs)
+        self.session = session or open_executor(self.joints, settings, graphs=graphs)
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return float32 (n, D) for each backbone, from one array of n images for each window; n is a multiple of the batch size.
@@ -164,7 +164,8 @@ class Runner:
     def _explain(self, number: int, images: Sequence[np.ndarray]) -> list[str]:
         """Return why the features of each image are not finite: the first layer with such an output, or the stored dtype."""
         joint, batch = self.joints[self._joint[number]], images[self._window[number]]
-        faults = find_faults(joint, lambda: open_torch([joint], self.settings, folded=False)(0, batch), len(batch))
+        plain = self.settings.under("eager")
+        faults = find_faults(joint, lambda: open_executor([joint], plain, folded=False)(0, batch), len(batch))
         return [self._reason(faults.get(row)) for row in range(len(batch))]
 
     def _reason(self, layer: str | None) -> str:
@@ -201,21 +202,18 @@ def stream_rows(items: Iterable[tuple[bytes, Place | Path]], runner: Runner, lim
             threads.shutdown(wait=True, cancel_futures=True)
 
 
-def open_executor(joints: Sequence[Joint], settings: Forward, graphs: Path | None = None) -> Executor:
-    """Return the executor that `settings` names."""
+def open_executor(
+    joints: Sequence[Joint], settings: Forward, *, graphs: Path | None = None, folded: bool = True
+) -> Executor:
+    """Return the executor that `settings` names; `folded` is for those of torch."""
     if settings.executor == "openvino":
         return OpenVino(joints, batch_size=settings.batch_size, streams=settings.streams, graphs=graphs)
-    return open_torch(joints, settings, compiled=settings.executor == "compile")
-
-
-def open_torch(joints: Sequence[Joint], settings: Forward, *, compiled: bool = False, folded: bool = True) -> Torch:
-    """Return an executor of torch."""
     return Torch(
         joints,
         device=settings.device,
         precision=settings.precision,
         channels_last=settings.channels_last,
-        compiled=compiled,
+        compiled=settings.executor == "compile",
         folded=folded,
     )
 

@@ -14,6 +14,7 @@ from embedpipe.images import start_decoders
 FIRST_BATCH = 64  # on a GPU, before the best size is found
 # a small batch stays in the caches of a core: a fifth faster than 32
 CPU_BATCH = {"eager": 4, "openvino": 2, "compile": 4}
+PINS = ("executor", "batch_size", "threads", "channels_last")
 LOAD = 8  # images that decoders hand over together where batches are smaller: each time costs half a millisecond
 MOST_STREAMS = 8  # each holds the activations of a batch
 
@@ -50,12 +51,7 @@ class Forward:
     @property
     def pins(self) -> dict[str, Any]:
         """Settings that stay the same until an extraction is complete, so that all its rows have the same bits."""
-        return {
-            "executor": self.executor,
-            "batch_size": self.batch_size,
-            "threads": self.threads,
-            "channels_last": self.channels_last,
-        }
+        return {name: getattr(self, name) for name in PINS}
 
     @property
     def definite(self) -> Forward:
@@ -69,7 +65,7 @@ class Forward:
 
     def pinned(self, pins: Mapping[str, Any]) -> Forward:
         """Return these settings under the pins of an extraction that was interrupted."""
-        return replace(self, **{name: pins[name] for name in self.pins})
+        return replace(self, **{name: pins[name] for name in PINS})
 
 
 def plan_forward(

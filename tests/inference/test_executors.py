@@ -13,8 +13,10 @@ from torch import nn
 
 from embedpipe.backbones import Backbone, Joint, at_layer, join, load_backbone
 from embedpipe.images import Transform
-from embedpipe.inference import Executor, OpenVino, Torch, graph_name
 from embedpipe.inference._folding import find_pairs, fold
+from embedpipe.inference._openvino import OpenVino, graph_name
+from embedpipe.inference._runner import Executor
+from embedpipe.inference._torch import Torch
 
 BATCH = 4
 NAMES = ("timm:test_resnet", "timm:test_efficientnet", "timm:test_vit", "torchvision:mobilenet_v3_small")
