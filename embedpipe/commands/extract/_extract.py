@@ -157,8 +157,7 @@ def extract(
     summary = describe(manifest, dataset, results, time.monotonic() - start)
     if strict and summary["failed"]:
         raise _refusal(summary)
-    _, loaded, space, _ = results[0]
-    return FeatureSet(manifest, space, loaded, summary)
+    return FeatureSet(manifest, space=results[0][2], backbone=results[0][1], summary=summary)
 
 
 def _existing(executor: str) -> str:
