@@ -22,40 +22,36 @@ def finetune(session: Session, run: str | None, schedule: str | None, **options:
     options["schedule"] = read_schedule(Path(schedule), finetuning.finetune) if schedule else None
     report = finetuning.finetune(run, progress=session.progress, **options).report
     if int(os.environ.get("RANK", 0)) and "TORCHELASTIC_RUN_ID" in os.environ:
-        return  # the first process of torchrun tells
-    stopped = ", ended by --patience" if report["stopped"] else ""
-    averaged = ", the average of the weights" if report["best_of"] == "ema" else ""
+        return  # the first process of torchrun reports
+    stopped = ", stopped by --patience" if report["stopped"] else ""
+    averaged = ", averaged weights" if report["best_of"] == "ema" else ""
     title = (
         f"run {report['run']}: {report['trainable_parameters']:,} parameters trained, "
         f"{report['frozen_parameters']:,} frozen, best epoch {report['best_epoch']} "
         f"of {len(report['epochs']) - 1}{averaged}{stopped}, {report['seconds']:.1f} s"
     )
-    swept = f"{tell_sweep(report['wise_ft'])}\n" if report["wise_ft"] else ""
-    lines = [
-        title,
-        tell_source(report["cut"], report["activations"]),
-        swept + scores(report["metrics"], report["chosen_on"]),
-    ]
+    lines = [title, _format_source(report["cut"], report["activations"])]
+    if report["wise_ft"]:
+        lines += [_format_sweep(report["wise_ft"]), ""]
+    lines.append(scores(report["metrics"], report["chosen_on"]))
     if report["best_epoch"] == 0:
         lr = report["options"]["lr"]
-        lines.append(
-            f"no epoch is better on val than what it began with, which stays: try --lr {lr / 10:g}, it was {lr:g}"
-        )
+        lines.append(f"no epoch is better on val than the starting weights: try --lr {lr / 10:g} instead of {lr:g}")
     session.finish(report, "\n".join(lines))
 
 
-def tell_source(cut: str | None, activations: Mapping[str, Any]) -> str:
-    """Say what the training read, and why."""
+def _format_source(cut: str | None, activations: Mapping[str, Any]) -> str:
+    """Return what training read, and why."""
     if not activations["cached"]:
         return f"images in every epoch: {activations['reason']}"
-    kept = f"{activations['rows']:,} rows, {show_size(activations['bytes'])}, {activations['reused']:,} reused"
-    return f"activations at {cut}: {kept} ({activations['reason']})"
+    size = f"{activations['rows']:,} rows, {show_size(activations['bytes'])}, {activations['reused']:,} reused"
+    return f"activations at {cut}: {size} ({activations['reason']})"
 
 
-def tell_sweep(wise: Mapping[str, Any]) -> str:
-    """Return a table of mixtures: alpha 0 is the network before training, 1 after it."""
+def _format_sweep(wise_ft: Mapping[str, Any]) -> str:
+    """Return the scores of WiSE-FT as a table: alpha 0 is the network before training, 1 after it."""
     lines = [f"{'alpha':<6} {'val accuracy':>12} {'log loss':>9}"]
-    for one in wise["sweep"]:
-        kept = "  kept" if one["alpha"] == wise["chosen"] else ""
-        lines.append(f"{one['alpha']:<6.1f} {one['val_accuracy']:>12.4f} {one['val_loss']:>9.4f}{kept}")
-    return "\n".join([*lines, ""])
+    for row in wise_ft["sweep"]:
+        mark = "  kept" if row["alpha"] == wise_ft["chosen"] else ""
+        lines.append(f"{row['alpha']:<6.1f} {row['val_accuracy']:>12.4f} {row['val_loss']:>9.4f}{mark}")
+    return "\n".join(lines)

@@ -106,7 +106,7 @@ def tuning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuning]:
     packages = (
         "commands.extract",
         "commands.fit_head",
-        "commands.finetune._tuning",
+        "commands.finetune._training",
         "training",
         "classifier",
         "cli.finetune",

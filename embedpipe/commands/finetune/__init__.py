@@ -1,7 +1,7 @@
-"""finetune: from the fitted head, with the last layers of the backbone unfrozen.
+"""Fine-tune: start from a fitted head and train it with the last layers of the backbone.
 
-The network starts as backbone + head, and proves before the first step that it gives what the head gave (LP-FT, Kumar et
-al., ICLR 2022). What is frozen is compared bit for bit afterwards.
+The network of backbone and head must first give the logits of the head on cached features (LP-FT, Kumar et al., ICLR
+2022). Frozen tensors are compared bit for bit after training.
 
 >>> tuned = finetune(head, unfreeze="layer4")
 """

@@ -1,33 +1,32 @@
-"""Activations at the cut, kept in the cache: what is frozen runs once an image and view, not once an epoch.
+"""Cached activations at a cut: the frozen layers run once per image and view instead of once per epoch.
 
->>> activations, y = next(kept.shuffled(1, seed=0, augment="standard"))
->>> network.backbone = kept.tail; network(activations)
+>>> activations = ActivationCache(cut_backbone(backbone, unfrozen), images, cache, views=0, augment="none", seed=0)
+>>> activations.fill("float16", progress=None)
+>>> x, y = next(activations.source("float16").training_batches(1, seed=0, augment="none"))
+>>> network.backbone = activations.cut.tail
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embedpipe.backbones import Backbone, Cut, trunk_of
+from embedpipe.backbones import Backbone, cut_before, trunk_of
 from embedpipe.cache import Cache
-from embedpipe.commands.finetune._photos import Photos
+from embedpipe.commands.finetune._sources import ImageSource, TrainingSource
 from embedpipe.data import Sample
 from embedpipe.features import FeatureSet
 from embedpipe.images import Transform
-from embedpipe.inference import Filled, Forward, Progress, Target, fill_spaces, plan_forward, space_name, space_spec
-from embedpipe.training import Ranks
-
-TRAINED, HELD = ("train",), ("val", "test")
+from embedpipe.inference import Progress, Target, fill_spaces, plan_forward, space_name, space_spec
 
 
-class Features(nn.Module):
-    """The tail of a cut behind the last layer: nothing of the backbone is left to run."""
+class IdentityTail(nn.Module):
+    """The tail of a cut behind the last layer; it holds the model so that the state dict stays complete."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -38,12 +37,12 @@ class Features(nn.Module):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a network of a frozen trunk can be cut.
+class CutBackbone:
+    """A backbone, cut between its frozen and its trainable layers.
 
     trunk : Backbone     images -> activation, flattened
     tail : nn.Module     activation (N, *shape) -> features (N, D)
-    layer : str          what the activation enters; "head" where no layer is unfrozen
+    layer : str          the layer that takes the activation; "head" where only the head is trained
     """
 
     trunk: Backbone
@@ -51,133 +50,115 @@ class Place:
     layer: str
     shape: tuple[int, ...]
 
-    @classmethod
-    def of(cls, backbone: Backbone, cut: Cut | None) -> Place:
-        if cut is None:
-            return cls(backbone, Features(backbone.module.model), "head", (backbone.feature_dim,))
-        return cls(trunk_of(backbone, cut), cut.tail, cut.layer, cut.shape)
 
-    def target(
-        self, cache: Cache, photos: Photos, dtype: str, splits: tuple[str, ...], view: int, **look: Any
-    ) -> Target:
-        """Return the space of some splits in one view; `look` are the arguments of `Photos.view`."""
-        trunk = self.trunk
-        if view and isinstance(transform := photos.view(view, **look), Transform):
-            trunk = replace(trunk, transform=transform, spec={**trunk.spec, "transform": transform.to_dict()})
-        spec = space_spec(trunk, "fp32", dtype, view=view)
-        loader = photos.features.loader if self.layer == "head" and not view else {}
-        return Target(cache.open_space(spec, name=space_name(spec)), trunk, loader, splits)
+def cut_backbone(backbone: Backbone, unfrozen: Sequence[str]) -> CutBackbone:
+    """Cut a backbone before the first of its unfrozen parameters.
+
+    Raises
+    ------
+    UsageError    the model cannot be cut there
+    """
+    cut = cut_before(backbone, unfrozen)
+    if cut is None:
+        return CutBackbone(backbone, IdentityTail(backbone.module.model), "head", (backbone.feature_dim,))
+    return CutBackbone(trunk_of(backbone, cut), cut.tail, cut.layer, cut.shape)
 
 
 @dataclass(frozen=True)
-class Activations:
-    """The samples of `photos` as activations at a cut: the same batches, without an image.
+class ActivationCache:
+    """The spaces that hold a data set's activations at a cut.
 
-    views : tuple of FeatureSet    of the train split; one of them is drawn for each image and epoch
-    held : FeatureSet              of val and test, as they are
+    views : int                augmented views of each training image; 0: the image without augmentation
+    augment : str, seed : int  what the views are made with
     """
 
-    photos: Photos
-    place: Place
+    cut: CutBackbone
+    images: ImageSource
+    cache: Cache
+    views: int
+    augment: str
+    seed: int
+
+    def targets(self, dtype: str) -> list[Target]:
+        """Return the space of each view of train, stored as `dtype`, and last the space of val and test, in float32.
+
+        One space holds everything where train is stored in float32 without views.
+        """
+        if not self.views and dtype == "float32":
+            return [self._target(dtype, ("train", "val", "test"), 0)]
+        views = range(1, self.views + 1) or (0,)
+        return [*(self._target(dtype, ("train",), view) for view in views), self._target("float32", ("val", "test"), 0)]
+
+    def _target(self, dtype: str, splits: tuple[str, ...], view: int) -> Target:
+        trunk, images = self.cut.trunk, self.images
+        if view and isinstance(t := images.view_transform(view, seed=self.seed, augment=self.augment), Transform):
+            trunk = replace(trunk, transform=t, spec={**trunk.spec, "transform": t.to_dict()})
+        spec = space_spec(trunk, "fp32", dtype, view=view)
+        loader = images.features.loader if self.cut.layer == "head" and not view else {}
+        return Target(self.cache.open_space(spec, name=space_name(spec)), trunk, loader, splits)
+
+    def fill(self, dtype: str, progress: Progress | None) -> dict[str, int]:
+        """Compute missing activations, and return the `rows`, `bytes` and `reused` rows of all spaces."""
+        manifest, forward, targets = self.images.features.manifest, self.images.forward, self.targets(dtype)
+        counts = Counter({"rows": 0, "bytes": 0, "reused": 0})
+        for stored in dict.fromkeys((dtype, "float32")):
+            group = [target for target in targets if target.space.spec["stored_dtype"] == stored]
+            plan = plan_forward(device=forward.device, workers=forward.workers, batch_size="auto", store_dtype=stored)
+            filled = fill_spaces(group, manifest, plan, progress=progress, graphs=self.cache.graphs_folder)
+            for target, result in zip(group, filled, strict=True):
+                rows = result.computed + result.reused
+                size = target.backbone.feature_dim * np.dtype(stored).itemsize
+                counts.update(rows=rows, bytes=rows * size, reused=result.reused)
+        return dict(counts)
+
+    def source(self, dtype: str) -> ActivationSource:
+        """Return the filled spaces as a source of batches."""
+        images, spaces = self.images, [target.space for target in self.targets(dtype)]
+        *views, held_out = (FeatureSet(images.features.manifest, space) for space in spaces)
+        shape = self.cut.shape
+        return ActivationSource(
+            images.features, images.forward, images.ranks, shape, tuple(views) or (held_out,), held_out
+        )
+
+
+@dataclass(frozen=True)
+class ActivationSource(TrainingSource):
+    """Cached activations in place of images.
+
+    shape : tuple of int           of one activation
+    views : tuple of FeatureSet    of the train split; one is drawn at random for each image in each epoch
+    held_out : FeatureSet          of val and test
+    """
+
+    shape: tuple[int, ...]
     views: tuple[FeatureSet, ...]
-    held: FeatureSet
-
-    @property
-    def tail(self) -> nn.Module:
-        return self.place.tail
-
-    @property
-    def features(self) -> FeatureSet:
-        return self.photos.features
-
-    @property
-    def forward(self) -> Forward:
-        return self.photos.forward
-
-    @property
-    def ranks(self) -> Ranks:
-        return self.photos.ranks
-
-    @property
-    def steps(self) -> int:
-        """Batches an epoch."""
-        return max(1, len(self.samples("train")) // (self.forward.batch_size * self.ranks.count))
+    held_out: FeatureSet
 
     def samples(self, split: str) -> tuple[Sample, ...]:
-        """Return the samples that have a row in every view."""
-        kept = [set(one.samples(split)) for one in (self.views if split in TRAINED else (self.held,))]
-        return tuple(sample for sample in self.photos.samples(split) if all(sample in some for some in kept))
+        stored = [set(view.samples(split)) for view in (self.views if split == "train" else (self.held_out,))]
+        labelled = self.features.samples(split, labelled=True)
+        return tuple(sample for sample in labelled if all(sample in view for view in stored))
 
-    def shuffled(self, epoch: int, *, seed: int, augment: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield activations (n, *shape) and y int64 (n,) of the train split in a random order, as `Photos.shuffled` does.
-
-        Each image is seen in one of its views, drawn anew for each epoch.
-        """
-        samples, size, ranks = self.samples("train"), self.forward.batch_size, self.ranks
-        generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-        order = torch.randperm(len(samples), generator=generator).tolist()
-        order = order[: self.steps * size * ranks.count][ranks.rank :: ranks.count]
+    def training_batches(self, epoch: int, *, seed: int, augment: str) -> Iterator[tuple[Tensor, Tensor]]:
+        samples, (order, generator) = self.samples("train"), self.shuffle(epoch, seed)
         drawn = torch.randint(len(self.views), (len(samples),), generator=generator).numpy()
-        for first in range(0, len(order), size):
-            these = [samples[k] for k in order[first : first + size]]
-            yield self._read(these, drawn[order[first : first + size]], self.views), self.photos.labels(these)
+        for start in range(0, len(order), self.forward.batch_size):
+            positions = order[start : start + self.forward.batch_size]
+            batch = [samples[k] for k in positions]
+            yield self._read(batch, drawn[positions], self.views), self.labels(batch)
 
-    def ordered(self, split: str) -> Iterator[tuple[Tensor, Sequence[Sample]]]:
-        """Yield the activations of val or test, and their samples."""
+    def evaluation_batches(self, split: str) -> Iterator[tuple[Tensor, Sequence[Sample]]]:
         samples, size = self.samples(split), self.forward.batch_size
-        for first in range(0, len(samples), size):
-            these = samples[first : first + size]
-            yield self._read(these, np.zeros(len(these), np.int64), (self.held,)), these
+        for start in range(0, len(samples), size):
+            batch = samples[start : start + size]
+            yield self._read(batch, np.zeros(len(batch), np.int64), (self.held_out,)), batch
 
     def _read(self, samples: Sequence[Sample], drawn: np.ndarray, views: Sequence[FeatureSet]) -> Tensor:
-        """Return activations float32 (n, *shape) on the device, each from the view drawn for it."""
-        rows = np.empty((len(samples), *self.place.shape), np.float32)
+        """Return activations float32 (n, *shape) on the device, sample k from the view `drawn[k]`, drawn int64 (n,)."""
+        rows = np.empty((len(samples), *self.shape), np.float32)
         for number in np.unique(drawn).tolist():
-            of = np.flatnonzero(drawn == number)
-            rows[of] = views[number].read(tuple(samples[k] for k in of.tolist())).reshape(-1, *self.place.shape)
+            selected = np.flatnonzero(drawn == number)
+            rows[selected] = views[number].read(tuple(samples[k] for k in selected.tolist())).reshape(-1, *self.shape)
         activations = torch.from_numpy(rows).to(self.forward.device)
-        spatial = activations.ndim == 4
-        return activations.contiguous(memory_format=torch.channels_last) if spatial else activations
-
-
-def spaces_of(place: Place, cache: Cache, photos: Photos, dtype: str, views: int, **look: Any) -> list[Target]:
-    """Return the spaces to fill: train in each view, or clean, as `dtype`; last, val and test, exactly.
-
-    Where train is clean and exact too, one space holds all.
-
-    Parameters
-    ----------
-    look : augment and seed, the arguments of `Photos.view`
-    """
-    if not views and dtype == "float32":
-        return [place.target(cache, photos, dtype, (*TRAINED, *HELD), 0, **look)]
-    trained = [place.target(cache, photos, dtype, TRAINED, view, **look) for view in range(1, views + 1) or (0,)]
-    return [*trained, place.target(cache, photos, "float32", HELD, 0, **look)]
-
-
-def fill(cache: Cache, photos: Photos, targets: Sequence[Target], progress: Progress | None) -> dict[str, int]:
-    """Compute what the spaces lack, and return `rows`, `bytes` and `reused` of them."""
-    filled = dict[int, Filled]()
-    machine: dict[str, Any] = {"device": photos.forward.device, "workers": photos.forward.workers, "batch_size": "auto"}
-    for dtype in dict.fromkeys(_dtype(target) for target in targets):
-        some = [number for number, target in enumerate(targets) if _dtype(target) == dtype]
-        forward, these = plan_forward(**machine, store_dtype=dtype), [targets[number] for number in some]
-        done = fill_spaces(these, photos.features.manifest, forward, progress=progress, graphs=cache.graphs_folder)
-        filled |= zip(some, done, strict=True)
-    counts = {"rows": 0, "bytes": 0, "reused": 0}
-    for number, target in enumerate(targets):
-        rows = filled[number].computed + filled[number].reused
-        counts["rows"] += rows
-        counts["bytes"] += rows * target.backbone.feature_dim * np.dtype(_dtype(target)).itemsize
-        counts["reused"] += filled[number].reused
-    return counts
-
-
-def read(place: Place, photos: Photos, targets: Sequence[Target]) -> Activations:
-    """Return the activations that lie in the spaces."""
-    *views, held = (FeatureSet(photos.features.manifest, target.space) for target in targets)
-    return Activations(photos, place, tuple(views) or (held,), held)
-
-
-def _dtype(target: Target) -> str:
-    return str(target.space.spec["stored_dtype"])
+        is_map = activations.ndim == 4
+        return activations.contiguous(memory_format=torch.channels_last) if is_map else activations

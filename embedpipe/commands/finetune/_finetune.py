@@ -1,4 +1,4 @@
-"""The deed as it is called: its options, and what shapes the result among them; `_tuning` does the work."""
+"""The command `finetune`: its options, and which of them are stored with the run; `_training` does the work."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def finetune(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Classifier:
-    """Train the head and the unfrozen layers on the images of the run's data set; keep the best epoch by validation.
+    """Train the head and the unfrozen layers on the images of the run's data set, and keep the epoch that is best on val.
 
     Parameters
     ----------
     run : Classifier, or id, prefix or folder of a run
         Default: the latest run of fit-head with a linear head on the penultimate layer.
     unfreeze : str or tuple of str
-        A layer (it and all executed after it), a glob, a number of last stages, a share such as 20%, all, or none; repeatable.
+        A layer (and all executed after it), a glob, a number of last stages, a share such as 20%, all or none; repeatable.
     epochs : int
         Passes over the train split.
     lr : float
@@ -71,104 +71,97 @@ def finetune(
     head_lr : float
         Learning rate of the head.
     layer_decay : float
-        Each layer before the last one learns that much slower than the one after it.
+        Learning rate of each layer relative to the layer after it.
     optimizer : str
         adamw, or sgd with momentum 0.9.
     weight_decay : float
-        Of matrices and kernels only, no norms, biases or tables of positions.
+        Applied to matrices and kernels, not to norms, biases or position embeddings.
     l2_sp : float
-        Pull unfrozen layers to their starting weights, instead of weight decay.
+        Penalty on the distance of unfrozen layers from their starting weights, in place of weight decay.
     clip_norm : float
-        Largest norm of the gradients; 0: any.
+        Largest norm of the gradients; 0: no limit.
     ema : float
-        Judge a running average of the weights, too; its decay a step, such as 0.999.
+        Also validate a moving average of the weights, with this decay per step, such as 0.999.
     patience : int
-        End after so many epochs without a better validation.
+        Stop after this many epochs without a better validation score.
     batch_size : int
-        Images a batch.
+        Images per batch.
     accumulate : int
-        Batches a step.
+        Batches per optimizer step.
     precision : str
-        Of training: fp32, bf16, or fp16 (cuda); weights and validation stay fp32.
+        Precision of training: fp32, bf16, or fp16 (cuda); weights and validation are fp32.
     grad_checkpointing : bool
-        Less memory, more time: compute activations a second time.
+        Recompute activations in the backward pass: less memory, more time.
     bn : str
-        BatchNorm of unfrozen layers: frozen; affine (scale and shift learn, statistics stay); train (all move).
+        BatchNorm of unfrozen layers: frozen; affine (scale and shift are trained, statistics are fixed); train (both change).
     init : str
-        Start from the fitted head, or from a random one.
+        Start from the fitted head or from a random one.
     augment : str
-        Change training images, as extract does: flip; standard: crops too; strong: RandAugment and erasing too.
+        Augmentation of training images, as in extract: flip; standard: also crops; strong: also RandAugment and erasing.
     views : int
-        Keep so many changed views of each training image, and draw one in each epoch; 0: change images in every epoch.
+        Cache this many augmented views of each training image, and draw one in each epoch; 0: augment anew in each epoch.
     cache_activations : str
-        Run the frozen layers once an image and view, and train from what they give; auto where that is faster.
+        Run the frozen layers once per image and view, and train on their cached output; auto: where that is faster.
     max_cache_size : str
-        Most that the activations may take.
+        Largest size of the cached activations.
     noise : float
         No longer used; activations are trained on without noise.
     mixup : float
         Mix pairs of images; alpha of the Beta distribution, such as 0.2.
     cutmix : float
-        Paste a part of one image into another; alpha, such as 1.0.
+        Paste a part of one image into another; alpha of the Beta distribution, such as 1.0.
     label_smoothing : float
-        Share of each label that is spread over all classes.
+        Share of each label that is distributed over all classes.
     class_weight : str
-        balanced gives every class the same weight in the loss.
+        balanced: every class has the same total weight in the loss.
     wise_ft : bool or auto
-        Score mixtures of the weights before and after on val; auto keeps the best.
+        Score interpolations of the weights before and after training on val; auto: keep the best.
     schedule : list of dict
-        Phases, one after the other: options (unfreeze, epochs, lr, ...) that differ from those of the run.
+        Phases, one after the other, each with the options (unfreeze, epochs, lr, ...) that differ from those of the run.
     resume : bool or str
-        Go on with the latest unfinished run, or the one named.
+        Resume the latest unfinished run, or the named one.
     device : str
         auto, cpu, cuda, cuda:K or mps.
     workers : int or auto
-        Decoding threads.
+        Number of decoding processes.
 
     Returns
     -------
     Classifier
-        With all weights in its run folder.
+        Saved with all weights in its run folder.
 
     Raises
     ------
     UsageError       the head is not a linear one on the penultimate layer, or `unfreeze` matches nothing
-    ModelMismatch    backbone and head do not give the logits that the head gave on the cached features
-    EmbedpipeError   the loss or a gradient became NaN or infinite; the best state before is saved as a run
-    Stopped, Interrupted    by SIGTERM or SIGINT; `resume` goes on
+    ModelMismatch    backbone and head do not give the logits of the head on the cached features
+    EmbedpipeError   the loss or a gradient became NaN or infinite; the best state before that is saved as a run
+    Stopped, Interrupted    by SIGTERM or SIGINT; `resume` continues
     """
-    given = locals()
+    arguments = locals()
     check_removed_option("--noise", noise, harmless=(0.0,), reason="activations are trained on without noise")
+    from embedpipe.commands.finetune._checkpoint import unfinished_run
     from embedpipe.commands.finetune._phases import phases_of
-    from embedpipe.commands.finetune._tuning import carry_out, starting_point
-    from embedpipe.commands.finetune._unfinished import unfinished_run
+    from embedpipe.commands.finetune._training import load_start, run_training
     from embedpipe.training import joined
 
-    options = {name: value for name, value in given.items() if name not in NOT_STORED}
+    options = {name: value for name, value in arguments.items() if name not in NOT_STORED}
     options["unfreeze"] = [unfreeze] if isinstance(unfreeze, str) else list(unfreeze)
     options["schedule"] = list(schedule) if isinstance(schedule, tuple) else schedule
+    defaults = {name: one.default for name, one in inspect.signature(finetune).parameters.items()} | {"unfreeze": []}
     if resume is False:
-        phases_of(options)
-    start = starting_point(run, Path(runs_dir)) if run is not None or resume is False else None
+        phases_of(options)  # refuses what it cannot train before anything is loaded
+    start = load_start(run, Path(runs_dir)) if run is not None or resume is False else None
     options["run"] = str(start.folder.absolute()) if start and start.folder else None
-    again: dict[str, Any] = {"resume": resume, "options": options, "defaults": _defaults()}
-    with joined() as ranks, unfinished_run(Path(runs_dir), **again, ranks=ranks) as unfinished:
-        forward = {"device": device, "workers": workers}
-        tuned = carry_out(unfinished, start, Path(cache_dir), Path(runs_dir), forward, progress)
-    return _converged(tuned)
-
-
-def _converged(tuned: Classifier) -> Classifier:
-    """Refuse a run that stopped at numbers that are not finite; it is saved all the same."""
+    with (
+        joined() as ranks,
+        unfinished_run(Path(runs_dir), resume=resume, options=options, defaults=defaults, ranks=ranks) as unfinished,
+    ):
+        machine = {"device": device, "workers": workers}
+        tuned = run_training(unfinished, start, Path(cache_dir), Path(runs_dir), machine, progress)
     if tuned.report["stopped"] not in (None, "patience"):
         raise EmbedpipeError(
-            f"{tuned.report['stopped']}; {tuned.name} holds epoch {tuned.report['best_epoch']}, the best before",
+            f"{tuned.report['stopped']}; {tuned.name} holds epoch {tuned.report['best_epoch']}, the best one before",
             hint="try a smaller --lr, or --precision fp32",
             run=tuned.name,
         )
     return tuned
-
-
-def _defaults() -> dict[str, Any]:
-    parameters = inspect.signature(finetune).parameters
-    return {name: [] if name == "unfreeze" else one.default for name, one in parameters.items()}

@@ -1,13 +1,13 @@
-"""Phases: one training after the other, each with what it unfreezes and its own rates, from the best state before it.
+"""Phases: trainings one after the other, each with its own layers and rates, from the best state of the one before.
 
-Without a schedule there is one, of the options themselves.
+Without a schedule there is one phase, with the options of the run.
 
->>> trained, unfrozen = Course(network, backbone, photos, unfinished, validate, None, None).run()
+>>> trained, unfrozen = PhasedTraining(network, backbone, source, unfinished, None).run()
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,17 +15,18 @@ import torch
 
 from embedpipe.backbones import Backbone
 from embedpipe.classifier import Network, parameter_groups, release
-from embedpipe.commands.finetune._activations import Activations
-from embedpipe.commands.finetune._checks import frozen_proved
-from embedpipe.commands.finetune._photos import Photos
-from embedpipe.commands.finetune._unfinished import Unfinished
+from embedpipe.commands.finetune._checkpoint import UnfinishedRun
+from embedpipe.commands.finetune._checks import check_frozen
+from embedpipe.commands.finetune._sources import TrainingSource, score_split
 from embedpipe.errors import UsageError
+from embedpipe.evaluation import score
+from embedpipe.heads import class_weights
 from embedpipe.inference import Progress
 from embedpipe.provenance import nearest
 from embedpipe.training import Epoch, Plan, Score, Trained, moving_state, put, train
 
 RATES = ("lr", "head_lr", "layer_decay", "weight_decay", "l2_sp")
-PHASED = ("unfreeze", "epochs", *RATES, "optimizer", "clip_norm", "ema", "patience", "bn", "label_smoothing")
+PHASE_OPTIONS = ("unfreeze", "epochs", *RATES, "optimizer", "clip_norm", "ema", "patience", "bn", "label_smoothing")
 
 
 def phases_of(options: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -38,24 +39,29 @@ def phases_of(options: Mapping[str, Any]) -> list[dict[str, Any]]:
     schedule = options["schedule"]
     if schedule is not None and not (isinstance(schedule, list) and all(isinstance(p, Mapping) for p in schedule)):
         raise UsageError("--schedule: expected a list of phases, each with keys and values")
-    phases = [dict(phase) for phase in schedule or [{}]]
-    for number, phase in enumerate(phases, 1):
+    phases = []
+    for number, phase in enumerate(schedule or [{}], 1):
         for key in phase:
-            if key not in PHASED:
-                close = nearest(str(key), PHASED)
-                hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(PHASED)}"
+            if key not in PHASE_OPTIONS:
+                close = nearest(str(key), PHASE_OPTIONS)
+                hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(PHASE_OPTIONS)}"
                 raise UsageError(f"--schedule: unknown key {key!r} in phase {number}", hint=hint)
-        if isinstance(phase.get("unfreeze"), str):
-            phase["unfreeze"] = [phase["unfreeze"]]
-    whole = [{**options, **phase} for phase in phases]
-    if not all(phase["unfreeze"] for phase in whole):
+        phases.append({**options, **phase})
+        if isinstance(phases[-1]["unfreeze"], str):
+            phases[-1]["unfreeze"] = [phases[-1]["unfreeze"]]
+    if not all(phase["unfreeze"] for phase in phases):
         raise UsageError("found no layer to unfreeze", hint="try --unfreeze layer4, 1, all or none")
-    return whole
+    return phases
 
 
 @dataclass(frozen=True)
-class Past:
-    """What the phases before this one came to, and the tensors that they have moved."""
+class CompletedPhases:
+    """The result of the phases so far.
+
+    phase : int        number of completed phases
+    best : (int, str)  epoch of the best state, and whether it is of the "weights" or their average, "ema"
+    moved : dict       the tensors that training has changed, by name
+    """
 
     phase: int = 0
     history: tuple[Epoch, ...] = ()
@@ -67,75 +73,90 @@ class Past:
     def epochs(self) -> int:
         return self.history[-1].epoch if self.history else 0
 
-    def followed_by(self, trained: Trained, unfrozen: Sequence[str], moved: Mapping[str, torch.Tensor]) -> Past:
-        """Number the epochs of one more phase on; its epoch 0 is the best one before."""
+    def add(self, trained: Trained, unfrozen: Sequence[str], moved: Mapping[str, torch.Tensor]) -> CompletedPhases:
+        """Append a phase. Its epochs are numbered consecutively; its epoch 0 is the best one of the phases before."""
         done = self.epochs
         new = tuple(replace(one, epoch=done + one.epoch) for one in trained.history if one.epoch or not self.history)
         best = (done + trained.best_epoch, trained.best_of) if trained.best_epoch or not self.history else self.best
         names = tuple(dict.fromkeys((*self.unfrozen, *unfrozen)))
-        return Past(self.phase + 1, self.history + new, best, names, {**self.moved, **moved})
+        return CompletedPhases(self.phase + 1, self.history + new, best, names, {**self.moved, **moved})
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "history": [epoch.to_dict() for epoch in self.history]}
 
     @classmethod
-    def from_dict(cls, written: Mapping[str, Any]) -> Past:
-        return cls(**{**written, "history": tuple(Epoch(**epoch) for epoch in written["history"])})
+    def from_dict(cls, stored: Mapping[str, Any]) -> CompletedPhases:
+        return cls(**{**stored, "history": tuple(Epoch(**epoch) for epoch in stored["history"])})
 
 
 @dataclass(frozen=True)
-class Course:
-    """All phases of one run.
-
-    validate : () -> Score    of the network as it stands
-    """
+class PhasedTraining:
+    """The training of one run."""
 
     network: Network
     backbone: Backbone
-    photos: Photos | Activations
-    unfinished: Unfinished
-    validate: Callable[[], Score]
-    class_weight: torch.Tensor | None
+    source: TrainingSource
+    unfinished: UnfinishedRun
     progress: Progress | None
 
+    def validate(self) -> Score:
+        """Return the score of the network in its current state on val, on every rank that of the first."""
+        return self.source.ranks.tell(self._score_val)
+
+    def _score_val(self) -> Score:
+        scored = score_split(self.network, self.source, "val")
+        values = score(scored.probabilities, scored.labels(self.source.features.classes))
+        return Score(values["log_loss"], values["accuracy"])
+
+    def _class_weight(self) -> torch.Tensor | None:
+        """Return the weight float32 (C,) of each class in the loss, None for equal ones."""
+        if self.unfinished.options["class_weight"] == "none":
+            return None
+        y = self.source.labels(self.source.samples("train")).cpu().numpy()
+        weight = class_weights(y, len(self.source.features.classes))
+        return torch.as_tensor(weight, dtype=torch.float32, device=self.source.forward.device)
+
     def run(self) -> tuple[Trained, tuple[str, ...]]:
-        """Train the phases that are left; return what came out of all, and the names of what was unfrozen."""
+        """Train the remaining phases; return the result of all phases and the names of all unfrozen parameters."""
         phases, state = phases_of(self.unfinished.options), self.unfinished.state
-        past = Past.from_dict(state["past"]) if state else Past()
-        put(self.network, past.moved)
-        diverged = ""
-        while past.phase < len(phases) and not diverged:
-            resume = state["training"] if state and state["past"]["phase"] == past.phase else None
-            past, diverged = self._train(phases, past, resume)
-        return Trained(past.history, *past.best, diverged), past.unfrozen
+        completed = CompletedPhases.from_dict(state["past"]) if state else CompletedPhases()
+        put(self.network, completed.moved)
+        resume, diverged = state["training"] if state else None, ""
+        while completed.phase < len(phases) and not diverged:
+            completed, diverged = self._train(phases, completed, resume)
+            resume = None
+        return Trained(completed.history, *completed.best, diverged), completed.unfrozen
 
     def _train(
-        self, phases: Sequence[Mapping[str, Any]], past: Past, resume: Mapping[str, Any] | None
-    ) -> tuple[Past, str]:
-        """Train one phase; return what all so far came to, and what was not finite."""
-        phase = phases[past.phase]
-        steps = [max(1, self.photos.steps // one["accumulate"]) * one["epochs"] for one in phases]
+        self, phases: Sequence[Mapping[str, Any]], completed: CompletedPhases, resume: Mapping[str, Any] | None
+    ) -> tuple[CompletedPhases, str]:
+        """Train one phase; return all completed phases, and what became NaN or infinite, "" for nothing."""
+        number, source = completed.phase, self.source
+        phase = phases[number]
+        steps = [max(1, source.steps // one["accumulate"]) * one["epochs"] for one in phases]
 
         def on_step(done: int) -> None:
-            if self.progress and self.photos.ranks.first:
-                self.progress("finetune", sum(steps[: past.phase]) + done, sum(steps))
+            if self.progress and source.ranks.first:
+                self.progress("finetune", sum(steps[:number]) + done, sum(steps))
 
         unfrozen, keep_eval = release(self.network, self.backbone, phase["unfreeze"], bn=phase["bn"])
-        with frozen_proved(self.network, keep_eval):
+        with check_frozen(self.network, keep_eval):
             trained = train(
                 self.network,
                 parameter_groups(self.network, self.backbone, **{name: phase[name] for name in RATES}),
-                lambda epoch: self.photos.shuffled(past.epochs + epoch, seed=phase["seed"], augment=phase["augment"]),
+                lambda epoch: source.training_batches(
+                    completed.epochs + epoch, seed=phase["seed"], augment=phase["augment"]
+                ),
                 self.validate,
                 plan=Plan.of(phase),
-                steps=self.photos.steps,
+                steps=source.steps,
                 keep_eval=keep_eval,
-                n_classes=len(self.photos.features.classes),
-                class_weight=self.class_weight,
-                ranks=self.photos.ranks,
+                n_classes=len(source.features.classes),
+                class_weight=self._class_weight(),
+                ranks=source.ranks,
                 resume=resume,
-                checkpoint=lambda state: self.unfinished.write({"past": past.to_dict(), "training": state}),
+                checkpoint=lambda state: self.unfinished.write({"past": completed.to_dict(), "training": state}),
                 on_step=on_step,
             )
-        where = f" of phase {past.phase + 1}" if past.phase and trained.diverged else ""
-        return past.followed_by(trained, unfrozen, moving_state(self.network, keep_eval)), trained.diverged + where
+        suffix = f" of phase {number + 1}" if number and trained.diverged else ""
+        return completed.add(trained, unfrozen, moving_state(self.network, keep_eval)), trained.diverged + suffix

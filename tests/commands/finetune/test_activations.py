@@ -28,6 +28,20 @@ def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ep.Classifier:
     return ep.fit_head(features, l2=0.1, standardize=False)  # dead features would enlarge what rounding does
 
 
+def head_with_large_activations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ep.Classifier:
+    """Return a head on a ResNet in which the inputs of layer2 and layer4 are too large for float16."""
+    monkeypatch.chdir(tmp_path)
+    write_photos(tmp_path / "photos")
+    backbone = ep.load_backbone("timm:test_resnet", weights="none")
+    model = backbone.module.model
+    with torch.no_grad():
+        for before, layer in (("layer1", "layer2"), ("layer3", "layer4")):
+            model.get_submodule(before).register_forward_hook(lambda *call: call[-1] * 2.0**24)
+            for name in ("conv1", "downsample.1"):
+                model.get_parameter(f"{layer}.0.{name}.weight").mul_(2.0**-24)
+    return ep.fit_head(ep.extract("photos", backbone), l2=0.1, standardize=False)
+
+
 def stored(tuned: ep.Classifier) -> dict[str, torch.Tensor]:
     assert tuned.folder is not None
     return load_file(tuned.folder / "model" / "model.safetensors")
@@ -39,10 +53,9 @@ def largest_difference(one: ep.Classifier, other: ep.Classifier) -> float:
 
 
 @pytest.mark.parametrize("unfreeze", ["layer4", "layer4.0.conv2", "layer2", "none"])
-def test_activations_give_what_images_give(head: ep.Classifier, unfreeze: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "embedpipe.commands.finetune._activation_cache.HALF_DRIFT", -1.0
-    )  # in float32: nothing but the way differs
+def test_activations_give_what_images_give(tmp_path: Path, unfreeze: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are stored in float32, so that nothing else differs."""
+    head = head_with_large_activations(tmp_path, monkeypatch)
     images = ep.finetune(head, **PLAIN | {"unfreeze": unfreeze}, cache_activations="off")
     kept = ep.finetune(head, **PLAIN | {"unfreeze": unfreeze}, cache_activations="on")
     assert images.report["cut"] is None
@@ -74,15 +87,9 @@ def test_float16_is_near_and_its_error_is_told(head: ep.Classifier) -> None:
 
 
 def test_activations_too_large_for_float16_stay_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_photos(tmp_path / "photos")
-    backbone = ep.load_backbone("timm:test_resnet", weights="none")
-    with torch.no_grad():
-        backbone.module.model.get_submodule("maxpool").register_forward_hook(lambda *call: call[-1] * 1e6)
-        backbone.module.model.get_parameter("layer1.0.conv1.weight").mul_(1e-6)
-    head = ep.fit_head(ep.extract("photos", backbone), l2=0.1)
-    told = ep.finetune(head, **PLAIN | {"unfreeze": "layer1"}, cache_activations="on").report["activations"]
-    assert (told["stored_dtype"], told["float16_max_abs_diff"]) == ("float32", float("inf"))
+    head = head_with_large_activations(tmp_path, monkeypatch)
+    activations = ep.finetune(head, **PLAIN, cache_activations="on").report["activations"]
+    assert (activations["stored_dtype"], activations["float16_max_abs_diff"]) == ("float32", float("inf"))
 
 
 def test_a_second_run_computes_no_activation(head: ep.Classifier) -> None:
@@ -90,7 +97,7 @@ def test_a_second_run_computes_no_activation(head: ep.Classifier) -> None:
     again = ep.finetune(head, **PLAIN | {"lr": 1e-3}, cache_activations="auto").report
     assert (first["activations"]["reused"], again["activations"]["reused"]) == (0, 36)
     assert again["activations"]["cached"]
-    assert "ms an image" in again["activations"]["reason"]
+    assert "ms per image" in again["activations"]["reason"]
     other = ep.finetune(head, **PLAIN | {"unfreeze": "layer3"}, cache_activations="on").report
     assert other["activations"]["reused"] == 0  # another cut
 
@@ -111,8 +118,8 @@ def test_views_are_kept_and_drawn(head: ep.Classifier) -> None:
     assert largest_difference(tuned, ep.finetune(head, **PLAIN, cache_activations="on")) > 0.0
 
 
-def test_spaces_of_activations_are_no_features_to_fit_on(head: ep.Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedpipe.commands.finetune._activation_cache.HALF_DRIFT", -1.0)  # one space holds every image
+def test_spaces_of_activations_are_no_features_to_fit_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = head_with_large_activations(tmp_path, monkeypatch)  # in float32: one space holds every image
     ep.finetune(head, **PLAIN, cache_activations="on")
     ranked = ep.fit_head(l2=0.1, compare_layers=True)
     assert [one["layer"] for one in ranked.report["ranking"]] == ["penultimate"]
@@ -123,7 +130,7 @@ def test_spaces_of_activations_are_no_features_to_fit_on(head: ep.Classifier, mo
     ("options", "why"),
     [
         ({"unfreeze": "all"}, "timm:test_resnet cannot be cut so that"),
-        ({"augment": "flip"}, "--views 4 would keep four of each"),
+        ({"augment": "flip"}, "--views 4 would cache four views of each"),
         ({"cutmix": 1.0}, "--cutmix changes images in every epoch"),
         ({"max_cache_size": "10KB"}, "--max-cache-size is 10.0 kB"),
     ],
@@ -134,7 +141,7 @@ def test_what_cannot_be_kept_is_told(head: ep.Classifier, options: dict[str, Any
     assert report["cut"] is None
     assert not report["activations"]["cached"]
     assert why in report["activations"]["reason"]
-    with pytest.raises(UsageError, match="no activations can be kept"):
+    with pytest.raises(UsageError, match="cannot cache activations"):
         ep.finetune(head, **PLAIN | options, cache_activations="on")
 
 

@@ -123,7 +123,7 @@ def test_models_that_cannot_checkpoint_and_transforms_of_ones_own(tmp_path: Path
 
 def test_where_no_epoch_is_better_it_says_what_to_try(head: ep.Classifier, run: Run, tmp_path: Path) -> None:
     where = ["--cache-dir", tmp_path / "cache", "--runs-dir", tmp_path / "runs"]
-    told = "no epoch is better on val than what it began with, which stays: try --lr 0.2, it was 2"
+    told = "no epoch is better on val than the starting weights: try --lr 0.2 instead of 2"
     wild = run("finetune", "--unfreeze", "layer4", "--epochs", 1, "--lr", 2, *where)
     assert "best epoch 0 of 1" in wild.out
     assert told in wild.out
@@ -136,7 +136,7 @@ def test_on_the_command_line(head: ep.Classifier, run: Run, tmp_path: Path) -> N
     assert len(tuned["wise_ft"]["sweep"]) == 11
     text = run("finetune", "--unfreeze", "layer4", "--wise-ft", "auto", *STILL, *where[:-1])
     assert text.out.count("kept") == 1
-    assert "ended by --patience" in text.out
+    assert "stopped by --patience" in text.out
     for wrong in (
         ("--wise-ft", "best"),
         ("--optimizer", "adam"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import embedpipe as ep
-from embedpipe.commands.finetune._tuning import check_ranks
+from embedpipe.commands.finetune._training import check_ranks
 from embedpipe.errors import UsageError
 from embedpipe.runs import list_runs
 from embedpipe.training import Ranks

@@ -57,10 +57,13 @@ def test_a_run_is_stopped_again_and_again(head: ep.Classifier) -> None:
 def test_the_options_of_a_run_stay(head: ep.Classifier) -> None:
     name = stop(head)
     other = ep.fit_head(l2=0.5)
-    for changed, told in (({"lr": 0.5}, "--lr 0.5 instead of 0.01"), ({"unfreeze": "all"}, r"--unfreeze \['all'\]")):
-        with pytest.raises(UsageError, match=f"{name} goes on with its own options, found {told}"):
+    for changed, told in (
+        ({"lr": 0.5}, "--lr is 0.01 in the run, got 0.5"),
+        ({"unfreeze": "all"}, r"--unfreeze is \['layer4'\]"),
+    ):
+        with pytest.raises(UsageError, match=f"cannot change options when resuming {name}: {told}"):
             ep.finetune(resume=True, **changed)
-    with pytest.raises(UsageError, match=r"RUN .* instead of"):
+    with pytest.raises(UsageError, match=r"RUN is .* in the run, got"):
         ep.finetune(other, resume=True)
     assert ep.finetune(head, resume=name[:-2], **OPTIONS, workers=1).report["run"] == name
 
@@ -94,7 +97,7 @@ def test_a_checkpoint_that_cannot_be_read(head: ep.Classifier, content: Any) -> 
         torch.save({"format": 0}, path)
     else:
         path.write_bytes(path.read_bytes()[:-1000] if content is None else content)
-    with pytest.raises(ModelMismatch, match="is no checkpoint that can be read"):
+    with pytest.raises(ModelMismatch, match="is not a readable checkpoint"):
         ep.finetune(resume=True)
 
 
@@ -136,7 +139,7 @@ def test_a_run_with_removed_options_is_refused(
     head: ep.Classifier, changes: dict[str, dict[str, Any]], removed: str
 ) -> None:
     restore(head, "activations", **changes)
-    with pytest.raises(ModelMismatch, match=f"cannot resume 20260101-120000-finetune-abcdef: {removed}"):
+    with pytest.raises(ModelMismatch, match=f"cannot resume 20260101-120000-finetune-abcdef: it uses {removed}"):
         ep.finetune(resume=True)
 
 

@@ -1,0 +1,142 @@
+"""Sources of training batches. `ImageSource` decodes images anew in each epoch; `_activations` reads cached activations.
+
+>>> images, y = next(source.training_batches(epoch=1, seed=0, augment="flip"))
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from embedpipe.backbones import Backbone
+from embedpipe.classifier import Network, Scored
+from embedpipe.data import Sample
+from embedpipe.errors import EmbedpipeWarning, UsageError
+from embedpipe.features import FeatureSet
+from embedpipe.images import Transform, image_batches
+from embedpipe.inference import Forward
+from embedpipe.training import Ranks
+
+ImageTransform = Callable[[Any], Tensor]
+PROBE_IMAGES = 32
+
+
+@dataclass(frozen=True)
+class TrainingSource(ABC):
+    """Batches of a data set as inputs of a network. Each rank reads its own part of a training batch.
+
+    features : FeatureSet    the data set: samples, labels and classes
+    forward : Forward        device, number of decoding processes, and batch size of one rank
+    """
+
+    features: FeatureSet
+    forward: Forward
+    ranks: Ranks
+
+    @abstractmethod
+    def samples(self, split: str) -> tuple[Sample, ...]:
+        """Return the labelled samples of a split that this source has inputs for."""
+
+    @abstractmethod
+    def training_batches(self, epoch: int, *, seed: int, augment: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield inputs float32 (n, ...) and y int64 (n,) of the train split in random order, whole batches only."""
+
+    @abstractmethod
+    def evaluation_batches(self, split: str) -> Iterator[tuple[Tensor, Sequence[Sample]]]:
+        """Yield inputs float32 (n, ...) of a split without augmentation, and their samples."""
+
+    @property
+    def steps(self) -> int:
+        """Batches per epoch."""
+        return max(1, len(self.samples("train")) // (self.forward.batch_size * self.ranks.count))
+
+    def labels(self, samples: Sequence[Sample]) -> Tensor:
+        """Return class indices int64 (n,) on the device."""
+        index = {name: number for number, name in enumerate(self.features.classes)}
+        return torch.tensor([index[sample.label or ""] for sample in samples], device=self.forward.device)
+
+    def shuffle(self, epoch: int, seed: int) -> tuple[list[int], torch.Generator]:
+        """Return this rank's positions in the train split for one epoch, and the generator that drew them."""
+        generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+        order = torch.randperm(len(self.samples("train")), generator=generator).tolist()
+        used = self.steps * self.forward.batch_size * self.ranks.count
+        return order[:used][self.ranks.rank :: self.ranks.count], generator
+
+
+@dataclass(frozen=True)
+class ImageSource(TrainingSource):
+    """The images of a data set, transformed as the backbone expects them."""
+
+    backbone: Backbone
+
+    def samples(self, split: str) -> tuple[Sample, ...]:
+        return self.features.samples(split, labelled=True)
+
+    def training_batches(self, epoch: int, *, seed: int, augment: str) -> Iterator[tuple[Tensor, Tensor]]:
+        samples, (order, _) = self.samples("train"), self.shuffle(epoch, seed)
+        transform = self.view_transform(epoch, seed=seed, augment=augment)
+        for images, batch in self._batches([samples[k] for k in order], transform):
+            yield images, self.labels(batch)
+
+    def evaluation_batches(self, split: str) -> Iterator[tuple[Tensor, Sequence[Sample]]]:
+        return self._batches(self.samples(split), self.backbone.transform)
+
+    @cached_property
+    def probe(self) -> list[tuple[Tensor, Sequence[Sample]]]:
+        """The first PROBE_IMAGES images of the train split, for checks and measurements before training."""
+        return list(self._batches(self.samples("train")[:PROBE_IMAGES], self.backbone.transform))
+
+    def view_transform(self, view: int, *, seed: int, augment: str) -> ImageTransform:
+        """Return the transform of one augmented view, the same that `extract --views` applies.
+
+        Raises
+        ------
+        UsageError    augmentation of a backbone whose transform is not an embedpipe.images.Transform
+        """
+        transform = self.backbone.transform
+        if augment == "none":
+            return transform
+        if not isinstance(transform, Transform):
+            raise UsageError(
+                f"--augment {augment} of a backbone with a transform of your own",
+                hint="use an embedpipe.images.Transform, or --augment none",
+            )
+        return replace(transform, augment=augment, seed=seed, view=view)
+
+    def _batches(
+        self, samples: Sequence[Sample], transform: ImageTransform
+    ) -> Iterator[tuple[Tensor, Sequence[Sample]]]:
+        """Yield images float32 (n, 3, H, W) on the device and their samples; warn about unreadable images."""
+        pending: dict[bytes, deque[Sample]] = defaultdict(deque)
+        for sample in samples:
+            pending[sample.key].append(sample)
+        items = [(sample.key, self.features.manifest.place_of(sample)) for sample in samples]
+        size, workers = self.forward.batch_size, self.forward.workers
+        for batch in image_batches(items, [transform], batch_size=size, workers=workers):
+            for failed in batch.failures:
+                path = self.features.manifest.name_of(pending[failed.key].popleft())
+                warnings.warn(f"{path} is left out: {failed.reason}", EmbedpipeWarning, stacklevel=2)
+            if batch.keys:
+                images = torch.from_numpy(batch.images[0]).to(self.forward.device)
+                images = transform.normalise(images) if isinstance(transform, Transform) else images
+                yield images.contiguous(memory_format=torch.channels_last), [pending[k].popleft() for k in batch.keys]
+
+
+def score_split(network: Network, source: TrainingSource, split: str) -> Scored:
+    """Return the samples of a split and their class probabilities float64 (N, C)."""
+    samples: list[Sample] = []
+    probabilities = [np.empty((0, network.head.out_features))]
+    with torch.inference_mode():
+        for inputs, batch in source.evaluation_batches(split):
+            probabilities.append(network(inputs).double().softmax(dim=1).cpu().numpy())
+            samples += batch
+    return Scored(tuple(samples), np.concatenate(probabilities))
