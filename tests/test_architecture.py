@@ -49,7 +49,7 @@ LIBRARIES = {
     "openvino": {"inference/_openvino.py"},
     "numba": {"compiling.py", "images/_resampling.py"},
     "onnx": set(),  # torch's exporter uses it and onnxscript
-    "onnxruntime": {"commands/export/_onnx.py"},
+    "onnxruntime": {"commands/export/_formats.py"},
     "pickle": {"backbones/_weights.py", "commands/finetune/_checkpoint.py"},  # the error; an unpickler of arrays
     "joblib": set(),
 }

@@ -1,6 +1,4 @@
-"""advise: which mode of transfer learning a data set wants, measured; the one deed that runs other deeds.
-
-The doors enter here.
+"""advise: measure which mode of transfer learning suits a data set, and recommend one action.
 
 >>> advice = advise("pets", verify=True)
 >>> advice.action, advice.reason, advice.commands

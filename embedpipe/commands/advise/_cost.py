@@ -1,30 +1,33 @@
-"""What fine-tuning costs on this machine: a few training steps are run and timed.
+"""Estimate the cost of an option on this machine; fine-tuning is estimated from a few timed training steps.
 
->>> pace = measure_pace(backbone, ["blocks.5"])
->>> pace.minutes(n_train=1000, n_val=300, epochs=10)
+>>> measure_pace(backbone, ["blocks.5"]).minutes(n_train=1000, n_val=300, epochs=10)
 """
 
 from __future__ import annotations
 
-import time
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from embedpipe.backbones import Backbone, cut_before, unfreeze_parameters
+from embedpipe.classifier import Reference
+from embedpipe.commands.advise._decision import Option
+from embedpipe.commands.advise._measurement import Evidence
 from embedpipe.errors import UsageError
+from embedpipe.features import FeatureSet
 
 BATCH, STEPS = 8, 2
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds an image, decoding and the optimiser left out.
+    """Seconds per image, without decoding and the optimizer.
 
-    once_s : float       of the layers that stay frozen, where their activations can be kept
-    step_s : float       of a training step of what runs in every epoch
-    forward_s : float    of its forward pass
+    once_s : float       of the frozen layers, where their activations can be cached; they run once
+    step_s : float       of a training step of the layers that run in every epoch
+    forward_s : float    of their forward pass
     """
 
     once_s: float
@@ -36,28 +39,42 @@ class Pace:
         return (once + epochs * (n_train * self.step_s + n_val * self.forward_s)) / 60
 
 
-def measure_pace(backbone: Backbone, unfreeze: Sequence[str]) -> Pace:
-    """Time, on random images on the CPU, the frozen layers, and forward and backward passes of those after them.
+def estimate_minutes(option: Option, features: FeatureSet, evidence: Evidence, epochs: int) -> float | None:
+    """Return the cost of an option: measured for heads, estimated for fine-tuning, None for manual work."""
+    heads = {"linear-head": evidence.last, "earlier-layer": evidence.best, "several-layers": evidence.several}
+    if option.action in heads:
+        return heads[option.action].seconds / 60
+    if not option.action.startswith("finetune"):
+        return None
+    backbone = features.backbone or Reference.of(features.spaces[-1:]).load()
+    pace = measure_pace(backbone, option.layers or ("all",))
+    return pace.minutes(n_train=evidence.n_train, n_val=evidence.n_val, epochs=epochs)
 
-    A model that cannot be cut runs whole in every epoch.
+
+def measure_pace(backbone: Backbone, unfreeze: Sequence[str]) -> Pace:
+    """Time the frozen layers, and forward and backward passes of the others, on random images on the CPU.
+
+    A model that cannot be cut runs completely in every epoch.
     """
     names = unfreeze_parameters(backbone, unfreeze)
     images = torch.rand(BATCH, 3, *backbone.image_size).contiguous(memory_format=torch.channels_last)
     try:
         cut = cut_before(backbone, names)
     except UsageError:
-        return Pace(0.0, *_measure(backbone, names, backbone.module, images))
+        return Pace(0.0, *_time_training(backbone, names, backbone.module, images))
     if cut is None:
         return Pace(0.0, 0.0, 0.0)
     with torch.inference_mode():
         once_s = _time(lambda: cut.trunk(images))
     with torch.no_grad():
         activations = cut.trunk(images)
-    return Pace(once_s, *_measure(backbone, names, cut.tail, activations))
+    return Pace(once_s, *_time_training(backbone, names, cut.tail, activations))
 
 
-def _measure(backbone: Backbone, names: Sequence[str], part: torch.nn.Module, x: torch.Tensor) -> tuple[float, float]:
-    """Return the seconds of a training step and of a forward pass of a part of the backbone, on inputs x."""
+def _time_training(
+    backbone: Backbone, names: Sequence[str], part: torch.nn.Module, x: torch.Tensor
+) -> tuple[float, float]:
+    """Return the seconds per image of a training step and of a forward pass of a part of the backbone, on inputs x."""
     with torch.inference_mode():
         forward_s = _time(lambda: part(x))
     for name in names:
@@ -69,9 +86,6 @@ def _measure(backbone: Backbone, names: Sequence[str], part: torch.nn.Module, x:
 
 
 def _time(work: Callable[[], object]) -> float:
-    """Return seconds an image, the first call left out."""
+    """Return seconds per image; a first call is not timed."""
     work()
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        work()
-    return (time.perf_counter() - start) / (STEPS * BATCH)
+    return timeit.timeit(work, number=STEPS) / (STEPS * BATCH)

@@ -1,7 +1,7 @@
-"""What a data set says of itself: heads on every layer, on shares of the data, kNN, labels that heads contradict, copies.
+"""Measure a data set: heads on every layer and on shares of the data, kNN, labels that heads contradict, copies.
 
-Every accuracy is out of fold over train and val: each image is judged by a head that has seen neither it, nor a copy of it, nor
-its group. l2 is the one that is best on val for a head on train. Test is only searched for copies of earlier splits; none of its
+Every accuracy is out of fold over train and val: the head that predicts an image was fitted without it, its copies and its
+group. l2 is the one that is best on val for a head on train. Test is only searched for copies of earlier splits; none of its
 labels is read.
 
 >>> evidence = measure(features, seed=0)
@@ -41,15 +41,15 @@ Int64 = NDArray[np.int64]
 Fit = Callable[[NDArray[Any], Int64], KnnHead | LinearHead]
 
 FOLDS = 5
-HALF, SHARES = 0.5, (0.25, 0.5)  # of the training part of each fold, beside all of it
-NEAR_BEST = 0.75  # layers that are tried together: those whose accuracy is so much of the best, both above chance
-MOST_IMAGES = 20_000  # of train and val that are judged: the first by content, which is a random sample
-FREE_L2 = 1e-6  # so small that only the features limit how well a head fits its own images
+HALF, SHARES = 0.5, (0.25, 0.5)  # of the training part of each fold
+NEAR_BEST = 0.75  # of the best accuracy, both above chance: layers that are combined
+MOST_IMAGES = 20_000  # of train and val: the first by content, which is a random sample
+FREE_L2 = 1e-6  # so small that only the features limit the training accuracy
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much more often one way is right than another on the same images, with its 95 % interval."""
+    """Difference in accuracy on the same images, with its 95 % interval."""
 
     gain: float
     ci95: tuple[float, float]
@@ -62,7 +62,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Counted:
-    """So many of n images: their share with its 95 % interval, and which they are."""
+    """Some of n images: their share with its 95 % interval, and their paths."""
 
     n: int
     share: float
@@ -76,7 +76,7 @@ class Counted:
 
 @dataclass(frozen=True)
 class HeadEvidence:
-    """A head on one layer or on several: its l2, its accuracy, by how much it differs from the last layer's, and what it took."""
+    """A head on one layer or several: its l2, its accuracy, the difference to the last layer's, and the time to fit it."""
 
     layers: tuple[str, ...]
     dim: int
@@ -88,19 +88,19 @@ class HeadEvidence:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that is measured.
+    """The measurements.
 
     n_train, n_val : int               labelled images
-    n_judged : int                     of them, out of fold
-    chance : float                     accuracy of always naming the largest class
-    layers : tuple of HeadEvidence     in the order of the model; what enters the classifier comes last
-    several : HeadEvidence             the best layers and the last one together
-    curve : {images: accuracy}         heads on the last layer, fitted on shares of the images
+    n_judged : int                     of them, predicted out of fold
+    chance : float                     accuracy of always predicting the largest class
+    layers : tuple of HeadEvidence     in the order of the model; the penultimate one is the last
+    several : HeadEvidence             the best layers and the last one combined
+    curve : {images: accuracy}         of heads on the last layer, fitted on shares of the images
     slope : Difference                 all images against half of them
-    separable : float                  accuracy on the very images that a head on the last layer is fitted on, without penalty
+    separable : float                  training accuracy of a head on the last layer, without penalty
     knn : float                        accuracy of the 20 nearest neighbours on the last layer
-    wrong_labels : Counted             of the images of which heads and neighbours say the same, those that are labelled otherwise
-    leaked : Counted                   of the images of val and test, those that an earlier split has too
+    wrong_labels : Counted             of the images on which heads and neighbours agree, those that have another label
+    leaked : Counted                   of the images of val and test, those that are also in an earlier split
     """
 
     n_train: int
@@ -123,12 +123,12 @@ class Evidence:
 
     @property
     def best(self) -> HeadEvidence:
-        """The layer with the best head; the later one of equals."""
-        return max(reversed(self.layers), key=lambda one: one.accuracy)
+        """The layer with the best head; of equal ones the later."""
+        return max(reversed(self.layers), key=lambda head: head.accuracy)
 
     @property
     def beats_chance(self) -> bool:
-        """Whether a head is right more often, beyond chance, than always naming the largest class."""
+        """Whether a head is significantly better than always predicting the largest class."""
         accuracy = max(self.best.accuracy, self.several.accuracy)
         return wilson_interval(round(accuracy * self.n_judged), self.n_judged)[0] > self.chance
 
@@ -137,8 +137,8 @@ class Evidence:
 
 
 @dataclass(frozen=True, eq=False)
-class Judged:
-    """Images of some layers, judged out of fold; how long the choice of l2 took, as `fit-head` makes it."""
+class CrossValidated:
+    """Out-of-fold predictions of heads on some layers, and the seconds that `fit-head` takes to choose their l2."""
 
     features: FeatureSet
     config: HeadConfig
@@ -146,28 +146,36 @@ class Judged:
     seconds: float
 
     @cached_property
-    def guess(self) -> Int64:
+    def predicted(self) -> Int64:
         return np.asarray(self.out.probabilities.argmax(axis=1))
 
     @cached_property
-    def right(self) -> Bools:
-        return np.asarray(self.guess == self.out.labels)
-
-    @property
-    def accuracy(self) -> float:
-        return float(self.right.mean())
+    def correct(self) -> Bools:
+        return np.asarray(self.predicted == self.out.labels)
 
     @property
     def X(self) -> NDArray[Any]:
         """float32 (N, D) of the images, in their order."""
         return self.features.read(self.out.samples)
 
-    def against(self, last: Judged) -> HeadEvidence:
+    def compare(self, last: CrossValidated) -> HeadEvidence:
+        """Return the accuracy of these heads, also relative to heads on the last layer."""
         layers = tuple(space.spec["layer"] for space in self.features.spaces)
-        difference = Difference.of(self.right, last.right)
+        difference, accuracy = Difference.of(self.correct, last.correct), float(self.correct.mean())
         return HeadEvidence(
-            layers, self.features.feature_dim, float(self.config.l2), self.accuracy, difference, self.seconds
+            layers, self.features.feature_dim, float(self.config.l2), accuracy, difference, self.seconds
         )
+
+    def refit(self, fit: Fit, *, share: float = 1.0, seed: int) -> Int64:
+        """Return the out-of-fold predictions int64 (N,) of heads that are fitted on a share of each class."""
+        rng, X, y, fold = np.random.default_rng(seed % 2**64), self.X, self.out.labels, self.out.fold
+        predicted = np.empty(len(y), np.int64)
+        for number in range(FOLDS):
+            rows = rng.permutation(np.flatnonzero(fold != number))
+            classes = [rows[y[rows] == c] for c in np.unique(y[rows])]
+            drawn = np.concatenate([members[: max(1, round(share * len(members)))] for members in classes])
+            predicted[fold == number] = fit(X[drawn], y[drawn]).predict_proba(X[fold == number]).argmax(axis=1)
+        return predicted
 
 
 def measure(features: FeatureSet, *, seed: int = 0) -> Evidence:
@@ -175,35 +183,42 @@ def measure(features: FeatureSet, *, seed: int = 0) -> Evidence:
 
     Parameters
     ----------
-    features : FeatureSet    several layers of one model, in its order; what enters the classifier comes last
+    features : FeatureSet    the layers of one model, in its order; the penultimate one is the last
 
     Raises
     ------
     UsageError    fewer separate images than folds
     """
-    some = _some(features)
-    alone = [judge(some.only([space]), seed) for space in some.spaces]
-    last = alone[-1]
-    chance = float(np.bincount(last.out.labels).max() / len(last.out.labels))
-    best = max(reversed(alone), key=lambda one: one.accuracy)
-    near = [one.features.space for one in alone if one is last or is_near(one.accuracy, best.accuracy, chance)]
-    several = judge(some.only(near), seed)
-    X, y = last.X, last.out.labels
-    shares = {share: _learn(last, share, seed) == y for share in SHARES}
-    neighbours = _refit(last, partial(fit_knn, classes=features.classes), seed=seed)
-    wrong, agreed = find_wrong(y, [best.guess, last.guess, several.guess, neighbours], several)
     count, name = Counter(sample.split for sample in features.samples(labelled=True)), features.manifest.name_of
-    fitted = round(len(y) * (FOLDS - 1) / FOLDS)
+    subset = _train_and_val(features)
+    layers = [cross_validate(subset.only([space]), seed) for space in subset.spaces]
+    last, accuracies = layers[-1], [float(layer.correct.mean()) for layer in layers]
+    X, y = last.X, last.out.labels
+    chance = float(np.bincount(y).max() / len(y))
+    is_used = [
+        layer is last or is_near(a, max(accuracies), chance) for layer, a in zip(layers, accuracies, strict=True)
+    ]
+    several = cross_validate(
+        subset.only(space for space, used in zip(subset.spaces, is_used, strict=True) if used), seed
+    )
+    correct = {1.0: last.correct}
+    for share in SHARES:
+        fit = partial(last.config.fit, l2=float(last.config.l2) / share)  # the same total penalty on fewer images
+        correct[share] = last.refit(fit, share=share, seed=seed) == y
+    neighbours = last.refit(partial(fit_knn, classes=features.classes), seed=seed)
+    best = layers[len(layers) - 1 - int(np.argmax(accuracies[::-1]))]
+    wrong, agreed = find_wrong(y, [best.predicted, last.predicted, several.predicted, neighbours], several)
+    n_fitted = round(len(y) * (FOLDS - 1) / FOLDS)
     return Evidence(
         n_train=count["train"],
         n_val=count["val"],
         n_classes=len(features.classes),
         n_judged=len(y),
         chance=chance,
-        layers=tuple(one.against(last) for one in alone),
-        several=several.against(last),
-        curve={round(fitted * share): float(right.mean()) for share, right in {**shares, 1.0: last.right}.items()},
-        slope=Difference.of(last.right, shares[HALF]),
+        layers=tuple(layer.compare(last) for layer in layers),
+        several=several.compare(last),
+        curve={round(n_fitted * share): float(correct[share].mean()) for share in (*SHARES, 1.0)},
+        slope=Difference.of(last.correct, correct[HALF]),
         separable=float(np.mean(last.config.fit(X, y, l2=FREE_L2).predict_proba(X).argmax(axis=1) == y)),
         knn=float(np.mean(neighbours == y)),
         wrong_labels=Counted.of([name(last.out.samples[row]) for row in wrong], agreed),
@@ -212,59 +227,40 @@ def measure(features: FeatureSet, *, seed: int = 0) -> Evidence:
 
 
 def is_near(accuracy: float, best: float, chance: float) -> bool:
-    """Whether a head is nearly as good as the best one."""
+    """Return True if a head is nearly as good as the best one."""
     return accuracy - chance >= NEAR_BEST * (best - chance)
 
 
-def judge(features: FeatureSet, seed: int) -> Judged:
-    """Choose l2 on val for a head on train, and judge both splits out of fold with it."""
+def cross_validate(features: FeatureSet, seed: int) -> CrossValidated:
+    """Choose l2 on val for a head on train, and predict both splits out of fold with it."""
     config, start = HeadConfig(features.classes, widths=features.widths), time.monotonic()
     fitted = config.select(*features.arrays("train"), *features.arrays("val"))
     config, seconds = replace(config, l2=fitted.l2 or 0.0), time.monotonic() - start
-    return Judged(features, config, predict_out_of_fold(features, config, folds=FOLDS, seed=seed), seconds)
+    return CrossValidated(features, config, predict_out_of_fold(features, config, folds=FOLDS, seed=seed), seconds)
 
 
-def find_wrong(y: Int64, guesses: Sequence[Int64], judged: Judged) -> tuple[list[int], int]:
-    """Return the rows whose label contradicts what all heads and kNN agree on, and on how many rows they agree.
+def find_wrong(y: Int64, predictions: Sequence[Int64], heads: CrossValidated) -> tuple[list[int], int]:
+    """Return the rows whose label contradicts the prediction of all heads and kNN, and the number of rows where they agree.
 
-    Hard images are what heads disagree about, so these say little of the labels. A contradiction counts where the
-    confident joint suspects the label, too.
+    Heads disagree on difficult images, so these say little about the labels. A contradiction counts if confident learning
+    suspects the label, too.
     """
-    same = np.logical_and.reduce([guess == guesses[0] for guess in guesses])
-    suspected = set(find_label_errors(judged.out.probabilities, y).rows.tolist())
-    return [row for row in np.flatnonzero(same & (guesses[0] != y)).tolist() if row in suspected], int(same.sum())
+    agree = np.logical_and.reduce([one == predictions[0] for one in predictions])
+    suspected = set(find_label_errors(heads.out.probabilities, y).rows.tolist())
+    rows = np.flatnonzero(agree & (predictions[0] != y)).tolist()
+    return [row for row in rows if row in suspected], int(agree.sum())
 
 
 def find_copies(features: FeatureSet) -> list[Sample]:
-    """Return the images of val and test that an earlier split has too: by content, by features of the last layer, by group."""
+    """Return the val and test images that are also in an earlier split: by content, by last-layer features, or by group."""
     samples = [sample for sample in features.samples() if sample.split in SPLIT_ORDER]
     near = find_near(features.only(features.spaces[-1:]))
     leaks = (*find_exact(samples), *near.leaks, *group_leaks(samples, find_groups(samples)))
     return sorted({leak.sample for leak in leaks}, key=lambda sample: sample.path)
 
 
-def _some(features: FeatureSet) -> FeatureSet:
-    """Return train and val alone, at most MOST_IMAGES of them."""
+def _train_and_val(features: FeatureSet) -> FeatureSet:
+    """Return train and val without test, at most MOST_IMAGES of them."""
     samples = [s for s in features.samples(labelled=True) if s.split in ("train", "val")]
     samples = sorted(samples, key=lambda sample: sample.key)[:MOST_IMAGES]
     return replace(features, manifest=replace(features.manifest, samples=tuple(samples)))
-
-
-def _learn(judged: Judged, share: float, seed: int) -> Int64:
-    """Return what linear heads on a share of the images say.
-
-    The strength of the penalty against all images together stays, so l2 grows as the share falls.
-    """
-    return _refit(judged, partial(judged.config.fit, l2=float(judged.config.l2) / share), share=share, seed=seed)
-
-
-def _refit(judged: Judged, fit: Fit, *, share: float = 1.0, seed: int) -> Int64:
-    """Return what heads on a share of each class say of the folds that they have not seen, int64 (N,)."""
-    rng, X, y, fold = np.random.default_rng(seed % 2**64), judged.X, judged.out.labels, judged.out.fold
-    guess = np.empty(len(y), np.int64)
-    for number in range(FOLDS):
-        rows = rng.permutation(np.flatnonzero(fold != number))
-        classes = [rows[y[rows] == c] for c in np.unique(y[rows])]
-        drawn = np.concatenate([mine[: max(1, round(share * len(mine)))] for mine in classes])
-        guess[fold == number] = fit(X[drawn], y[drawn]).predict_proba(X[fold == number]).argmax(axis=1)
-    return guess

@@ -1,4 +1,4 @@
-"""The cached layers of the model that a data set was extracted with; those that are missing are extracted.
+"""Open the cached layers of the model that a data set was extracted with, and extract missing ones.
 
 >>> features = open_layers(Cache(Path("cache")), "pets")
 >>> [space.spec["layer"] for space in features.spaces][-1]
@@ -33,23 +33,25 @@ def open_layers(
     check_classes(features)
     name = features.manifest.name
     if "val" not in features.splits:
-        raise UsageError(f"{name} has no validation samples to judge on", hint="add val/ images, or extract again")
+        raise UsageError(f"{name} has no validation samples", hint="add val/ images, or extract again")
     model = features.loader.get("name")
-    found = _siblings(features)
-    lacking = _lacking(found, model)
-    if lacking and not model:
+    siblings = _siblings(features)
+    cached = {space.spec["layer"] for space in siblings.spaces}
+    every = [*(layer.name for layer in (describe_layers(model) if model else ())), PENULTIMATE]
+    missing = [layer for layer in every if layer not in cached]
+    if not missing:
+        return siblings
+    if not model:
         raise UsageError(
-            f"{', '.join(lacking)} of {name} is not cached, and its backbone has no name to load it by",
+            f"{', '.join(missing)} of {name} is not cached, and its backbone has no name to load it by",
             hint=f"extract with layer=({PENULTIMATE!r}, 'all')",
         )
-    if lacking:
-        _extract(cache, features, lacking, progress)
-        found = _siblings(features)
-    return found
+    _extract(cache, features, missing, progress)
+    return _siblings(features)
 
 
 def is_sibling(one: Space, other: Space) -> bool:
-    """Whether two spaces are of the same model and pixels, at whatever layer."""
+    """Return True if two spaces are layers of the same model, with the same transform."""
     first, second = ({k: v for k, v in s.spec.items() if k not in ("layer", "pool")} for s in (one, other))
     return first == second
 
@@ -60,22 +62,16 @@ def _siblings(features: FeatureSet) -> FeatureSet:
     return every.only(layers.values())
 
 
-def _lacking(found: FeatureSet, model: str | None) -> list[str]:
-    wanted = [*(layer.name for layer in describe_layers(model))] if model else []
-    there = {space.spec["layer"] for space in found.spaces}
-    return [layer for layer in (*wanted, PENULTIMATE) if layer not in there]
-
-
-def _extract(cache: Cache, features: FeatureSet, lacking: list[str], progress: Progress | None) -> None:
-    """Fill the spaces of all layers in one pass; the sample table, with its splits, stays as it is."""
+def _extract(cache: Cache, features: FeatureSet, missing: list[str], progress: Progress | None) -> None:
+    """Fill the spaces of all layers in one pass; the sample table with its splits is not changed."""
     from embedpipe.commands.extract import extract
 
-    spec = features.space.spec
-    options: dict[str, Any] = {k: v for k, v in loader_of(spec, features.loader).items() if k != "layer"}
-    count = f"{len(lacking)} layers are not cached yet" if len(lacking) > 1 else f"{lacking[0]} is not cached yet"
+    count = f"{len(missing)} layers are not cached yet" if len(missing) > 1 else f"{missing[0]} is not cached yet"
     warnings.warn(
         f"{count}: extracting all layers of {features.manifest.name} in one pass", EmbedpipeWarning, stacklevel=4
     )
+    spec = features.space.spec
+    options: dict[str, Any] = {k: v for k, v in loader_of(spec, features.loader).items() if k != "layer"}
     settings = {"precision": spec["precision"], "store_dtype": spec["stored_dtype"], "layer": (PENULTIMATE, "all")}
     sources = [source.absolute for source in features.manifest.sources]
     done = extract(sources, options.pop("name"), **settings, **options, cache_dir=cache.root, progress=progress)

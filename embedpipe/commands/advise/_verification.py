@@ -1,16 +1,16 @@
-"""Was the advice right? What it advised is run, and so is what it did not, and all are held against the same held-out images.
+"""Verify the advice: run the recommended option and the alternatives, and compare them on the same held-out images.
 
-Held out is test, which is looked at here for the first time, or val where there is no test. The advice counts as right where no
-other action is better by more than the 95 % interval of the paired difference. What asks for people's work is tried as far as it
-can be: fix-labels by a head fitted without the suspects; fix-leaks by whether the copies are answered rightly more often than the
-other images; more-data by whether a head on all images beats one on half of them.
+Held out is test, which is scored here for the first time, or val if there is no test. The advice counts as right if no other
+option is better by more than the 95 % interval of the paired difference. Options that need manual work are checked in part:
+fix-labels by a head fitted without the suspected labels; fix-leaks by whether copies are predicted correctly more often than
+other images; more-data by whether a head on all images is better than one on half of them.
 
->>> verify(choices, features, evidence, Budget(epochs=10, runs_dir=Path("runs")))["right"]
+>>> Trials(features, evidence, epochs=10, runs_dir=Path("runs")).verify(decide(evidence))["right"]
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from embedpipe.classifier import Classifier, read_predictions
-from embedpipe.commands.advise._decision import Choice
+from embedpipe.commands.advise._decision import Option
 from embedpipe.commands.advise._measurement import Evidence
 from embedpipe.commands.compare import Comparison, compare
 from embedpipe.commands.finetune import finetune
@@ -31,111 +31,98 @@ if TYPE_CHECKING:
     from embedpipe.inference import Progress
 
 FULL_BATCH, LEAST_BATCH, STEPS = 32, 8, 32
-SMALL_RATE = 2e-4  # where all layers move; at 1e-3 the loss of scattered digits rose tenfold, no epoch beat the head
+SMALL_RATE = (
+    2e-4  # for all layers; at 1e-3 the loss on scattered digits rose tenfold, and no epoch was better than the head
+)
+
+
+def training_options(option: Option, n_train: int) -> dict[str, Any]:
+    """Return the fine-tuning options: a batch size that gives small data enough steps, a small rate if all layers train."""
+    size = {"batch_size": min(FULL_BATCH, max(LEAST_BATCH, n_train // STEPS))}
+    return size if option.layers else {**size, "lr": SMALL_RATE}
 
 
 @dataclass(frozen=True)
-class Budget:
-    """What each try may cost, and where its run goes."""
+class Trials:
+    """Trial runs of options on a data set whose layers are cached."""
 
+    features: FeatureSet
+    evidence: Evidence
     epochs: int
-    cache_dir: Path
     runs_dir: Path
     seed: int = 0
     progress: Progress | None = None
 
+    def verify(self, options: Sequence[Option]) -> dict[str, Any]:
+        """Run the recommended option, which is the first, and the alternatives.
 
-def training_options(choice: Choice, n_train: int) -> dict[str, Any]:
-    """Return how a choice is fine-tuned: batches that give small data some steps an epoch, a small rate where all moves."""
-    size = {"batch_size": min(FULL_BATCH, max(LEAST_BATCH, n_train // STEPS))}
-    return size if choice.layers else {**size, "lr": SMALL_RATE}
+        Returns
+        -------
+        dict
+            split, n, tried : [{action, layers, run, accuracy, accuracy_ci95, minutes, difference, difference_ci95 (to the
+            recommended one)}], right, why
+        """
+        chosen, last = options[0], self.features.only(self.features.spaces[-1:])
+        linear = self._fit(last)
+        baseline = Option("linear-head", self.evidence.last.layers, "")
+        if chosen.action == "fix-leaks":
+            return _compare_copies(linear, set(self.evidence.leaked.paths))
+        if chosen.action == "fix-labels":
+            cleaned = self._fit(_without(last, set(self.evidence.wrong_labels.paths)))
+            return _compare([(chosen, cleaned), (baseline, linear)])
+        if chosen.action == "more-data":
+            result = _compare([(chosen, linear), (baseline, self._fit(_half(last, self.seed)))])
+            is_better = result["tried"][1]["difference_ci95"][1] < 0
+            why = f"all of train is {'' if is_better else 'not '}better than half of it by more than the interval"
+            return {**result, "right": is_better, "why": why}
+        modes = [one for one in options if one.action not in ("fix-leaks", "fix-labels", "more-data")]
+        return _compare([(mode, self._run(mode, linear)) for mode in modes])
 
+    @property
+    def _settings(self) -> dict[str, Any]:
+        cache_dir = self.features.space.folder.parent.parent
+        return {"cache_dir": cache_dir, "runs_dir": self.runs_dir, "seed": self.seed}
 
-def verify(choices: Sequence[Choice], features: FeatureSet, evidence: Evidence, budget: Budget) -> dict[str, Any]:
-    """Try the advised action, the first one, and those that it was preferred to.
+    def _fit(self, features: FeatureSet) -> Classifier:
+        return fit_head(features, **self._settings)
 
-    Returns
-    -------
-    dict
-        split, n, tried : [{action, layers, run, accuracy, accuracy_ci95, minutes, difference, difference_ci95 (to the advised
-        one)}], right, why
-    """
-    advised = choices[0]
-    last = features.only(features.spaces[-1:])
-    linear = _fit(last, budget)
-    if advised.action == "fix-leaks":
-        return _verify_leaks(linear, evidence)
-    if advised.action == "fix-labels":
-        cleaned = _fit(_without(last, set(evidence.wrong_labels.paths)), budget)
-        return _report([(advised, cleaned), (_named("linear-head", evidence), linear)])
-    if advised.action == "more-data":
-        half = _fit(_half(last, budget.seed), budget)
-        found = _report([(advised, linear), (_named("linear-head", evidence, "on half of train"), half)])
-        better = found["tried"][1]["difference_ci95"][1] < 0
-        why = "all of train " + ("beats" if better else "does not beat") + " half of it by more than the interval"
-        return {**found, "right": better, "why": why}
-    modes = [one for one in choices if one.action not in ("fix-leaks", "fix-labels", "more-data")]
-    return _report(
-        [
-            (one, linear if one.action == "linear-head" else _try(one, features, linear, evidence, budget))
-            for one in modes
-        ]
-    )
-
-
-def _fit(features: FeatureSet, budget: Budget) -> Classifier:
-    return fit_head(features, cache_dir=budget.cache_dir, runs_dir=budget.runs_dir, seed=budget.seed)
-
-
-def _try(choice: Choice, features: FeatureSet, linear: Classifier, evidence: Evidence, budget: Budget) -> Classifier:
-    if choice.action in ("earlier-layer", "several-layers"):
-        spaces = [space for space in features.spaces if space.spec["layer"] in choice.layers]
-        return linear if spaces == list(features.spaces[-1:]) else _fit(features.only(spaces), budget)
-    return finetune(
-        linear,
-        unfreeze=choice.layers or "all",
-        epochs=budget.epochs,
-        **training_options(choice, evidence.n_train),
-        cache_dir=budget.cache_dir,
-        runs_dir=budget.runs_dir,
-        seed=budget.seed,
-        progress=budget.progress,
-    )
+    def _run(self, option: Option, linear: Classifier) -> Classifier:
+        if option.action.startswith("finetune"):
+            training = training_options(option, self.evidence.n_train) | self._settings
+            layers = option.layers or "all"
+            return finetune(linear, unfreeze=layers, epochs=self.epochs, progress=self.progress, **training)
+        if option.layers == self.evidence.last.layers:
+            return linear
+        return self._fit(self.features.only(s for s in self.features.spaces if s.spec["layer"] in option.layers))
 
 
-def _named(action: str, evidence: Evidence, note: str = "") -> Choice:
-    return Choice(action, evidence.last.layers, note)
-
-
-def _report(tried: Sequence[tuple[Choice, Classifier]]) -> dict[str, Any]:
-    """Compare the runs with the first, the advised one."""
-    runs = list({one.folder: one for _, one in tried}.values())
-    done = compare(runs, split=_held_out(runs[0])) if len(runs) > 1 else None
-    rows = [_row(choice, classifier, done) for choice, classifier in tried]
-    better = [row for row in rows[1:] if row["difference_ci95"][0] > 0]
+def _compare(tried: Sequence[tuple[Option, Classifier]]) -> dict[str, Any]:
+    """Compare the runs with the first, the recommended one."""
+    runs = list({classifier.folder: classifier for _, classifier in tried}.values())
+    split = _held_out(runs[0])
+    comparison = compare(runs, split=split) if len(runs) > 1 else None
+    rows = [_row(option, classifier, comparison) for option, classifier in tried]
+    better = [row["action"] for row in rows[1:] if row["difference_ci95"][0] > 0]
     best = max(rows, key=lambda row: row["accuracy"])
-    why = f"{rows[0]['action']} {rows[0]['accuracy']:.1%}, best {best['action']} {best['accuracy']:.1%}; " + (
-        f"better by more than the interval: {', '.join(row['action'] for row in better)}"
-        if better
-        else "no other is better by more than the interval"
-    )
-    return {"split": _held_out(runs[0]), "n": rows[0]["n"], "tried": rows, "right": not better, "why": why}
+    verdict = f"better by more than the interval: {', '.join(better)}" if better else "no other is significantly better"
+    why = f"{rows[0]['action']} {rows[0]['accuracy']:.1%}, best {best['action']} {best['accuracy']:.1%}; {verdict}"
+    return {"split": split, "n": rows[0]["n"], "tried": rows, "right": not better, "why": why}
 
 
-def _row(choice: Choice, classifier: Classifier, done: Comparison | None) -> dict[str, Any]:
+def _row(option: Option, classifier: Classifier, comparison: Comparison | None) -> dict[str, Any]:
     scores = classifier.report["metrics"][_held_out(classifier)]
-    pair = next((one for one in done.pairs if one.other == classifier.name), None) if done else None
-    difference, interval = (pair.difference, pair.difference_ci95) if pair else (0.0, [0.0, 0.0])
+    pairs = comparison.pairs if comparison else ()
+    pair = next((pair for pair in pairs if pair.other == classifier.name), None)
     return {
-        "action": choice.action,
-        "layers": list(choice.layers),
+        "action": option.action,
+        "layers": list(option.layers),
         "run": classifier.report["run"],
         "n": scores["n"],
         "accuracy": scores["accuracy"],
         "accuracy_ci95": scores["accuracy_ci95"],
         "minutes": classifier.report["seconds"] / 60,
-        "difference": difference,
-        "difference_ci95": interval,
+        "difference": pair.difference if pair else 0.0,
+        "difference_ci95": pair.difference_ci95 if pair else [0.0, 0.0],
     }
 
 
@@ -143,44 +130,46 @@ def _held_out(classifier: Classifier) -> Literal["test", "val"]:
     return "test" if "test" in classifier.report["metrics"] else "val"
 
 
-def _verify_leaks(linear: Classifier, evidence: Evidence) -> dict[str, Any]:
-    """Score the copies and the other images of the held-out split apart, by the same head."""
+def _compare_copies(linear: Classifier, leaked: set[str]) -> dict[str, Any]:
+    """Score the copies and the other images of the held-out split separately, by the same head."""
     assert linear.folder is not None
-    split, leaked = _held_out(linear), set(evidence.leaked.paths)
-    rows = [one for one in read_predictions(linear.folder) if one.split == split]
-    copies, others = (
-        [one.predicted == one.label for one in rows if (one.path in leaked) == is_copy] for is_copy in (True, False)
-    )
+    split = _held_out(linear)
+    copies: list[bool] = []
+    others: list[bool] = []
+    for row in read_predictions(linear.folder):
+        if row.split == split:
+            (copies if row.path in leaked else others).append(row.predicted == row.label)
     tried = [
         {
             "action": action,
-            "n": len(right),
-            "accuracy": sum(right) / len(right),
+            "n": len(correct),
+            "accuracy": sum(correct) / len(correct),
             "minutes": linear.report["seconds"] / 60,
-            "accuracy_ci95": list(wilson_interval(sum(right), len(right))),
+            "accuracy_ci95": list(wilson_interval(sum(correct), len(correct))),
         }
-        for action, right in (("fix-leaks", others), ("linear-head", copies + others))
-        if right
+        for action, correct in (("fix-leaks", others), ("linear-head", copies + others))
+        if correct
     ]
-    share = [sum(right) / max(1, len(right)) for right in (copies, others)]
-    why = f"of {len(copies)} copies in {split} {share[0]:.1%} are answered rightly, of {len(others)} other images {share[1]:.1%}"
-    return {"split": split, "n": len(rows), "tried": tried, "right": bool(copies) and share[0] >= share[1], "why": why}
+    share, other = (sum(correct) / max(1, len(correct)) for correct in (copies, others))
+    why = f"in {split} {share:.1%} of {len(copies)} copies are predicted correctly, {other:.1%} of {len(others)} other images"
+    right, n = bool(copies) and share >= other, len(copies) + len(others)
+    return {"split": split, "n": n, "tried": tried, "right": right, "why": why}
 
 
 def _without(features: FeatureSet, paths: set[str]) -> FeatureSet:
     """Return the data set without some images of train and val."""
     name = features.manifest.name_of
-    return _of(features, [s for s in features.manifest.samples if s.split == "test" or name(s) not in paths])
+    return _select(features, (s for s in features.manifest.samples if s.split == "test" or name(s) not in paths))
 
 
 def _half(features: FeatureSet, seed: int) -> FeatureSet:
     """Return the data set with half of the train images of each class, drawn at random."""
-    rng, kept = np.random.default_rng(seed), []
+    rng, drawn = np.random.default_rng(seed), []
     for label in features.classes:
-        mine = [s for s in features.manifest.samples if s.split == "train" and s.label == label]
-        kept += [mine[k] for k in sorted(rng.permutation(len(mine))[: max(1, len(mine) // 2)].tolist())]
-    return _of(features, [*kept, *(s for s in features.manifest.samples if s.split != "train")])
+        members = [s for s in features.manifest.samples if s.split == "train" and s.label == label]
+        drawn += [members[k] for k in sorted(rng.permutation(len(members))[: max(1, len(members) // 2)].tolist())]
+    return _select(features, [*drawn, *(s for s in features.manifest.samples if s.split != "train")])
 
 
-def _of(features: FeatureSet, samples: Sequence[Sample]) -> FeatureSet:
+def _select(features: FeatureSet, samples: Iterable[Sample]) -> FeatureSet:
     return replace(features, manifest=replace(features.manifest, samples=tuple(samples)))

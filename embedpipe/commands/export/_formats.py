@@ -1,4 +1,4 @@
-"""The formats: each writes a backbone and its head into a folder, and opens what lies there.
+"""Export formats: each writes backbone and head into a folder, and opens the result.
 
 >>> FORMATS["torch"].write(classifier.backbones, classifier.head, folder)
 >>> FORMATS["torch"].open(folder)(images)          # float32 (N, 3, H, W) -> logits (N, C)
@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,113 +19,140 @@ from torch import Tensor, nn
 
 from embedpipe.backbones import Backbone, Headless, open_whole, save_model
 from embedpipe.classifier import Network
-from embedpipe.commands.export import _onnx
 from embedpipe.errors import UsageError
 from embedpipe.heads import LinearHead
 
 PROGRAM, GRAPH = "model.pt2", "model.onnx"
+ONNX_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
+LARGE_BYTES = 1 << 30  # of weights; a protobuf file holds at most 2 GiB
+Logits = Callable[[Tensor], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Format:
-    """write(backbones, head, folder), open(folder) -> a function from images to logits, and what they need."""
+    """Functions that write a model into a folder, open it, and check that the libraries for it are installed."""
 
     write: Callable[[Sequence[Backbone], LinearHead, Path], None]
-    open: Callable[[Path], Callable[[Tensor], np.ndarray]]
+    open: Callable[[Path], Logits]
     check_installed: Callable[[], None] = lambda: None
 
 
-class SideBySide(nn.Module):
-    """Images to the features of one or several layers of a model, in a row."""
+class JointBackbone(nn.Module):
+    """Images -> features of one or several layers of a model, concatenated."""
 
     def __init__(self, backbones: Sequence[Backbone]) -> None:
         super().__init__()
-        groups = [backbone.module.taps for backbone in backbones]
-        self.headless = Headless(backbones[0].module.model, *groups, stop=False)
+        taps = [backbone.module.taps for backbone in backbones]
+        self.headless = Headless(backbones[0].module.model, *taps, stop=False)
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.headless(images)
         return torch.cat(features, 1) if isinstance(features, tuple) else features
 
 
-def compose(backbones: Sequence[Backbone], head: LinearHead) -> Network:
-    """Return backbones and head as one module in eval mode."""
-    first = backbones[0]
-    if any(one.module.model is not first.module.model or one.transform != first.transform for one in backbones):
-        raise UsageError(
-            f"the head is fitted on {len(backbones)} backbones, expected one model and one transform to export",
-            hint="fit a head on one of them: `embedpipe fit-head --backbone NAME`",
-        )
-    return Network(SideBySide(backbones), head).requires_grad_(False).cpu().eval()
-
-
 def write_model(backbones: Sequence[Backbone], head: LinearHead, folder: Path) -> None:
-    """Write what the backbone's own library opens, its classifier replaced by the head."""
-    alone = len(backbones) == 1 and not backbones[0].module.taps
-    if not (alone and save_model(backbones[0], head.weight, head.bias, head.classes, folder)):
-        layers = " + ".join(one.spec["layer"] for one in backbones)
+    """Write a model of the backbone's own library, with the head as its classifier.
+
+    Raises
+    ------
+    UsageError    the head is not on the input of the model's classifier
+    """
+    is_penultimate = len(backbones) == 1 and not backbones[0].module.taps
+    if not (is_penultimate and save_model(backbones[0], head.weight, head.bias, head.classes, folder)):
+        layers = " + ".join(backbone.spec["layer"] for backbone in backbones)
         raise UsageError(
             f"{backbones[0].name} has no place for a head on the layer {layers}, expected one linear classifier on it",
             hint="use --format torch or onnx",
         )
 
 
-def open_model(folder: Path) -> Callable[[Tensor], np.ndarray]:
+def open_model(folder: Path) -> Logits:
     model = open_whole(folder)
     return lambda images: model(images).numpy()
 
 
 def write_program(backbones: Sequence[Backbone], head: LinearHead, folder: Path) -> None:
-    """Write a program of torch.export.
-
-    Raises
-    ------
-    UsageError    torch cannot record this model for any number of images
-    """
-    program = record_program(backbones, head)
-    with refusals(backbones[0].name):
+    """Write a program of torch.export."""
+    program = trace_program(backbones, head)
+    with library_errors(backbones[0].name):
         torch.export.save(program, folder / PROGRAM)
 
 
-def record_program(backbones: Sequence[Backbone], head: LinearHead) -> torch.export.ExportedProgram:
-    """Return the graph from images to logits; the number of images is left open."""
-    network = compose(backbones, head)
-    example = torch.zeros(2, 3, *backbones[0].image_size)
-    with refusals(backbones[0].name), torch.no_grad():
+def trace_program(backbones: Sequence[Backbone], head: LinearHead) -> torch.export.ExportedProgram:
+    """Return the graph from images to logits, for any number of images.
+
+    Raises
+    ------
+    UsageError    the backbones are different models, or torch.export cannot trace the model
+    """
+    first = backbones[0]
+    if any(one.module.model is not first.module.model or one.transform != first.transform for one in backbones):
+        raise UsageError(
+            f"the head is fitted on {len(backbones)} backbones, expected one model and one transform to export",
+            hint="fit a head on one of them: `embedpipe fit-head --backbone NAME`",
+        )
+    network = Network(JointBackbone(backbones), head).requires_grad_(False).cpu().eval()
+    example = torch.zeros(2, 3, *first.image_size)
+    with library_errors(first.name), torch.no_grad():
         return torch.export.export(network, (example,), dynamic_shapes={"images": {0: torch.export.Dim("N")}})
 
 
 @contextmanager
-def refusals(name: str) -> Iterator[None]:
-    """Turn what the libraries raise of a model into one line, and leave out what they warn of."""
+def library_errors(name: str) -> Iterator[None]:
+    """Turn the errors that the libraries raise for a model into a UsageError of one line, and suppress their warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             yield
         except (RuntimeError, ValueError, TypeError, AssertionError) as exc:
             reason = (str(exc).strip() or type(exc).__name__).partition("\n")[0]
-            raise UsageError(f"{name} cannot leave in this format: {reason}", hint="try another --format") from exc
+            raise UsageError(f"cannot export {name} in this format: {reason}", hint="try another --format") from exc
 
 
-def open_program(folder: Path) -> Callable[[Tensor], np.ndarray]:
+def open_program(folder: Path) -> Logits:
     module = torch.export.load(folder / PROGRAM).module()
     return lambda images: module(images).numpy()
 
 
-def write_graph(backbones: Sequence[Backbone], head: LinearHead, folder: Path) -> None:
-    """Write a graph of ONNX.
+def check_onnx() -> None:
+    missing = [name for name in ONNX_LIBRARIES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"--format onnx needs {', '.join(missing)}", hint="pip install 'embedpipe[onnx]'")
 
-    Raises
-    ------
-    UsageError    torch or ONNX cannot express this model
-    """
-    program = record_program(backbones, head)
-    with refusals(backbones[0].name):
-        _onnx.write(program, folder / GRAPH)
+
+def write_graph(backbones: Sequence[Backbone], head: LinearHead, folder: Path) -> None:
+    """Write an ONNX graph with input `images` and output `logits`; very large weights go into a second file."""
+    program = trace_program(backbones, head)
+    size = sum(tensor.nbytes for tensor in program.state_dict.values())
+    with library_errors(backbones[0].name):
+        torch.onnx.export(
+            program,
+            f=folder / GRAPH,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamo=True,
+            external_data=size > LARGE_BYTES,
+            verbose=False,
+        )
+
+
+def open_graph(folder: Path) -> Logits:
+    """Return a function from images to logits; it raises RuntimeError if ONNX Runtime rejects the graph."""
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as of
+
+    def logits(images: Tensor) -> np.ndarray:
+        try:
+            session = onnxruntime.InferenceSession(folder / GRAPH, providers=["CPUExecutionProvider"])
+            return np.asarray(session.run(["logits"], {"images": images.numpy()})[0])
+        except (of.Fail, of.InvalidGraph, of.InvalidProtobuf, of.NotImplemented, of.RuntimeException) as exc:
+            raise RuntimeError(exc) from exc
+
+    return logits
 
 
 FORMATS = {
     "timm": Format(write_model, open_model),
     "torch": Format(write_program, open_program),
-    "onnx": Format(write_graph, lambda folder: _onnx.open_graph(folder / GRAPH), _onnx.check_installed),
+    "onnx": Format(write_graph, open_graph, check_onnx),
 }

@@ -49,7 +49,7 @@ def test_nothing_is_promised_where_no_head_beats_chance() -> None:
     assert actions(replace(lost, chance=0.2))[0] == "finetune-all"
     first, *rest = decide(lost)
     assert first.action == "linear-head"
-    assert "nothing shows that these labels can be learnt" in first.reason
+    assert "no evidence that the labels can be learned" in first.reason
     assert all(choice.ci95 and choice.ci95[0] <= 0 for choice in rest if choice.action.startswith("finetune"))
 
 

@@ -29,16 +29,19 @@ def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ep.Classifier:
 
 
 def head_with_large_activations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ep.Classifier:
-    """Return a head on a ResNet in which the inputs of layer2 and layer4 are too large for float16."""
+    """Return a head on a ResNet in which the inputs of layer2 and layer4 are too large for float16.
+
+    Their first convolutions divide them again, so the model computes what it would without.
+    """
     monkeypatch.chdir(tmp_path)
     write_photos(tmp_path / "photos")
     backbone = ep.load_backbone("timm:test_resnet", weights="none")
     model = backbone.module.model
-    with torch.no_grad():
-        for before, layer in (("layer1", "layer2"), ("layer3", "layer4")):
-            model.get_submodule(before).register_forward_hook(lambda *call: call[-1] * 2.0**24)
-            for name in ("conv1", "downsample.1"):
-                model.get_parameter(f"{layer}.0.{name}.weight").mul_(2.0**-24)
+    for before, layer in (("layer1", "layer2"), ("layer3", "layer4")):
+        model.get_submodule(before).register_forward_hook(lambda *call: call[-1] * 2.0**24)
+        for name in ("conv1", "downsample.1"):
+            module = model.get_submodule(f"{layer}.0.{name}")
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2.0**-24,))
     return ep.fit_head(ep.extract("photos", backbone), l2=0.1, standardize=False)
 
 
