@@ -147,17 +147,24 @@ def finetune(
     options = {name: value for name, value in arguments.items() if name not in NOT_STORED}
     options["unfreeze"] = [unfreeze] if isinstance(unfreeze, str) else list(unfreeze)
     options["schedule"] = list(schedule) if isinstance(schedule, tuple) else schedule
-    defaults = {name: one.default for name, one in inspect.signature(finetune).parameters.items()} | {"unfreeze": []}
     if resume is False:
         phases_of(options)  # refuses what it cannot train before anything is loaded
     start = load_start(run, Path(runs_dir)) if run is not None or resume is False else None
     options["run"] = str(start.folder.absolute()) if start and start.folder else None
-    with (
-        joined() as ranks,
-        unfinished_run(Path(runs_dir), resume=resume, options=options, defaults=defaults, ranks=ranks) as unfinished,
-    ):
+    begin: dict[str, Any] = {"resume": resume, "options": options, "defaults": _defaults()}
+    with joined() as ranks, unfinished_run(Path(runs_dir), **begin, ranks=ranks) as unfinished:
         machine = {"device": device, "workers": workers}
         tuned = run_training(unfinished, start, Path(cache_dir), Path(runs_dir), machine, progress)
+    return _check_finite(tuned)
+
+
+def _defaults() -> dict[str, Any]:
+    parameters = inspect.signature(finetune).parameters
+    return {name: [] if name == "unfreeze" else parameter.default for name, parameter in parameters.items()}
+
+
+def _check_finite(tuned: Classifier) -> Classifier:
+    """Raise an error if training stopped at NaN or infinity; the run is saved nevertheless."""
     if tuned.report["stopped"] not in (None, "patience"):
         raise EmbedpipeError(
             f"{tuned.report['stopped']}; {tuned.name} holds epoch {tuned.report['best_epoch']}, the best one before",
