@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from embedpipe.heads._problem import Chunked, Float64, Int64, Problem, blocks, centre_features, project_on_rows
+from embedpipe.heads._problem import Chunked, Float64, Int64, Problem, blocks, centre_features, project_rows
 
 FLOAT64_SIZE = 2**22  # features of a problem that is solved in float64
 BLOCK_LOGITS, BLOCK_BYTES = 2**18, 2**23  # of a block of rows, which should fit in the processor's cache
@@ -127,7 +127,7 @@ class BatchedObjective:
         max_corrected: int = MAX_CORRECTED,
     ) -> None:
         centred, self._centre = centre_features(problem)
-        self.problem, self._row_basis = project_on_rows(centred)
+        self.problem, self._row_basis = project_rows(centred)
         self.n, self.width = self.problem.X.shape
         self.n_logits = problem.n_logits
         self.is_corrected = self.n_logits <= max_corrected

@@ -1,6 +1,6 @@
-"""A head on disk: `head.safetensors` (arrays) and `head.json` (all else), for NumPy alone.
+"""A head on disk: `head.safetensors` (arrays) and `head.json` (everything else), read with NumPy alone.
 
-`head.json` is written last and holds the digest of the arrays: a half overwritten head is refused.
+`head.json` is written last and holds the digest of the arrays, so that a partly overwritten head is detected.
 
 >>> save_head(folder, {"kind": "linear", "classes": ["a", "b"]}, {"weight": W, "bias": b})
 """
@@ -61,12 +61,12 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def read_head(folder: Path, kind: str, names: Sequence[str]) -> tuple[dict[str, Any], Arrays]:
-    """Read record and arrays, of these names, of a head of one kind.
+    """Read the record and the named arrays of a head of this kind.
 
     Raises
     ------
     UsageError       no head in the folder
-    ModelMismatch    a head of another kind, or arrays that do not belong to the record
+    ModelMismatch    a head of another kind, or arrays that do not match the record
     """
     record = read_record(folder)
     if record.get("kind") != kind:
@@ -88,7 +88,7 @@ def entry(record: Mapping[str, Any], name: str, kind: type) -> Any:
 
     Raises
     ------
-    ModelMismatch    it is not there, or of another type
+    ModelMismatch    it is missing or of another type
     """
     found = record.get(name)
     found = float(found) if kind is float and type(found) is int else found

@@ -76,7 +76,7 @@ def polish(objective: BatchedObjective, weight: Float64, bias: Float64, l2: floa
     """Return a solution nearer to the optimum than weights (K, D) and bias (K,), so that it does not depend on the path."""
     at = minimise(
         objective,
-        torch.tensor([l2], dtype=torch.float64),
+        [l2],
         *objective.enter(weight, bias),
         tolerance=POLISHED_TOLERANCE,
         max_steps=POLISHING_STEPS,
@@ -105,14 +105,7 @@ def _solve(
         values = [l2s[number] for number in batch]
         starts = [extrapolate(l2, optima) if optima else (W, b) for l2 in values]
         start_W, start_b = (torch.cat(parts) for parts in zip(*starts, strict=True))
-        at = minimise(
-            objective,
-            torch.tensor(values, dtype=torch.float64),
-            start_W,
-            start_b,
-            tolerance=tolerance,
-            max_steps=max_steps,
-        )
+        at = minimise(objective, values, start_W, start_b, tolerance=tolerance, max_steps=max_steps)
         optima.update(zip(values, zip(at.W, at.b, strict=True), strict=True))
     return optima
 
@@ -129,7 +122,7 @@ def _batches(n: int, objective: BatchedObjective) -> Iterator[list[int]]:
 
 def minimise(
     objective: BatchedObjective,
-    l2: Tensor,
+    l2s: Sequence[float],
     W: Tensor,
     b: Tensor,
     *,
@@ -144,16 +137,17 @@ def minimise(
                        slow the convergence
     """
     W, b = objective.centre_logits(W, b)
-    at = objective.evaluate(l2, _to_float32(W), b)
-    best, unfinished, stalls = _copy(at), torch.arange(len(l2)), 0
+    at = objective.evaluate(torch.tensor(l2s, dtype=torch.float64), _to_float32(W), b)
+    unfinished, stalls = torch.arange(len(l2s)), 0
+    best = replace(at[unfinished], probabilities=None)  # a copy
     for _ in range(max_steps):
         is_open = at.gap > tolerance
         if not is_open.any():
             return best
         at, unfinished, gap = at[is_open], unfinished[is_open], at.gap[is_open]
-        dW, db = newton_direction(objective, at, tolerance=tolerance, max_products=max_products, bfloat16=bfloat16)
+        direction = newton_direction(objective, at, tolerance=tolerance, max_products=max_products, bfloat16=bfloat16)
         convert = _to_float32 if _rounding_is_negligible(objective, at, tolerance) else torch.clone
-        at, moved = line_search(objective, at, dW, db, convert, tolerance)
+        at, moved = line_search(objective, at, direction, convert, tolerance)
         better = (gap > TOLERANCE) | (at.gap < gap)  # near the optimum a lower objective may have a larger gap
         best.put(unfinished[better], at[better])
         stalled = bool(((at.gap > gap / 2) & (gap < DISTANT)).any())
@@ -166,7 +160,7 @@ def minimise(
     worst = int(best.gap.argmax())
     if best.gap[worst] > max(tolerance, TOLERANCE):
         warnings.warn(
-            f"newton has not converged at l2 = {float(l2[worst]):g}: "
+            f"newton has not converged at l2 = {l2s[worst]:g}: "
             f"the objective may be up to {float(best.gap[worst]):.1e} above its minimum, relative to it",
             RuntimeWarning,
             stacklevel=2,
@@ -175,20 +169,17 @@ def minimise(
 
 
 def line_search(
-    objective: BatchedObjective,
-    at: Iterates,
-    dW: Tensor,
-    db: Tensor,
-    convert: Callable[[Tensor], Tensor],
-    tolerance: float,
+    objective: BatchedObjective, at: Iterates, direction: Weights, convert: Callable[[Tensor], Tensor], tolerance: float
 ) -> tuple[Iterates, bool]:
-    """Return the iterates after a step along (dW, db), and whether any moved.
+    """Return the iterates after a step, and whether any moved.
 
     Parameters
     ----------
+    direction : dW (L, K, D) and db (L, K)
     convert : W -> W     rounding of the new weights
     tolerance : float    an iterate with such a gap is accepted in any case
     """
+    dW, db = direction
     slope = inner(at.grad_W, at.grad_b, dW, db)
     descends = (slope < 0) & slope.isfinite() & dW.isfinite().flatten(1).all(1)  # else rounding error or overflow
     slope, dW, db = (torch.where(descends.view(-1, *[1] * (part.ndim - 1)), part, 0) for part in (slope, dW, db))
@@ -203,11 +194,6 @@ def line_search(
     length = torch.where(accepted, length, 0)
     new = objective.evaluate(at.l2, at.W + length[:, None, None] * dW, at.b + length[:, None] * db)
     return new, bool((descends & (length > 0)).any())
-
-
-def _copy(at: Iterates) -> Iterates:
-    every = torch.arange(len(at.l2))
-    return replace(at[every], probabilities=None)
 
 
 def _to_float32(W: Tensor) -> Tensor:

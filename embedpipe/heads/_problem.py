@@ -168,7 +168,7 @@ def map_features(X: Float32 | Chunked, transform: Callable[[Float32], Float32], 
     return transformed
 
 
-def project_on_rows(problem: Problem) -> tuple[Problem, Float64 | None]:
+def project_rows(problem: Problem) -> tuple[Problem, Float64 | None]:
     """Return a problem with at most N features, and the orthonormal basis (D, N) they refer to; None if N >= D already.
 
     The optimal weights lie in the span of the rows.

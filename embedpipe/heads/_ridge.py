@@ -22,16 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from embedpipe.heads._problem import (
-    Float32,
-    Float64,
-    Int64,
-    PathWeights,
-    Problem,
-    blocks,
-    cross_entropy,
-    project_on_rows,
-)
+from embedpipe.heads._problem import Float32, Float64, Int64, PathWeights, Problem, blocks, cross_entropy, project_rows
 
 FACTOR_SAMPLES = 5000  # at most, on which the factor is fitted
 MAX_FACTOR = 1e3
@@ -39,7 +30,7 @@ MAX_FACTOR = 1e3
 
 def solve_path(problem: Problem, l2s: Sequence[float], start: tuple[Float64, Float64] | None = None) -> PathWeights:
     """Minimise the squared error for every l2; `start` is not used."""
-    reduced, basis = project_on_rows(problem)
+    reduced, basis = project_rows(problem)
     mean, covariance, cross = reduced.moments or _measure_moments(reduced)
     spectrum, Q = np.linalg.eigh(covariance)
     rotated = Q.T @ cross  # (r, K)

@@ -1,4 +1,4 @@
-"""KnnHead: cosine nearest neighbours with temperature-weighted votes, nothing fitted.
+"""KnnHead: nearest neighbours by cosine similarity, which vote with a temperature.
 
 >>> fit_knn(X, y, classes=("cat", "dog"), k=20).predict_proba(X_new)
 """
@@ -96,7 +96,7 @@ class KnnHead:
 
 
 def fit_knn(X: ArrayLike, y: ArrayLike, *, classes: tuple[str, ...], k: int = 20, temperature: float = 0.07) -> KnnHead:
-    """Keep the training features (N, D) and labels (N,) as a head; k larger than N means N.
+    """Return a head that holds the training features (N, D) and labels (N,); k is at most N.
 
     Raises
     ------

@@ -26,8 +26,8 @@ class LinearHead:
 
     Parameters
     ----------
-    weight : float32 (C, D)      two classes: the rows -w/2 and +w/2 of their one logit; of numbers float64: they may be large
-    bias : float32 (C,)          of numbers float64
+    weight : float32 (C, D)      two classes: the rows -w/2 and +w/2 of their one logit; float64 for numbers, which may be large
+    bias : float32 (C,)          float64 for numbers
     classes : tuple of str       row c scores classes[c]
     provenance : dict            JSON-able: how it was fitted, on what
     task : str                   what the logits mean. "single": softmax over classes; "multilabel": a sigmoid for each label;
@@ -35,7 +35,7 @@ class LinearHead:
 
     Raises
     ------
-    ModelMismatch    shapes that do not belong together, or another task
+    ModelMismatch    shapes that do not match, or an unknown task
     """
 
     weight: Float32
@@ -58,7 +58,7 @@ class LinearHead:
         return int(self.weight.shape[1])
 
     def logits(self, X: ArrayLike | Chunked) -> Float64:
-        """Return X W' + b, float64 (N, C), for features (N, D) as the backbone gives them.
+        """Return X W' + b, float64 (N, C), for raw features (N, D).
 
         Raises
         ------
@@ -67,7 +67,7 @@ class LinearHead:
         return affine(check_width(X, self.feature_dim), self.weight, self.bias)
 
     def predict_proba(self, X: ArrayLike | Chunked) -> Float64:
-        """Return probabilities, float64 (N, C): of classes, rows sum to 1; of labels, each for itself. Or the numbers (N, 1)."""
+        """Return probabilities, float64 (N, C): of classes, rows sum to 1; of labels, independent ones; or numbers (N, 1)."""
         logits = self.logits(X)
         if self.task == "regression":
             return logits
@@ -104,7 +104,12 @@ class LinearHead:
 
 
 def check_width(X: ArrayLike | Chunked, feature_dim: int) -> Any:
-    """Return features as an array (N, D), `Chunked` as they came, or say which width was expected."""
+    """Return features as an array (N, D), or `Chunked` features as they are.
+
+    Raises
+    ------
+    ModelMismatch    features of another width
+    """
     array = X if isinstance(X, Chunked) else np.asarray(X)
     if array.ndim != 2 or array.shape[1] != feature_dim:
         raise ModelMismatch(

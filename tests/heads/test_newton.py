@@ -270,7 +270,7 @@ def test_an_infinite_direction_moves_nothing() -> None:
     lengths = torch.tensor([1e308, 1e-3], dtype=torch.float64)
     dW = -at.grad_W / at.grad_W.abs().amax((1, 2), keepdim=True) * lengths[:, None, None]
     dW *= torch.tensor([10.0, 1.0])[:, None, None]
-    new, moved = line_search(objective, at, dW, 0 * b, torch.clone, 4e-7)
+    new, moved = line_search(objective, at, (dW, 0 * b), torch.clone, 4e-7)
     assert moved
     assert torch.equal(new.W[0], at.W[0])
     assert new.objective[1] < at.objective[1]
