@@ -6,12 +6,9 @@ spec: everything that determines a feature, such as weights, layer, transform an
 Modules, each of which uses only those before it:
 
 _sealed       HDF5 files with a checksum of their header; their structure is not trusted
-_meta         the folder of a space, and meta.json
-_features     feature files: rows, keys, failures, and a checksum of each MiB
-_view         reading a space without a lock
-_lock         the lock of the writer
-_writer       writing a space: shards, commits and merges
-_space        a space
+_meta         the folder of a space: meta.json, and the lock of the writer
+_features     feature files: rows, keys, failures, and a checksum of each MiB; a view of them reads a space without a lock
+_space        a space, and its writer: shards, commits and merges
 _datasets     sample tables: paths, labels, splits and groups
 _cache        the cache folder
 _index        a memo of image hashes
@@ -28,12 +25,11 @@ _verify       verification
 from embedpipe.cache._cache import Cache, measure, sweep_leftovers
 from embedpipe.cache._datasets import dataset_name
 from embedpipe.cache._export import Exported, writer_of
+from embedpipe.cache._features import SpaceView
 from embedpipe.cache._index import KeyIndex
 from embedpipe.cache._meta import last_used
-from embedpipe.cache._space import Space
+from embedpipe.cache._space import Space, SpaceWriter
 from embedpipe.cache._verify import DAMAGE, Finding, prove_files, prove_latest, prove_space
-from embedpipe.cache._view import SpaceView
-from embedpipe.cache._writer import SpaceWriter
 
 __all__ = [
     "DAMAGE",

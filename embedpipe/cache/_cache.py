@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from embedpipe.cache._datasets import dataset_name, has_source, read_table, write_table
-from embedpipe.cache._lock import WriterLock
-from embedpipe.cache._meta import FEATURES, FILE, LOCK, SHARDS, mark_used, read_meta
+from embedpipe.cache._meta import FEATURES, FILE, LOCK, SHARDS, WriterLock, mark_used, read_meta
 from embedpipe.cache._sealed import damage_error
 from embedpipe.cache._space import Space
 from embedpipe.data import Manifest

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from embedpipe.cache._features import KEY_BYTES, decode_texts, encode_texts, key_matrix
-from embedpipe.cache._sealed import FORMAT_VERSION, SealedFile, build_header, damage_error, open_sealed, seal
+from embedpipe.cache._sealed import FORMAT_VERSION, build_header, damage_error, open_sealed, seal
 from embedpipe.data import TASKS, Manifest, Sample, Source, absolute_argument, root_of
 from embedpipe.storage import publish
 
@@ -66,37 +66,31 @@ def read_table(path: Path) -> Manifest:
     """
     table = open_sealed(path, SCHEMA, optional=OPTIONAL)
     try:
-        return _build_manifest(table)
+        columns = {name: decode_texts(array) for name, array in table.arrays.items() if array.dtype.kind == "S"}
+        keys = [key.tobytes() for key in table.arrays["key"].reshape(-1, KEY_BYTES)]
+        parts = columns.get("part", [""] * len(keys))
+        rows = zip(*(columns[name] for name in TEXTS), keys, table.arrays["source"].tolist(), parts, strict=True)
+        samples = tuple(
+            Sample(path, label or None, split, group or None, key, source, part)
+            for path, label, split, group, key, source, part in rows
+        )
+        pairs = zip(columns["sources/argument"], columns["sources/root"], strict=True)
+        manifest = Manifest(
+            name=os.fsdecode(bytes.fromhex(table.attrs["name"])),
+            sources=tuple(Source(argument, root_of(root)) for argument, root in pairs),
+            samples=samples,
+            classes=tuple(columns["classes"]),
+            ignored=table.attrs["ignored"],
+            unreadable=(),
+            warnings=tuple(columns["warnings"]),
+            task=table.attrs.get("task", "single"),
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise damage_error(path, "its columns do not fit together") from exc
-
-
-def _build_manifest(table: SealedFile) -> Manifest:
-    columns = {name: decode_texts(array) for name, array in table.arrays.items() if array.dtype.kind == "S"}
-    task = table.attrs.get("task", "single")
-    if task not in TASKS.values():
-        raise ValueError("an unknown task")
-    keys = [key.tobytes() for key in table.arrays["key"].reshape(-1, KEY_BYTES)]
-    parts = columns.get("part", [""] * len(keys))
-    rows = zip(*(columns[name] for name in TEXTS), keys, table.arrays["source"].tolist(), parts, strict=True)
-    samples = tuple(
-        Sample(path, label or None, split, group or None, key, source, part)
-        for path, label, split, group, key, source, part in rows
-    )
-    pairs = zip(columns["sources/argument"], columns["sources/root"], strict=True)
-    sources = tuple(Source(argument, root_of(root)) for argument, root in pairs)
-    if not {sample.source for sample in samples} <= set(range(len(sources))):
-        raise ValueError("a sample of an unknown source")
-    return Manifest(
-        name=os.fsdecode(bytes.fromhex(table.attrs["name"])),
-        sources=sources,
-        samples=samples,
-        classes=tuple(columns["classes"]),
-        ignored=table.attrs["ignored"],
-        unreadable=(),
-        warnings=tuple(columns["warnings"]),
-        task=task,
-    )
+    sources = range(len(manifest.sources))
+    if manifest.task not in TASKS.values() or any(sample.source not in sources for sample in samples):
+        raise damage_error(path, "its columns do not fit together")
+    return manifest
 
 
 def has_source(path: Path, source: str) -> bool:

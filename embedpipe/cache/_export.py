@@ -17,9 +17,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from embedpipe.cache._features import Array, encode_texts, key_matrix
+from embedpipe.cache._features import CHUNK_BYTES, Array, SpaceView, encode_texts, key_matrix
 from embedpipe.cache._sealed import ArrayInfo, build_header, seal
-from embedpipe.cache._view import CHUNK_BYTES, SpaceView
 from embedpipe.data import Manifest, Sample
 from embedpipe.errors import UsageError
 from embedpipe.provenance import canonical_json

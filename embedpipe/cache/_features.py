@@ -1,5 +1,9 @@
 """Feature files: rows, keys, failures and checksums in one sealed HDF5 file. The base and the shards have the same schema.
 
+A space is read without a lock, through a view: a snapshot of its files, checked as they are read. Files are immutable and
+replaced by renames, so a view stays valid while others write. If a merge removes shards that the view has not opened yet, the
+view opens the merged base instead.
+
 Arrays
 ------
 /features       (n, D) float32 or float16, the data of the sealed file
@@ -15,18 +19,31 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from embedpipe.cache._meta import Meta
-from embedpipe.cache._sealed import FORMAT_VERSION, ArrayInfo, build_header, damage_error, map_again, open_sealed, seal
+from embedpipe.cache._meta import FEATURES, Meta, list_shards, read_meta
+from embedpipe.cache._sealed import (
+    FORMAT_VERSION,
+    USER_BLOCK,
+    ArrayInfo,
+    build_header,
+    damage_error,
+    map_again,
+    open_sealed,
+    seal,
+)
 from embedpipe.provenance import canonical_json, fingerprint
 
 BLOCK = 1 << 20
 KEY_BYTES = 32
+CHUNK_BYTES = 32 << 20
+MAX_OPEN_FILES = 64
 FAILURE_FIELDS = ("failed/stage", "failed/reason", "failed/decoder")
 SCHEMA = {
     "features": ("f4|f2", 2),
@@ -60,7 +77,9 @@ def write_features(
     """
     large = ArrayInfo("features", (len(keys), meta.feature_dim), np.dtype(meta.dtype))
     n_blocks = _count_blocks(large.nbytes) + _count_blocks(keys.size)
-    arrays = {"keys": keys, "blocks": np.zeros((n_blocks, 32), np.uint8), **_failure_arrays(failures)}
+    failed = sorted(failures)
+    arrays = {"keys": keys, "blocks": np.zeros((n_blocks, 32), np.uint8), "failed/keys": key_matrix(failed)}
+    arrays |= {name: encode_texts(failures[key][n] for key in failed) for n, name in enumerate(FAILURE_FIELDS)}
     attrs: dict[str, int | str] = {
         "fingerprint": fingerprint(meta.spec),
         "spec": canonical_json(meta.spec),
@@ -93,12 +112,6 @@ def _count_blocks(nbytes: int) -> int:
 def _block_digests(raw: Any) -> Iterator[bytes]:
     for start in range(0, len(raw), BLOCK):
         yield hashlib.sha256(raw[start : start + BLOCK]).digest()
-
-
-def _failure_arrays(failures: Mapping[bytes, FailureRecord]) -> dict[str, Array]:
-    keys = sorted(failures)
-    columns = {name: encode_texts(failures[key][n] for key in keys) for n, name in enumerate(FAILURE_FIELDS)}
-    return {"failed/keys": key_matrix(keys), **columns}
 
 
 def encode_texts(texts: Iterable[str]) -> Array:
@@ -134,10 +147,14 @@ class FeatureFile:
         consistent = self.keys.shape == (self.shape[0], KEY_BYTES) and len(self._blocks) >= row_blocks
         if not consistent or self._blocks.shape[1:] != (KEY_BYTES,):
             raise damage_error(path, "its keys, rows and block digests do not fit together")
-        self.failures = _failures_of(sealed.arrays, path)
+        stages, reasons, decoders = (decode_texts(sealed.arrays[name]) for name in FAILURE_FIELDS)
+        failed = [key.tobytes() for key in sealed.arrays["failed/keys"]]
+        if not len(failed) == len(stages) == len(reasons) == len(decoders):
+            raise damage_error(path, "its failures do not fit together")
+        self.failures = dict(zip(failed, zip(stages, reasons, decoders, strict=True), strict=True))
         self._checked = np.zeros(row_blocks, bool)
         self._mapped: Bytes | None = sealed.mapped
-        self._user_block = sealed.user_block
+        self._user_block = sealed.mapped[:USER_BLOCK].tobytes()
 
     def release(self) -> None:
         """Close the memory map; the next read opens the file again."""
@@ -190,10 +207,126 @@ class FeatureFile:
                 yield f"row {start + row} has NaN or infinity"
 
 
-def _failures_of(arrays: Mapping[str, Array], path: Path) -> dict[bytes, FailureRecord]:
-    stages, reasons, decoders = (decode_texts(arrays[name]) for name in FAILURE_FIELDS)
-    keys = [key.tobytes() for key in arrays["failed/keys"]]
-    try:
-        return dict(zip(keys, zip(stages, reasons, decoders, strict=True), strict=True))
-    except ValueError as exc:
-        raise damage_error(path, "its failures do not fit together") from exc
+class _KeyTable:
+    """File and row of each key; of duplicate keys the row of the base or of the oldest shard counts."""
+
+    def __init__(self, files: list[FeatureFile]) -> None:
+        self.files = files
+        every = np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *(file.keys for file in files)])
+        self.keys, first = np.unique(_sortable(every), return_index=True)
+        counts = [len(file.keys) for file in files]
+        self.owner = np.repeat(np.arange(len(files)), counts)[first]
+        self.row = first - np.cumsum([0, *counts])[self.owner]
+
+    def find(self, keys: Array) -> tuple[Array, Array]:
+        """Return file number and row of each key.
+
+        Raises
+        ------
+        KeyError    a key has no row
+        """
+        position = np.searchsorted(self.keys, keys)
+        found = np.zeros(len(keys), bool)
+        inside = position < len(self.keys)
+        found[inside] = self.keys[position[inside]] == keys[inside]
+        if not found.all():
+            raise KeyError(keys[~found][:1].tobytes().hex())
+        return self.owner[position], self.row[position]
+
+
+class SpaceView:
+    """A snapshot of a space; its rows stay readable while others write and merge.
+
+    Parameters
+    ----------
+    folder : Path           of the space
+    fingerprint : str       of the space
+    max_open_files : int    how many files stay memory-mapped; each takes a file descriptor
+
+    Attributes
+    ----------
+    keys : uint8 (n, 32)    sorted
+    failures : dict of key to (stage, reason, decoder)    of keys without a row
+    paths : the files that were read, the base first
+
+    Raises
+    ------
+    CacheMismatch    a file is damaged or of a newer format
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, max_open_files: int = MAX_OPEN_FILES) -> None:
+        self._folder, self._fingerprint, self._max_open_files = folder, fingerprint, max_open_files
+        self._table = table = self._open_files()
+        self.keys: Bytes = np.ascontiguousarray(table.keys).view(np.uint8).reshape(-1, KEY_BYTES)
+        self.paths = [file.path for file in table.files]
+        meta = read_meta(folder, fingerprint)
+        self.feature_dim = meta.feature_dim if meta else 0
+        self.dtype = np.dtype(meta.dtype if meta else "float32")
+        latest: dict[bytes, FailureRecord] = {}
+        for file in table.files:
+            if (file.shape[1], file.dtype) != (self.feature_dim, self.dtype):
+                raise damage_error(file.path, f"it has {file.shape[1]} x {file.dtype} a row")
+            latest.update(file.failures)
+        self.failures = {key: failure for key, failure in latest.items() if failure != TOMBSTONE and key not in self}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SpaceView, (self._folder, self._fingerprint, self._max_open_files)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._members
+
+    @cached_property
+    def _members(self) -> frozenset[bytes]:
+        return frozenset(self.keys.view(f"V{KEY_BYTES}").reshape(-1).tolist())
+
+    def read(self, keys: Iterable[bytes]) -> Array:
+        """Return the rows of `keys`, in their order, (n, D) of the stored dtype.
+
+        Raises
+        ------
+        KeyError         a key has no row
+        CacheMismatch    the stored bytes have changed
+        """
+        requested = _sortable(key_matrix(keys))
+        while True:
+            with suppress(FileNotFoundError):
+                return self._read(requested)
+            self._table = self._open_files()  # the shards have been merged meanwhile
+
+    def read_chunks(self, keys: Sequence[bytes] | Bytes, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Array]:
+        """Yield the rows of `keys`, in their order, in chunks of at most `chunk_bytes` or one row."""
+        step = max(1, chunk_bytes // max(1, self.feature_dim * self.dtype.itemsize))
+        for start in range(0, len(keys), step):
+            yield self.read(keys[start : start + step])
+
+    def _read(self, keys: Array) -> Array:
+        files = self._table.files
+        owner, row = self._table.find(keys)
+        features = np.empty((len(keys), self.feature_dim), self.dtype)
+        for number in np.unique(owner).tolist():
+            positions = np.flatnonzero(owner == number)
+            features[positions] = files[number].rows(row[positions])
+            if number >= self._max_open_files:
+                files[number].release()
+        return features
+
+    def _open_files(self) -> _KeyTable:
+        """Open the shards, then the base; start again if a shard was merged meanwhile."""
+        while True:
+            with suppress(FileNotFoundError):
+                shards = []
+                for path in list_shards(self._folder):
+                    shards.append(FeatureFile(path, self._fingerprint))
+                    if len(shards) >= self._max_open_files:
+                        shards[-1].release()
+                base = []
+                with suppress(FileNotFoundError):
+                    base.append(FeatureFile(self._folder / FEATURES, self._fingerprint))
+                return _KeyTable([*base, *shards])
+
+
+def _sortable(keys: Bytes) -> Array:
+    return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").reshape(-1)

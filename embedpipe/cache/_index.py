@@ -26,7 +26,6 @@ BATCH = 1000
 MAX_INTEGER = (1 << 63) - 1  # of SQLite; some file systems have larger inode numbers
 CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
-Identity = tuple[int, int, int, int]
 T = TypeVar("T", bytes, str)
 
 SCHEMA = (
@@ -121,7 +120,7 @@ def _digest(place: Place) -> bytes:
         return hashlib.file_digest(stream, "sha256").digest()
 
 
-def _identity_of(place: Place) -> Identity | None:
+def _identity_of(place: Place) -> tuple[int, int, int, int] | None:
     """Return values that change when a file does: size, mtime, inode and ctime.
 
     For a remote file these are two numbers made from its version, or None if it has no version.

@@ -77,7 +77,6 @@ class SealedFile:
     arrays : dict of str to ndarray    copies of all arrays but the large one
     large : ArrayInfo or None
     offset : int                       where the data begin
-    user_block : bytes
     mapped : uint8 (file size,)        memory map of the whole file; its data are not checked yet
     """
 
@@ -85,7 +84,6 @@ class SealedFile:
     arrays: dict[str, Any]
     large: ArrayInfo | None
     offset: int
-    user_block: bytes
     mapped: NDArray[np.uint8]
 
 
@@ -168,7 +166,7 @@ def open_sealed(path: Path, schema: Schema, *, large: str | None = None, optiona
     data = infos[large] if large else None
     if data and (data.offset, data.stored_bytes) != (offset if size else 0, size):
         raise damage_error(path, "its user block and its structure disagree")
-    return SealedFile(attrs, arrays, data, offset, mapped[:USER_BLOCK].tobytes(), mapped)
+    return SealedFile(attrs, arrays, data, offset, mapped)
 
 
 def _read_structure(
