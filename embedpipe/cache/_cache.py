@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from embedpipe.cache._datasets import dataset_name, has_source, read_table, write_table
-from embedpipe.cache._meta import FEATURES, FILE, LOCK, SHARDS, WriterLock, mark_used, read_meta
+from embedpipe.cache._meta import FEATURES, FILE, SHARDS, WriterLock, mark_used, read_meta
 from embedpipe.cache._sealed import damage_error
 from embedpipe.cache._space import Space
 from embedpipe.data import Manifest
@@ -149,7 +149,7 @@ class Cache:
         StorageError    the lock does not exclude other writers, or the operating system refused
         """
         folder = self.spaces_folder / name
-        with closing(WriterLock(folder / LOCK)) as lock, storage_errors(folder, "remove"):
+        with closing(WriterLock(folder)) as lock, storage_errors(folder, "remove"):
             if not lock.exclusive:
                 hint = "remove the folder by hand when nothing writes to it"
                 raise StorageError(f"locks on {folder} exclude nobody, another process may be writing", hint=hint)

@@ -124,7 +124,7 @@ def _serialize(meta: Meta) -> bytes:
 
 
 class WriterLock:
-    """A lock that is held from construction to `close`.
+    """The lock of the writer of a folder, held from construction to `close`.
 
     Attributes
     ----------
@@ -136,8 +136,8 @@ class WriterLock:
     StorageError    the lock file cannot be opened
     """
 
-    def __init__(self, path: Path) -> None:
-        self._named = False
+    def __init__(self, folder: Path) -> None:
+        path, self._named = folder / LOCK, False
         with storage_errors(path, "lock"):
             self._descriptor = _open(path)
             try:

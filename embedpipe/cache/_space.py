@@ -26,27 +26,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from embedpipe.cache._features import (
-    CHUNK_BYTES,
-    MAX_OPEN_FILES,
-    TOMBSTONE,
-    Array,
-    SpaceView,
-    key_matrix,
-    write_features,
-)
-from embedpipe.cache._meta import (
-    FEATURES,
-    LOCK,
-    SHARDS,
-    Meta,
-    WriterLock,
-    list_shards,
-    mark_used,
-    read_meta,
-    write_meta,
-)
+from embedpipe.cache._features import CHUNK_BYTES, MAX_OPEN_FILES, TOMBSTONE, SpaceView, key_matrix, write_features
+from embedpipe.cache._meta import FEATURES, SHARDS, Meta, WriterLock, list_shards, mark_used, read_meta, write_meta
 from embedpipe.errors import CacheMismatch, NonFiniteFeatures, StorageError
 from embedpipe.provenance import fingerprint
 from embedpipe.storage import make_folder, publish, storage_errors, sweep, sync_path
@@ -80,13 +63,13 @@ class SpaceWriter:
     def __init__(self, folder: Path, requested: Meta, *, shard_rows: int, commit_seconds: float) -> None:
         self._folder, self._meta = folder, requested
         self._shard_rows, self._commit_seconds = shard_rows, commit_seconds
-        self._rows: list[tuple[Sequence[bytes], Array]] = []
+        self._rows: list[tuple[Sequence[bytes], NDArray[Any]]] = []
         self._failures: dict[bytes, tuple[str, str, str]] = {}
         self._pending_since: float | None = None
 
     def __enter__(self) -> Self:
         make_folder(self._folder)
-        self._lock = WriterLock(self._folder / LOCK)
+        self._lock = WriterLock(self._folder)
         try:
             make_folder(self._folder / SHARDS)
             self._recover()
@@ -107,7 +90,7 @@ class SpaceWriter:
         """The pins in force."""
         return dict(self._meta.pins or {})
 
-    def append(self, keys: Sequence[bytes], features: Array) -> None:
+    def append(self, keys: Sequence[bytes], features: NDArray[Any]) -> None:
         """Add rows; commit if that is due.
 
         Parameters
@@ -211,7 +194,7 @@ class SpaceWriter:
         return base_bytes + shard_bytes < merge_below_bytes or shard_bytes > MERGED_SHARE * base_bytes
 
 
-def _check_finite(keys: Sequence[bytes], features: Array, stored: Array) -> None:
+def _check_finite(keys: Sequence[bytes], features: NDArray[Any], stored: NDArray[Any]) -> None:
     bad = np.flatnonzero(~np.isfinite(stored).all(axis=1)).tolist()
     if not bad:
         return
@@ -309,7 +292,7 @@ class Space:
         CacheBusy    another process writes to this space
         """
         with suppress(StorageError):  # no folder yet, or an error that the writer itself will raise
-            WriterLock(self.folder / LOCK).close()
+            WriterLock(self.folder).close()
 
     def discard_pending(self) -> None:
         """Remove the shards that are not merged yet, and the pins of the unfinished extraction that wrote them.
@@ -319,7 +302,7 @@ class Space:
         CacheBusy        another process writes to this space
         CacheMismatch    the file system has no locks, so that another process may be writing
         """
-        with closing(WriterLock(self.folder / LOCK)) as lock:
+        with closing(WriterLock(self.folder)) as lock:
             if not lock.exclusive:
                 raise CacheMismatch(
                     f"{self.folder.name} has rows of an interrupted extraction that cannot be continued, "
