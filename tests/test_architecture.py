@@ -47,7 +47,7 @@ LIBRARIES = {
     "datasets": {"data"},
     "tarfile": {"data/_tar.py"},
     "openvino": {"inference/_openvino.py"},
-    "numba": {"compiling.py", "images/_resampling.py"},
+    "numba": {"compiling.py"},
     "onnx": set(),  # torch's exporter uses it and onnxscript
     "onnxruntime": {"commands/export/_formats.py"},
     "pickle": {"backbones/_weights.py", "commands/finetune/_checkpoint.py"},  # the error; an unpickler of arrays

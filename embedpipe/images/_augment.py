@@ -15,7 +15,10 @@ from PIL import Image, ImageEnhance, ImageOps
 
 AUGMENTS = ("flip", "standard", "strong")
 AREA = (0.35, 1.0)  # share of the image that a random crop keeps
-RATIO = (3 / 4, 4 / 3)  # width to height of a random crop, relative to the image's
+RATIO, ERASED_RATIO = (
+    (3 / 4, 4 / 3),
+    (0.3, 3.3),
+)  # width to height of a crop and of an erased part, relative to the image's
 MAGNITUDE, OPERATIONS = 0.3, 2  # of RandAugment: 9 of 30
 ERASED, ERASED_AREA = 0.25, (0.02, 0.33)  # probability that a part is erased, and its share of the image
 GREY = (124, 116, 104)
@@ -42,22 +45,14 @@ def augment(image: Image.Image, name: str, random: Random) -> Image.Image:
     Source: Cubuk et al., NeurIPS 2020 (RandAugment); Zhong et al., AAAI 2020 (random erasing).
     """
     if name != "flip":
-        image = _crop(image, random)
+        image = image.crop(_part(image, random, AREA, RATIO))
     if random.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if name == "strong":
         for change in random.choices(CHANGES, k=OPERATIONS):
             image = change(image, random.choice((-MAGNITUDE, MAGNITUDE)))
-        image = _erase(image, random) if random.random() < ERASED else image
-    return image
-
-
-def _crop(image: Image.Image, random: Random) -> Image.Image:
-    return image.crop(_part(image, random, AREA, RATIO))
-
-
-def _erase(image: Image.Image, random: Random) -> Image.Image:
-    image.paste(GREY, _part(image, random, ERASED_AREA, (0.3, 3.3)))
+        if random.random() < ERASED:
+            image.paste(GREY, _part(image, random, ERASED_AREA, ERASED_RATIO))
     return image
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -88,9 +88,8 @@ def image_batches(
     keys: list[Key] = []
     decoded: list[list[np.ndarray | None]] = []
     failures: list[Failed[Key]] = []
-    window, seconds = max(batch_size, PREFETCH) + workers, 0.0
-    options: dict[str, Any] = {"window": window, "workers": workers, "in_order": in_order, "limits": limits}
-    for key, (parts, decode_s) in _loaded(items, transforms, **options):
+    decoders, window, seconds = Decoders(workers, limits), max(batch_size, PREFETCH) + workers, 0.0
+    for key, (parts, decode_s) in _loaded(items, transforms, decoders, window=window, in_order=in_order):
         seconds += decode_s
         failed = [Failed(key, *part, n) for n, part in enumerate(parts) if isinstance(part, tuple)]
         if len(failed) == len(parts):
@@ -121,20 +120,20 @@ def _stack(decoded: Sequence[Sequence[np.ndarray | None]], transforms: Sequence[
 def _loaded(
     items: Iterable[tuple[Key, Place | Path]],
     transforms: Sequence[Images],
+    decoders: Decoders,
     *,
     window: int,
-    workers: int,
     in_order: bool,
-    limits: Limits,
 ) -> Iterator[tuple[Key, Timed]]:
     """Yield keys and one result for each transform, with at most `window` items in work."""
     numbered = iter(enumerate(items))
     ready: SimpleQueue[tuple[int, Key, Future[Timed]]] = SimpleQueue()
     waiting: list[tuple[int, Key, Future[Timed]]] = []  # a heap by number
     submitted = yielded = 0
-    decoding = ThreadPoolExecutor(workers, thread_name_prefix="decode")  # both start no thread before their first task
-    reading = ThreadPoolExecutor(max(READERS, workers), thread_name_prefix="read")
-    decoders = Decoders(workers, limits)
+    decoding = ThreadPoolExecutor(
+        decoders.count, thread_name_prefix="decode"
+    )  # both start no thread before their first task
+    reading = ThreadPoolExecutor(max(READERS, decoders.count), thread_name_prefix="read")
 
     def submit(number: int, key: Key, item: Place | Path) -> None:
         place = Place.of(item)

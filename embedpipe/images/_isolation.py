@@ -59,8 +59,7 @@ class Limits:
 
 LIMITS = Limits()
 
-_idle: list[Decoder] = []
-_starting: list[Decoder] = []
+_pool: list[Decoder] = []  # decoders that are starting, then idle ones
 
 
 class Decoder:
@@ -78,7 +77,7 @@ class Decoder:
     """
 
     def __init__(self, limits: Limits = LIMITS, *, compiled_after: int = COMPILED_AFTER, wait: bool = True) -> None:
-        self.limits = limits
+        self.limits, self.started = limits, False
         code = SERVE.format(path=sys.path, memory=limits.memory_bytes, after=compiled_after)
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
@@ -105,6 +104,7 @@ class Decoder:
         """Wait for its first answer, which reports that it has started."""
         try:
             self._read(HEADER.size, time.monotonic() + START_LIMIT_S)
+            self.started = True
         except (EOFError, TimeoutError) as exc:
             self.close()
             raise EmbedpipeError(
@@ -194,7 +194,7 @@ class Decoders:
     """
 
     def __init__(self, count: int = 1, limits: Limits = LIMITS) -> None:
-        self._slots, self._limits = threading.Semaphore(count), limits
+        self.count, self._slots, self._limits = count, threading.Semaphore(count), limits
         self._busy: set[Decoder] = set()
         self._ended = False
         self._lock = threading.Lock()
@@ -208,28 +208,23 @@ class Decoders:
             except OSError as exc:
                 return [("read", exc.strerror or str(exc))] * len(transforms)
         with self._slots:
-            return self._load(place, data, key, transforms)
-
-    def _load(
-        self, place: Place, data: bytes | None, key: bytes | None, transforms: Sequence[str | None]
-    ) -> list[Loaded]:
-        if self._ended:
-            return [("limit", "given up")] * len(transforms)
-        decoder = _take(self._limits)
-        with self._lock:
-            self._busy.add(decoder)
             if self._ended:
-                decoder.interrupt()
-        reusable = False
-        try:
-            loaded = decoder.load(place, key=key, transforms=transforms, data=data)
-            reusable = decoder.alive
-            return loaded
-        finally:
+                return [("limit", "given up")] * len(transforms)
+            decoder = _take(self._limits)
             with self._lock:
-                self._busy.discard(decoder)
-                reusable = reusable and not self._ended
-            _idle.append(decoder) if reusable else decoder.close()
+                self._busy.add(decoder)
+                if self._ended:
+                    decoder.interrupt()
+            reusable = False
+            try:
+                loaded = decoder.load(place, key=key, transforms=transforms, data=data)
+                reusable = decoder.alive
+                return loaded
+            finally:
+                with self._lock:
+                    self._busy.discard(decoder)
+                    reusable = reusable and not self._ended
+                _pool.append(decoder) if reusable else decoder.close()
 
     def give_up(self) -> None:
         """Kill every busy process: the threads that wait for them return at once."""
@@ -242,37 +237,33 @@ class Decoders:
 def start_decoders(count: int, images: int) -> None:
     """Start `count` processes for the decoding of `images` images, without waiting for them."""
     after = 0 if images >= count * COMPILED_AFTER else COMPILED_AFTER
-    missing = count - len(_starting) - len(_idle)
-    _starting.extend(Decoder(compiled_after=after, wait=False) for _ in range(missing))
+    _pool[:0] = [Decoder(compiled_after=after, wait=False) for _ in range(count - len(_pool))]
 
 
 def _take(limits: Limits) -> Decoder:
     """Return an idle decoder with these limits, one that is starting, or a new one."""
-    for pool in (_idle, _starting):
-        while pool:
-            with suppress(IndexError, EmbedpipeError):  # taken by another thread; or it ended while it was starting
-                decoder = pool.pop()
-                if decoder.limits != limits:
-                    decoder.close()
-                    continue
-                if pool is _starting:
-                    decoder.await_start()
-                return decoder
+    while _pool:
+        with suppress(IndexError, EmbedpipeError):  # taken by another thread; or it ended while it was starting
+            decoder = _pool.pop()
+            if decoder.limits != limits:
+                decoder.close()
+                continue
+            if not decoder.started:
+                decoder.await_start()
+            return decoder
     return Decoder(limits)
 
 
 @atexit.register
 def close_decoders() -> None:
     """End all idle decoder processes; the next image starts new ones."""
-    for pool in (_idle, _starting):
-        while pool:
-            pool.pop().close()
+    while _pool:
+        _pool.pop().close()
 
 
 def _forget_decoders() -> None:
-    for pool in (_idle, _starting):
-        while pool:
-            pool.pop().forget()
+    while _pool:
+        _pool.pop().forget()
 
 
 os.register_at_fork(after_in_child=_forget_decoders)

@@ -14,24 +14,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import TypeVar
 
-import numba
 import numpy as np
 from PIL import Image
+
+from embedpipe.compiling import compiled
 
 BITS = 22  # of a weight, after the point
 HALF = np.int32(1 << (BITS - 1))
 BLACK, WHITE = np.int32(0), np.int32(255)
 COMPARISONS = 8  # images that are resized by Pillow too
-OPTIONS = {"nogil": True, "fastmath": True, "boundscheck": False, "error_model": "numpy", "cache": True}
-Loop = TypeVar("Loop", bound=Callable[..., None])
-
-
-def compiled(signature: str) -> Callable[[Loop], Loop]:
-    """Compile a loop for arguments of these types, and cache the code on disk; RuntimeError where there is no folder for it."""
-    decorate: Callable[[Loop], Loop] = numba.njit(signature, **OPTIONS)
-    return decorate
 
 
 def _triangle(x: np.ndarray) -> np.ndarray:

@@ -47,7 +47,9 @@ def serve(memory_bytes: int, compiled_after: int) -> None:
     os.dup2(2, 1)  # what a library prints must not mix with the answers
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides
         signal.signal(number, signal.SIG_IGN)
-    _limit_memory(memory_bytes)
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    soft = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     requests: SimpleQueue[Request] = SimpleQueue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     _write(answers, HEADER.pack(PIXELS, 0, 0))  # ready
@@ -74,12 +76,6 @@ def _listen(requests: SimpleQueue[Request]) -> None:
             requests.put((request, None if size is None else sys.stdin.buffer.read(size)))
     finally:
         os._exit(0)
-
-
-def _limit_memory(memory_bytes: int) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    soft = memory_bytes if hard == resource.RLIM_INFINITY else min(memory_bytes, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _answer(request_and_data: Request, memory_bytes: int, resample: Resample | None) -> list[bytes]:

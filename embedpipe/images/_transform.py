@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
 Resample = Callable[..., np.ndarray | None]
-Box = tuple[int, int, int, int]
 POLICIES = {"pixels": "exact", "orientation": "exif", "alpha": "white", "frame": 0, "scale": "1/255"}
 
 
@@ -166,7 +165,7 @@ class Transform:
         own |= {k: tuple(v) for k, v in own.items() if isinstance(v, list)}
         return cls(**own)
 
-    def _box(self, width: int, height: int) -> Box | None:
+    def _box(self, width: int, height: int) -> tuple[int, int, int, int] | None:
         """Return the crop of the resized image as (left, top, width, height), or None if it has to be padded."""
         crop_height, crop_width = self.crop_size
         if self.resize_mode == "border" or width < crop_width or height < crop_height:
@@ -197,14 +196,11 @@ class Transform:
     def _crop(self, image: Image.Image) -> Image.Image:
         """Crop the centre; pad where the image is smaller."""
         height, width = self.crop_size
-        canvas = Image.new("RGB", (width, height), self._fill())
+        mean = self.mean if self.channels == "rgb" else self.mean[::-1]
+        fill = tuple(round(255 * value) for value in mean) if self.resize_mode == "border" else (0, 0, 0)
+        canvas = Image.new("RGB", (width, height), fill)
         canvas.paste(image, (-_offset(image.width, width), -_offset(image.height, height)))
         return canvas
-
-    def _fill(self) -> tuple[int, ...]:
-        if self.resize_mode != "border":
-            return (0, 0, 0)
-        return tuple(round(255 * value) for value in (self.mean if self.channels == "rgb" else self.mean[::-1]))
 
 
 def _sides(size: int | tuple[int, int]) -> str:
