@@ -108,6 +108,14 @@ def test_heavy_libraries_are_imported_by_few_modules(path: Path) -> None:
         )
 
 
+def test_files_do_not_import_each_other_in_a_circle() -> None:
+    """Imports within functions and under TYPE_CHECKING count, too."""
+    graph = {name: modules_of(path) & set(MODULES) - {name} for name, path in MODULES.items()}
+    while leaves := [name for name, needs in graph.items() if not needs]:
+        graph = {name: needs.difference(leaves) for name, needs in graph.items() if needs}
+    assert not graph, f"circle among {sorted(graph)}"
+
+
 def test_every_package_has_a_layer() -> None:
     assert {package_of(path) for path in FILES} == set().union(*LAYERS)
 
