@@ -31,8 +31,10 @@ from embedpipe.heads._extrapolation import extrapolate
 from embedpipe.heads._problem import Float64, PathWeights
 
 TOLERANCE = 4e-7  # of the gap
-POLISHED_TOLERANCE = 1e-10  # of the gap after `polish`, as far as rounding and these limits allow
-POLISHING_STEPS, POLISHING_PRODUCTS = 3, 20
+POLISHED_TOLERANCE = (
+    1e-13  # of the gap after `polish`: the weights are then within 1e-6 of the optimum, as float32 stores them
+)
+POLISHING_STEPS, POLISHING_PRODUCTS = 6, 60
 MAX_STEPS, MAX_BACKTRACKS = 100, 40
 BATCH = 12  # problems at most
 STRIDES = (11, 5, 2, 1)  # passes over the path

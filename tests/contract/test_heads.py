@@ -1,8 +1,9 @@
 """Heads of the default solver on problems from a seeded generator, against stored ones.
 
 At l2 = 1 and 1e-2 the weights are determined and must agree. At l2 = 1e-6 they hardly are, so the objective must agree: mean
-cross-entropy + l2/2 ||W||^2 on standardised features, bias free, computed here in float64 by plain NumPy. The stored heads were
-written by embedpipe 0.1.0 and compared with the optimum that SciPy finds in float64.
+cross-entropy + l2/2 ||W||^2 on standardised features, bias free, computed here in float64 by plain NumPy. At l2 = 1 and 1e-2 the stored
+heads are the optima that SciPy's L-BFGS-B finds in float64 (gradient below 2e-9); those of embedpipe 0.1.0 lay within 7e-6 of
+them. At l2 = 1e-6 weights are not determined: the stored heads were written by embedpipe 0.1.0, and the objective counts.
 """
 
 from __future__ import annotations
