@@ -1,9 +1,9 @@
 """Heads of the default solver on problems from a seeded generator, against stored ones.
 
-At l2 = 1 and 1e-2 the weights are determined and must agree. At l2 = 1e-6 they hardly are, so the objective must agree: mean
-cross-entropy + l2/2 ||W||^2 on standardised features, bias free, computed here in float64 by plain NumPy. At l2 = 1 and 1e-2 the stored
-heads are the optima that SciPy's L-BFGS-B finds in float64 (gradient below 2e-9); those of embedpipe 0.1.0 lay within 7e-6 of
-them. At l2 = 1e-6 weights are not determined: the stored heads were written by embedpipe 0.1.0, and the objective counts.
+The objective is mean cross-entropy + l2/2 ||W||^2 on standardised features, bias free; it is computed here in float64 by NumPy.
+At l2 = 1 and 1e-2 it determines the weights. The stored heads are the optima that SciPy's L-BFGS-B finds in float64 (gradient
+below 2e-9); those of embedpipe 0.1.0 were within 7e-6 of them. At l2 = 1e-6 the weights are hardly determined, so only the
+objective must agree, with that of heads which embedpipe 0.1.0 wrote.
 """
 
 from __future__ import annotations
