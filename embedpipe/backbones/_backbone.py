@@ -198,10 +198,6 @@ class Joint(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         if isinstance(self.first.transform, Transform):
             images = self.first.transform.normalise(images)
-        return self.features(images)
-
-    def features(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the features of normalised images, float32 (N, 3, H, W)."""
         features = self.headless(images)
         return features if isinstance(features, tuple) else (features,)
 
@@ -242,8 +238,7 @@ def join(backbones: Sequence[Backbone]) -> tuple[list[Joint], list[int]]:
         shared = transform.colours if isinstance(transform, Transform) else id(transform)
         keys.append((id(backbone.module.model), shared))
         groups.setdefault(keys[-1], []).append(backbone)
-    numbers = {key: number for number, key in enumerate(groups)}
-    return [Joint(group) for group in groups.values()], [numbers[key] for key in keys]
+    return [Joint(group) for group in groups.values()], [list(groups).index(key) for key in keys]
 
 
 def refresh(backbone: Backbone, origin: str) -> Backbone:

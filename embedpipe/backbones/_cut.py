@@ -57,9 +57,6 @@ class Cut:
     shape: tuple[int, ...]
 
 
-_Pass = tuple[Tensor, Tensor]  # images, features
-
-
 class _CannotCut(Exception):
     """The reason why a cut is not possible."""
 
@@ -162,7 +159,7 @@ def _split(
     whole: Headless,
     layer: str,
     calls: Sequence[Call],
-    passes: Sequence[_Pass],
+    passes: Sequence[tuple[Tensor, Tensor]],
     unfrozen: Set[nn.Parameter] = frozenset(),
 ) -> Cut:
     """Return the checked cut before `layer`, or raise `_CannotCut`; parameters in `unfrozen` must not be in the trunk."""
@@ -236,7 +233,7 @@ def _explain(tail: Tail, activation: Tensor, expected: Tensor) -> str:
     return f"it also needs the output of {what}; without it the features differ by {error:.2g}"
 
 
-def _run_passes(whole: Headless, image_size: tuple[int, int]) -> tuple[Sequence[Call], list[_Pass]]:
+def _run_passes(whole: Headless, image_size: tuple[int, int]) -> tuple[Sequence[Call], list[tuple[Tensor, Tensor]]]:
     """Return the calls in the whole backbone, and its features for random images, once for each of `BATCHES`."""
     generator = torch.Generator().manual_seed(0)
     like = next(whole.parameters(), torch.empty(0))

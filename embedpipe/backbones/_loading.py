@@ -269,9 +269,8 @@ def _wrap_module(
     """Return the backbone of a user's own module: the feature is its output, or a layer of it."""
     if transform is None:
         raise UsageError("a module without a transform", hint="pass transform=, e.g. an embedpipe.images.Transform")
-    saved = (
-        module.state_dict()
-    )  # buffers that it lacks shape the output too; a library's model makes them from its name
+    saved = module.state_dict()
+    # Buffers that it lacks shape the output too; a library's model makes them from its name.
     unsaved = {name: buffer for name, buffer in module.named_buffers() if name not in saved}
     crop = (image_size, image_size) if image_size else getattr(transform, "crop_size", (224, 224))
     return make_backbone(

@@ -21,11 +21,7 @@ def delay_signals() -> Iterator[None]:
         yield
         return
     received: list[int] = []
-
-    def record(number: int, frame: Any) -> None:
-        received.append(number)
-
-    handlers = {number: signal.signal(number, record) for number in STOPPING}
+    handlers = {n: signal.signal(n, lambda number, _: received.append(number)) for n in STOPPING}
     try:
         yield
     finally:
@@ -93,15 +89,13 @@ class Average:
                 put(network, own)
 
 
-def random_state() -> dict[str, Tensor | list[Tensor]]:
+def random_state() -> dict[str, Any]:
     """Return the state of torch's random number generators, on the CPU and on every cuda device."""
-    there = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": there}
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
-def set_random_state(state: Mapping[str, Tensor | list[Tensor]]) -> None:
-    cpu, there = state["cpu"], state["cuda"]
-    assert isinstance(cpu, Tensor)
-    torch.set_rng_state(cpu)
-    for device, one in enumerate(there[: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(one, device)
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Restore what `random_state` returned; states of cuda devices that this machine lacks are ignored."""
+    torch.set_rng_state(state["cpu"])
+    torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])

@@ -224,8 +224,8 @@ def _warm_up_cosine(total: int) -> Callable[[int], float]:
     warm = max(1, round(WARM_UP * total))
 
     def factor(step: int) -> float:
-        return (
-            (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
-        )
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
     return factor
