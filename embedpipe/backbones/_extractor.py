@@ -171,7 +171,11 @@ def choose_hooks(
     if pool not in POOLS:
         raise UsageError(f"no pool {pool!r}", hint=f"use one of {', '.join(POOLS)}")
     if layer is not None:
-        _check_layer(model, trace, layer, name)
+        modules = [known for known, _ in model.named_modules() if known]
+        if layer not in modules:
+            raise UsageError(f"no layer {layer!r} in {name}", hint=layer_hint(layer, modules), layer=layer)
+        if layer not in trace.modules or trace.modules[layer].output is None:
+            raise UsageError(f"layer {layer!r} of {name} returns no tensor", hint="name a module inside it")
         return [_make_hook(model, trace, layer, pool=pool, name=name)]
     points = [head for head in heads if head in trace.modules] or [""]
     hooks = [_make_hook(model, trace, point, pool=pool, name=name) for point in points]
@@ -200,14 +204,6 @@ def is_same(output: Tensor, tensor: Tensor | None) -> bool:
         return False
     same_memory = output.untyped_storage()._cdata == tensor.untyped_storage()._cdata
     return output is tensor or (same_memory and tensor.shape[:2] == output.shape)
-
-
-def _check_layer(model: nn.Module, trace: Trace, layer: str, name: str) -> None:
-    modules = [known for known, _ in model.named_modules() if known]
-    if layer not in modules:
-        raise UsageError(f"no layer {layer!r} in {name}", hint=layer_hint(layer, modules), layer=layer)
-    if layer not in trace.modules or trace.modules[layer].output is None:
-        raise UsageError(f"layer {layer!r} of {name} returns no tensor", hint="name a module inside it")
 
 
 def _declared_prefix(model: nn.Module) -> int:

@@ -101,30 +101,27 @@ def transform_for(
 def config_for(architecture: str, *, n_classes: int, transform: Any) -> dict[str, Any]:
     """Return the entries of `config.json` that only `timm.create_model("local-dir:FOLDER")` reads."""
     cfg = timm.get_pretrained_cfg(architecture).to_dict(remove_source=True, remove_null=True)
-    return {"pretrained_cfg": cfg | {"num_classes": n_classes, "tag": "embedpipe"} | _data_config(transform)}
+    cfg |= {"num_classes": n_classes, "tag": "embedpipe"}
+    if isinstance(transform, Transform):
+        height, width = transform.crop_size
+        resized = transform.resize_size if isinstance(transform.resize_size, int) else transform.resize_size[0]
+        crop_pct = height / resized
+        while math.floor(height / crop_pct) < resized:  # the quotient may round down
+            crop_pct = math.nextafter(crop_pct, 0)
+        cfg |= {
+            "input_size": [3, height, width],
+            "crop_pct": crop_pct,
+            "crop_mode": "center" if transform.resize_mode == "short" else transform.resize_mode,
+            "interpolation": transform.interpolation,
+            "mean": list(transform.mean),
+            "std": list(transform.std),
+        }
+    return {"pretrained_cfg": cfg}
 
 
 def open_folder(folder: Path) -> nn.Module:
     """Return the model in a folder, with its classifier, as users of timm open it."""
     return _create(f"local-dir:{folder}", {"pretrained": True}).eval()
-
-
-def _data_config(transform: Any) -> dict[str, Any]:
-    if not isinstance(transform, Transform):
-        return {}
-    height, width = transform.crop_size
-    resized = transform.resize_size if isinstance(transform.resize_size, int) else transform.resize_size[0]
-    crop_pct = height / resized
-    while math.floor(height / crop_pct) < resized:  # the quotient may round down
-        crop_pct = math.nextafter(crop_pct, 0)
-    return {
-        "input_size": [3, height, width],
-        "crop_pct": crop_pct,
-        "crop_mode": "center" if transform.resize_mode == "short" else transform.resize_mode,
-        "interpolation": transform.interpolation,
-        "mean": list(transform.mean),
-        "std": list(transform.std),
-    }
 
 
 def _create(architecture: str, arguments: dict[str, Any]) -> nn.Module:

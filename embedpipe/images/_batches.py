@@ -6,7 +6,7 @@ import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
@@ -58,9 +58,9 @@ class Batch(Generic[Key]):
     """
 
     images: list[np.ndarray]
-    keys: list[Key] = field(default_factory=list)
-    failures: list[Failed[Key]] = field(default_factory=list)
-    decode_s: float = 0.0
+    keys: list[Key]
+    failures: list[Failed[Key]]
+    decode_s: float
 
     def __len__(self) -> int:
         return len(self.keys)
