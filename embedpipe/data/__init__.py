@@ -5,10 +5,9 @@
 'cat'
 """
 
-from embedpipe.data._byte_source import Place
 from embedpipe.data._folder import list_images
 from embedpipe.data._labels import SEPARATOR, TASKS, join_names, names_of
-from embedpipe.data._manifest import SPLITS, Manifest, Sample, targets
+from embedpipe.data._manifest import SPLITS, Manifest, Place, Sample, targets
 from embedpipe.data._read import read_manifest
 from embedpipe.data._source import Failure, Source, absolute_argument, is_source, root_of
 from embedpipe.data._splits import components

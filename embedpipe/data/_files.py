@@ -9,13 +9,13 @@ import errno
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
 from typing import IO, Any
 
-from embedpipe.errors import UsageError
+from embedpipe.errors import StorageError, UsageError
 
 URL = re.compile(r"[A-Za-z][\w+.-]*://")
 CHECKSUMS = ("etag", "checksum", "md5", "md5hash", "content_md5", "crc32c", "generation", "version_id")
@@ -35,8 +35,7 @@ def read_file(path: str, offset: int = 0, size: int = -1) -> bytes:
         with open(path, "rb") as stream:
             stream.seek(offset)
             return stream.read(size)
-    system, inner = _open_system(path)
-    with _remote_errors(path):
+    with _file_system(path) as (system, inner):
         # keywords, because the second positional parameter of s3fs is a version
         return bytes(system.cat_file(inner, start=offset, end=offset + size) if size >= 0 else system.cat_file(inner))
 
@@ -50,16 +49,14 @@ def open_file(path: str) -> IO[bytes]:
     """
     if not is_url(path):
         return open(path, "rb")
-    system, inner = _open_system(path)
-    with _remote_errors(path):
+    with _file_system(path) as (system, inner):
         stream: IO[bytes] = system.open(inner, "rb")
         return stream
 
 
 def list_url(url: str) -> list[str]:
     """Return the sorted paths of all files below a folder, relative to it."""
-    system, path = _open_system(url)
-    with _remote_errors(url):
+    with _file_system(url) as (system, path):
         system.invalidate_cache()  # listings from earlier in this process
         paths = [system._strip_protocol(name) for name in system.find(path)]
     root = system._strip_protocol(url).rstrip("/") + "/"
@@ -80,23 +77,20 @@ def file_version(path: str) -> str | None:
 
 @lru_cache(10_000)
 def _look_up_version(url: str, period: float) -> str | None:
-    system, path = _open_system(url)
-    with _remote_errors(url):
-        return _version_of({name.lower().replace("-", "_"): value for name, value in system.info(path).items()})
+    with _file_system(url) as (system, path):
+        info = {name.lower().replace("-", "_"): value for name, value in system.info(path).items()}
+        checksums = [f"{name}={info[name]}" for name in CHECKSUMS if info.get(name)]
+        times = {name: info[name] for name in TIMES if isinstance(info.get(name), datetime | float | int)}
+        seconds = [value.timestamp() if isinstance(value, datetime) else float(value) for value in times.values()]
+        is_settled = bool(seconds) and max(seconds) < time.time() - SETTLED_S
+        if info.get("size") is None or not (checksums or is_settled):
+            return None
+        return " ".join([str(info["size"]), *(checksums or [f"{name}={value}" for name, value in times.items()])])
 
 
-def _version_of(info: Mapping[str, Any]) -> str | None:
-    checksums = [f"{name}={info[name]}" for name in CHECKSUMS if info.get(name)]
-    times = {name: info[name] for name in TIMES if isinstance(info.get(name), datetime | float | int)}
-    seconds = [value.timestamp() if isinstance(value, datetime) else float(value) for value in times.values()]
-    is_settled = bool(seconds) and max(seconds) < time.time() - SETTLED_S
-    if info.get("size") is None or not (checksums or is_settled):
-        return None
-    return " ".join([str(info["size"]), *(checksums or [f"{name}={value}" for name, value in times.items()])])
-
-
-def _open_system(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL, and the path in it."""
+@contextmanager
+def _file_system(url: str) -> Iterator[tuple[Any, str]]:
+    """Yield the file system of a URL, and the path in it; any exception in the block becomes an OSError of one line."""
     try:
         from fsspec.core import url_to_fs
     except ImportError as exc:
@@ -106,20 +100,26 @@ def _open_system(url: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as exc:
         hint = "pip install the file system of that scheme, such as s3fs or gcsfs"
         raise UsageError(f"{url!r}: {_one_line(exc)}", hint=hint) from exc
-    return system, path
-
-
-@contextmanager
-def _remote_errors(url: str) -> Iterator[None]:
-    """Turn any exception of a file system's client into an OSError with a one-line message."""
     try:
-        yield
+        yield system, path
     except FileNotFoundError as exc:
         raise FileNotFoundError(errno.ENOENT, "no such file", url) from exc
     except OSError as exc:
         raise OSError(exc.errno, exc.strerror or _one_line(exc), url) from exc
     except Exception as exc:
         raise OSError(errno.EIO, f"{type(exc).__name__}: {_one_line(exc)}", url) from exc
+
+
+@contextmanager
+def storage_errors(path: str, action: str = "read") -> Iterator[None]:
+    """Turn an OSError into a StorageError that names the file or URL."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as exc:
+        hint = "check the address, the network and your credentials" if is_url(path) else "check its permissions"
+        raise StorageError(f"could not {action} {path!r}: {exc.strerror or exc}", hint=hint) from exc
 
 
 def _one_line(exc: Exception) -> str:

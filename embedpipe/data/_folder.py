@@ -20,9 +20,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from embedpipe.data._files import is_url, list_url
+from embedpipe.data._files import is_url, list_url, storage_errors
 from embedpipe.data._source import COMPRESSED, SHARD_SUFFIXES, Failure, Listing, Row, Source, join
-from embedpipe.errors import StorageError, UsageError
+from embedpipe.errors import UsageError
 from embedpipe.storage import PathLike
 
 IMAGE_SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -141,11 +141,8 @@ def walk(root: Path | str) -> FolderContent:
 
 
 def _walk_url(url: str) -> FolderContent:
-    try:
+    with storage_errors(url, "list"):
         paths = [path for path in list_url(url) if not path.startswith(".") and "/." not in path]
-    except OSError as exc:
-        hint = "check the address, the network and your credentials"
-        raise StorageError(f"could not list {url!r}: {exc.strerror or exc}", hint=hint) from exc
     used = [path for path in paths if is_image(path) or _is_shard(path)]
     return _content(used, len(paths) - len(used), [])
 

@@ -17,19 +17,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from embedpipe.data._files import open_file
+from embedpipe.data._files import open_file, storage_errors
 from embedpipe.data._folder import splits_of_shards
 from embedpipe.data._labels import TASKS, check_label_columns, join_names, label_of_cells, names_of
 from embedpipe.data._source import Listing, Row, Source, folder_of, join
-from embedpipe.data._tables import (
-    COLUMNS,
-    Record,
-    cell_texts,
-    check_columns,
-    rows_of_paths,
-    split_of_cell,
-    storage_errors,
-)
+from embedpipe.data._tables import COLUMNS, Record, cell_texts, check_columns, rows_of_paths, split_of_cell
 from embedpipe.errors import UsageError
 
 IMAGE_COLUMNS = ("image", "img", "bytes")

@@ -15,12 +15,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from embedpipe.data._byte_source import Place
 from embedpipe.data._files import is_url
 from embedpipe.data._folder import IMAGE_SUFFIXES, drop_incomplete, list_folder, walk
 from embedpipe.data._hub import list_hub
 from embedpipe.data._labels import classes_of
-from embedpipe.data._manifest import Manifest, Sample
+from embedpipe.data._manifest import Manifest, Place, Sample
 from embedpipe.data._parquet import list_parquet
 from embedpipe.data._source import (
     HUB,

@@ -18,15 +18,14 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from embedpipe.data._files import is_url, read_file
+from embedpipe.data._files import is_url, read_file, storage_errors
 from embedpipe.data._folder import SPLIT_NAMES
 from embedpipe.data._labels import SEPARATOR, TASKS, check_label_columns, label_of_cells
 from embedpipe.data._source import Listing, Row, Source, join, suffix_of
-from embedpipe.errors import StorageError, UsageError
+from embedpipe.errors import UsageError
 
 COLUMNS = ("path", *TASKS, "split", "group")
 Record = tuple[str, dict[str, str]]  # where a row is, for messages ("list.csv, line 3"), and its cells
@@ -45,18 +44,6 @@ def list_table(source: Source, name: str, *, allow_outside: bool) -> Listing:
         text = _decode(read_file(file))
     records = _json_records(text, name) if suffix_of(name) == ".jsonl" else _csv_records(text, name)
     return Listing(source, rows_of_paths(records, source.root, allow_outside))
-
-
-@contextmanager
-def storage_errors(file: str) -> Iterator[None]:
-    """Turn an OSError into a StorageError that names the table."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as exc:
-        hint = "check the address, the network and your credentials" if is_url(file) else "check its permissions"
-        raise StorageError(f"could not read {file!r}: {exc.strerror or exc}", hint=hint) from exc
 
 
 def _decode(data: bytes) -> str:

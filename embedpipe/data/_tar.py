@@ -98,8 +98,8 @@ def read_tar(path: str) -> Shard:
     try:
         with open_file(path) as stream:
             flaw, is_unmarked = _scan(stream, members, others)
-            groups = [list(group) for _, group in groupby(members, key=lambda member: member.sample)]
-            samples = [(_images_of(group, stream), group) for group in groups]
+            groups = groupby(members, key=lambda member: member.sample)
+            samples = [_images_of(list(group), stream) for _, group in groups]
     except EmbedpipeError:
         raise
     except OSError as exc:
@@ -107,14 +107,9 @@ def read_tar(path: str) -> Shard:
     links = [name for name in others if is_image(name)]
     warnings = [f"{len(links)} image(s) are links or sparse and were left out, first {name!r}" for name in links[:1]]
     warnings += ["it has no end mark: it may have been cut between two members"] if is_unmarked else []
-    images = tuple(image for found, _ in samples for image in found)
-    unused = sum(_count_unused(found, group) for found, group in samples)
-    return Shard(images, unused + len(others), flaw, tuple(warnings))
-
-
-def _count_unused(images: list[Member], group: list[Member]) -> int:
-    """Count the members of a sample that are ignored: all if it has no image, else the images that are not used."""
-    return sum(is_image(member.name) for member in group) - len(images) if images else len(group)
+    images = tuple(image for used, _ in samples for image in used)
+    ignored = len(others) + sum(count for _, count in samples)
+    return Shard(images, ignored, flaw, tuple(warnings))
 
 
 class _Headers:
@@ -185,13 +180,17 @@ def _damaged(members: list[Member], reason: object) -> str:
     return f"damaged: {reason}; the {len(members)} whole members before are used"
 
 
-def _images_of(group: list[Member], stream: IO[bytes]) -> list[Member]:
-    """Return the images of one sample with the label of its sidecar."""
+def _images_of(group: list[Member], stream: IO[bytes]) -> tuple[list[Member], int]:
+    """Return the images of one sample with the label of its sidecar, and the number of ignored members.
+
+    All members are ignored if there is no image, else the images that are not used.
+    """
     images = [member for member in group if is_image(member.name)]
     sidecars = [member for member in group if not is_image(member.name)]
     label = _label_of(sidecars, stream)
     exact = [member for member in images if "." + member.extension in IMAGE_SUFFIXES] if sidecars else []
-    return [replace(member, label=label) for member in exact or images]
+    used = [replace(member, label=label) for member in exact or images]
+    return used, len(images) - len(used) if used else len(group)
 
 
 def _label_of(sidecars: Iterable[Member], stream: IO[bytes]) -> str | None:
