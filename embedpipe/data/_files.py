@@ -9,7 +9,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from functools import lru_cache
@@ -78,14 +78,17 @@ def file_version(path: str) -> str | None:
 @lru_cache(10_000)
 def _look_up_version(url: str, period: float) -> str | None:
     with _file_system(url) as (system, path):
-        info = {name.lower().replace("-", "_"): value for name, value in system.info(path).items()}
-        checksums = [f"{name}={info[name]}" for name in CHECKSUMS if info.get(name)]
-        times = {name: info[name] for name in TIMES if isinstance(info.get(name), datetime | float | int)}
-        seconds = [value.timestamp() if isinstance(value, datetime) else float(value) for value in times.values()]
-        is_settled = bool(seconds) and max(seconds) < time.time() - SETTLED_S
-        if info.get("size") is None or not (checksums or is_settled):
-            return None
-        return " ".join([str(info["size"]), *(checksums or [f"{name}={value}" for name, value in times.items()])])
+        return _version_of({name.lower().replace("-", "_"): value for name, value in system.info(path).items()})
+
+
+def _version_of(info: Mapping[str, Any]) -> str | None:
+    checksums = [f"{name}={info[name]}" for name in CHECKSUMS if info.get(name)]
+    times = {name: info[name] for name in TIMES if isinstance(info.get(name), datetime | float | int)}
+    seconds = [value.timestamp() if isinstance(value, datetime) else float(value) for value in times.values()]
+    is_settled = bool(seconds) and max(seconds) < time.time() - SETTLED_S
+    if info.get("size") is None or not (checksums or is_settled):
+        return None
+    return " ".join([str(info["size"]), *(checksums or [f"{name}={value}" for name, value in times.items()])])
 
 
 @contextmanager

@@ -31,18 +31,17 @@ def assign_splits(
     named = {sample.split for sample in samples}
     if all(sample.label is None for sample in samples):
         return [replace(sample, split=sample.split or "all") for sample in samples], []
-    if named == {""}:
-        return hash_split(samples, val_fraction=val_fraction, test_fraction=test_fraction, task=task)
-    if "train" not in named or "val" in named:
+    if named != {""} and ("train" not in named or "val" in named):
         return list(samples), []
-    train = [sample for sample in samples if sample.split == "train"]
-    divided, warnings = hash_split(train, val_fraction=val_fraction, test_fraction=0.0, task=task)
+    source, test_fraction = ("", test_fraction) if named == {""} else ("train", 0.0)
+    undivided = [sample for sample in samples if sample.split == source]
+    divided, warnings = _hash_split(undivided, val_fraction, test_fraction, task)
     in_order = iter(divided)
-    return [next(in_order) if sample.split == "train" else sample for sample in samples], warnings
+    return [next(in_order) if sample.split == source else sample for sample in samples], warnings
 
 
-def hash_split(
-    samples: Sequence[Sample], *, val_fraction: float, test_fraction: float, task: str = "single"
+def _hash_split(
+    samples: Sequence[Sample], val_fraction: float, test_fraction: float, task: str
 ) -> tuple[list[Sample], list[str]]:
     """Return the samples with splits by position, and warnings.
 
