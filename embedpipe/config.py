@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -135,9 +135,7 @@ def _texts(
     for key, value in settings.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            names = [*known, *others]
-            close = nearest(str(key), names)
-            hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(names)}"
+            hint = suggest(str(key), [*known, *others])
             raise UsageError(f"{source}: unknown key {_shorten(repr(key))}{where}", hint=hint)
         values = value if isinstance(value, list) and known[name] else [value]
         if value is None:
@@ -199,6 +197,12 @@ def _read_yaml(path: Path, flag: str = "--config") -> Any:
         reason = " ".join(str(exc).split())
         hint = "give a YAML file, for example configs/digits.yaml"
         raise UsageError(f"{flag} {path}: {_shorten(reason, 400)}", hint=hint) from exc
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """Return the hint for an unknown name: the known names that are spelled most like it, or all of them."""
+    close = nearest(name, known)
+    return f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 
 def _shorten(text: str, length: int = 120) -> str:

@@ -26,7 +26,7 @@ import rich_click as click
 from click.core import ParameterSource
 from click.exceptions import Exit
 
-from embedpipe.config import SHARED, Option, check_value, options_of, parameter_helps, read_config
+from embedpipe.config import SHARED, Option, check_value, options_of, parameter_helps, read_config, suggest
 from embedpipe.errors import EmbedpipeError, UsageError
 from embedpipe.provenance import nearest
 
@@ -199,7 +199,6 @@ def command(function: Callable[..., Any] | None, *, example: str) -> Callable[[C
     def make(body: Callable[..., None]) -> click.Command:
         options = options_of(function) if function else ()
 
-        @functools.wraps(body)
         @click.pass_context
         def run(ctx: click.Context, /, **values: Any) -> None:
             _check_environment(ctx)
@@ -218,7 +217,6 @@ def command(function: Callable[..., Any] | None, *, example: str) -> Callable[[C
             for p in params
             if p.name in helps and p.param_type_name == "argument"
         ]
-        run.__click_params__ = []  # type: ignore[attr-defined]
         return click.RichCommand(
             name=body.__name__.replace("_", "-"),
             callback=run,
@@ -245,9 +243,7 @@ def _check_environment(ctx: click.Context) -> None:
     known = [f"{prefix}{(param.name or '').upper()}" for param in ctx.command.params]
     for name in sorted(os.environ):
         if name.startswith(prefix) and name not in known:
-            close = nearest(name, known)
-            hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known)}"
-            raise UsageError(f"unknown environment variable {name}", hint=hint)
+            raise UsageError(f"unknown environment variable {name}", hint=suggest(name, known))
 
 
 def _with_parents(ctx: click.Context | None) -> list[click.Context]:
