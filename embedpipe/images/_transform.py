@@ -89,13 +89,17 @@ class Transform:
         """
         if self.view:
             image = augment(image, self.augment, random_of(seed=self.seed, view=self.view, key=key))
-        size = self._resized(image.width, image.height)
-        box = self._box(*size)
-        if box and resample and size != image.size and size[0] * size[1] <= MAX_PIXELS:
+        width, height = size = self._resized(image.width, image.height)
+        if width * height > MAX_PIXELS:
+            raise DecodeError(f"{image.width} x {image.height} pixels become {width} x {height} when resized")
+        box = self._box(width, height)
+        if box and resample and size != image.size:
             resized = resample(image, size=size, box=box, interpolation=self.interpolation)
             if resized is not None:
                 return resized
-        return np.asarray(self._crop(self._resize(image)))
+        if size != image.size:
+            image = image.resize(size, Image.Resampling[self.interpolation.upper()])
+        return np.asarray(self._crop(image))
 
     def normalise(self, pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
         """Return float32 (..., 3, height, width) for outputs of `window`, (..., height, width, 3), on the same device."""
@@ -171,14 +175,6 @@ class Transform:
         if self.resize_mode == "border" or width < crop_width or height < crop_height:
             return None
         return _offset(width, crop_width), _offset(height, crop_height), crop_width, crop_height
-
-    def _resize(self, image: Image.Image) -> Image.Image:
-        width, height = self._resized(image.width, image.height)
-        if width * height > MAX_PIXELS:
-            raise DecodeError(f"{image.width} x {image.height} pixels become {width} x {height} when resized")
-        if (width, height) == image.size:
-            return image
-        return image.resize((width, height), Image.Resampling[self.interpolation.upper()])
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """Return (width, height). torchvision truncates the long side, timm's own resize rounds."""
