@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,7 @@ from embedpipe.storage import PathLike
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from embedpipe.data import Sample
     from embedpipe.features import FeatureSet
     from embedpipe.selection import OutOfFold
 
@@ -63,9 +64,8 @@ class Audit:
         return {kind: found[kind] for kind in KINDS}
 
     def to_dict(self) -> dict[str, Any]:
-        issues = [asdict(issue) for issue in self.issues]
-        known = {"dataset": self.dataset, "n": self.n, "folds": self.folds}
-        return {**known, "issues": issues, "counts": self.counts, "csv": str(self.csv)}
+        issues = [vars(issue) for issue in self.issues]
+        return {**vars(self), "issues": issues, "counts": self.counts, "csv": str(self.csv)}
 
 
 def audit(
@@ -116,10 +116,11 @@ def audit(
     check_labelled(features)
     check_task(features, "audit")
     result = predict_out_of_fold(features, HeadConfig(features.classes, l2=l2), folds=folds, splits=SPLITS, seed=seed)
-    issues = (*_label_issues(features, result), *_neighbour_issues(features, result))
+    issues = (*_label_issues(features, result), *_neighbour_issues(features, result.samples))
     with new_run(Path(runs_dir), "audit") as run:
         found = Audit(features.dataset, len(result.samples), folds, issues, run.final / "audit.csv")
-        run.write_csv("audit.csv", [HEADER, *map(_row, issues)])
+        rows = [{**vars(issue), "score": f"{issue.score:.4f}"}.values() for issue in issues]
+        run.write_csv("audit.csv", [HEADER, *rows])
         run.write_json("run.json", {"verb": "audit", "dataset": features.dataset, "report": found.to_dict()})
     return found
 
@@ -128,28 +129,25 @@ def _label_issues(features: FeatureSet, result: OutOfFold) -> Iterator[Issue]:
     from embedpipe.evaluation import find_label_errors
 
     found = find_label_errors(result.probabilities, result.labels)
-    for row, guess, score in zip(found.rows.tolist(), found.suggested.tolist(), found.score.tolist(), strict=True):
-        yield _issue(features, result, row, kind="label", score=score, suggested=features.classes[guess])
+    for row, guess, score in zip(*(column.tolist() for column in found), strict=True):
+        yield _issue(features, result.samples[row], "label", score, suggested=features.classes[guess])
 
 
-def _neighbour_issues(features: FeatureSet, result: OutOfFold) -> list[Issue]:
-    """Return outliers and copies; of identical files the first is searched, the others are copies of it."""
-    first: dict[bytes, int] = {}
-    copies: list[tuple[int, int, float]] = []
-    for row, sample in enumerate(result.samples):
-        if first.setdefault(sample.key, row) != row:
-            copies.append((row, first[sample.key], 1.0))
-    rows = list(first.values())
-    near, far = _search(features, tuple(result.samples[row] for row in rows))
-    copies += [(rows[row], rows[twin], score) for row, twin, score in sorted(near, key=lambda pair: -pair[2])]
-    outliers = sorted(((rows[i], score) for i, score in far.items()), key=lambda pair: -pair[1])
-    return [
-        *(_issue(features, result, row, kind="outlier", score=score) for row, score in outliers),
-        *(_copy(features, result, row, twin=twin, score=score) for row, twin, score in copies),
-    ]
+def _neighbour_issues(features: FeatureSet, samples: tuple[Sample, ...]) -> Iterator[Issue]:
+    """Yield outliers, then copies; of identical files the first is searched, the others are copies of it."""
+    first: dict[bytes, Sample] = {}
+    copies = [(sample, twin, 1.0) for sample in samples if (twin := first.setdefault(sample.key, sample)) is not sample]
+    different = tuple(first.values())
+    near, far = _search(features, different)
+    for row, score in sorted(far.items(), key=lambda pair: -pair[1]):
+        yield _issue(features, different[row], "outlier", score)
+    copies += [(different[row], different[twin], score) for row, twin, score in sorted(near, key=lambda pair: -pair[2])]
+    for sample, twin, score in copies:
+        suggested = twin.label if twin.label != sample.label else None
+        yield _issue(features, sample, "duplicate", score, suggested=suggested, twin=twin)
 
 
-def _search(features: FeatureSet, samples: tuple[Any, ...]) -> tuple[list[tuple[int, int, float]], dict[int, float]]:
+def _search(features: FeatureSet, samples: tuple[Sample, ...]) -> tuple[list[tuple[int, int, float]], dict[int, float]]:
     """Return near copies and outliers among different images; none, with a warning, for too few or too many images."""
     import numpy as np
 
@@ -169,17 +167,13 @@ def _search(features: FeatureSet, samples: tuple[Any, ...]) -> tuple[list[tuple[
 
 
 def _issue(
-    features: FeatureSet, result: OutOfFold, row: int, *, kind: str, score: float, suggested: str | None = None
+    features: FeatureSet,
+    sample: Sample,
+    kind: str,
+    score: float,
+    *,
+    suggested: str | None = None,
+    twin: Sample | None = None,
 ) -> Issue:
-    sample = result.samples[row]
-    return Issue(features.manifest.name_of(sample), sample.split, sample.label or "", suggested, score, kind)
-
-
-def _copy(features: FeatureSet, result: OutOfFold, row: int, *, twin: int, score: float) -> Issue:
-    one, other = _issue(features, result, row, kind="duplicate", score=score), result.samples[twin]
-    suggested = other.label if other.label != one.label else None
-    return replace(one, suggested=suggested, twin=features.manifest.name_of(other))
-
-
-def _row(one: Issue) -> tuple[str, ...]:
-    return one.path, one.split, one.label, one.suggested or "", f"{one.score:.4f}", one.kind, one.twin or ""
+    name, twin_name = features.manifest.name_of(sample), features.manifest.name_of(twin) if twin else None
+    return Issue(name, sample.split, sample.label or "", suggested, score, kind, twin_name)

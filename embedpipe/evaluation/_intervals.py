@@ -55,7 +55,7 @@ def effective_interval(value: float, variance: float, n: float) -> tuple[float, 
     return _wilson(value, effective)
 
 
-def mean_interval(values: ArrayLike) -> list[float] | None:
+def mean_interval(values: ArrayLike, *, low: float = -np.inf, high: float = np.inf) -> list[float] | None:
     """Return the t interval of a mean, corrected for skewness; None for a single value.
 
     It agrees with the studentised bootstrap to second order.
@@ -63,6 +63,7 @@ def mean_interval(values: ArrayLike) -> list[float] | None:
     Parameters
     ----------
     values : float (N,)    losses, differences of losses, errors
+    low, high : float      bounds of the mean; the interval is clipped to them
 
     Source: Hall, JRSS B 54 (1992), "On the removal of skewness by transformation".
     """
@@ -77,8 +78,8 @@ def mean_interval(values: ArrayLike) -> list[float] | None:
         return [mean, mean]
     skewness = float(np.mean(((sample - mean) / scale) ** 3))
     quantile = float(stdtrit(n - 1, 0.975))
-    low, high = (mean - scale / sqrt(n) * _untransformed(q, skewness, n) for q in (quantile, -quantile))
-    return [low, high]
+    ends = [mean - scale / sqrt(n) * _untransformed(q, skewness, n) for q in (quantile, -quantile)]
+    return [min(max(end, low), high) for end in ends]
 
 
 def paired_interval(b: int, c: int, n: int) -> tuple[float, float]:

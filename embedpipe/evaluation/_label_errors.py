@@ -1,14 +1,11 @@
 """Confident learning: labels that contradict confident out-of-fold predictions.
 
->>> found = find_label_errors(probabilities, y)
->>> y[found.rows], found.suggested, found.score
+>>> rows, suggested, scores = find_label_errors(probabilities, y)
 
 Source: Northcutt, Jiang, Chuang, JAIR 70 (2021), sections 3.1 and 3.2; its selection by the joint's own cells.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,21 +16,7 @@ Int64 = NDArray[np.int64]
 MAX_DOUBT = 0.1  # a label below this probability (and below chance) is suspected even if no class is confident
 
 
-@dataclass(frozen=True, eq=False)
-class LabelErrors:
-    """Suspected label errors, the most suspicious first.
-
-    rows : int64 (m,)
-    suggested : int64 (m,)    a more probable class
-    score : float64 (m,)      (1 - normalised margin) / 2, in [0.5, 1]; 1: certainly another class
-    """
-
-    rows: Int64
-    suggested: Int64
-    score: Float64
-
-
-def find_label_errors(probabilities: Float64, y: Int64) -> LabelErrors:
+def find_label_errors(probabilities: Float64, y: Int64) -> tuple[Int64, Int64, Float64]:
     """Return the samples off the diagonal of the confident joint, and those whose label has a very low probability.
 
     A class is confident for a sample if its probability is at least the class's self-confidence: the mean of that
@@ -45,6 +28,12 @@ def find_label_errors(probabilities: Float64, y: Int64) -> LabelErrors:
     ----------
     probabilities : float64 (N, C)    out of fold
     y : int64 (N,)                    given label, in [0, C)
+
+    Returns
+    -------
+    rows : int64 (m,)         suspected samples, the most suspicious first
+    suggested : int64 (m,)    a more probable class
+    scores : float64 (m,)     (1 - normalised margin) / 2, in [0.5, 1]; 1: certainly another class
     """
     rows, limit = np.arange(len(y)), min(MAX_DOUBT, 1 / probabilities.shape[1])
     threshold = self_confidence(probabilities, y)
@@ -56,7 +45,7 @@ def find_label_errors(probabilities: Float64, y: Int64) -> LabelErrors:
     margin = probabilities[rows, y] - probabilities[rows, suggested]
     suspected = np.flatnonzero(sure & (suggested != y) & (margin < 0))
     suspected = suspected[np.argsort(margin[suspected], kind="stable")]
-    return LabelErrors(suspected, suggested[suspected], (1 - margin[suspected]) / 2)
+    return suspected, suggested[suspected], (1 - margin[suspected]) / 2
 
 
 def self_confidence(probabilities: Float64, y: Int64) -> Float64:

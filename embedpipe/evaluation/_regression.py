@@ -37,15 +37,15 @@ def score_regression(predicted: ArrayLike, y: ArrayLike) -> dict[str, Any]:
     """
     guess, truth = _checked(predicted, y)
     squares, errors = (guess - truth) ** 2, np.abs(guess - truth)
-    mse = mean_interval(squares)
+    mse = mean_interval(squares, low=0.0)
     r2, r2_interval = _r2(squares, truth)
     return {
         "r2": r2,
         "r2_ci95": r2_interval,
         "mae": float(errors.mean()),
-        "mae_ci95": _positive(mean_interval(errors)),
+        "mae_ci95": mean_interval(errors, low=0.0),
         "rmse": sqrt(squares.mean()),
-        "rmse_ci95": mse and [sqrt(one) for one in _positive(mse) or mse],
+        "rmse_ci95": mse and [sqrt(end) for end in mse],
         "spearman": _spearman(guess, truth),
         "n": len(truth),
     }
@@ -57,12 +57,7 @@ def _r2(squares: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[float | N
     if not around.any():
         return None, None
     r2 = float(1 - squares.sum() / around.sum())
-    interval = mean_interval(r2 - (squares - (1 - r2) * around) / around.mean())
-    return r2, interval and [min(1.0, one) for one in interval]
-
-
-def _positive(interval: list[float] | None) -> list[float] | None:
-    return interval and [max(0.0, one) for one in interval]
+    return r2, mean_interval(r2 - (squares - (1 - r2) * around) / around.mean(), high=1.0)
 
 
 def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float | None:

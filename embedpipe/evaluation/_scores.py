@@ -59,12 +59,11 @@ def score_fully(probabilities: ArrayLike, y: ArrayLike) -> dict[str, Any]:
     table, truth = _checked(probabilities, y)
     n, n_classes = table.shape
     confusion = confusion_matrix(truth, table.argmax(axis=1), n_classes)
-    loss = mean_interval(losses(table, truth))
     full = {
         **score(table, truth),
         "balanced_accuracy_ci95": list(balanced_accuracy_interval(confusion)),
         "macro_f1_ci95": list(macro_f1_interval(confusion)),
-        "log_loss_ci95": loss and [max(0.0, loss[0]), loss[1]],
+        "log_loss_ci95": mean_interval(losses(table, truth), low=0.0),
     }
     if n_classes > TOP:
         full["top5"] = top_k_accuracy(table, truth, TOP)
@@ -142,11 +141,7 @@ def top_k_accuracy(probabilities: NDArray[np.float64], y: NDArray[np.int64], k: 
 
 def per_class(confusion: NDArray[np.int64]) -> list[dict[str, Any]]:
     """Return one record per class; a value is None where it is undefined (no sample, or never predicted)."""
-    hits, support, predicted = (
-        np.diag(confusion).tolist(),
-        confusion.sum(axis=1).tolist(),
-        confusion.sum(axis=0).tolist(),
-    )
+    counts = np.stack([np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)], axis=1)
     return [
         {
             "n": n,
@@ -155,7 +150,7 @@ def per_class(confusion: NDArray[np.int64]) -> list[dict[str, Any]]:
             "recall_ci95": list(wilson_interval(k, n)) if n else None,
             "f1": 2 * k / (n + m) if n + m else None,
         }
-        for k, n, m in zip(hits, support, predicted, strict=True)
+        for k, n, m in counts.tolist()  # correct, true, predicted
     ]
 
 

@@ -3,9 +3,10 @@
 A head with its own l2 is fitted on each space. Several spaces replace the last layer only where the gain on val exceeds
 its noise; ties go to the last layer. The test split is not read.
 
->>> [row["layer"] for row in select_space(features, fit).report["ranking"]]
+>>> best, report = select_space(features, fit)
+>>> [row["layer"] for row in report["ranking"]]
 ['layer3', 'penultimate', 'layer2']
->>> select_blocks(features, fit).features.widths
+>>> select_blocks(features, fit)[0].widths
 (256, 512)
 """
 
@@ -81,14 +82,6 @@ class Candidate:
         }
 
 
-@dataclass(frozen=True, eq=False)
-class Selection:
-    """The features of the selected spaces, and the report of the selection."""
-
-    features: FeatureSet
-    report: dict[str, Any]
-
-
 def _evaluate(features: FeatureSet, fit: Fit) -> Candidate:
     """Fit a head on all columns of `features` and predict val."""
     path = fit(features)
@@ -101,8 +94,8 @@ def _evaluate_each(features: FeatureSet, fit: Fit) -> list[Candidate]:
     return [_evaluate(features.only([space]), fit) for space in features.spaces]
 
 
-def select_space(features: FeatureSet, fit: Fit) -> Selection:
-    """Select the space with the highest accuracy on val (ties: the lowest log loss), and report the ranking.
+def select_space(features: FeatureSet, fit: Fit) -> tuple[FeatureSet, dict[str, Any]]:
+    """Select the space with the highest accuracy on val (ties: the lowest log loss); return its features and the ranking.
 
     In the ranking, `difference` is a space's accuracy minus the best one's, with a 95 % paired bootstrap interval.
     """
@@ -112,15 +105,16 @@ def select_space(features: FeatureSet, fit: Fit) -> Selection:
         difference, interval = paired_difference(candidate.correct, ranked[0].correct)
         row = {**candidate.describe(), "difference": difference, "difference_ci95": interval}
         table.append({**row, "chosen": candidate is ranked[0]})
-    return Selection(ranked[0].features, {"ranking": table})
+    return ranked[0].features, {"ranking": table}
 
 
-def select_blocks(features: FeatureSet, fit: Fit) -> Selection:
-    """Select several spaces by forward selection, or the last layer where they do not improve on it beyond noise.
+def select_blocks(features: FeatureSet, fit: Fit) -> tuple[FeatureSet, dict[str, Any]]:
+    """Select several spaces, or the last layer where they do not improve on it beyond noise; return features and report.
 
     The last layer is the penultimate one, or else the last in model order; of several backbones, the one that scores best
-    on val. The other spaces are tried in the order of their own log loss on val. A space is added where the log loss of
-    the joint head becomes lower. This takes two fits per space. `is_beyond_noise` makes the final decision.
+    on val. The other spaces are tried in the order of their own log loss on val (forward selection). A space is added
+    where the log loss of the joint head becomes lower. This takes two fits per space. `is_beyond_noise` makes the final
+    decision.
     """
     candidates = _evaluate_each(features, fit)
     last = max(_last_layers(candidates), key=lambda candidate: candidate.score)
@@ -130,7 +124,7 @@ def select_blocks(features: FeatureSet, fit: Fit) -> Selection:
         joint = _evaluate(features.only(space for space in features.spaces if space.folder in folders), fit)
         blocks = joint if joint.lowest_loss < blocks.lowest_loss else blocks
     winner = blocks if is_beyond_noise(blocks, last) else last
-    return Selection(winner.features, _describe_blocks(candidates, winner, last=last, blocks=blocks))
+    return winner.features, _describe_blocks(candidates, winner, last=last, blocks=blocks)
 
 
 def is_beyond_noise(new: Candidate, old: Candidate) -> bool:

@@ -81,9 +81,12 @@ def find_leaks(features: FeatureSet, scored: Mapping[str, Scored], *, max_bytes:
     exact = find_exact(features.samples())
     near = find_near(features, max_bytes=max_bytes)
     groups = find_groups(features.samples())
-    found = (*exact, *near.leaks, *group_leaks(features.samples(), groups))
+    found = (*exact, *near.leaks, *group_leaks(features.samples()))
     leaked = {leak.sample for leak in found}
     others = [split for split in features.splits if split in SPLIT_ORDER[1:]]
+    later = {split: predictions for split, predictions in scored.items() if split in SPLIT_ORDER[1:]}
+    without = {split: _score_without(predictions, features.classes, leaked) for split, predictions in later.items()}
+    single = features.manifest.task == "single"
     report = {
         "duplicates_of_train": _count(exact, "train", others),
         "duplicates_of_val": _count(exact, "val", [split for split in others if split == "test"]),
@@ -93,9 +96,8 @@ def find_leaks(features: FeatureSet, scored: Mapping[str, Scored], *, max_bytes:
         "groups_across_splits": len(groups),
         "groups": [{"group": name, "splits": dict(counts)} for name, counts in list(groups.items())[:REPORTED]],
         "leaked": {split: sum(sample.split == split for sample in leaked) for split in others},
-        "accuracy_without_leaks": {},
-        "score_without_leaks": {},
-        **_scores_without(scored, features.classes, leaked),
+        "accuracy_without_leaks": without if single else {},
+        "score_without_leaks": {} if single else without,
         "pairs": [_pair(features, leak) for leak in found[:REPORTED]],
     }
     _warn(report)
@@ -104,14 +106,19 @@ def find_leaks(features: FeatureSet, scored: Mapping[str, Scored], *, max_bytes:
 
 def find_exact(samples: Sequence[Sample]) -> tuple[Leak, ...]:
     """Return the images of val and test whose file content is in an earlier split; train takes precedence over val."""
-    seen: dict[bytes, Sample] = {}
-    leaks = []
-    for split in SPLIT_ORDER:
-        mine = [sample for sample in samples if sample.split == split]
-        leaks += [Leak(sample, seen[sample.key], "exact", 1.0) for sample in mine if sample.key in seen]
-        for sample in mine:
-            seen.setdefault(sample.key, sample)
-    return tuple(leaks)
+    ordered = _in_split_order(samples)
+    first = _first_by(ordered, "key")
+    return tuple(Leak(s, first[s.key], "exact", 1.0) for s in ordered if s.split != first[s.key].split)
+
+
+def _in_split_order(samples: Sequence[Sample]) -> list[Sample]:
+    """Return the images of train, val and test in the order of the splits."""
+    return [sample for split in SPLIT_ORDER for sample in samples if sample.split == split]
+
+
+def _first_by(samples: Sequence[Sample], field: str) -> dict[Any, Sample]:
+    """Return the first sample with each value of a field."""
+    return {getattr(sample, field): sample for sample in reversed(samples)}
 
 
 def find_near(features: FeatureSet, *, max_bytes: float = math.inf) -> NearCopies:
@@ -157,27 +164,16 @@ def find_groups(samples: Sequence[Sample]) -> dict[str, Counter[str]]:
     return {name: counts for name, counts in sorted(splits.items()) if len(counts) > 1}
 
 
-def group_leaks(samples: Sequence[Sample], groups: Mapping[str, Counter[str]]) -> list[Leak]:
+def group_leaks(samples: Sequence[Sample]) -> list[Leak]:
     """Return the images whose group is also in an earlier split."""
-    first: dict[str, Sample] = {}
-    for split in SPLIT_ORDER:
-        for sample in samples:
-            if sample.split == split and sample.group and sample.group in groups:
-                first.setdefault(sample.group, sample)
-    twins = [(sample, first[sample.group]) for sample in samples if sample.group in first]
+    first = _first_by(_in_split_order(samples), "group")
+    twins = [(sample, first[sample.group]) for sample in samples if sample.group and sample.group in first]
     return [Leak(sample, twin, "group") for sample, twin in twins if sample.split != twin.split]
 
 
 def _count(leaks: Sequence[Leak], twin_split: str, splits: Sequence[str]) -> dict[str, int]:
     counts = Counter(leak.sample.split for leak in leaks if leak.twin.split == twin_split)
     return {split: counts[split] for split in splits}
-
-
-def _scores_without(scored: Mapping[str, Scored], classes: Sequence[str], leaked: set[Sample]) -> dict[str, Any]:
-    """Return the scores of val and test without the leaked images."""
-    some = {split: one for split, one in scored.items() if split in SPLIT_ORDER[1:]}
-    name = "accuracy" if all(one.task == "single" for one in some.values()) else "score"
-    return {f"{name}_without_leaks": {split: _score_without(one, classes, leaked) for split, one in some.items()}}
 
 
 def _score_without(scored: Scored, classes: Sequence[str], leaked: set[Sample]) -> dict[str, Any]:
@@ -200,7 +196,7 @@ def _warn(report: Mapping[str, Any]) -> None:
     """Warn in one line about the leaked images of each split and its score without them."""
     parts = []
     for split, count in report["leaked"].items():
-        found = {**report["accuracy_without_leaks"], **report["score_without_leaks"]}.get(split, {})
+        found = (report["accuracy_without_leaks"] | report["score_without_leaks"]).get(split, {})
         name, value = next(iter(found.items()), ("", None))
         without = "" if value is None else f" ({name.replace('_', ' ')} without them {value:.4f})"
         parts += [f"{count} of {split}{without}"] if count else []

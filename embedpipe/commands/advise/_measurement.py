@@ -30,7 +30,6 @@ from embedpipe.selection import (
     HeadConfig,
     OutOfFold,
     find_exact,
-    find_groups,
     find_near,
     group_leaks,
     predict_out_of_fold,
@@ -246,7 +245,7 @@ def find_wrong(y: Int64, predictions: Sequence[Int64], heads: CrossValidated) ->
     suspects the label, too.
     """
     agree = np.logical_and.reduce([one == predictions[0] for one in predictions])
-    suspected = set(find_label_errors(heads.out.probabilities, y).rows.tolist())
+    suspected = set(find_label_errors(heads.out.probabilities, y)[0].tolist())
     rows = np.flatnonzero(agree & (predictions[0] != y)).tolist()
     return [row for row in rows if row in suspected], int(agree.sum())
 
@@ -255,7 +254,7 @@ def find_copies(features: FeatureSet) -> list[Sample]:
     """Return the val and test images that are also in an earlier split: by content, by last-layer features, or by group."""
     samples = [sample for sample in features.samples() if sample.split in SPLIT_ORDER]
     near = find_near(features.only(features.spaces[-1:]))
-    leaks = (*find_exact(samples), *near.leaks, *group_leaks(samples, find_groups(samples)))
+    leaks = (*find_exact(samples), *near.leaks, *group_leaks(samples))
     return sorted({leak.sample for leak in leaks}, key=lambda sample: sample.path)
 
 

@@ -191,8 +191,7 @@ def _select_spaces(features: FeatureSet, config: HeadConfig, *, compare: bool) -
     def fit(part: FeatureSet) -> L2Path:
         return _select_l2(part, replace(config, widths=part.widths))
 
-    selection = (select_space if compare else select_blocks)(features, fit)
-    return selection.features, selection.report
+    return (select_space if compare else select_blocks)(features, fit)
 
 
 def _select_l2(features: FeatureSet, config: HeadConfig) -> L2Path:
