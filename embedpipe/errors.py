@@ -59,15 +59,15 @@ class UsageError(EmbedpipeError, ValueError):
 
 
 class DecodeError(EmbedpipeError, ValueError):
-    pass
+    """An image that its decoder refuses."""
 
 
 class NonFiniteFeatures(EmbedpipeError, ArithmeticError):
-    pass
+    """NaN or inf in features."""
 
 
 class WeightsUnavailable(EmbedpipeError, LookupError):
-    pass
+    """Weights that are neither on this machine nor can be downloaded."""
 
 
 class CacheMismatch(EmbedpipeError, ValueError):
@@ -95,7 +95,7 @@ class CacheBusy(EmbedpipeError, BlockingIOError):
 
 
 class EmbedpipeWarning(UserWarning):
-    pass
+    """Base of all warnings of embedpipe."""
 
 
 def check_removed_option(

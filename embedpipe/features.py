@@ -158,20 +158,14 @@ class FeatureSet:
 
     def rows(self, samples: tuple[Sample, ...], *, max_bytes: float) -> np.ndarray | Chunked:
         """Return features (N, D) of samples with a row; a reader of chunks if they exceed `max_bytes` (`fits`)."""
-        return self.read(samples) if self.fits(max_bytes) else self.chunked(samples)
+        if self.fits(max_bytes):
+            return self.read(samples)
+        keys = np.array([sample.key for sample in samples], dtype=object)
+        return Chunked((len(keys), self.feature_dim), lambda rows: self._read(keys[rows].tolist()))
 
     def fits(self, max_bytes: float) -> bool:
         """Whether COPIES times the features fit into `max_bytes`."""
         return COPIES * len(self._present) * self.feature_dim * 4 <= max_bytes
-
-    def chunked(self, samples: Sequence[Sample]) -> Chunked:
-        """Return features float32 (N, D) of samples with a row as a reader of chunks."""
-        keys = [sample.key for sample in samples]
-
-        def read(rows: Any) -> np.ndarray:
-            return self._read(keys[rows] if isinstance(rows, slice) else [keys[row] for row in rows])
-
-        return Chunked((len(keys), self.feature_dim), read)
 
     def read(self, samples: tuple[Sample, ...]) -> np.ndarray:
         """Return features float32 (N, D) of samples with a row."""
@@ -232,11 +226,10 @@ def _as_tuple(names: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _only_complete(cache: Cache, manifest: Manifest, backbone: str | None, layer: str | None) -> Space:
-    matching = [space for space in feature_spaces(cache) if _matches(space, backbone, layer)]
-    complete = [space for space in matching if _is_complete(manifest, space)]
+    complete = [space for space in _spaces_of(cache, backbone, layer) if _is_complete(manifest, space)]
     if complete:
         return _pick(cache, manifest, complete)
-    siblings = [one for one in feature_spaces(cache) if _matches(one, backbone, None) and _is_complete(manifest, one)]
+    siblings = [space for space in _spaces_of(cache, backbone) if _is_complete(manifest, space)]
     if layer and siblings:
         raise _missing_layer(manifest, siblings[0], layer)
     names = [(kind, name) for kind, name in (("backbone", backbone), ("layer", layer)) if name]
@@ -259,22 +252,14 @@ def _pick(cache: Cache, manifest: Manifest, spaces: Sequence[Space]) -> Space:
 
 def _every(cache: Cache, manifest: Manifest, backbones: Sequence[str], layers: Sequence[str]) -> list[Space]:
     """Return all complete spaces that match, grouped by model and in model order."""
-    models: dict[str, list[Space]] = defaultdict(list)
-    for one in feature_spaces(cache):
-        named = not backbones or any(_matches(one, name, None) for name in backbones)
-        if (
-            named
-            and (not layers or one.spec["layer"] in layers)
-            and not one.spec["view"]
-            and _is_complete(manifest, one)
-        ):
-            models[_model_of(one)].append(one)
-    if not models:
+    named = [space for space in _spaces_of(cache, backbones, layers) if not space.spec["view"]]
+    complete = [space for space in named if _is_complete(manifest, space)]
+    if not complete:
         raise UsageError(
             f"no space holds the features of every image of {manifest.name}",
             hint=f"run `embedpipe extract {manifest.sources[0].argument} --layer all`",
         )
-    return [one for spaces in models.values() for one in _in_model_order(spaces)]
+    return [one for spaces in _by_model(complete) for one in _in_model_order(spaces)]
 
 
 def _of_model(cache: Cache, manifest: Manifest, backbone: str | None, layers: Sequence[str]) -> list[Space]:
@@ -284,24 +269,17 @@ def _of_model(cache: Cache, manifest: Manifest, backbone: str | None, layers: Se
     ------
     UsageError    several models match, or a layer lacks images
     """
-    some = [
-        one
-        for one in feature_spaces(cache)
-        if _matches(one, backbone, None) and _is_complete(manifest, one, every=False)
-    ]
+    some = [space for space in _spaces_of(cache, backbone) if _is_complete(manifest, space, every=False)]
     if not some:
         return [_only_complete(cache, manifest, backbone, None)]
     full = {one.folder for one in some if _is_complete(manifest, one)}
-    models: dict[str, list[Space]] = defaultdict(list)
-    for one in some:
-        models[_model_of(one)].append(one)
-    able = [m for m in models.values() if {*layers} - {"all"} <= {one.spec["layer"] for one in m if one.folder in full}]
-    able = able or list(models.values())
+    models = _by_model(some)
+    able = [m for m in models if {*layers} - {"all"} <= {one.spec["layer"] for one in m if one.folder in full}]
+    able = able or models
     chosen = _pick(cache, manifest, [one for m in able for one in m]) if len(able) > 1 else able[0][0]
-    held = models[_model_of(chosen)]
-    wanted = list(dict.fromkeys(one.spec["layer"] for one in held)) if "all" in layers else list(dict.fromkeys(layers))
+    held = next(m for m in able if any(one is chosen for one in m))
     found = []
-    for layer in wanted:
+    for layer in dict.fromkeys([one.spec["layer"] for one in held] if "all" in layers else layers):
         there = [one for one in held if one.spec["layer"] == layer]
         complete = [one for one in there if one.folder in full]
         if not complete:
@@ -375,15 +353,22 @@ def feature_spaces(cache: Cache) -> list[Space]:
     return [one for one in cache.spaces() if "cut" not in one.spec]
 
 
-def _matches(space: Space, backbone: str | None, layer: str | None) -> bool:
-    name = f"{space.spec['source']}:{space.spec['architecture']}"
-    named = backbone is None or backbone in (name, name.removeprefix("timm:"))
-    return named and (layer is None or layer == space.spec["layer"])
+def _spaces_of(
+    cache: Cache, backbone: str | Sequence[str] | None, layer: str | Sequence[str] | None = None
+) -> list[Space]:
+    """Return the spaces of features of one or several backbones and layers; default: of any."""
+    backbones, layers = {*_as_tuple(backbone)}, _as_tuple(layer)
+    names = [(space, f"{space.spec['source']}:{space.spec['architecture']}") for space in feature_spaces(cache)]
+    named = [space for space, name in names if not backbones or backbones & {name, name.removeprefix("timm:")}]
+    return [space for space in named if not layers or space.spec["layer"] in layers]
 
 
-def _model_of(space: Space) -> str:
-    """Return the part of a spec that the layers of one model share."""
-    return canonical_json({k: v for k, v in space.spec.items() if k not in ("layer", "pool")})
+def _by_model(spaces: Sequence[Space]) -> list[list[Space]]:
+    """Return the spaces of each model: those whose specs differ in the layer and its pooling only."""
+    models: dict[str, list[Space]] = defaultdict(list)
+    for space in spaces:
+        models[canonical_json({k: v for k, v in space.spec.items() if k not in ("layer", "pool")})].append(space)
+    return list(models.values())
 
 
 def _in_model_order(spaces: Sequence[Space]) -> list[Space]:

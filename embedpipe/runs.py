@@ -156,8 +156,6 @@ def _is_named(name: str, text: str) -> bool:
 
 def list_runs(runs_dir: Path) -> list[Path]:
     """Return the folders of complete runs, oldest first."""
-    if not runs_dir.is_dir():
-        return []
     return sorted(p.parent for p in runs_dir.glob("*/run.json") if not p.parent.name.startswith("."))
 
 

@@ -12,7 +12,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -66,7 +66,7 @@ class Pair:
     p_value: float
     log_loss_difference: float | None
     log_loss_difference_ci95: list[float] | None
-    cka: float | None = None
+    cka: float | None
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def compare(
     compared = [_compared(run, len(table), *one) for run, table, one in zip(read, tables, outcomes, strict=True)]
     keys = list(dict.fromkeys(name for name, _, _ in common)) if by == "content" else []
     pairs = [
-        replace(_pair((first.name, run.name), outcomes[0], one), cka=_cka(first, run, keys, Path(cache_dir)))
+        _pair((first.name, run.name), outcomes[0], one, cka=_cka(first, run, keys, Path(cache_dir)))
         for run, one in zip(read[1:], outcomes[1:], strict=True)
     ]
     tuned = tuple(run.name for run in read if run.chosen_on == chosen)
@@ -242,11 +242,11 @@ def _compared(run: RunToCompare, n_split: int, right: np.ndarray, losses: np.nda
     return Compared(run.name, correct / n, list(wilson_interval(correct, n)), loss, interval, n_split)
 
 
-def _pair(names: tuple[str, str], first: Outcomes, other: Outcomes) -> Pair:
+def _pair(names: tuple[str, str], first: Outcomes, other: Outcomes, *, cka: float | None) -> Pair:
     from embedpipe.evaluation import mcnemar, mean_interval, paired_interval
 
     (right, losses), (other_right, other_losses) = first, other
     b, c, n = int((right & ~other_right).sum()), int((other_right & ~right).sum()), len(right)
     gaps = None if losses is None or other_losses is None else other_losses - losses
     loss, interval = (None, None) if gaps is None else (float(gaps.mean()), mean_interval(gaps))
-    return Pair(*names, (c - b) / n, list(paired_interval(b, c, n)), b, c, mcnemar(b, c), loss, interval)
+    return Pair(*names, (c - b) / n, list(paired_interval(b, c, n)), b, c, mcnemar(b, c), loss, interval, cka)

@@ -235,22 +235,15 @@ def _coverage(
         named |= keys
         absent = sum(key not in view and key not in view.failures for key in keys)
         if name in datasets and 0 < absent < len(keys):
-            yield Finding(
-                "missing", space.folder.name, f"{absent} images of {name} have no row and no recorded failure"
-            )
+            detail = f"{absent} images of {name} have no row and no recorded failure"
+            yield Finding("missing", space.folder.name, detail)
     orphaned = sum(key.tobytes() not in named for key in view.keys)
     if orphaned and whole:
         yield Finding("orphaned", space.folder.name, f"{orphaned} rows belong to no data set")
 
 
 def _recompute(
-    space: Space,
-    files: Mapping[bytes, Place],
-    count: int | None,
-    *,
-    device: str,
-    seed: int,
-    progress: Progress | None = None,
+    space: Space, files: Mapping[bytes, Place], count: int | None, *, device: str, seed: int, progress: Progress | None
 ) -> tuple[Recomputed, list[Finding]]:
     """Recompute rows with the recorded loader and pins, and compare them with the stored ones."""
     from embedpipe.cache import Finding
@@ -269,9 +262,9 @@ def _recompute(
         return none, [Finding("unproved", name, f"no row can be recomputed: {exc.message}")]
     arithmetic = {"precision": space.spec["precision"], "store_dtype": space.spec["stored_dtype"]}
     forward = plan_forward(device=device, batch_size="auto", workers="auto", executor="eager", **arithmetic)
-    pins = space.environments[-1].get("pins") or (space.meta and space.meta.pins)
-    forward = forward.pinned({**pins, "executor": "eager"}) if pins else forward
     current, stored = environment(forward.device), space.environments[-1]
+    pins = stored.get("pins") or (space.meta and space.meta.pins)
+    forward = forward.pinned({**pins, "executor": "eager"}) if pins else forward
     changes = differing_fields({name: stored[name] for name in current if name in stored}, current)
     done, largest, findings = 0, 0.0, list[Finding]()
     for rows in stream_rows([(key, files[key]) for key in chosen], Runner([backbone], forward.definite)):
@@ -291,17 +284,10 @@ def _differing(space: Space, rows: Rows, distances: list[float], changes: list[D
 
     limit, place = TOLERANCE[space.spec["precision"]], space.folder.name
     origin = f"; it was computed in another environment: {', '.join(map(str, changes))}" if changes else ""
-    failed = [
-        (key, "unproved" if stage in ("read", "limit") else DAMAGE, reason) for key, stage, reason in rows.failures
-    ]
-    failed += [
-        (
-            key,
-            DAMAGE,
-            f"it differs from the stored row by {distance:.1e} of its norm, expected at most {limit:g}{origin}",
-        )
-        for key, distance in zip(rows.keys, distances, strict=True)
-        if distance > limit
-    ]
-    for key, kind, why in failed:
-        yield Finding(kind, place, f"row {key.hex()[:12]}, recomputed: {why}")
+    for key, stage, reason in rows.failures:
+        kind = "unproved" if stage in ("read", "limit") else DAMAGE
+        yield Finding(kind, place, f"row {key.hex()[:12]}, recomputed: {reason}")
+    for key, distance in zip(rows.keys, distances, strict=True):
+        if distance > limit:
+            reason = f"it differs from the stored row by {distance:.1e} of its norm, expected at most {limit:g}{origin}"
+            yield Finding(DAMAGE, place, f"row {key.hex()[:12]}, recomputed: {reason}")

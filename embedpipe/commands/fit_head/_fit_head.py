@@ -107,7 +107,7 @@ def fit_head(
     options = {name: value for name, value in locals().items() if name not in LOCATIONS}
     from embedpipe.classifier import Classifier, Reference, calibrated, save_run
     from embedpipe.runs import new_run
-    from embedpipe.selection import HeadConfig, find_leaks, parse_shots
+    from embedpipe.selection import HeadConfig, find_leaks, learning_curve, parse_shots
     from embedpipe.storage import BYTES, parse_amount
 
     start = time.monotonic()
@@ -131,7 +131,11 @@ def fit_head(
     report |= {"options": options, "dataset": features.dataset, "task": task, "classes": list(features.classes)}
     report["leaks"] = find_leaks(features, scored, max_bytes=max_bytes)
     if curve_points:
-        report["curve"] = _learning_curve(features, config, curve_points, repeats=repeats, seed=seed)
+        arrays: dict[str, Any] = {
+            split: (config.rows(features, part.samples), part.labels(features.classes))
+            for split, part in scored.items()
+        }
+        report["curve"] = learning_curve(config, curve_points, arrays.pop("train"), arrays, repeats=repeats, seed=seed)
     if folds is not None:
         report["folds"] = _cross_validate(features, config, folds, seed)
     classifier = Classifier(head, Reference.of(features.spaces), _backbone=features.backbone)
@@ -261,18 +265,6 @@ def _predict(features: FeatureSet, head: Any, config: HeadConfig) -> dict[str, S
     }
 
 
-def _learning_curve(
-    features: FeatureSet, config: HeadConfig, shots: dict[str | int, int | float], *, repeats: int, seed: int
-) -> list[dict[str, Any]]:
-    from embedpipe.selection import learning_curve
-
-    samples = {split: features.samples(split, labelled=True) for split in features.splits}
-    arrays: dict[str, Any] = {
-        split: (config.rows(features, part), features.manifest.targets(part)) for split, part in samples.items()
-    }
-    return learning_curve(config, shots, arrays.pop("train"), arrays, repeats=repeats, seed=seed)
-
-
 def _cross_validate(features: FeatureSet, config: HeadConfig, folds: int, seed: int) -> dict[str, Any]:
     """Cross-validate over train and val: accuracy over all samples with its interval, and of each fold."""
     from embedpipe.evaluation import wilson_interval
@@ -280,9 +272,9 @@ def _cross_validate(features: FeatureSet, config: HeadConfig, folds: int, seed: 
 
     result = predict_out_of_fold(features, config, folds=folds, seed=seed)
     correct = result.probabilities.argmax(axis=1) == result.labels
+    parts = [correct[result.fold == number] for number in range(folds)]
     per_fold = [
-        {"n": int(rows.sum()), "accuracy": float(correct[rows].mean()), "l2": l2}
-        for l2, rows in ((l2, result.fold == number) for number, l2 in enumerate(result.l2))
+        {"n": len(part), "accuracy": float(part.mean()), "l2": l2} for part, l2 in zip(parts, result.l2, strict=True)
     ]
     n, count = len(correct), int(correct.sum())
     interval = list(wilson_interval(count, n))
