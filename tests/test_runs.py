@@ -60,7 +60,7 @@ def test_a_run_is_found_by_id_prefix_and_folder(tmp_path: Path) -> None:
     for text in (run.name, run.name[:-2], run.name.rsplit("-", 1)[-1], str(run)):
         assert find_run(tmp_path, text) == run
     assert latest_run(tmp_path, "fit-head") == run
-    with pytest.raises(UsageError, match="2 runs begin"):
+    with pytest.raises(UsageError, match="it matches 2 runs"):
         find_run(tmp_path, run.name[:4])
     with pytest.raises(UsageError, match="did you mean"):
         find_run(tmp_path, run.name + "x")

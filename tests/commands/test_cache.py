@@ -227,7 +227,7 @@ def test_verify_computes_rows_again(run: Run, photos: Path, extracted: dict[str,
     done = run("cache", "verify", "--all", "--json")
     (finding,) = done.envelope["data"]["findings"]
     assert done.code == 4
-    assert "9.9e-03 of its length" in finding["detail"]
+    assert "9.9e-03 of its norm" in finding["detail"]
     assert "elsewhere" not in finding["detail"]
     assert space.view().keys[17].tobytes().hex()[:12] in finding["detail"]
 

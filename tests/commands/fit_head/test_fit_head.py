@@ -63,7 +63,7 @@ def test_a_data_set_is_named_by_its_path_too(features: ep.FeatureSet) -> None:
 @pytest.mark.parametrize(
     ("option", "found"),
     [
-        ({"class_weight": {"red": 2}}, "class_weight {'red': 2}, expected none or balanced"),
+        ({"class_weight": {"red": 2}}, "class_weight is {'red': 2}, expected none or balanced"),
         ({"l2": None}, "l2 = None, expected a positive number"),
         ({"solver": "knn", "l2": 0.1}, "--solver knn does not use --l2"),
         ({"solver": "knn", "class_weight": "balanced"}, "--solver knn does not use --class-weight"),
@@ -169,7 +169,7 @@ def test_features_that_do_not_fit_in_memory_give_the_same_head(photos: Path, tmp
     most = np.abs(heads[0].head.weight).max()
     np.testing.assert_allclose(heads[0].head.weight, heads[1].head.weight, atol=1e-5 * most)
     assert heads[0].report["metrics"].keys() == heads[1].report["metrics"].keys()
-    assert heads[1].report["leaks"]["near_skipped"] == "the features are more than --max-memory holds"
+    assert heads[1].report["leaks"]["near_skipped"] == "the features exceed --max-memory"
     again = [ep.fit_head(features, runs_dir=tmp_path, max_memory=size, refit=True) for size in ("1GB", "1B")]
     np.testing.assert_allclose(again[0].head.weight, again[1].head.weight, atol=1e-5 * most)
     with pytest.raises(UsageError, match="lbfgs holds all features in memory"):
