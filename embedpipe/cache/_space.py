@@ -73,7 +73,7 @@ class SpaceWriter:
         try:
             make_folder(self._folder / SHARDS)
             self._recover()
-            self._meta = self._merge_meta(self._meta, read_meta(self._folder, fingerprint(self._meta.spec)))
+            self._merge_meta()
         except BaseException:
             self._lock.close()
             raise
@@ -164,9 +164,9 @@ class SpaceWriter:
             sweep(self._folder)
             sweep(shards)
 
-    def _merge_meta(self, requested: Meta, stored: Meta | None) -> Meta:
-        """Return the stored metadata with the new environment, and with the new pins if none are in force; write it."""
-        merged = requested
+    def _merge_meta(self) -> None:
+        """Add the new environment to the stored metadata, and the new pins if none are in force."""
+        requested, stored = self._meta, read_meta(self._folder, fingerprint(self._meta.spec))
         if stored is not None:
             if (stored.feature_dim, stored.dtype) != (requested.feature_dim, requested.dtype):
                 raise CacheMismatch(
@@ -176,10 +176,9 @@ class SpaceWriter:
                 )
             new = [record for record in requested.environments if record not in stored.environments]
             pins = requested.pins if stored.pins is None else stored.pins
-            merged = replace(stored, environments=(*stored.environments, *new), pins=pins)
-        if merged != stored:
-            write_meta(self._folder, merged)
-        return merged
+            self._meta = replace(stored, environments=(*stored.environments, *new), pins=pins)
+        if self._meta != stored:
+            write_meta(self._folder, self._meta)
 
     def _commit_if_due(self) -> None:
         now, pending = time.monotonic(), sum(len(keys) for keys, _ in self._rows) + len(self._failures)
