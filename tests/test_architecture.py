@@ -32,7 +32,7 @@ ORDER = [
 COMPOSED = {"advise", "demo"}  # commands that run other commands
 LIBRARIES = {
     "h5py": {"cache"},
-    "timm": {"backbones/_timm.py", "training/_optimizer.py"},
+    "timm": {"backbones/_timm.py", "training/_steps.py"},
     "torchvision": {"backbones/_torchvision.py", "training/_steps.py"},
     "sklearn": {"heads/_sklearn.py", "evaluation", "commands/demo.py"},
     "yaml": {"config.py"},

@@ -6,10 +6,10 @@ before training; frozen modules are passed as `keep_eval`.
 >>> trained = train(network, groups, batches, validate, plan=Plan(epochs=10), steps=35, keep_eval=frozen)
 """
 
-from embedpipe.training._optimizer import keeps_size, layer_numbers
 from embedpipe.training._plan import Epoch, Plan, Score, Trained
 from embedpipe.training._ranks import Ranks, joined
 from embedpipe.training._state import moving_names, moving_state, put
+from embedpipe.training._steps import keeps_size, layer_numbers
 from embedpipe.training._trainer import train
 
 __all__ = [

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from embedpipe.errors import Stopped
-from embedpipe.training._optimizer import make_optimizer
 from embedpipe.training._plan import Epoch, Plan, Score, Trained
 from embedpipe.training._ranks import Ranks
 from embedpipe.training._state import (
@@ -24,7 +23,7 @@ from embedpipe.training._state import (
     set_modes,
     set_random_state,
 )
-from embedpipe.training._steps import Batch, NotFinite, Stepper
+from embedpipe.training._steps import Batch, NotFinite, Stepper, make_optimizer
 
 WARM_UP = 0.1  # share of all steps with a rising learning rate
 ONE_PROCESS = Ranks()

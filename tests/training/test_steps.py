@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, UsageError
 from embedpipe.training import Plan, Ranks, Score, keeps_size, layer_numbers, train
-from embedpipe.training._optimizer import make_optimizer
 from embedpipe.training._plan import check_ranges
-from embedpipe.training._steps import NotFinite, Stepper, mixer
+from embedpipe.training._steps import NotFinite, Stepper, make_optimizer, mixer
 
 X = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(12) % 3
