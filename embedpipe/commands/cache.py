@@ -256,7 +256,7 @@ def remove_from_cache(names: Sequence[str], *, cache_dir: PathLike = "cache") ->
 
     cache = Cache(Path(cache_dir))
     chosen = list(dict.fromkeys(cache.find(name) for name in names))
-    removed, freed = [], 0
+    removed: list[dict[str, Any]] = []
     for name in chosen:
         is_space, reason = name in cache.space_names(), "named"
         size = measure(cache.spaces_folder / name if is_space else cache.table_path(name))
@@ -267,8 +267,7 @@ def remove_from_cache(names: Sequence[str], *, cache_dir: PathLike = "cache") ->
         else:
             cache.remove_dataset(name)
         removed.append({"name": name, "bytes": size, "reason": reason})
-        freed += size
-    return Removal(removed, [], freed, measure(cache.root), False)
+    return Removal(removed, [], sum(item["bytes"] for item in removed), measure(cache.root), False)
 
 
 def export_features(

@@ -46,16 +46,9 @@ class Evaluation:
     task: str = "single"
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "run": self.run,
-            "split": self.split,
-            "metrics": self.metrics,
-            "task": self.task,
-            "classes": list(self.classes),
-            "confusion": None if self.confusion is None else self.confusion.tolist(),
-            "failed": [vars(failure) for failure in self.failed],
-            "chosen_on": self.chosen_on,
-        }
+        confusion = None if self.confusion is None else self.confusion.tolist()
+        failed = [vars(failure) for failure in self.failed]
+        return {**vars(self), "classes": list(self.classes), "confusion": confusion, "failed": failed}
 
     def confusion_csv(self) -> str:
         """Return the confusion matrix as CSV: a header of predicted classes, then one row per true class.

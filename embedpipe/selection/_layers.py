@@ -66,8 +66,7 @@ class Candidate:
         return min(point.val_log_loss for point in self.path.points if point.val_log_loss is not None)
 
     def to_dict(self) -> dict[str, Any]:
-        accuracy, negative_loss = self.score
-        return {"l2": self.path.l2, "val_accuracy": accuracy, "val_log_loss": -negative_loss}
+        return {"l2": self.path.l2, "val_accuracy": self.score[0], "val_log_loss": -self.score[1]}
 
     def describe(self) -> dict[str, Any]:
         """Return the record of a candidate on one space."""

@@ -116,11 +116,8 @@ def fit_head(
     features = _open(features, Path(cache_dir), space=space, backbone=backbone, layer=layer, every=compare_layers)
     task = features.manifest.task
     config = HeadConfig(features.classes, solver, l2, standardize, class_weight, features.widths, max_bytes, task)
-    _check(
-        features,
-        config,
-        {"--shots": curve_points, "--folds": folds, "--calibrate": calibrate, "--compare-layers": compare_layers},
-    )
+    single = {"--shots": curve_points, "--folds": folds, "--calibrate": calibrate, "--compare-layers": compare_layers}
+    _check(features, config, single)
     features, selection = _select_spaces(features, config, compare=compare_layers)
     config = replace(config, widths=features.widths)
     path, report = _fit(features, config, refit=refit)
