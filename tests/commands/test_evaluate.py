@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import embedpipe as ep
-from embedpipe.commands.evaluate import _shown
+from embedpipe.commands.evaluate import _list_classes
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, UsageError
 from tests.conftest import write_photo, write_photos
 
@@ -32,7 +32,7 @@ def test_its_own_data_are_scored_on_test_and_others_whole(head: ep.Classifier) -
 
 
 def test_images_that_the_head_was_fitted_on_are_told(head: ep.Classifier) -> None:
-    with pytest.warns(EmbedpipeWarning, match=r"\d+ of \d+ images are in train or val of .*no estimate"):
+    with pytest.warns(EmbedpipeWarning, match=r"\d+ of \d+ images are in train or val of .*do not estimate"):
         ep.evaluate(head, "photos")
     write_photos(Path("others"), per_class=3, seed=1)
     with warnings.catch_warnings():
@@ -76,5 +76,5 @@ def test_what_cannot_be_scored(head: ep.Classifier) -> None:
 
 
 def test_classes_that_are_not_named_are_counted() -> None:
-    assert _shown("abc") == "a, b, c"
-    assert _shown("abcdefghij") == "a, b, c, d, e, f, g, h and 2 more"
+    assert _list_classes("abc") == "a, b, c"
+    assert _list_classes("abcdefghij") == "a, b, c, d, e, f, g, h and 2 more"
