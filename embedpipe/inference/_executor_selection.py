@@ -239,7 +239,7 @@ def _sample(runner: Runner, items: Iterable[tuple[bytes, Place | Path]]) -> list
     size = runner.settings.batch_size
     batches = image_batches(islice(items, size), runner.windows, batch_size=size, workers=runner.settings.workers)
     readable = [batch for batch in batches if batch.keys]
-    return runner.pad(readable[0].images, size) if readable else runner.examples(size)
+    return runner.pad(readable[0].images) if readable else runner.examples()
 
 
 def _call(runner: Runner, images: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -279,14 +279,9 @@ def find_batch(rate: Callable[[int], float], first: int) -> int:
             if size == 1:
                 raise
             size //= 2
-    while first <= size <= LARGEST_BATCH // 2:
-        try:
-            larger = rate(2 * size)
-        except MemoryError:
-            break
-        if larger < WORTH_GROWING * best:
-            break
-        size, best = 2 * size, larger
+    with suppress(MemoryError):
+        while first <= size <= LARGEST_BATCH // 2 and (larger := rate(2 * size)) >= WORTH_GROWING * best:
+            size, best = 2 * size, larger
     return size
 
 

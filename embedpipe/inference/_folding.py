@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from torch import nn
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
+if TYPE_CHECKING:
     from embedpipe.backbones import Joint
 
 SHAPES = ("__get__", "size", "dim", "numel")  # functions that only look at a tensor's shape
@@ -25,9 +30,6 @@ def fold(joint: Joint) -> Joint:
     pairs = find_pairs(joint)
     if not pairs:
         return joint
-    from torch import nn
-    from torch.nn.utils.fusion import fuse_conv_bn_eval
-
     folded = copy.deepcopy(joint)
     model = folded.headless.model
     for conv, norm in pairs:
@@ -41,10 +43,6 @@ def fold(joint: Joint) -> Joint:
 
 def find_pairs(joint: Joint) -> list[tuple[str, str]]:
     """Return pairs of a convolution and the batch normalisation that alone uses its output, from a pass on black images."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-    from torch.utils._pytree import tree_leaves
-
     model = joint.headless.model
     names = {module: name for name, module in model.named_modules()}
     producers: dict[int, str] = {}  # id of an output -> name of the convolution
@@ -69,14 +67,11 @@ def find_pairs(joint: Joint) -> list[tuple[str, str]]:
             producers[id(output)] = names[module]
         alive.append(output)
 
-    handles = [module.register_forward_pre_hook(enter) for module in names]
-    handles += [module.register_forward_hook(leave) for module in names]
-    try:
-        with torch.inference_mode(), Uses():
-            joint(joint.example(1))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.inference_mode(), Uses():
+        for module in names:
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave))
+        joint(joint.example(1))
     requested = {tap.name for group in joint.groups for tap in group}
     return [
         (conv, norm)
@@ -92,7 +87,5 @@ def is_conv(module: nn.Module) -> bool:
 
 def is_norm(module: nn.Module) -> bool:
     """Return True if a module is a batch normalisation with fixed statistics, of torch, or of timm with an activation."""
-    from torch import nn
-
     known = type(module).__name__ in ("BatchNorm2d", "BatchNormAct2d")
     return isinstance(module, nn.BatchNorm2d) and known and module.running_var is not None and not module.training

@@ -7,7 +7,6 @@ import importlib.util
 import os
 import shutil
 import threading
-import uuid
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,16 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedpipe.errors import UsageError
+from embedpipe.errors import StorageError, UsageError
+from embedpipe.inference._settings import Forward
 from embedpipe.provenance import canonical_json
-from embedpipe.storage import storage_errors
+from embedpipe.storage import whole_folder
 
 if TYPE_CHECKING:
     from embedpipe.backbones import Joint
 
 
 def has_openvino() -> bool:
-    """Tell whether OpenVINO is installed."""
+    """Return True if OpenVINO is installed."""
     return importlib.util.find_spec("openvino") is not None
 
 
@@ -37,32 +37,32 @@ class OpenVino:
     Parameters
     ----------
     joints : list of Joint
-    batch_size : int          images a call
-    streams : int             calls at the same time
+    settings : Forward        batch size: images a call; streams: calls at the same time
     graphs : Path or None     folder of the converted graphs
 
     Raises
     ------
     UsageError    OpenVINO is not installed
-    RuntimeError  it cannot convert a model
+    RuntimeError  OpenVINO cannot convert a model
     """
 
-    def __init__(self, joints: Sequence[Joint], *, batch_size: int, streams: int, graphs: Path | None = None) -> None:
+    def __init__(self, joints: Sequence[Joint], settings: Forward, *, graphs: Path | None = None) -> None:
         if not has_openvino():
             raise UsageError("the executor openvino is not installed", hint="pip install 'embedpipe[openvino]'")
         import openvino
 
         core = openvino.Core()
         options: dict[str, Any] = {
-            "NUM_STREAMS": streams,
-            "INFERENCE_NUM_THREADS": streams,
+            "NUM_STREAMS": settings.streams,
+            "INFERENCE_NUM_THREADS": settings.streams,
             "ENABLE_CPU_PINNING": False,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "EXECUTION_MODE_HINT": "ACCURACY",
         }
-        options |= {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
         self._compiled = []
         for joint in joints:
             graph = _graph(core, joint, graphs)
-            graph.reshape([batch_size, *joint.example(1).shape[1:]])
+            graph.reshape([settings.batch_size, *joint.example(1).shape[1:]])
             self._compiled.append(core.compile_model(graph, "CPU", options))
         self._own = threading.local()
 
@@ -102,21 +102,11 @@ def _convert(joint: Joint, folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing: shapes become constants, as intended
         graph = openvino.convert_model(joint.cpu(), example_input=joint.example(2))
-    fresh = folder.with_name(f".tmp-{uuid.uuid4().hex}")
-    with storage_errors(folder, "write to"):
-        fresh.mkdir(parents=True)
-        try:
-            openvino.save_model(graph, fresh / "graph.xml", compress_to_fp16=False)
-            shutil.rmtree(folder, ignore_errors=True)
-            _rename(fresh, folder)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _rename(fresh: Path, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged graph
     try:
-        os.rename(fresh, folder)
-    except OSError:
+        with whole_folder(folder, what="graph") as fresh:
+            openvino.save_model(graph, fresh / "graph.xml", compress_to_fp16=False)
+    except StorageError:
         if not (folder / "graph.xml").exists():  # else another process has stored the same graph
             raise
 

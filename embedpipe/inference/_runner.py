@@ -12,7 +12,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -22,7 +24,6 @@ from embedpipe.data import Place
 from embedpipe.images import ALL, LIMITS, Batch, Limits, Transform, image_batches
 from embedpipe.inference._openvino import OpenVino
 from embedpipe.inference._settings import Forward, torch_threads
-from embedpipe.inference._torch import Torch
 
 if TYPE_CHECKING:
     from embedpipe.backbones import Backbone, Joint
@@ -129,22 +130,24 @@ class Runner:
             return self._in_parts(joint, images)
         return done[0] if len(done) == 1 else [np.concatenate(features) for features in zip(*done, strict=True)]
 
-    def examples(self, size: int | None = None) -> list[np.ndarray]:
-        """Return black images, a whole batch or `size`, for each window."""
+    def examples(self) -> list[np.ndarray]:
+        """Return a batch of black images for each window."""
         of = [self._joint[self._window.index(window)] for window in range(len(self.windows))]
-        return [self.joints[joint].example(size or self.settings.batch_size).numpy() for joint in of]
+        return [self.joints[joint].example(self.settings.batch_size).numpy() for joint in of]
 
-    def pad(self, images: Sequence[np.ndarray], size: int | None = None) -> list[np.ndarray]:
-        """Return the images of each window with black ones appended, up to whole batches or to `size` images."""
-        batch = self.settings.batch_size
-        return [_pad(one, size or max(1, -(-len(one) // batch)) * batch) for one in images]
+    def pad(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Append black images to those of each window, up to whole batches: the bits of a row depend on the size of its batch."""
+        short = -len(images[0]) % self.settings.batch_size
+        if not short:
+            return list(images)
+        return [np.concatenate([one, np.zeros((short, *one.shape[1:]), one.dtype)]) for one in images]
 
     def rows_of(self, batch: Batch[bytes]) -> list[Rows]:
         """Return the rows of each backbone in the stored dtype; rows that are not finite become failures."""
         with self._lock:
             self.decode_s += batch.decode_s
-        padded = self.pad(batch.images)
-        features = self(padded) if batch.keys else [np.empty((0, b.feature_dim), np.float32) for b in self.backbones]
+        padded = self.pad(batch.images) if batch.keys else []
+        features = self(padded) if padded else [np.empty((0, b.feature_dim), np.float32) for b in self.backbones]
         return [self._rows(n, batch, padded, part) for n, part in enumerate(features)]
 
     def _rows(self, number: int, batch: Batch[bytes], padded: Sequence[np.ndarray], features: np.ndarray) -> Rows:
@@ -207,15 +210,10 @@ def open_executor(
 ) -> Executor:
     """Return the executor that `settings` names; `folded` is for those of torch."""
     if settings.executor == "openvino":
-        return OpenVino(joints, batch_size=settings.batch_size, streams=settings.streams, graphs=graphs)
-    return Torch(
-        joints,
-        device=settings.device,
-        precision=settings.precision,
-        channels_last=settings.channels_last,
-        compiled=settings.executor == "compile",
-        folded=folded,
-    )
+        return OpenVino(joints, settings, graphs=graphs)
+    from embedpipe.inference._torch import Torch
+
+    return Torch(joints, settings, folded=folded)
 
 
 def find_faults(joint: Joint, run: Callable[[], object], size: int) -> dict[int, str]:
@@ -224,33 +222,21 @@ def find_faults(joint: Joint, run: Callable[[], object], size: int) -> dict[int,
 
     faults: dict[int, str] = {}
 
-    def note(name: str, output: Any) -> None:
+    def note(name: str, _module: Any, _inputs: Any, output: Any) -> None:
         first = output[0] if isinstance(output, tuple | list) else output
         if isinstance(first, torch.Tensor) and first.shape[:1] == (size,):
             bad = ~first.isfinite().flatten(1).all(dim=1) if first.ndim > 1 else ~first.isfinite()
             for row in bad.nonzero().flatten().tolist():
                 faults.setdefault(row, name)
 
-    def hook(name: str) -> Callable[..., None]:
-        return lambda _module, _inputs, output: note(name, output)
-
-    named = [(name, module) for name, module in joint.headless.model.named_modules() if name]
-    handles = [module.register_forward_hook(hook(name)) for name, module in named]
-    try:
+    with ExitStack() as hooks:
+        for name, module in joint.headless.model.named_modules():
+            if name:
+                hooks.enter_context(module.register_forward_hook(partial(note, name)))
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return faults
 
 
 def _window_of(transform: Any) -> Any:
     """Return the part of a transform that decoders apply; the normalisation is applied on the device."""
     return transform.geometry if isinstance(transform, Transform) else transform
-
-
-def _pad(images: np.ndarray, size: int) -> np.ndarray:
-    """Append black images up to `size`: the bits of a row depend on the size of its batch."""
-    if len(images) == size:
-        return images
-    return np.concatenate([images, np.zeros((size - len(images), *images.shape[1:]), images.dtype)])

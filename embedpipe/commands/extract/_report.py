@@ -77,9 +77,9 @@ def describe_plan(
             "feature_dim": feature_dim,
             "hits": stored,
             "misses": missing,
-            "bytes": missing * row_bytes,
+            "bytes": missing_bytes,
         }
-        for space, feature_dim, missing, stored, row_bytes in spaces
+        for space, feature_dim, missing, stored, missing_bytes in spaces
     ]
     seconds, measured, executor = run
     totals = {name: sum(one[name] for one in planned) for name in ("hits", "misses", "bytes")}

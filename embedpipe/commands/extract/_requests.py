@@ -37,9 +37,8 @@ if TYPE_CHECKING:
 REMOVED = {"pixels": "exact"}  # removed options, which records keep
 VIEWED = ("train", "all")  # splits that have views; val and test have the clean images alone
 
-Request = tuple[
-    Any, str | None, int
-]  # backbone (a name or a `Backbone`), layer (None: penultimate) and view (0: clean)
+# backbone (a name or a `Backbone`), layer (None: penultimate) and view (0: clean)
+Request = tuple[Any, str | None, int]
 Result = tuple[str, "Backbone | None", Space, Filled]  # name of the backbone, the backbone if it was loaded, ...
 
 
@@ -159,7 +158,7 @@ def plan_spaces(
 
     Returns
     -------
-    for each space: the space, feature_dim, missing rows, stored rows, bytes of a row
+    for each space: the space, feature_dim, missing rows, stored rows, bytes of the missing rows
     expected seconds, number of images measured, executor
     """
     results = [resolver.reuse(request, manifest, retry_failed=retry_failed) for request in requests]
@@ -169,16 +168,11 @@ def plan_spaces(
     settings = plan_forward(**resolver.settings)
     targets = [resolver.target(request, settings) for request in requests]
     lookups = [look_up(one.space, manifest, splits=one.splits, retry_failed=retry_failed) for one in targets]
-    spaces = [
-        (
-            one.space,
-            one.backbone.feature_dim,
-            len(found.missing),
-            len(found.wanted) - len(found.missing),
-            row_bytes(one),
-        )
-        for one, found in zip(targets, lookups, strict=True)
-    ]
+    spaces = []
+    for target, found in zip(targets, lookups, strict=True):
+        missing, width = len(found.missing), target.backbone.feature_dim
+        stored = len(found.wanted) - missing
+        spaces.append((target.space, width, missing, stored, missing * row_bytes(target)))
     return spaces, estimate_run(targets, lookups, manifest, settings)
 
 
