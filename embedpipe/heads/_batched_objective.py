@@ -132,16 +132,15 @@ class BatchedObjective:
         self.n_logits = problem.n_logits
         self.is_corrected = self.n_logits <= max_corrected
         is_small = self.n * self.width <= float64_size
-        self._X = self.problem.array.astype(np.float64) if is_small else self.problem.X
+        self._X = self.problem.X[:].astype(np.float64) if is_small else self.problem.X
         self.dtype = torch.float64 if is_small else torch.float32
         self._y, self._independent = torch.from_numpy(problem.y), problem.independent
         self._sample_weight = torch.from_numpy(problem.sample_weight)
         fits = 2 * self.n * self.width <= problem.memory_bytes // 2 and not isinstance(self._X, Chunked)
         self.bfloat16 = bfloat16 and fits and not is_small
         bytes_each = self.n * self.n_logits * self.dtype.itemsize
-        self._max_stored: int = (
-            problem.memory_bytes // 4 // bytes_each
-        )  # probabilities of an iterate and of the next one
+        # number of problems whose probabilities fit in memory, those of an iterate and of the next one
+        self._max_stored: int = problem.memory_bytes // 4 // bytes_each
 
     @property
     def start(self) -> Weights:

@@ -24,11 +24,8 @@ from embedpipe.provenance import nearest
 
 L2_GRID: tuple[float, ...] = tuple(float(l2) for l2 in np.logspace(-6, 2, 45))
 SOLVERS = ("newton", "lbfgs", "sklearn", "ridge")
-TASK_SOLVERS = {
-    "single": SOLVERS,
-    "multilabel": ("newton", "ridge"),
-    "regression": ("ridge",),
-}  # the first is the default
+# of each task; the first is the default
+TASK_SOLVERS = {"single": SOLVERS, "multilabel": ("newton", "ridge"), "regression": ("ridge",)}
 SolvePath = Callable[[Sequence[float], tuple[Float64, Float64] | None], PathWeights]
 Polish = Callable[[Float64, Float64, float], PathWeights]
 
@@ -191,11 +188,11 @@ def _prepare_solver(name: str, problem: Problem, *, is_path: bool = False) -> tu
 
 def _check_l2s(l2s: Sequence[Any]) -> list[float]:
     """Return distinct l2 in falling order."""
-    wrong = [l2 for l2 in l2s if not (isinstance(l2, int | float | np.number) and math.isfinite(l2) and l2 > 0)]
-    if wrong or not len(l2s):
-        raise UsageError(
-            f"l2 = {wrong[0]!r}, expected a positive number" if wrong else "no l2, expected a positive number"
-        )
+    for l2 in l2s:
+        if not (isinstance(l2, int | float | np.number) and math.isfinite(l2) and l2 > 0):
+            raise UsageError(f"l2 = {l2!r}, expected a positive number")
+    if not len(l2s):
+        raise UsageError("no l2, expected a positive number")
     return sorted({float(l2) for l2 in l2s}, reverse=True)
 
 

@@ -8,12 +8,12 @@ True
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embedpipe.heads._problem import Chunked, Float32, Float64, Int64, blocks
+from embedpipe.heads._problem import Chunked, Float32, Float64, Int64, blocks, feature_means
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +37,7 @@ class Gram:
     def of(cls, X: Float32 | Chunked, y: Int64, n_classes: int, origin: Float64 | None = None) -> Gram:
         """Sum over features (N, D) and class indices (N,); Grams to be subtracted need one origin, by default the mean."""
         width = X.shape[1]
-        if origin is None:
-            total = sum((X[rows].sum(axis=0, dtype=np.float64) for rows in blocks(X)), np.zeros(width))
-            origin = total / max(1, len(X))
+        origin = feature_means(X) if origin is None else origin
         total, products = np.zeros(width + n_classes), np.zeros((width + n_classes, width + n_classes))
         for rows in blocks(X):
             z = np.hstack([X[rows] - origin, np.eye(n_classes)[y[rows]]])
@@ -49,8 +47,7 @@ class Gram:
 
     def __sub__(self, part: Gram) -> Gram:
         """Return the sums over the rows that are not in `part`, which has the same origin."""
-        count, total, products = self.count - part.count, self.total - part.total, self.products - part.products
-        return replace(self, count=count, total=total, products=products)
+        return Gram(self.origin, self.count - part.count, self.total - part.total, self.products - part.products)
 
     def moments(
         self, mean: NDArray[np.floating], inverse: NDArray[np.floating], present: Int64

@@ -25,9 +25,8 @@ from numpy.typing import ArrayLike, NDArray
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
-PathWeights = tuple[
-    Float64, Float64, dict[str, Float64]
-]  # weights (L, K, D), biases (L, K), further values (L,) by name
+# weights (L, K, D), biases (L, K), further values (L,) by name
+PathWeights = tuple[Float64, Float64, dict[str, Float64]]
 
 MEMORY_BYTES = 2**30  # that a solver may use besides the features
 MAX_BLOCK_NUMBERS = 2**23  # computed from a block of rows
@@ -80,7 +79,7 @@ class Problem:
     mean, std : float64 (D,), optional   of the raw features
     classes : tuple of str               all C of them
     present : int64 (P,)                 classes that the rows of a solution belong to
-    absent_bias : float64 (C,)           bias of labels that all or no training samples have
+    absent_bias : float64 (C,) or 0      bias of labels that all or no training samples have
     y_mean, y_std : float                of numbers
     task : str                           as in `LinearHead`
     provenance : dict                    how the features were standardised
@@ -96,7 +95,7 @@ class Problem:
     std: Float64 = field(default_factory=lambda: np.ones(0))
     classes: tuple[str, ...] = ()
     present: Int64 = field(default_factory=lambda: np.zeros(0, np.int64))
-    absent_bias: Float64 = field(default_factory=lambda: np.zeros(0))
+    absent_bias: Float64 | float = 0.0
     y_mean: float = 0.0
     y_std: float = 1.0
     task: str = "single"
@@ -128,11 +127,6 @@ class Problem:
             bias -= bias.mean()
         return np.zeros((len(bias), self.X.shape[1])), bias
 
-    @property
-    def array(self) -> Float32:
-        """All features, in memory."""
-        return self.X[:] if isinstance(self.X, Chunked) else self.X
-
     def objective(self, weight: Float64, bias: Float64, l2: float) -> float:
         """Return the objective of weights (K, D) and bias (K,)."""
         return objective(weight, bias, self.X, self.y, l2=l2, sample_weight=self.sample_weight)
@@ -156,6 +150,12 @@ def centre_features(problem: Problem) -> tuple[Problem, Float64]:
     return replace(problem, X=map_features(problem.X, centre, problem.memory_bytes // 2), moments=None), mean
 
 
+def feature_means(X: Float32 | Chunked) -> Float64:
+    """Return the mean of every feature, float64 (D,); 0 if there are no rows."""
+    total = sum((X[rows].sum(axis=0, dtype=np.float64) for rows in blocks(X)), np.zeros(X.shape[1]))
+    return np.asarray(total / max(1, len(X)))
+
+
 def map_features(X: Float32 | Chunked, transform: Callable[[Float32], Float32], max_bytes: float) -> Float32 | Chunked:
     """Return transformed features (N, D): a copy up to `max_bytes`, otherwise transformed again whenever they are read."""
     if isinstance(X, Chunked):
@@ -175,7 +175,7 @@ def project_rows(problem: Problem) -> tuple[Problem, Float64 | None]:
     """
     if len(problem.X) >= problem.X.shape[1]:
         return problem, None
-    basis, triangle = np.linalg.qr(problem.array.T.astype(np.float64))
+    basis, triangle = np.linalg.qr(problem.X[:].T.astype(np.float64))
     return replace(problem, X=np.ascontiguousarray(triangle.T), moments=None), basis
 
 

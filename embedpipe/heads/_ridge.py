@@ -35,10 +35,11 @@ def solve_path(problem: Problem, l2s: Sequence[float], start: tuple[Float64, Flo
     spectrum, Q = np.linalg.eigh(covariance)
     rotated = Q.T @ cross  # (r, K)
     shrinkage = 1 / (np.maximum(spectrum, 0)[:, None] + np.asarray(l2s))  # (r, L)
-    left_out, errors, scores = _leave_one_out(reduced, mean, Q, rotated, shrinkage)
+    sample = np.linspace(0, len(reduced.X) - 1, min(FACTOR_SAMPLES, len(reduced.X))).astype(np.int64)
+    left_out, errors, scores = _leave_one_out(reduced, mean, Q, rotated, shrinkage, sample=sample)
     weights = np.stack([(Q @ (rotated * column[:, None])).T for column in shrinkage.T])
     objectives = (errors + np.asarray(l2s) * np.square(weights).sum(axis=(1, 2))) / 2
-    factors = np.array([1.0 if reduced.numeric else _fit_factor(reduced, one) for one in left_out])
+    factors = np.array([1.0 if reduced.numeric else _fit_factor(reduced, sample, one) for one in left_out])
     biases = factors[:, None] * (reduced.sample_weight @ _targets(reduced) - weights @ mean)
     weights = factors[:, None, None] * (weights if basis is None else weights @ basis.T)
     return weights, biases, {"objective": objectives, "loo_rmse" if reduced.numeric else "loo_accuracy": scores}
@@ -68,22 +69,22 @@ def _measure_moments(problem: Problem) -> tuple[Float64, Float64, Float64]:
 
 
 def _leave_one_out(
-    problem: Problem, mean: Float64, Q: Float64, rotated: Float64, shrinkage: Float64
+    problem: Problem, mean: Float64, Q: Float64, rotated: Float64, shrinkage: Float64, *, sample: Int64
 ) -> tuple[Float32, Float64, Float64]:
     """Return leave-one-out scores and errors.
 
     Returns
     -------
-    scores of the evenly spaced rows of `_factor_rows`, float32 (L, n, K); the mean squared error of all rows, float64 (L,); and
-    their leave-one-out accuracy, or RMSE of numbers, float64 (L,)
+    leave-one-out scores of the rows with the rising indices `sample`, float32 (L, n, K); mean squared error of all rows, float64
+    (L,); and their leave-one-out accuracy, or RMSE of numbers, float64 (L,)
     """
-    many, drawn = shrinkage.shape[1], _factor_rows(problem)
-    left_out = np.empty((many, len(drawn), rotated.shape[1]), dtype=np.float32)
+    many = shrinkage.shape[1]
+    left_out = np.empty((many, len(sample), rotated.shape[1]), dtype=np.float32)
     errors, scores = np.zeros(many), np.zeros(many)
     target_mean = problem.sample_weight @ _targets(problem)
     for rows in blocks(problem.X):
         weight, targets = problem.sample_weight[rows], _targets(problem, rows)
-        in_block = slice(*np.searchsorted(drawn, [rows.start, rows.stop]))
+        in_block = slice(*np.searchsorted(sample, [rows.start, rows.stop]))
         z = (problem.X[rows] - mean) @ Q
         leverage = weight[:, None] * (1 + z**2 @ shrinkage)  # (n, L)
         for number in range(many):
@@ -91,17 +92,12 @@ def _leave_one_out(
             errors[number] += weight @ (residual**2).sum(axis=1)
             without = targets - residual / np.maximum(1 - leverage[:, number], 1e-9)[:, None]
             scores[number] += weight @ _score_rows(problem, rows, without)
-            left_out[number, in_block] = without[drawn[in_block] - rows.start]
+            left_out[number, in_block] = without[sample[in_block] - rows.start]
     return left_out, errors, np.sqrt(scores) if problem.numeric else scores
 
 
-def _factor_rows(problem: Problem) -> Int64:
-    return np.linspace(0, len(problem.X) - 1, min(FACTOR_SAMPLES, len(problem.X))).astype(np.int64)
-
-
-def _fit_factor(problem: Problem, scores: Float32) -> float:
-    """Return the factor from 1 to MAX_FACTOR that minimises the log loss of scores (n, K) of the rows of `_factor_rows`."""
-    rows = _factor_rows(problem)
+def _fit_factor(problem: Problem, rows: Int64, scores: Float32) -> float:
+    """Return the factor from 1 to MAX_FACTOR that minimises the log loss of scores (n, K) of the rows with these indices (n,)."""
     logits, y = scores.astype(np.float64), problem.y[rows].astype(np.int64)
 
     def loss(log_factor: float) -> float:

@@ -17,8 +17,8 @@ GRADIENT_TOLERANCE, MAX_ITERATIONS = 1e-8, 20_000
 
 def solve_path(problem: Problem, l2s: Sequence[float], start: tuple[Float64, Float64] | None = None) -> PathWeights:
     """Minimise the objective for every l2, in falling order, each from the optimum before."""
-    mean = problem.sample_weight @ problem.array
-    X = problem.array - mean  # float64; centring speeds convergence up and changes nothing else, as the bias is free
+    mean = problem.sample_weight @ problem.X[:]
+    X = problem.X[:] - mean  # float64; centring speeds convergence up and changes nothing else, as the bias is free
     weight, bias = start or problem.start
     weights, biases = [], []
     for l2 in l2s:

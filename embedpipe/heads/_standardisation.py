@@ -26,6 +26,7 @@ from embedpipe.heads._problem import (
     Problem,
     affine,
     blocks,
+    feature_means,
     map_features,
     some_of,
 )
@@ -62,7 +63,7 @@ def make_problem(
     features, labels = check_labelled(X, y, len(classes), task)
     weights = _check_weights(sample_weight, len(labels))
     used = weights > NEGLIGIBLE_WEIGHT * weights.max(initial=0)
-    targets = _MAKE_TARGETS[task](labels[used], weights[used], len(classes))
+    targets = _MAKE_TARGETS[task](labels[used], weights[used])
     mean, inverse = _measure_scale(features, widths or (features.shape[1],), standardize)
     provenance: dict[str, Any] = {"standardize": standardize, "n_train": int(used.sum())}
     if len(widths) > 1:
@@ -92,13 +93,13 @@ def fold(problem: Problem, weight: Float64, bias: Float64, provenance: dict[str,
     training sample has, or that all have, gets a bias of -20 or 20.
     """
     weight, bias = problem.y_std * weight, problem.y_std * bias + problem.y_mean
-    if _is_one_logit(problem):
+    if problem.n_logits < len(problem.present):  # two classes share one logit
         half = np.array([[-0.5], [0.5]])
         weight, bias = half * weight, half[:, 0] * bias
     dtype = np.float64 if problem.task == "regression" else np.float32
     raw = np.zeros((len(problem.classes), len(problem.mean)), dtype=dtype)
     raw[problem.present] = weight / problem.std
-    raw_bias = problem.absent_bias.copy()
+    raw_bias = np.zeros(len(problem.classes)) + problem.absent_bias
     # with the rounded weights, so that the rounding error multiplies X - mean and not X
     raw_bias[problem.present] = bias - raw[problem.present].astype(np.float64) @ problem.mean
     absent = np.setdiff1d(np.arange(len(problem.classes)), problem.present)
@@ -122,13 +123,9 @@ def unfold(problem: Problem, head: LinearHead) -> tuple[Float64, Float64]:
         )
     raw = head.weight[problem.present].astype(np.float64)
     weight, bias = raw * problem.std, head.bias[problem.present] + raw @ problem.mean
-    if _is_one_logit(problem):
+    if problem.n_logits < len(problem.present):
         return weight[1:] - weight[:1], bias[1:] - bias[:1]
     return weight, bias
-
-
-def _is_one_logit(problem: Problem) -> bool:
-    return problem.task == "single" and len(problem.present) == 2
 
 
 def _measure_scale(X: Float32 | Chunked, widths: Sequence[int], standardize: bool) -> tuple[Any, Any]:
@@ -164,16 +161,16 @@ def _scale(x: Float32, *, mean: Any, inverse: Any) -> Float32:
     return np.asarray(scaled, dtype=np.float32)
 
 
-def _single_targets(y: Int64, weights: Float64, n_classes: int) -> dict[str, Any]:
+def _single_targets(y: Int64, weights: Float64) -> dict[str, Any]:
     present, index = np.unique(y, return_inverse=True)
     if len(present) < 2:
         raise UsageError(
             f"classes with training samples: {len(present)}, expected at least 2", hint="add images of another class"
         )
-    return {"y": index, "present": present, "absent_bias": np.zeros(n_classes)}
+    return {"y": index, "present": present}
 
 
-def _multilabel_targets(y: Int64, weights: Float64, n_classes: int) -> dict[str, Any]:
+def _multilabel_targets(y: Int64, weights: Float64) -> dict[str, Any]:
     counts = y.sum(axis=0)
     present = np.flatnonzero((counts > 0) & (counts < len(y)))
     if not len(present):
@@ -185,7 +182,7 @@ def _multilabel_targets(y: Int64, weights: Float64, n_classes: int) -> dict[str,
     return {"y": np.ascontiguousarray(y[:, present]), "present": present, "absent_bias": absent_bias}
 
 
-def _regression_targets(y: Float64, weights: Float64, n_classes: int) -> dict[str, Any]:
+def _regression_targets(y: Float64, weights: Float64) -> dict[str, Any]:
     if not len(y) or np.ptp(y) == 0:
         raise UsageError("training targets: one value, expected several", hint="add images with another target")
     mean = np.average(y, weights=weights)
@@ -195,11 +192,10 @@ def _regression_targets(y: Float64, weights: Float64, n_classes: int) -> dict[st
             f"training targets vary by {np.ptp(y):.1g}, expected from {MIN_TARGET_STD:g} to {1 / MIN_TARGET_STD:g}",
             hint="use another unit",
         )
-    zero = np.zeros(1, np.int64)
-    return {"y": (y - mean) / std, "present": zero, "absent_bias": np.zeros(n_classes), "y_mean": mean, "y_std": std}
+    return {"y": (y - mean) / std, "present": np.zeros(1, np.int64), "y_mean": mean, "y_std": std}
 
 
-_MAKE_TARGETS: dict[str, Callable[[Any, Float64, int], dict[str, Any]]] = {
+_MAKE_TARGETS: dict[str, Callable[[Any, Float64], dict[str, Any]]] = {
     "single": _single_targets,
     "multilabel": _multilabel_targets,
     "regression": _regression_targets,
@@ -208,10 +204,9 @@ _MAKE_TARGETS: dict[str, Callable[[Any, Float64, int], dict[str, Any]]] = {
 
 def _mean_and_std(X: Float32 | Chunked) -> tuple[Float64, Float64]:
     """Return mean and std of every feature, float64 (D,)."""
-    n = max(1, len(X))
-    mean = sum((X[rows].sum(axis=0, dtype=np.float64) for rows in blocks(X)), np.zeros(X.shape[1])) / n
+    mean = feature_means(X)
     squares = sum(np.square(X[rows] - mean).sum(axis=0) for rows in blocks(X))
-    return mean, np.sqrt(squares / n)
+    return mean, np.sqrt(squares / max(1, len(X)))
 
 
 def _floor(std: Float64) -> Float64:

@@ -85,14 +85,9 @@ class KnnHead:
     def load(cls, folder: str | os.PathLike[str]) -> KnnHead:
         """Read what `save` wrote; raises as `LinearHead.load` does."""
         record, arrays = read_head(Path(folder), cls.kind, ("features", "labels"))
-        return cls(
-            arrays["features"],
-            arrays["labels"],
-            tuple(entry(record, "classes", list)),
-            entry(record, "k", int),
-            entry(record, "temperature", float),
-            entry(record, "provenance", dict),
-        )
+        classes, provenance = tuple(entry(record, "classes", list)), entry(record, "provenance", dict)
+        k, temperature = entry(record, "k", int), entry(record, "temperature", float)
+        return cls(arrays["features"], arrays["labels"], classes, k, temperature, provenance)
 
 
 def fit_knn(X: ArrayLike, y: ArrayLike, *, classes: tuple[str, ...], k: int = 20, temperature: float = 0.07) -> KnnHead:

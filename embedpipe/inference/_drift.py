@@ -1,7 +1,7 @@
-"""Environment drift: are rows that another environment stored the same when they are computed here?
+"""Environment drift: does this environment compute the rows that another environment stored?
 
-Library versions, device and pins are recorded with the rows, not hashed. In an environment that is new to a space, a
-few stored rows are computed again and compared; a space whose rows differ is refused.
+Library versions, device and pins are recorded with the rows; they are not part of the fingerprint of a space. In an
+environment that is new to a space, a few stored rows are computed again and compared. If they differ, CacheMismatch is raised.
 
 >>> check_drift(space, view, items, Runner([backbone], settings))
 8

@@ -1,4 +1,4 @@
-"""Which rows of a data set a space holds and lacks, without loading a model."""
+"""Lookup of the rows of a data set in a space: which are stored and which are missing, without loading a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runner and stream_rows: images to the features of several backbones, decoded and computed at the same time.
+"""Runner and stream_rows: compute the features of several backbones while the next images are decoded.
 
 >>> runner = Runner([backbone], settings)
 >>> for rows in stream_rows(items, runner):

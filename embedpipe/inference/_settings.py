@@ -15,7 +15,7 @@ FIRST_BATCH = 64  # on a GPU, before the best size is found
 # a small batch stays in the caches of a core: a fifth faster than 32
 CPU_BATCH = {"eager": 4, "openvino": 2, "compile": 4}
 PINS = ("executor", "batch_size", "threads", "channels_last")
-LOAD = 8  # images that decoders hand over together where batches are smaller: each time costs half a millisecond
+LOAD = 8  # images that decoders return together if batches are smaller: each transfer takes half a millisecond
 MOST_STREAMS = 8  # each holds the activations of a batch
 
 
@@ -25,7 +25,7 @@ class Forward:
 
     executor : str        "eager", "compile" or "openvino"; "auto" until one is chosen
     batch_size : int      images a batch, the last of which is padded; 0 until it is chosen
-    load : int            images that decoders hand over together where batches are smaller
+    load : int            images that decoders return together if batches are smaller
     workers : int         decoding processes
     streams : int         batches that are computed at the same time
     threads : int         threads of one forward pass on a CPU
@@ -45,7 +45,7 @@ class Forward:
 
     @property
     def handed(self) -> int:
-        """Images that decoders hand over together: a multiple of the batch size."""
+        """Number of images that decoders return together, a multiple of the batch size."""
         return max(1, self.load // self.batch_size) * self.batch_size
 
     @property

@@ -1,4 +1,4 @@
-"""From the arguments of `extract` to spaces: every layer and view of every backbone, with one decode for all."""
+"""Find the space of each layer and view of each backbone that `extract` is called with, and fill all with one decode."""
 
 from __future__ import annotations
 
