@@ -181,7 +181,7 @@ def _check_environment(
     """Return the record of this environment; where it is new to the space, compute a few stored rows again first."""
     record = record_environment(settings, target.loader)
     if is_new(target.space, record, computing=bool(found.missing)):
-        items = [(key, manifest.place_of(sample)) for key, sample in found.present.items()]
+        items = [(key, manifest.place_of(sample)) for key, sample in found.wanted.items() if key in found.view]
         runner = Runner([target.backbone], settings, graphs=graphs)
         record["probed"] = check_drift(target.space, found.view, items, runner)
     return record

@@ -58,10 +58,6 @@ class Lookup:
     view: SpaceView
     missing: dict[bytes, Sample]
 
-    @property
-    def present(self) -> dict[bytes, Sample]:
-        return {key: sample for key, sample in self.wanted.items() if key in self.view}
-
 
 def space_spec(backbone: Backbone, precision: str, store_dtype: str, *, view: int = 0) -> dict[str, Any]:
     """Return everything that shapes a row; the fingerprint of a space is its hash."""
