@@ -91,12 +91,11 @@ def advise(
     NonFiniteFeatures    NaN or inf in the features
     """
     from embedpipe.cache import Cache
-    from embedpipe.commands.advise._commands import format_commands
+    from embedpipe.commands.advise._actions import format_commands, verify_advice
     from embedpipe.commands.advise._cost import estimate_minutes
     from embedpipe.commands.advise._decision import decide
     from embedpipe.commands.advise._measurement import measure
     from embedpipe.commands.advise._preparation import open_layers
-    from embedpipe.commands.advise._verification import Trials
     from embedpipe.features import FeatureSet
     from embedpipe.runs import new_run
 
@@ -118,8 +117,9 @@ def advise(
         )
         for option in decide(evidence)
     )
-    trials = Trials(features, evidence, epochs, runs, seed, progress)
-    result = trials.verify(options) if verify else None
+    result = None
+    if verify:
+        result = verify_advice(options, features, evidence, epochs=epochs, runs_dir=runs, seed=seed, progress=progress)
     spec = features.space.spec
     with new_run(runs, "advise") as run:
         name = f"{spec['source']}:{spec['architecture']}"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from embedpipe.backbones import Backbone, cut_before, unfreeze_parameters
 from embedpipe.classifier import Reference
@@ -41,11 +42,8 @@ class Pace:
 
 def estimate_minutes(option: Option, features: FeatureSet, evidence: Evidence, epochs: int) -> float | None:
     """Return the cost of an option: measured for heads, estimated for fine-tuning, None for manual work."""
-    heads = {"linear-head": evidence.last, "earlier-layer": evidence.best, "several-layers": evidence.several}
-    if option.action in heads:
-        return heads[option.action].seconds / 60
     if not option.action.startswith("finetune"):
-        return None
+        return option.cost_minutes
     backbone = features.backbone or Reference.of(features.spaces[-1:]).load()
     pace = measure_pace(backbone, option.layers or ("all",))
     return pace.minutes(n_train=evidence.n_train, n_val=evidence.n_val, epochs=epochs)
@@ -64,16 +62,12 @@ def measure_pace(backbone: Backbone, unfreeze: Sequence[str]) -> Pace:
         return Pace(0.0, *_time_training(backbone, names, backbone.module, images))
     if cut is None:
         return Pace(0.0, 0.0, 0.0)
-    with torch.inference_mode():
-        once_s = _time(lambda: cut.trunk(images))
     with torch.no_grad():
-        activations = cut.trunk(images)
+        once_s, activations = _time(lambda: cut.trunk(images)), cut.trunk(images)
     return Pace(once_s, *_time_training(backbone, names, cut.tail, activations))
 
 
-def _time_training(
-    backbone: Backbone, names: Sequence[str], part: torch.nn.Module, x: torch.Tensor
-) -> tuple[float, float]:
+def _time_training(backbone: Backbone, names: Sequence[str], part: nn.Module, x: Tensor) -> tuple[float, float]:
     """Return the seconds per image of a training step and of a forward pass of a part of the backbone, on inputs x."""
     with torch.inference_mode():
         forward_s = _time(lambda: part(x))

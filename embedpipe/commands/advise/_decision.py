@@ -88,7 +88,7 @@ def decide(evidence: Evidence) -> list[Option]:
             f"no head is better than always predicting the largest class ({evidence.chance:.1%}), so there is no evidence that "
             "the labels can be learned from these images: inspect some of them first"
         )
-    linear = Option("linear-head", evidence.last.layers, reason, 0.0, (0.0, 0.0))
+    linear = Option("linear-head", evidence.last.layers, reason, 0.0, (0.0, 0.0), evidence.last.seconds / 60)
     earlier = _head_choice("earlier-layer", evidence.best, evidence)
     several = _head_choice("several-layers", evidence.several, evidence)
     modes = [linear, earlier, several, *_finetuning(evidence)]
@@ -140,7 +140,7 @@ def _head_choice(action: str, head: HeadEvidence, evidence: Evidence) -> Option:
         f"a head on {' + '.join(head.layers)} has an accuracy of {head.accuracy:.1%}, a head on "
         f"{evidence.last.layers[0]} {evidence.last.accuracy:.1%}"
     )
-    return Option(action, head.layers, reason, head.difference.gain, head.difference.ci95)
+    return Option(action, head.layers, reason, **vars(head.difference), cost_minutes=head.seconds / 60)
 
 
 def _finetuning(evidence: Evidence) -> list[Option]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -37,7 +37,6 @@ from embedpipe.selection import (
 
 Bools = NDArray[np.bool_]
 Int64 = NDArray[np.int64]
-Fit = Callable[[NDArray[Any], Int64], KnnHead | LinearHead]
 
 FOLDS = 5
 HALF, SHARES = 0.5, (0.25, 0.5)  # of the training part of each fold
@@ -153,6 +152,10 @@ class CrossValidated:
         return np.asarray(self.predicted == self.out.labels)
 
     @property
+    def accuracy(self) -> float:
+        return float(self.correct.mean())
+
+    @property
     def X(self) -> NDArray[Any]:
         """float32 (N, D) of the images, in their order."""
         return self.features.read(self.out.samples)
@@ -160,12 +163,14 @@ class CrossValidated:
     def compare(self, last: CrossValidated) -> HeadEvidence:
         """Return the accuracy of these heads, also relative to heads on the last layer."""
         layers = tuple(space.spec["layer"] for space in self.features.spaces)
-        difference, accuracy = Difference.of(self.correct, last.correct), float(self.correct.mean())
-        return HeadEvidence(
-            layers, self.features.feature_dim, float(self.config.l2), accuracy, difference, self.seconds
+        difference, dim, l2 = (
+            Difference.of(self.correct, last.correct),
+            self.features.feature_dim,
+            float(self.config.l2),
         )
+        return HeadEvidence(layers, dim, l2, self.accuracy, difference, self.seconds)
 
-    def refit(self, fit: Fit, *, share: float = 1.0, seed: int) -> Int64:
+    def refit(self, fit: Callable[..., KnnHead | LinearHead], *, share: float = 1.0, seed: int) -> Int64:
         """Return the out-of-fold predictions int64 (N,) of heads that are fitted on a share of each class."""
         rng, X, y, fold = np.random.default_rng(seed % 2**64), self.X, self.out.labels, self.out.fold
         predicted = np.empty(len(y), np.int64)
@@ -191,21 +196,17 @@ def measure(features: FeatureSet, *, seed: int = 0) -> Evidence:
     count, name = Counter(sample.split for sample in features.samples(labelled=True)), features.manifest.name_of
     subset = _train_and_val(features)
     layers = [cross_validate(subset.only([space]), seed) for space in subset.spaces]
-    last, accuracies = layers[-1], [float(layer.correct.mean()) for layer in layers]
-    X, y = last.X, last.out.labels
+    last, best = layers[-1], max(reversed(layers), key=lambda layer: layer.accuracy)
+    y = last.out.labels
     chance = float(np.bincount(y).max() / len(y))
-    is_used = [
-        layer is last or is_near(a, max(accuracies), chance) for layer, a in zip(layers, accuracies, strict=True)
-    ]
-    several = cross_validate(
-        subset.only(space for space, used in zip(subset.spaces, is_used, strict=True) if used), seed
-    )
-    correct = {1.0: last.correct}
+    used = [layer for layer in layers if layer is last or is_near(layer.accuracy, best.accuracy, chance)]
+    several = cross_validate(subset.only(layer.features.space for layer in used), seed)
+    correct = {}
     for share in SHARES:
         fit = partial(last.config.fit, l2=float(last.config.l2) / share)  # the same total penalty on fewer images
         correct[share] = last.refit(fit, share=share, seed=seed) == y
+    correct[1.0] = last.correct
     neighbours = last.refit(partial(fit_knn, classes=features.classes), seed=seed)
-    best = layers[len(layers) - 1 - int(np.argmax(accuracies[::-1]))]
     wrong, agreed = find_wrong(y, [best.predicted, last.predicted, several.predicted, neighbours], several)
     n_fitted = round(len(y) * (FOLDS - 1) / FOLDS)
     return Evidence(
@@ -216,9 +217,9 @@ def measure(features: FeatureSet, *, seed: int = 0) -> Evidence:
         chance=chance,
         layers=tuple(layer.compare(last) for layer in layers),
         several=several.compare(last),
-        curve={round(n_fitted * share): float(correct[share].mean()) for share in (*SHARES, 1.0)},
+        curve={round(n_fitted * share): float(correct[share].mean()) for share in correct},
         slope=Difference.of(last.correct, correct[HALF]),
-        separable=float(np.mean(last.config.fit(X, y, l2=FREE_L2).predict_proba(X).argmax(axis=1) == y)),
+        separable=float(np.mean(last.config.fit(last.X, y, l2=FREE_L2).predict_proba(last.X).argmax(axis=1) == y)),
         knn=float(np.mean(neighbours == y)),
         wrong_labels=Counted.of([name(last.out.samples[row]) for row in wrong], agreed),
         leaked=Counted.of([name(sample) for sample in find_copies(features)], count["val"] + count["test"]),
@@ -238,16 +239,15 @@ def cross_validate(features: FeatureSet, seed: int) -> CrossValidated:
     return CrossValidated(features, config, predict_out_of_fold(features, config, folds=FOLDS, seed=seed), seconds)
 
 
-def find_wrong(y: Int64, predictions: Sequence[Int64], heads: CrossValidated) -> tuple[list[int], int]:
+def find_wrong(y: Int64, predictions: Sequence[Int64], heads: CrossValidated) -> tuple[Int64, int]:
     """Return the rows whose label contradicts the prediction of all heads and kNN, and the number of rows where they agree.
 
     Heads disagree on difficult images, so these say little about the labels. A contradiction counts if confident learning
     suspects the label, too.
     """
     agree = np.logical_and.reduce([one == predictions[0] for one in predictions])
-    suspected = set(find_label_errors(heads.out.probabilities, y)[0].tolist())
-    rows = np.flatnonzero(agree & (predictions[0] != y)).tolist()
-    return [row for row in rows if row in suspected], int(agree.sum())
+    suspected = find_label_errors(heads.out.probabilities, y)[0]
+    return np.intersect1d(np.flatnonzero(agree & (predictions[0] != y)), suspected), int(agree.sum())
 
 
 def find_copies(features: FeatureSet) -> list[Sample]:
@@ -261,5 +261,9 @@ def find_copies(features: FeatureSet) -> list[Sample]:
 def _train_and_val(features: FeatureSet) -> FeatureSet:
     """Return train and val without test, at most MOST_IMAGES of them."""
     samples = [s for s in features.samples(labelled=True) if s.split in ("train", "val")]
-    samples = sorted(samples, key=lambda sample: sample.key)[:MOST_IMAGES]
+    return select_samples(features, sorted(samples, key=lambda sample: sample.key)[:MOST_IMAGES])
+
+
+def select_samples(features: FeatureSet, samples: Iterable[Sample]) -> FeatureSet:
+    """Return the data set with some of its samples only."""
     return replace(features, manifest=replace(features.manifest, samples=tuple(samples)))

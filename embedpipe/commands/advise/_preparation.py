@@ -35,18 +35,16 @@ def open_layers(
     if "val" not in features.splits:
         raise UsageError(f"{name} has no validation samples", hint="add val/ images, or extract again")
     model = features.loader.get("name")
-    siblings = _siblings(features)
-    cached = {space.spec["layer"] for space in siblings.spaces}
+    cached = {space.spec["layer"] for space in _siblings(features).spaces}
     every = [*(layer.name for layer in (describe_layers(model) if model else ())), PENULTIMATE]
     missing = [layer for layer in every if layer not in cached]
-    if not missing:
-        return siblings
-    if not model:
+    if missing and not model:
         raise UsageError(
             f"{', '.join(missing)} of {name} is not cached, and its backbone has no name to load it by",
             hint=f"extract with layer=({PENULTIMATE!r}, 'all')",
         )
-    _extract(cache, features, missing, progress)
+    if missing:
+        _extract(cache, features, missing, progress)
     return _siblings(features)
 
 
