@@ -68,8 +68,7 @@ def export(
     """
     from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier
-    from embedpipe.commands.export._checks import check_logits, read_images
-    from embedpipe.commands.export._formats import FORMATS
+    from embedpipe.commands.export._formats import FORMATS, check_logits, read_images
     from embedpipe.heads import LinearHead
     from embedpipe.storage import whole_folder
 

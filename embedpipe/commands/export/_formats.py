@@ -1,4 +1,4 @@
-"""Export formats: each writes backbone and head into a folder, and opens the result.
+"""Export formats: each writes backbone and head into a folder, and opens the result; its logits are compared with the run's.
 
 >>> FORMATS["torch"].write(classifier.backbones, classifier.head, folder)
 >>> FORMATS["torch"].open(folder)(images)          # float32 (N, 3, H, W) -> logits (N, C)
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from embedpipe.backbones import Backbone, Headless, open_whole, save_model
-from embedpipe.classifier import Network
-from embedpipe.errors import UsageError
+from embedpipe.cache import Cache
+from embedpipe.classifier import Classifier, Network
+from embedpipe.errors import ModelMismatch, UsageError
 from embedpipe.heads import LinearHead
+from embedpipe.images import Transform, image_batches
 
 PROGRAM, GRAPH = "model.pt2", "model.onnx"
 ONNX_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
+TOLERANCE = 1e-4  # of the largest logit, or of 1
+IMAGES = 8
 LARGE_BYTES = 1 << 30  # of weights; a protobuf file holds at most 2 GiB
 Logits = Callable[[Tensor], np.ndarray]
 
@@ -156,3 +160,43 @@ FORMATS = {
     "torch": Format(write_program, open_program),
     "onnx": Format(write_graph, open_graph, check_onnx),
 }
+
+
+def read_images(classifier: Classifier, cache: Cache) -> tuple[Tensor, str]:
+    """Return images float32 (n, 3, H, W) of the run's data set and "dataset"; if none can be read random ones, "random"."""
+    transform, samples = classifier.backbone.transform, []
+    with suppress(UsageError):  # extracted into another cache
+        if classifier.dataset:
+            manifest = cache.read_dataset(classifier.dataset)
+            step = max(1, len(manifest.samples) // IMAGES)
+            samples = [(sample.key, manifest.place_of(sample)) for sample in manifest.samples[::step][:IMAGES]]
+    for batch in image_batches(samples, [transform], batch_size=IMAGES, workers=1):
+        if batch.keys:
+            images = torch.from_numpy(batch.images[0])
+            return (transform.normalise(images) if isinstance(transform, Transform) else images), "dataset"
+    shape = (IMAGES, 3, *classifier.backbone.image_size)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)), "random"
+
+
+def check_logits(writer: Format, folder: Path, classifier: Classifier, head: LinearHead, images: Tensor) -> float:
+    """Return the largest difference between the logits of the exported model and of the run, in a batch and one by one.
+
+    Raises
+    ------
+    ModelMismatch    it is more than 1e-4 x max(1, max |logit|)
+    """
+    with torch.inference_mode():
+        expected = head.logits(np.hstack([backbone.module.cpu()(images).numpy() for backbone in classifier.backbones]))
+        with library_errors(classifier.backbone.name):
+            model = writer.open(folder)
+            results = [model(images), model(images[:1])]
+    difference = max(float(np.abs(logits - expected[: len(logits)]).max()) for logits in results)
+    limit = TOLERANCE * max(1.0, float(np.abs(expected).max()))
+    if not difference <= limit:
+        raise ModelMismatch(
+            f"the exported model gives logits that differ by {difference:.2g} from those of {classifier.name}, "
+            f"expected at most {limit:.2g}",
+            hint="try another --format",
+            max_abs_diff=difference,
+        )
+    return difference

@@ -1,8 +1,8 @@
 """Cached activations at a cut: the frozen layers run once per image and view instead of once per epoch.
 
->>> activations = ActivationCache(cut_backbone(backbone, unfrozen), images, cache, views=0, augment="none", seed=0)
+>>> activations = ActivationCache(cut_backbone(backbone, unfrozen), images, cache, views=0)
 >>> activations.fill("float16", progress=None)
->>> x, y = next(activations.source("float16").training_batches(1, seed=0, augment="none"))
+>>> x, y = next(activations.source("float16").training_batches(1))
 >>> network.backbone = activations.cut.tail
 """
 
@@ -68,16 +68,13 @@ def cut_backbone(backbone: Backbone, unfrozen: Sequence[str]) -> CutBackbone:
 class ActivationCache:
     """The spaces that hold a data set's activations at a cut.
 
-    views : int                augmented views of each training image; 0: the image without augmentation
-    augment : str, seed : int  what the views are made with
+    views : int    augmented views of each training image; 0: the image without augmentation
     """
 
     cut: CutBackbone
     images: ImageSource
     cache: Cache
     views: int
-    augment: str
-    seed: int
 
     def targets(self, dtype: str) -> list[Target]:
         """Return the space of each view of train, stored as `dtype`, and last the space of val and test, in float32.
@@ -91,7 +88,7 @@ class ActivationCache:
 
     def _target(self, dtype: str, splits: tuple[str, ...], view: int) -> Target:
         trunk, images = self.cut.trunk, self.images
-        if view and isinstance(t := images.view_transform(view, seed=self.seed, augment=self.augment), Transform):
+        if view and isinstance(t := images.view_transform(view), Transform):
             trunk = replace(trunk, transform=t, spec={**trunk.spec, "transform": t.to_dict()})
         spec = space_spec(trunk, "fp32", dtype, view=view)
         loader = images.features.loader if self.cut.layer == "head" and not view else {}
@@ -115,10 +112,8 @@ class ActivationCache:
         """Return the filled spaces as a source of batches."""
         images, spaces = self.images, [target.space for target in self.targets(dtype)]
         *views, held_out = (FeatureSet(images.features.manifest, space) for space in spaces)
-        shape = self.cut.shape
-        return ActivationSource(
-            images.features, images.forward, images.ranks, shape, tuple(views) or (held_out,), held_out
-        )
+        shared = (images.features, images.forward, images.ranks, images.seed, images.augment)
+        return ActivationSource(*shared, self.cut.shape, tuple(views) or (held_out,), held_out)
 
 
 @dataclass(frozen=True)
@@ -139,8 +134,8 @@ class ActivationSource(TrainingSource):
         labelled = self.features.samples(split, labelled=True)
         return tuple(sample for sample in labelled if all(sample in view for view in stored))
 
-    def training_batches(self, epoch: int, *, seed: int, augment: str) -> Iterator[tuple[Tensor, Tensor]]:
-        samples, (order, generator) = self.samples("train"), self.shuffle(epoch, seed)
+    def training_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        samples, (order, generator) = self.samples("train"), self.shuffle(epoch)
         drawn = torch.randint(len(self.views), (len(samples),), generator=generator).numpy()
         for start in range(0, len(order), self.forward.batch_size):
             positions = order[start : start + self.forward.batch_size]

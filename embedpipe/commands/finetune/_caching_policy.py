@@ -79,7 +79,7 @@ def choose_source(
 
 def _find_activations(images: ImageSource, options: Mapping[str, Any], cache: Cache) -> ActivationCache:
     """Return the activations that the unfrozen layers of all phases can be trained from."""
-    augment, views = options["augment"], options["views"]
+    augment, views = images.augment, options["views"]
     if options["cache_activations"] == "off":
         raise NotCached("--cache-activations off")
     if options["cutmix"]:
@@ -89,7 +89,7 @@ def _find_activations(images: ImageSource, options: Mapping[str, Any], cache: Ca
     patterns = [pattern for phase in phases_of(options) for pattern in phase["unfreeze"]]
     unfrozen = unfreeze_parameters(images.backbone, patterns)
     try:
-        return ActivationCache(cut_backbone(images.backbone, unfrozen), images, cache, views, augment, options["seed"])
+        return ActivationCache(cut_backbone(images.backbone, unfrozen), images, cache, views)
     except UsageError as exc:
         raise NotCached(exc.message) from exc
 

@@ -7,23 +7,24 @@ Without a schedule there is one phase, with the options of the run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from embedpipe.backbones import Backbone
 from embedpipe.classifier import Network, parameter_groups, release
 from embedpipe.commands.finetune._checkpoint import UnfinishedRun
-from embedpipe.commands.finetune._checks import check_frozen
 from embedpipe.commands.finetune._sources import TrainingSource, score_split
-from embedpipe.errors import UsageError
+from embedpipe.errors import EmbedpipeError, UsageError
 from embedpipe.evaluation import score
 from embedpipe.heads import class_weights
 from embedpipe.inference import Progress
-from embedpipe.provenance import nearest
-from embedpipe.training import Epoch, Plan, Score, Trained, moving_state, put, train
+from embedpipe.provenance import digest_arrays, nearest
+from embedpipe.training import Epoch, Plan, Score, Trained, moving_names, moving_state, put, train
 
 RATES = ("lr", "head_lr", "layer_decay", "weight_decay", "l2_sp")
 PHASE_OPTIONS = ("unfreeze", "epochs", *RATES, "optimizer", "clip_norm", "ema", "patience", "bn", "label_smoothing")
@@ -144,9 +145,7 @@ class PhasedTraining:
             trained = train(
                 self.network,
                 parameter_groups(self.network, self.backbone, **{name: phase[name] for name in RATES}),
-                lambda epoch: source.training_batches(
-                    completed.epochs + epoch, seed=phase["seed"], augment=phase["augment"]
-                ),
+                lambda epoch: source.training_batches(completed.epochs + epoch),
                 self.validate,
                 plan=Plan.of(phase),
                 steps=source.steps,
@@ -160,3 +159,28 @@ class PhasedTraining:
             )
         suffix = f" of phase {number + 1}" if number and trained.diverged else ""
         return completed.add(trained, unfrozen, moving_state(self.network, keep_eval)), trained.diverged + suffix
+
+
+@contextmanager
+def check_frozen(network: nn.Module, keep_eval: Sequence[nn.Module]) -> Iterator[None]:
+    """Compare the digests of all frozen tensors before and after the block.
+
+    Raises
+    ------
+    EmbedpipeError    one of them has changed
+    """
+    frozen = set(network.state_dict()) - moving_names(network, keep_eval)
+    before = _digests(network, frozen)
+    yield
+    changed = [name for name, digest in _digests(network, frozen).items() if digest != before[name]]
+    if changed:
+        raise EmbedpipeError(
+            f"{len(changed)} frozen tensors changed during training, the first is {changed[0]}; expected none",
+            hint="this is a defect of embedpipe: please report the model and the command",
+            moved=changed,
+        )
+
+
+def _digests(network: nn.Module, names: set[str]) -> dict[str, str]:
+    state = network.state_dict()
+    return {name: digest_arrays({name: state[name]}) for name in sorted(names)}

@@ -1,6 +1,6 @@
 """Sources of training batches. `ImageSource` decodes images anew in each epoch; `_activations` reads cached activations.
 
->>> images, y = next(source.training_batches(epoch=1, seed=0, augment="flip"))
+>>> images, y = next(source.training_batches(epoch=1))
 """
 
 from __future__ import annotations
@@ -36,18 +36,21 @@ class TrainingSource(ABC):
 
     features : FeatureSet    the data set: samples, labels and classes
     forward : Forward        device, number of decoding processes, and batch size of one rank
+    augment : str            augmentation of training images
     """
 
     features: FeatureSet
     forward: Forward
     ranks: Ranks
+    seed: int
+    augment: str
 
     @abstractmethod
     def samples(self, split: str) -> tuple[Sample, ...]:
         """Return the labelled samples of a split that this source has inputs for."""
 
     @abstractmethod
-    def training_batches(self, epoch: int, *, seed: int, augment: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def training_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield inputs float32 (n, ...) and y int64 (n,) of the train split in random order, whole batches only."""
 
     @abstractmethod
@@ -64,9 +67,9 @@ class TrainingSource(ABC):
         index = {name: number for number, name in enumerate(self.features.classes)}
         return torch.tensor([index[sample.label or ""] for sample in samples], device=self.forward.device)
 
-    def shuffle(self, epoch: int, seed: int) -> tuple[list[int], torch.Generator]:
+    def shuffle(self, epoch: int) -> tuple[list[int], torch.Generator]:
         """Return this rank's positions in the train split for one epoch, and the generator that drew them."""
-        generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + epoch)
         order = torch.randperm(len(self.samples("train")), generator=generator).tolist()
         used = self.steps * self.forward.batch_size * self.ranks.count
         return order[:used][self.ranks.rank :: self.ranks.count], generator
@@ -81,10 +84,9 @@ class ImageSource(TrainingSource):
     def samples(self, split: str) -> tuple[Sample, ...]:
         return self.features.samples(split, labelled=True)
 
-    def training_batches(self, epoch: int, *, seed: int, augment: str) -> Iterator[tuple[Tensor, Tensor]]:
-        samples, (order, _) = self.samples("train"), self.shuffle(epoch, seed)
-        transform = self.view_transform(epoch, seed=seed, augment=augment)
-        for images, batch in self._batches([samples[k] for k in order], transform):
+    def training_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        samples, (order, _) = self.samples("train"), self.shuffle(epoch)
+        for images, batch in self._batches([samples[k] for k in order], self.view_transform(epoch)):
             yield images, self.labels(batch)
 
     def evaluation_batches(self, split: str) -> Iterator[tuple[Tensor, Sequence[Sample]]]:
@@ -95,7 +97,7 @@ class ImageSource(TrainingSource):
         """The first PROBE_IMAGES images of the train split, for checks and measurements before training."""
         return list(self._batches(self.samples("train")[:PROBE_IMAGES], self.backbone.transform))
 
-    def view_transform(self, view: int, *, seed: int, augment: str) -> ImageTransform:
+    def view_transform(self, view: int) -> ImageTransform:
         """Return the transform of one augmented view, the same that `extract --views` applies.
 
         Raises
@@ -103,14 +105,14 @@ class ImageSource(TrainingSource):
         UsageError    augmentation of a backbone whose transform is not an embedpipe.images.Transform
         """
         transform = self.backbone.transform
-        if augment == "none":
+        if self.augment == "none":
             return transform
         if not isinstance(transform, Transform):
             raise UsageError(
-                f"--augment {augment} of a backbone with a transform of your own",
+                f"--augment {self.augment} of a backbone with a transform of your own",
                 hint="use an embedpipe.images.Transform, or --augment none",
             )
-        return replace(transform, augment=augment, seed=seed, view=view)
+        return replace(transform, augment=self.augment, seed=self.seed, view=view)
 
     def _batches(
         self, samples: Sequence[Sample], transform: ImageTransform

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,10 +18,9 @@ from embedpipe.cache import Cache
 from embedpipe.classifier import Classifier, Network, Reference, save_run
 from embedpipe.commands.finetune._caching_policy import choose_source
 from embedpipe.commands.finetune._checkpoint import UnfinishedRun
-from embedpipe.commands.finetune._checks import check_handoff
 from embedpipe.commands.finetune._phases import PhasedTraining, phases_of
 from embedpipe.commands.finetune._sources import ImageSource, score_split
-from embedpipe.errors import UsageError
+from embedpipe.errors import ModelMismatch, UsageError
 from embedpipe.features import PENULTIMATE, FeatureSet
 from embedpipe.heads import LinearHead
 from embedpipe.inference import Progress, plan_forward, space_name, space_spec
@@ -28,6 +28,7 @@ from embedpipe.runs import latest_run, new_run
 from embedpipe.storage import PathLike
 from embedpipe.training import Plan, Ranks, Trained
 
+TOLERANCE = 1e-3  # of the largest logit, or of 1
 ALPHAS = tuple(k / 10 for k in range(11))  # of WiSE-FT
 
 
@@ -55,17 +56,19 @@ def run_training(
             hint="pass it again: finetune(classifier, resume=True)",
         )
     classifier = start or load_start(options["run"], runs_dir)
-    head, cache = _linear_head(classifier), Cache(cache_dir)
+    cache = Cache(cache_dir)
     features = _open_features(classifier, cache)
     forward = plan_forward(batch_size=options["batch_size"] // ranks.count, **machine)
     if options["precision"] == "fp16" and not forward.device.startswith("cuda"):
         raise UsageError(f"--precision fp16 on {forward.device}, expected cuda", hint="use bf16 or fp32")
     torch.manual_seed(options["seed"])
     backbone = replace(classifier.backbone, module=copy.deepcopy(classifier.backbone.module))
+    head = classifier.head
+    assert isinstance(head, LinearHead)  # load_start refuses others
     network = Network(backbone.module, head)
     network.to(forward.device).to(memory_format=torch.channels_last)
-    images = ImageSource(features, forward, ranks, backbone)
-    images.view_transform(1, seed=options["seed"], augment=options["augment"])  # refuses what cannot be augmented
+    images = ImageSource(features, forward, ranks, options["seed"], options["augment"], backbone)
+    images.view_transform(1)  # refuses what cannot be augmented
     difference = check_handoff(network, head, images)
     if options["init"] == "random":
         network.head.reset_parameters()
@@ -117,7 +120,11 @@ def load_start(run: Classifier | PathLike | None, runs_dir: Path) -> Classifier:
         return is_alone and record["report"]["solver"] != "knn"
 
     classifier = Classifier.of(latest_run(runs_dir, "fit-head", is_suitable) if run is None else run, runs_dir)
-    _linear_head(classifier)
+    if not isinstance(classifier.head, LinearHead):
+        raise UsageError(
+            f"{classifier.name} has a kNN head, expected a linear one to start from",
+            hint="run `embedpipe fit-head` without --solver knn",
+        )
     if classifier.task != "single":
         raise UsageError(
             f"{classifier.name} has {classifier.task} targets, expected one class an image to fine-tune on",
@@ -132,15 +139,6 @@ def load_start(run: Classifier | PathLike | None, runs_dir: Path) -> Classifier:
     return classifier
 
 
-def _linear_head(classifier: Classifier) -> LinearHead:
-    if not isinstance(classifier.head, LinearHead):
-        raise UsageError(
-            f"{classifier.name} has a kNN head, expected a linear one to start from",
-            hint="run `embedpipe fit-head` without --solver knn",
-        )
-    return classifier.head
-
-
 def _open_features(classifier: Classifier, cache: Cache) -> FeatureSet:
     """Return the cached features that the head was fitted on."""
     spec = dict(classifier.reference.spec)
@@ -153,6 +151,35 @@ def _open_features(classifier: Classifier, cache: Cache) -> FeatureSet:
             hint="name the cache with --cache-dir, or extract again",
         )
     return features
+
+
+def check_handoff(network: Network, head: LinearHead, images: ImageSource) -> float:
+    """Return the largest difference between the network's logits and those of the head on cached features.
+
+    Features that are not stored in float32 are computed again.
+
+    Raises
+    ------
+    ModelMismatch    it is more than 1e-3 x max(1, max |logit|): backbone, transform or head are not those of the cache
+    """
+    network.eval()
+    spec = images.features.space.spec
+    is_exact = spec["precision"] == "fp32" and spec["stored_dtype"] == "float32"
+    expected, logits = [], []
+    with torch.inference_mode():
+        for batch, samples in images.probe:
+            features = images.features.read(tuple(samples)) if is_exact else network.backbone(batch).cpu().numpy()
+            expected.append(head.logits(features))
+            logits.append(network(batch).cpu().numpy())
+    worst = float(np.abs(np.concatenate(logits) - np.concatenate(expected)).max())
+    limit = TOLERANCE * max(1.0, float(np.abs(np.concatenate(expected)).max()))
+    if not worst <= limit:
+        raise ModelMismatch(
+            f"backbone and head give logits that differ by {worst:.2g} from those on the cached features, "
+            f"expected at most {limit:.2g}",
+            hint="extract and fit the head again",
+        )
+    return worst
 
 
 def _interpolate_weights(training: PhasedTraining, before: Mapping[str, Tensor], *, keep_best: bool) -> dict[str, Any]:

@@ -16,8 +16,7 @@ from PIL import Image
 
 import embedpipe as ep
 from embedpipe.classifier import Classifier, Reference
-from embedpipe.commands.export._checks import check_logits
-from embedpipe.commands.export._formats import FORMATS, library_errors, write_model
+from embedpipe.commands.export._formats import FORMATS, check_logits, library_errors, write_model
 from embedpipe.errors import ModelMismatch, UsageError
 from embedpipe.heads import LinearHead
 from embedpipe.heads.knn import fit_knn
