@@ -1,4 +1,4 @@
-"""Few types lie between the command `extract` and a committed row."""
+"""Few types lie between the command `extract` and a committed row, and between arrays and a saved head."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
+
 import embedpipe as ep
+from embedpipe.selection import HeadConfig
 
 PATH = ("embedpipe.commands.extract", "embedpipe.inference")  # packages that an image passes on its way to a row
 BORDER = {"Manifest", "Sample", "Place", "Batch", "SpaceWriter"}  # of other packages: what is read, decoded and written
@@ -18,7 +21,7 @@ NOT_CARRIERS = {
     "Filled": "the result, made after the rows are committed",
     "Uses": "a torch function mode that lives while batch normalisations are folded",
 }
-MOST_TYPES, MOST_DICTS = 6, 1
+MOST_TYPES, MOST_HEAD_TYPES, MOST_DICTS = 6, 7, 1
 
 
 def own_class(frame: FrameType) -> type | None:
@@ -62,4 +65,31 @@ def test_extract_passes_few_types(photos: Path, tmp_path: Path) -> None:
     print(f"types: {sorted(carriers)}; of other packages: {sorted(BORDER)}; options: {sorted(options)}")
     assert carriers >= {"Runner", "Rows"}
     assert len(carriers) <= MOST_TYPES
+    assert len(options) <= MOST_DICTS
+
+
+def test_a_head_passes_few_types(tmp_path: Path) -> None:
+    """Collect the classes of embedpipe that appear in any frame between arrays and the saved head."""
+    rng = np.random.default_rng(0)
+    y = np.arange(300) % 3
+    X = (rng.normal(size=(3, 16))[y] + rng.normal(size=(300, 16))).astype(np.float32)
+    types: set[str] = set()
+    options: set[tuple[str, ...]] = set()
+
+    def trace(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and str(frame.f_globals.get("__name__")).startswith("embedpipe."):
+            for value in frame.f_locals.values():
+                parts = value[:3] if isinstance(value, list | tuple) else [value]
+                types.update(type(part).__name__ for part in parts if type(part).__module__.startswith("embedpipe."))
+            options.update(dicts_of_options(frame))
+
+    sys.setprofile(trace)
+    try:
+        path = HeadConfig(("a", "b", "c")).select(X[:200], y[:200], X[200:], y[200:])
+        path.head.save(tmp_path)
+    finally:
+        sys.setprofile(None)
+    print(f"types: {sorted(types)}; options: {sorted(options)}")
+    assert types >= {"HeadConfig", "LinearHead"}
+    assert len(types) <= MOST_HEAD_TYPES
     assert len(options) <= MOST_DICTS
