@@ -39,10 +39,10 @@ def extract(data: str, backbone: str, precision: str, executor: str) -> dict[str
 
 def forward(data: str, backbone: str, precision: str, executor: str) -> dict[str, Any]:
     """Run images that are decoded already, copies to the device and back included."""
-    from embedpipe.inference import plan_forward, settle
+    from embedpipe.inference import resolve_settings, select_executor
 
     settings = {"device": "cuda", "batch_size": "auto", "workers": "auto", "precision": precision, "executor": executor}
-    runner = settle(load(backbone), plan_forward(**settings), _items(data), work=1_000_000)
+    runner = select_executor(load(backbone), resolve_settings(**settings), _items(data), work=1_000_000)
     images, size = runner.examples(), runner.settings.batch_size
     with ThreadPoolExecutor(runner.settings.streams) as pool:
         list(pool.map(lambda _: runner(images), range(2 * runner.settings.streams)))  # every stream is warm

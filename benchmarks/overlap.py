@@ -75,12 +75,12 @@ def measure(items: Sequence[tuple[bytes, Path]], decode_s: float, forward_s: flo
 
     import embedpipe as ep
     from embedpipe.images import image_batches
-    from embedpipe.inference import Forward, Runner, stream_rows
+    from embedpipe.inference import InferenceSettings, Runner, stream_rows
 
     module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     slow = Slow(decode_s * WORKERS / BATCH)
     backbone = ep.load_backbone(module, transform=slow, image_size=32)
-    plan = replace(Forward(), batch_size=BATCH, workers=WORKERS, streams=2)
+    plan = replace(InferenceSettings(), batch_size=BATCH, workers=WORKERS, streams=2)
     runner = Runner([backbone], plan, session=Device(forward_s, backbone.feature_dim))
     batches = len(items) // BATCH
 

@@ -33,12 +33,12 @@ def load(backbone: str, layers: list[str] | None = None) -> list[Any]:
 
 def open_runner(data: str, backbones: list[str], executor: str, *, streams: int) -> Any:
     """Return a warm runner of one thread a stream."""
-    from embedpipe.inference import plan_forward, settle
+    from embedpipe.inference import resolve_settings, select_executor
 
     loaded = [one for backbone in backbones for one in load(backbone)]
-    plan = plan_forward(device="cpu", batch_size="auto", workers="auto", executor=executor)
+    plan = resolve_settings(device="cpu", batch_size="auto", workers="auto", executor=executor)
     plan = replace(plan, streams=streams, threads=1)
-    return settle(loaded, plan, _items(data), work=100_000)
+    return select_executor(loaded, plan, _items(data), work=100_000)
 
 
 def _items(data: str) -> list[tuple[bytes, Path]]:

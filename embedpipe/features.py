@@ -25,7 +25,7 @@ import numpy as np
 from embedpipe.cache import Cache, Space, dataset_name
 from embedpipe.data import SPLITS, Manifest, Sample
 from embedpipe.errors import ModelMismatch, UsageError
-from embedpipe.heads import Chunked
+from embedpipe.heads import ChunkedFeatures
 from embedpipe.provenance import canonical_json
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class FeatureSet:
 
     def paths(self, split: str | None = None) -> list[str]:
         """Return the path of each row of `arrays(split)`: the DATA argument joined with the relative path."""
-        return [self.manifest.name_of(s) for s in self._rows_of(split)]
+        return [self.manifest.display_name(s) for s in self._rows_of(split)]
 
     def arrays(self, split: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return features float32 (N, D) and class indices int64 (N,) of a split, or of all samples.
@@ -147,7 +147,7 @@ class FeatureSet:
     def _rows_of(self, split: str | None) -> tuple[Sample, ...]:
         return self.samples(split, labelled=self.manifest.labelled)
 
-    def labelled(self, *splits: str, max_bytes: float) -> tuple[np.ndarray | Chunked, np.ndarray]:
+    def labelled(self, *splits: str, max_bytes: float) -> tuple[np.ndarray | ChunkedFeatures, np.ndarray]:
         """Return features (N, D) and targets of the labelled images of some splits, in the order of storage.
 
         Features that exceed `max_bytes` (`fits`) are returned as a reader of chunks.
@@ -156,12 +156,12 @@ class FeatureSet:
         samples = tuple(sorted(found, key=lambda sample: sample.key))
         return self.rows(samples, max_bytes=max_bytes), self.manifest.targets(samples)
 
-    def rows(self, samples: tuple[Sample, ...], *, max_bytes: float) -> np.ndarray | Chunked:
+    def rows(self, samples: tuple[Sample, ...], *, max_bytes: float) -> np.ndarray | ChunkedFeatures:
         """Return features (N, D) of samples with a row; a reader of chunks if they exceed `max_bytes` (`fits`)."""
         if self.fits(max_bytes):
             return self.read(samples)
         keys = np.array([sample.key for sample in samples], dtype=object)
-        return Chunked((len(keys), self.feature_dim), lambda rows: self._read(keys[rows].tolist()))
+        return ChunkedFeatures((len(keys), self.feature_dim), lambda rows: self._read(keys[rows].tolist()))
 
     def fits(self, max_bytes: float) -> bool:
         """Whether COPIES times the features fit into `max_bytes`."""

@@ -25,7 +25,7 @@ from typing import Any
 
 from embedpipe.errors import CacheBusy, ModelMismatch, UsageError
 from embedpipe.provenance import nearest
-from embedpipe.storage import TEMPORARY, PathLike, make_folder, sweep, whole_folder
+from embedpipe.storage import TEMPORARY, PathLike, atomic_folder, make_folder, sweep
 
 UNFINISHED = ".unfinished-"
 
@@ -79,12 +79,12 @@ def new_run(runs_dir: Path, verb: str, *, name: str | None = None) -> Iterator[R
     StorageError    the folder cannot be written
     """
     final = runs_dir / (name or new_name(verb))
-    with whole_folder(final, hidden=final.with_name(f"{TEMPORARY}{final.name}"), what="run folder") as folder:
+    with atomic_folder(final, hidden=final.with_name(f"{TEMPORARY}{final.name}"), what="run folder") as folder:
         yield RunFolder(folder, final)
 
 
 @contextmanager
-def hold_unfinished(runs_dir: Path, name: str) -> Iterator[Path]:
+def lock_unfinished(runs_dir: Path, name: str) -> Iterator[Path]:
     """Create and lock the folder of an unfinished run; it is removed if the block succeeds or if it is empty.
 
     Raises

@@ -66,7 +66,7 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def publish(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
+def write_atomic(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
     """Write a file atomically: write a temporary file, fsync it, rename it, fsync the folder.
 
     A file under its final name is always complete.
@@ -96,7 +96,7 @@ def publish(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
 
 
 @contextmanager
-def whole_folder(final: Path, *, hidden: Path | None = None, what: str = "folder") -> Iterator[Path]:
+def atomic_folder(final: Path, *, hidden: Path | None = None, what: str = "folder") -> Iterator[Path]:
     """Yield a temporary folder to fill; rename it to `final` if the block succeeds, remove it if the block raises.
 
     Parameters
@@ -142,11 +142,11 @@ def check_free_space(folder: Path, needed_bytes: int) -> None:
     with storage_errors(folder, "read the free space of"):
         free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        message = f"{show_size(free_bytes)} are free in {folder}, {show_size(needed_bytes)} are needed"
+        message = f"{format_size(free_bytes)} are free in {folder}, {format_size(needed_bytes)} are needed"
         raise StorageError(message, hint="free some space, or choose another folder with --cache-dir")
 
 
-def show_size(count: int) -> str:
+def format_size(count: int) -> str:
     """Format a number of bytes, such as "1.5 MB"."""
     for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
         if count >= 10**power:

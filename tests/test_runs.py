@@ -13,9 +13,9 @@ from embedpipe.runs import (
     csv_text,
     find_run,
     find_unfinished,
-    hold_unfinished,
     latest_run,
     list_runs,
+    lock_unfinished,
     new_run,
     read_run,
 )
@@ -81,11 +81,11 @@ def test_what_nobody_can_go_on_with_is_removed(tmp_path: Path) -> None:
     for folder, file in ((left, ".tmp-x"), (kept, "checkpoint.pt")):
         folder.mkdir()
         (folder / file).write_bytes(b"x")
-    with hold_unfinished(tmp_path, "c-finetune-3") as held:
+    with lock_unfinished(tmp_path, "c-finetune-3") as held:
         assert sorted(tmp_path.iterdir()) == [kept, held]
-        with hold_unfinished(tmp_path, "d-finetune-4"):
+        with lock_unfinished(tmp_path, "d-finetune-4"):
             assert held.exists()
-        with pytest.raises(CacheBusy), hold_unfinished(tmp_path, "c-finetune-3"):
+        with pytest.raises(CacheBusy), lock_unfinished(tmp_path, "c-finetune-3"):
             raise AssertionError("two hold it")
     assert list(tmp_path.iterdir()) == [kept]
     assert find_unfinished(tmp_path, "finetune") == "b-finetune-2"

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from embedpipe.errors import StorageError, UsageError
-from embedpipe.storage import BYTES, check_free_space, parse_amount, publish, show_size, whole_folder
+from embedpipe.storage import BYTES, atomic_folder, check_free_space, format_size, parse_amount, write_atomic
 
 
 def test_files_are_written_atomically(tmp_path: Path) -> None:
-    publish(tmp_path / "deep" / "a.txt", b"one")
-    publish(tmp_path / "deep" / "a.txt", b"two")
+    write_atomic(tmp_path / "deep" / "a.txt", b"one")
+    write_atomic(tmp_path / "deep" / "a.txt", b"two")
     assert (tmp_path / "deep" / "a.txt").read_bytes() == b"two"
     (tmp_path / "folder").mkdir()
     with pytest.raises(StorageError, match="folder"):
-        publish(tmp_path / "folder", b"x")
+        write_atomic(tmp_path / "folder", b"x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["deep", "folder"]
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.txt"]
 
@@ -37,7 +37,7 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: py
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with whole_folder(tmp_path / "run") as folder:
+    with atomic_folder(tmp_path / "run") as folder:
         (folder / "model").mkdir()
         (folder / "model" / "weights").write_bytes(b"w")
         assert not (tmp_path / "run").exists()
@@ -46,7 +46,7 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: py
     assert synced[-1] == str(tmp_path)
 
     def fail() -> None:
-        with whole_folder(tmp_path / "other") as folder:
+        with atomic_folder(tmp_path / "other") as folder:
             (folder / "a").touch()
             raise KeyError
 
@@ -56,7 +56,7 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path, monkeypatch: py
 
 
 def test_amounts_are_formatted_and_parsed() -> None:
-    assert [show_size(count) for count in (999, 1500, 2_000_000, 3_200_000_000)] == [
+    assert [format_size(count) for count in (999, 1500, 2_000_000, 3_200_000_000)] == [
         "999 B",
         "1.5 kB",
         "2.0 MB",

@@ -15,10 +15,16 @@ import embedpipe as ep
 from embedpipe.selection import HeadConfig
 
 PATH = ("embedpipe.commands.extract", "embedpipe.inference")  # packages that an image passes on its way to a row
-BORDER = {"Manifest", "Sample", "Place", "Batch", "SpaceWriter"}  # of other packages: what is read, decoded and written
+BORDER = {
+    "Manifest",
+    "Sample",
+    "ByteSource",
+    "Batch",
+    "SpaceWriter",
+}  # of other packages: what is read, decoded and written
 NOT_CARRIERS = {
     "Torch": "the executor that wraps a torch module: images in, features out",
-    "Filled": "the result, made after the rows are committed",
+    "ExtractionResult": "the result, made after the rows are committed",
     "Uses": "a torch function mode that lives while batch normalisations are folded",
 }
 MOST_TYPES, MOST_HEAD_TYPES, MOST_DICTS = 6, 7, 1

@@ -9,29 +9,38 @@ Importing this package imports torch, so other packages import it inside functio
 torch.Size([1, 512])
 """
 
-from embedpipe.backbones._backbone import Backbone, Joint, Layer, at_layer, cut_before, join, refresh, trunk_of
+from embedpipe.backbones._backbone import (
+    Backbone,
+    Layer,
+    SharedModel,
+    at_layer,
+    cut_before,
+    join,
+    refresh,
+    trunk_backbone,
+)
 from embedpipe.backbones._cut import Cut
-from embedpipe.backbones._extractor import Headless
+from embedpipe.backbones._extractor import FeatureExtractor
 from embedpipe.backbones._loading import describe_layers, list_models, load_backbone, load_model
-from embedpipe.backbones._saving import open_whole, save_model
+from embedpipe.backbones._saving import open_saved_model, save_model
 from embedpipe.backbones._unfreezing import frozen_modules, unfreeze_parameters
 
 __all__ = [
     "Backbone",
     "Cut",
-    "Headless",
-    "Joint",
+    "FeatureExtractor",
+    "SharedModel",
     "Layer",
     "at_layer",
     "cut_before",
-    "trunk_of",
+    "trunk_backbone",
     "describe_layers",
     "frozen_modules",
     "join",
     "list_models",
     "load_backbone",
     "load_model",
-    "open_whole",
+    "open_saved_model",
     "refresh",
     "save_model",
     "unfreeze_parameters",

@@ -8,7 +8,7 @@
    classifiers: their inputs, concatenated; a convolutional one: its pooled input; none: the output of the model.
 4. The spec records all that shapes a feature, with a digest of the weights.
 
-`join` groups backbones that share their model and their normalisation. Each group becomes one `Joint` module, which runs
+`join` groups backbones that share their model and their normalisation. Each group becomes one `SharedModel` module, which runs
 the model once and returns the feature of every layer that the group needs.
 
 >>> [layer.name for layer in backbone.layers]
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from embedpipe.backbones._cut import Cut, cut_at, cut_latest
-from embedpipe.backbones._extractor import FeatureHook, Headless, PassThrough, Pooling, choose_hooks, is_same
+from embedpipe.backbones._extractor import FeatureExtractor, FeatureHook, PassThrough, Pooling, choose_hooks, is_same
 from embedpipe.backbones._trace import FORWARD_ERRORS, Trace, trace_model
 from embedpipe.errors import UsageError
 from embedpipe.images import MAX_PIXELS, Transform
@@ -55,7 +55,7 @@ class Backbone:
     Parameters
     ----------
     name : str              "timm:resnet18"
-    module : Headless       images float32 (N, 3, H, W) -> features (N, D); eval mode, no gradients
+    module : FeatureExtractor       images float32 (N, 3, H, W) -> features (N, D); eval mode, no gradients
     transform : callable    RGB image -> float32 (3, H, W); an `images.Transform` unless the user passes another
     feature_dim : int       D
     spec : dict             JSON-serialisable: all that shapes a feature except precision and stored dtype
@@ -66,7 +66,7 @@ class Backbone:
     """
 
     name: str
-    module: Headless
+    module: FeatureExtractor
     transform: Images
     feature_dim: int
     spec: dict[str, Any]
@@ -127,7 +127,7 @@ def make_backbone(
         "pool": None,
         "transform": describe_transform(transform),
     }
-    backbone = Backbone(name, Headless(model), transform, 0, spec, origin, trace, heads, files)
+    backbone = Backbone(name, FeatureExtractor(model), transform, 0, spec, origin, trace, heads, files)
     return at_layer(backbone, layer, pool=pool)
 
 
@@ -147,17 +147,19 @@ def at_layer(backbone: Backbone, layer: str | None, *, pool: str = "auto") -> Ba
     kinds = "+".join(hook.pooling.kind for hook in hooks) or "none"
     return replace(
         backbone,
-        module=Headless(model, hooks).eval(),
+        module=FeatureExtractor(model, hooks).eval(),
         feature_dim=sum(vector.shape[1] for vector in vectors),
         spec={**backbone.spec, "layer": layer or "penultimate", "pool": kinds},
     )
 
 
-def trunk_of(backbone: Backbone, cut: Cut) -> Backbone:
+def trunk_backbone(backbone: Backbone, cut: Cut) -> Backbone:
     """Return the trunk of a cut as a backbone: its feature is the activation, flattened, and its spec names the cut."""
     return replace(
         backbone,
-        module=Headless(backbone.module.model, [FeatureHook(cut.layer, Pooling("none", "map"), at_input=True)]).eval(),
+        module=FeatureExtractor(
+            backbone.module.model, [FeatureHook(cut.layer, Pooling("none", "map"), at_input=True)]
+        ).eval(),
         feature_dim=math.prod(cut.shape),
         spec={**backbone.spec, "layer": f"into {cut.layer}", "pool": "none", "cut": cut.layer},
     )
@@ -177,7 +179,7 @@ def cut_before(backbone: Backbone, unfrozen: Sequence[str]) -> Cut | None:
     return cut_latest(backbone.module, backbone.trace, unfrozen, name=backbone.name) if unfrozen else None
 
 
-class Joint(nn.Module):
+class SharedModel(nn.Module):
     """Images to the features of all backbones that share a model and a normalisation, in one pass.
 
     Takes uint8 (N, H, W, 3) if the transform is an `images.Transform`, which then normalises here, on the device of
@@ -191,19 +193,19 @@ class Joint(nn.Module):
     def __init__(self, backbones: Sequence[Backbone]) -> None:
         super().__init__()
         self.first = backbones[0]
-        self.groups = tuple(dict.fromkeys(backbone.module.taps for backbone in backbones))
+        self.groups = tuple(dict.fromkeys(backbone.module.hooks for backbone in backbones))
         single = len(self.groups) == 1
-        self.headless = self.first.module if single else Headless(self.first.module.model, *self.groups).eval()
+        self.extractor = self.first.module if single else FeatureExtractor(self.first.module.model, *self.groups).eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         if isinstance(self.first.transform, Transform):
             images = self.first.transform.normalise(images)
-        features = self.headless(images)
+        features = self.extractor(images)
         return features if isinstance(features, tuple) else (features,)
 
     def output_of(self, backbone: Backbone) -> int:
         """Return the index of a backbone's feature among those that a pass returns."""
-        return self.groups.index(backbone.module.taps)
+        return self.groups.index(backbone.module.hooks)
 
     def example(self, size: int) -> Tensor:
         """Return a batch of `size` black images, as `forward` takes them."""
@@ -223,12 +225,12 @@ class Joint(nn.Module):
         }
 
 
-def join(backbones: Sequence[Backbone]) -> tuple[list[Joint], list[int]]:
+def join(backbones: Sequence[Backbone]) -> tuple[list[SharedModel], list[int]]:
     """Group backbones by model and normalisation.
 
     Returns
     -------
-    joints : one `Joint` per group
+    joints : one `SharedModel` per group
     indices : for each backbone the index of its joint
     """
     groups: dict[tuple[int, object], list[Backbone]] = {}
@@ -238,7 +240,7 @@ def join(backbones: Sequence[Backbone]) -> tuple[list[Joint], list[int]]:
         shared = transform.colours if isinstance(transform, Transform) else id(transform)
         keys.append((id(backbone.module.model), shared))
         groups.setdefault(keys[-1], []).append(backbone)
-    return [Joint(group) for group in groups.values()], [list(groups).index(key) for key in keys]
+    return [SharedModel(group) for group in groups.values()], [list(groups).index(key) for key in keys]
 
 
 def refresh(backbone: Backbone, origin: str) -> Backbone:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from embedpipe.backbones._extractor import FeatureHook, Headless, Pooling
+from embedpipe.backbones._extractor import FeatureExtractor, FeatureHook, Pooling
 from embedpipe.backbones._trace import FORWARD_ERRORS, Call, Trace, is_below, layer_hint, owner_of, record_calls
 from embedpipe.errors import UsageError
 
@@ -46,13 +46,13 @@ class Cut:
     Parameters
     ----------
     layer : str             the module whose input is the activation
-    trunk : Headless        images float32 (N, 3, H, W) -> activation (N, ...); thread-safe
+    trunk : FeatureExtractor        images float32 (N, 3, H, W) -> activation (N, ...); thread-safe
     tail : Tail             activation (N, ...) -> features (N, D); must not run in parallel to itself or the backbone
     shape : tuple of int    shape of the activation without the batch axis
     """
 
     layer: str
-    trunk: Headless
+    trunk: FeatureExtractor
     tail: Tail
     shape: tuple[int, ...]
 
@@ -64,7 +64,7 @@ class _CannotCut(Exception):
 class Tail(nn.Module):
     """activation (N, ...), the input of `layer` -> features (N, D). The state dict has the names of the backbone."""
 
-    def __init__(self, whole: Headless, layer: str, image_size: tuple[int, int]) -> None:
+    def __init__(self, whole: FeatureExtractor, layer: str, image_size: tuple[int, int]) -> None:
         super().__init__()
         self.model, self.layer, self.image_size = whole.model, layer, image_size
         self._whole = (whole,)  # a tuple, so that it is not registered as a submodule
@@ -100,7 +100,7 @@ class Tail(nn.Module):
         return features
 
 
-def cut_at(whole: Headless, trace: Trace, layer: str, *, name: str) -> Cut:
+def cut_at(whole: FeatureExtractor, trace: Trace, layer: str, *, name: str) -> Cut:
     """Cut the backbone `name` before a layer: one of its stages, or any module.
 
     Raises
@@ -119,7 +119,7 @@ def cut_at(whole: Headless, trace: Trace, layer: str, *, name: str) -> Cut:
         raise UsageError(f"{name} cannot be cut before {layer}: {exc}", hint=hint, layer=layer) from exc
 
 
-def cut_latest(whole: Headless, trace: Trace, unfrozen: Sequence[str], *, name: str) -> Cut:
+def cut_latest(whole: FeatureExtractor, trace: Trace, unfrozen: Sequence[str], *, name: str) -> Cut:
     """Return the latest cut of the backbone `name` with all parameters in `unfrozen` in its tail.
 
     Raises
@@ -156,7 +156,7 @@ def _candidates(trace: Trace, owner: str) -> list[str]:
 
 
 def _split(
-    whole: Headless,
+    whole: FeatureExtractor,
     layer: str,
     calls: Sequence[Call],
     passes: Sequence[tuple[Tensor, Tensor]],
@@ -174,7 +174,7 @@ def _split(
         raise _CannotCut("nothing runs before it")
     if shared := [name for name in outputs if unfrozen & {*whole.model.get_submodule(name).parameters()}]:
         raise _CannotCut(f"{shared[0]} runs before it with unfrozen parameters")
-    trunk = Headless(whole.model, [FeatureHook(layer, Pooling("none", "vector"), at_input=True)])
+    trunk = FeatureExtractor(whole.model, [FeatureHook(layer, Pooling("none", "vector"), at_input=True)])
     cut = Cut(layer, trunk, Tail(whole, layer, (images.shape[2], images.shape[3])), tuple(inputs[0].shape[1:]))
     with _eval_mode(whole):
         for images, features in passes:
@@ -233,7 +233,9 @@ def _explain(tail: Tail, activation: Tensor, expected: Tensor) -> str:
     return f"it also needs the output of {what}; without it the features differ by {error:.2g}"
 
 
-def _run_passes(whole: Headless, image_size: tuple[int, int]) -> tuple[Sequence[Call], list[tuple[Tensor, Tensor]]]:
+def _run_passes(
+    whole: FeatureExtractor, image_size: tuple[int, int]
+) -> tuple[Sequence[Call], list[tuple[Tensor, Tensor]]]:
     """Return the calls in the whole backbone, and its features for random images, once for each of `BATCHES`."""
     generator = torch.Generator().manual_seed(0)
     like = next(whole.parameters(), torch.empty(0))
@@ -245,7 +247,7 @@ def _run_passes(whole: Headless, image_size: tuple[int, int]) -> tuple[Sequence[
     return _record(whole, passes[0][0]), passes
 
 
-def _record(whole: Headless, images: Tensor) -> Sequence[Call]:
+def _record(whole: FeatureExtractor, images: Tensor) -> Sequence[Call]:
     with _eval_mode(whole):
         return record_calls(whole.model, images.to(next(whole.parameters(), images).dtype), run=whole)
 
@@ -270,7 +272,7 @@ def _returning(module: nn.Module, outputs: Sequence[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _eval_mode(whole: Headless) -> Iterator[None]:
+def _eval_mode(whole: FeatureExtractor) -> Iterator[None]:
     """Set every module to eval mode without gradients, and restore its own mode afterwards."""
     modes = {module: module.training for module in whole.modules()}
     try:

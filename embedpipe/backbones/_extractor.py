@@ -10,7 +10,7 @@ The penultimate features are what enters the classifier. `choose_hooks` finds th
 Feature maps and token sequences are pooled to one vector. Class, register and distillation tokens never enter an
 average or a maximum.
 
->>> Headless(model, [FeatureHook("layer3", Pooling("avg", "map"))])(images).shape
+>>> FeatureExtractor(model, [FeatureHook("layer3", Pooling("avg", "map"))])(images).shape
 torch.Size([8, 256])
 """
 
@@ -90,7 +90,7 @@ class _Complete(Exception):
     """All hooks have caught their tensors."""
 
 
-class Headless(nn.Module):
+class FeatureExtractor(nn.Module):
     """images float32 (N, 3, H, W) -> features (N, D).
 
     Parameters
@@ -114,7 +114,7 @@ class Headless(nn.Module):
             weakref.finalize(self, register(catch, with_kwargs=True).remove)
 
     @property
-    def taps(self) -> tuple[FeatureHook, ...]:
+    def hooks(self) -> tuple[FeatureHook, ...]:
         """The hooks of the first feature."""
         return self.groups[0]
 
@@ -138,7 +138,7 @@ class Headless(nn.Module):
             features.append(vectors[0] if len(vectors) == 1 else torch.cat(vectors, 1))
         return features[0] if len(features) == 1 else tuple(features)
 
-    def train(self, mode: bool = True) -> Headless:
+    def train(self, mode: bool = True) -> FeatureExtractor:
         """Set the mode of all layers but not of the model itself, whose flag only selects training-time outputs."""
         super().train(mode)
         self.model.training = False

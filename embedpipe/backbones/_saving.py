@@ -66,7 +66,7 @@ def save_model(
     return bool(head)
 
 
-def open_whole(folder: Path) -> nn.Module:
+def open_saved_model(folder: Path) -> nn.Module:
     """Return the saved model with its classifier, opened by its library alone; only if `save_model` returned True."""
     return LIBRARIES[read_description(folder)["name"].partition(":")[0]].open_folder(folder)
 
@@ -74,7 +74,7 @@ def open_whole(folder: Path) -> nn.Module:
 def _classifier_state(backbone: Backbone, weight: Tensor, bias: Tensor) -> State:
     """Return the new classifier under the library's names; empty if the library has no single linear one on the features."""
     source, _, architecture = backbone.name.partition(":")
-    if source not in LIBRARIES or backbone.module.taps:
+    if source not in LIBRARIES or backbone.module.hooks:
         return {}
     options = backbone.spec["build"] | {"num_classes": len(bias)}
     with MetaWeights():

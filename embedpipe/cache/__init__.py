@@ -24,12 +24,12 @@ _verify       verification
 
 from embedpipe.cache._cache import Cache, measure, sweep_leftovers
 from embedpipe.cache._datasets import dataset_name
-from embedpipe.cache._export import Exported, writer_of
+from embedpipe.cache._export import Exported, export_writer
 from embedpipe.cache._features import SpaceView
 from embedpipe.cache._index import KeyIndex
 from embedpipe.cache._meta import last_used
 from embedpipe.cache._space import Space, SpaceWriter
-from embedpipe.cache._verify import DAMAGE, Finding, prove_files, prove_latest, prove_space
+from embedpipe.cache._verify import DAMAGE, Finding, verify_files, verify_latest, verify_space
 
 __all__ = [
     "DAMAGE",
@@ -43,9 +43,9 @@ __all__ = [
     "dataset_name",
     "last_used",
     "measure",
-    "prove_files",
-    "prove_latest",
-    "prove_space",
+    "verify_files",
+    "verify_latest",
+    "verify_space",
     "sweep_leftovers",
-    "writer_of",
+    "export_writer",
 ]

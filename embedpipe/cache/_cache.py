@@ -21,7 +21,7 @@ from embedpipe.cache._space import Space
 from embedpipe.data import Manifest
 from embedpipe.errors import CacheMismatch, StorageError, UsageError
 from embedpipe.provenance import canonical_json, fingerprint, nearest
-from embedpipe.storage import TEMPORARY, publish, storage_errors, sync_path
+from embedpipe.storage import TEMPORARY, storage_errors, sync_path, write_atomic
 
 LEFTOVER_S = 3600.0  # a younger temporary file may still be in use
 EXTRACT_FIRST = "run `embedpipe extract DATA` first"
@@ -134,7 +134,7 @@ class Cache:
 
     def set_latest(self, dataset: str, spaces: Sequence[str]) -> None:
         """Record the last extraction: the name of its data set, and the folder names of its spaces."""
-        publish(self._latest, _serialize({"dataset": dataset, "spaces": list(spaces)}))
+        write_atomic(self._latest, _serialize({"dataset": dataset, "spaces": list(spaces)}))
         for name in spaces:
             mark_used(self.spaces_folder / name)
 
@@ -163,7 +163,7 @@ class Cache:
             latest = self.latest() or {"spaces": []}
             if name in latest["spaces"]:
                 latest["spaces"].remove(name)
-                publish(self._latest, _serialize(latest))
+                write_atomic(self._latest, _serialize(latest))
 
     def remove_dataset(self, name: str) -> None:
         """Remove a sample table, and latest.json if it names that data set."""

@@ -14,8 +14,8 @@ import numpy as np
 
 from embedpipe.cache._features import KEY_BYTES, decode_texts, encode_texts, key_matrix
 from embedpipe.cache._sealed import FORMAT_VERSION, build_header, damage_error, open_sealed, seal
-from embedpipe.data import TASKS, Manifest, Sample, Source, absolute_argument, root_of
-from embedpipe.storage import publish
+from embedpipe.data import TASK_OF_COLUMN, Manifest, Sample, Source, absolute_argument, parse_root
+from embedpipe.storage import write_atomic
 
 TEXTS = ("path", "label", "split", "group")
 OPTIONAL = ("part",)  # absent if every image is a whole file
@@ -54,7 +54,7 @@ def write_table(path: Path, manifest: Manifest) -> None:
     }
     if manifest.task != "single":
         attrs["task"] = manifest.task
-    publish(path, seal(build_header(arrays, attrs)))
+    write_atomic(path, seal(build_header(arrays, attrs)))
 
 
 def read_table(path: Path) -> Manifest:
@@ -77,7 +77,7 @@ def read_table(path: Path) -> Manifest:
         pairs = zip(columns["sources/argument"], columns["sources/root"], strict=True)
         manifest = Manifest(
             name=os.fsdecode(bytes.fromhex(table.attrs["name"])),
-            sources=tuple(Source(argument, root_of(root)) for argument, root in pairs),
+            sources=tuple(Source(argument, parse_root(root)) for argument, root in pairs),
             samples=samples,
             classes=tuple(columns["classes"]),
             ignored=table.attrs["ignored"],
@@ -88,7 +88,7 @@ def read_table(path: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
         raise damage_error(path, "its columns do not fit together") from exc
     sources = range(len(manifest.sources))
-    if manifest.task not in TASKS.values() or any(sample.source not in sources for sample in samples):
+    if manifest.task not in TASK_OF_COLUMN.values() or any(sample.source not in sources for sample in samples):
         raise damage_error(path, "its columns do not fit together")
     return manifest
 

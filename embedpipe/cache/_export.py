@@ -37,7 +37,7 @@ class Exported:
         self.view, self.keys, self._chunk_bytes = view, [sample.key for sample in samples], chunk_bytes
         self.task, self.labels = manifest.task, manifest.targets(samples)
         self.texts = {
-            "paths": [manifest.name_of(sample) for sample in samples],
+            "paths": [manifest.display_name(sample) for sample in samples],
             "splits": [sample.split for sample in samples],
             "groups": [sample.group or "" for sample in samples],
         }
@@ -55,7 +55,7 @@ class Exported:
         return self.view.read_chunks(self.keys, self._chunk_bytes)
 
 
-def writer_of(format: str, exported: Exported, about: dict[str, str]) -> Callable[[IO[bytes]], None]:
+def export_writer(format: str, exported: Exported, about: dict[str, str]) -> Callable[[IO[bytes]], None]:
     """Return the function that writes a format to a stream.
 
     Parameters

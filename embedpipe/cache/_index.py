@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import platformdirs
 
-from embedpipe.data import Place
+from embedpipe.data import ByteSource
 from embedpipe.storage import PathLike
 
 RACY_NS = 2_000_000_000  # a file changed more recently may change again without a new mtime
@@ -59,7 +59,7 @@ class KeyIndex:
         path = path or Path(platformdirs.user_cache_dir("embedpipe"), "index.sqlite")
         self._database = _connect(path if keep or path.exists() else Path(":memory:"))
 
-    def key_of(self, place: Place | PathLike) -> bytes:
+    def key_of(self, place: ByteSource | PathLike) -> bytes:
         """Return the sha256 of the bytes of an image, 32 bytes.
 
         Raises
@@ -67,7 +67,7 @@ class KeyIndex:
         OSError       the image cannot be read, or is not a regular file
         UsageError    a library that reads it is not installed
         """
-        place, now = Place.of(place), time.time_ns()
+        place, now = ByteSource.from_path(place), time.time_ns()
         name = os.fsencode(place.path) + (b"\0" + os.fsencode(place.part) if place.part else b"")
         before = _identity_of(place)
         query = "SELECT key FROM keys WHERE (path, size, mtime_ns, inode, ctime_ns) = (?, ?, ?, ?, ?)"
@@ -113,14 +113,14 @@ class KeyIndex:
             self._database.executemany("INSERT OR REPLACE INTO keys VALUES (?, ?, ?, ?, ?, ?)", rows)
 
 
-def _digest(place: Place) -> bytes:
+def _digest(place: ByteSource) -> bytes:
     if place.part or place.is_remote:
         return hashlib.sha256(place.read()).digest()
     with open(place.path, "rb") as stream:  # a local file may be larger than memory
         return hashlib.file_digest(stream, "sha256").digest()
 
 
-def _identity_of(place: Place) -> tuple[int, int, int, int] | None:
+def _identity_of(place: ByteSource) -> tuple[int, int, int, int] | None:
     """Return values that change when a file does: size, mtime, inode and ctime.
 
     For a remote file these are two numbers made from its version, or None if it has no version.

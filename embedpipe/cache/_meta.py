@@ -25,7 +25,7 @@ from typing import Any
 from embedpipe.cache._sealed import FORMAT_VERSION, check_version, damage_error
 from embedpipe.errors import CacheBusy
 from embedpipe.provenance import fingerprint
-from embedpipe.storage import publish, storage_errors
+from embedpipe.storage import storage_errors, write_atomic
 
 FILE, LOCK, FEATURES, SHARDS = "meta.json", ".lock", "features.h5", "shards"
 SHARD_NAME = re.compile(r"\d{8,}-[0-9a-f]{32}\.h5")
@@ -74,7 +74,7 @@ def last_used(folder: Path) -> float:
 
 def write_meta(folder: Path, meta: Meta) -> None:
     """Replace meta.json atomically."""
-    publish(folder / FILE, _serialize(meta))
+    write_atomic(folder / FILE, _serialize(meta))
 
 
 def read_meta(folder: Path, expected_fingerprint: str | None = None) -> Meta | None:

@@ -32,7 +32,7 @@ from embedpipe.cache._features import CHUNK_BYTES, MAX_OPEN_FILES, TOMBSTONE, Sp
 from embedpipe.cache._meta import FEATURES, SHARDS, Meta, WriterLock, list_shards, mark_used, read_meta, write_meta
 from embedpipe.errors import CacheMismatch, NonFiniteFeatures, StorageError
 from embedpipe.provenance import fingerprint
-from embedpipe.storage import make_folder, publish, storage_errors, sweep, sync_path
+from embedpipe.storage import make_folder, storage_errors, sweep, sync_path, write_atomic
 
 MERGED_BELOW_BYTES = 1 << 30
 MERGED_SHARE = 0.05
@@ -131,7 +131,9 @@ class SpaceWriter:
         numbers = [int(path.name.partition("-")[0]) for path in list_shards(self._folder)]
         name = f"{max(numbers, default=0) + 1:08d}-{uuid.uuid4().hex}.h5"
         chunks, failures = [features for _, features in self._rows], self._failures
-        publish(self._folder / SHARDS / name, lambda stream: write_features(stream, self._meta, keys, chunks, failures))
+        write_atomic(
+            self._folder / SHARDS / name, lambda stream: write_features(stream, self._meta, keys, chunks, failures)
+        )
         self._rows, self._failures, self._pending_since = [], {}, None
 
     def finish(self, *, merge_below_bytes: int = MERGED_BELOW_BYTES, chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -148,7 +150,7 @@ class SpaceWriter:
         shards = [path for path in view.paths if path != base]
         if self._lock.exclusive and shards and self._merge_is_due(base, merge_below_bytes):
             chunks = view.read_chunks(view.keys, chunk_bytes)
-            publish(base, lambda stream: write_features(stream, self._meta, view.keys, chunks, view.failures))
+            write_atomic(base, lambda stream: write_features(stream, self._meta, view.keys, chunks, view.failures))
             with storage_errors(self._folder / SHARDS, "remove merged files from"):
                 for path in shards:
                     path.unlink(missing_ok=True)

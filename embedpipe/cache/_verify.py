@@ -10,7 +10,7 @@ from pathlib import Path
 from embedpipe.cache._cache import Cache
 from embedpipe.cache._features import FeatureFile
 from embedpipe.cache._index import KeyIndex
-from embedpipe.data import Manifest, Place
+from embedpipe.data import ByteSource, Manifest
 from embedpipe.errors import CacheMismatch
 
 DAMAGE = "damage"
@@ -31,7 +31,7 @@ class Finding:
     detail: str
 
 
-def prove_space(cache: Cache, name: str) -> Iterator[Finding]:
+def verify_space(cache: Cache, name: str) -> Iterator[Finding]:
     """Check meta.json, and every byte and value of the base and the shards; yield the damage.
 
     The rows of an unsupported space cannot be checked: the only finding says that it is not supported.
@@ -57,7 +57,7 @@ def prove_space(cache: Cache, name: str) -> Iterator[Finding]:
         yield from (Finding(DAMAGE, str(path), detail) for detail in damage)
 
 
-def prove_latest(cache: Cache) -> Iterator[Finding]:
+def verify_latest(cache: Cache) -> Iterator[Finding]:
     """Check latest.json, and that the data set and spaces in it exist; yield the damage."""
     place = str(cache.root / "latest.json")
     try:
@@ -71,7 +71,7 @@ def prove_latest(cache: Cache) -> Iterator[Finding]:
             yield Finding(DAMAGE, place, f"it names {name}, which is not in the cache")
 
 
-def prove_files(manifest: Manifest) -> tuple[dict[bytes, Place], list[Finding]]:
+def verify_files(manifest: Manifest) -> tuple[dict[bytes, ByteSource], list[Finding]]:
     """Read every image file of a data set again, and compare its sha256 with its key.
 
     Returns
@@ -79,11 +79,11 @@ def prove_files(manifest: Manifest) -> tuple[dict[bytes, Place], list[Finding]]:
     dict of key to place    of the files whose bytes have not changed since the extraction
     list of Finding         "unreadable" and "changed" files
     """
-    files: dict[bytes, Place] = {}
+    files: dict[bytes, ByteSource] = {}
     findings = []
     with closing(KeyIndex(Path(":memory:"))) as index:  # an empty memo: every file is read
         for sample in manifest.samples:
-            place = manifest.place_of(sample)
+            place = manifest.byte_source_of(sample)
             try:
                 if index.key_of(place) == sample.key:
                     files[sample.key] = place

@@ -21,10 +21,10 @@ import numpy as np
 
 from embedpipe.cache import Cache, KeyIndex, Space
 from embedpipe.classifier._scoring import Scored, answer, report_scores, write_scored
-from embedpipe.data import Failure, Place
+from embedpipe.data import ByteSource, Failure
 from embedpipe.errors import DecodeError, EmbedpipeError, ModelMismatch, UsageError
 from embedpipe.features import PENULTIMATE, loader_of
-from embedpipe.inference import Progress, Rows, Runner, plan_forward, space_name, space_spec, stream_rows
+from embedpipe.inference import Progress, Rows, Runner, resolve_settings, space_name, space_spec, stream_rows
 from embedpipe.provenance import differing_fields, environment
 from embedpipe.runs import RunFolder, find_run, read_run
 from embedpipe.storage import PathLike
@@ -238,7 +238,7 @@ class Classifier:
 
 def classify(
     classifier: Classifier,
-    files: Sequence[Place | Path],
+    files: Sequence[ByteSource | Path],
     *,
     cache: Cache | None = None,
     device: str = "auto",
@@ -257,8 +257,8 @@ def classify(
     ------
     EmbedpipeError    `strict`, and an image failed
     """
-    keys: dict[Place | Path, bytes] = {}
-    failed: dict[Place | Path, tuple[str, str]] = {}
+    keys: dict[ByteSource | Path, bytes] = {}
+    failed: dict[ByteSource | Path, tuple[str, str]] = {}
     with closing(KeyIndex()) as index:
         for file in files:
             try:
@@ -303,12 +303,12 @@ def _cached_rows(reference: Reference, cache: Cache | None, keys: Iterable[bytes
 
 def _computed_rows(
     classifier: Classifier,
-    unknown: Mapping[bytes, Place | Path],
+    unknown: Mapping[bytes, ByteSource | Path],
     rows: Sequence[Mapping[bytes, np.ndarray]],
     **machine: Any,
 ) -> Iterator[tuple[int, Rows]]:
     """Yield the index of a space and computed rows that it lacks; spaces that lack the same images share one pass."""
-    passes: dict[tuple[Any, ...], dict[bytes, Place | Path]] = defaultdict(dict)
+    passes: dict[tuple[Any, ...], dict[bytes, ByteSource | Path]] = defaultdict(dict)
     for key, file in unknown.items():
         lacking: dict[tuple[str, str], list[int]] = defaultdict(list)
         for number, part in enumerate(classifier.reference.parts):
@@ -317,7 +317,7 @@ def _computed_rows(
         for arithmetic, numbers in lacking.items():
             passes[*arithmetic, *numbers][key] = file
     for (precision, dtype, *numbers), items in passes.items():
-        forward = plan_forward(precision=precision, store_dtype=dtype, **machine)
+        forward = resolve_settings(precision=precision, store_dtype=dtype, **machine)
         runner = Runner([classifier.backbones[n] for n in numbers], forward.definite)
         for batch in stream_rows(items.items(), runner):
             yield numbers[batch.backbone], batch

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from embedpipe.backbones import Backbone, frozen_modules, unfreeze_parameters
 from embedpipe.errors import UsageError
 from embedpipe.heads import LinearHead
-from embedpipe.training import keeps_size, layer_numbers
+from embedpipe.training import is_exempt_from_decay, layer_numbers
 
 PREFIX = "backbone.model."
 
@@ -123,7 +123,7 @@ def parameter_groups(
         if parameter.requires_grad:
             in_backbone, short = name.startswith(PREFIX), name.removeprefix(PREFIX)
             rate = lr * layer_decay ** (last - numbers.get(short, last)) if in_backbone else head_lr
-            undecayed = keeps_size(model, short, parameter.ndim)
+            undecayed = is_exempt_from_decay(model, short, parameter.ndim)
             anchored = in_backbone and not undecayed and l2_sp > 0
             groups.setdefault((rate, 0.0 if undecayed or anchored else weight_decay, anchored), []).append(parameter)
     return [

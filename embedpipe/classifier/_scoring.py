@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedpipe.data import SEPARATOR, Manifest, Sample, targets
+from embedpipe.data import LABEL_SEPARATOR, Manifest, Sample, targets
 from embedpipe.errors import EmbedpipeWarning, ModelMismatch, UsageError
 from embedpipe.evaluation import (
     TEMPERATURES,
@@ -242,8 +242,8 @@ def _prediction_rows(
             predicted, probability = answer(row, classes, task)
             of_label = _probability_of(row, target, task)
             shown = "" if probability is None else f"{probability:.6f}"
-            label = (sample.label or "").removeprefix(SEPARATOR) if task == "multilabel" else sample.label
-            name, key = manifest.name_of(sample), sample.key.hex()
+            label = (sample.label or "").removeprefix(LABEL_SEPARATOR) if task == "multilabel" else sample.label
+            name, key = manifest.display_name(sample), sample.key.hex()
             yield name, split, label, predicted, shown, key, "" if of_label is None else f"{of_label:.9g}"
 
 
@@ -266,7 +266,7 @@ def answer(row: np.ndarray, classes: Sequence[str], task: str) -> tuple[str, flo
     if task == "single":
         return classes[int(row.argmax())], float(row.max())
     likely = np.flatnonzero(row >= THRESHOLD)
-    return SEPARATOR.join(classes[c] for c in likely.tolist()), float(row[likely].min()) if len(likely) else None
+    return LABEL_SEPARATOR.join(classes[c] for c in likely.tolist()), float(row[likely].min()) if len(likely) else None
 
 
 def _probability_of(row: np.ndarray, y: Any, task: str) -> float | None:

@@ -12,7 +12,7 @@ from embedpipe.cli._build import CommandGroup, Session, command, shared_options
 from embedpipe.commands import cache as caching
 from embedpipe.commands import verify as verification
 from embedpipe.errors import CacheMismatch
-from embedpipe.storage import show_size
+from embedpipe.storage import format_size
 
 
 @command(caching.list_cache, example="embedpipe cache ls")
@@ -28,7 +28,7 @@ def format_listing(found: caching.Listing) -> str:
         rows, shards = ("?" if count is None else count for count in (space.rows, space.pending_shards))
         name = f"{space.backbone} {space.layer}{', interrupted' if space.interrupted else ''}"
         state = space.damage or space.unsupported or name
-        size = show_size(space.bytes)
+        size = format_size(space.bytes)
         lines.append(f"{rows:>9} {size:>9} {shards:>6}  {space.last_used:<20}  {space.space}  ({state})")
     lines.append(f"\n{'images':>9} {'classes':>9}  data set")
     for data in found.datasets:
@@ -90,17 +90,17 @@ def rm(session: Session, names: tuple[str, ...], **options: Any) -> None:
 
 def format_removed(done: caching.Removal) -> str:
     """Return what was removed, what could not be, and the bytes freed and left."""
-    lines = [f"{item['name']}: {show_size(item['bytes'])}, {item['reason']}" for item in done.removed]
+    lines = [f"{item['name']}: {format_size(item['bytes'])}, {item['reason']}" for item in done.removed]
     lines += [f"not removed: {item['reason']}" for item in done.skipped]
     freed = "would be freed" if done.dry_run else "freed"
-    return "\n".join([*lines, f"{show_size(done.freed_bytes)} {freed}, {show_size(done.left_bytes)} left"])
+    return "\n".join([*lines, f"{format_size(done.freed_bytes)} {freed}, {format_size(done.left_bytes)} left"])
 
 
 @command(caching.export_features, example="embedpipe cache export --format parquet --out features.parquet")
 @click.argument("dataset", required=False)
 def export(session: Session, dataset: str | None, **options: Any) -> None:
     done = caching.export_features(dataset, **options)
-    size = show_size(done["bytes"])
+    size = format_size(done["bytes"])
     session.finish(done, f"{done['path']}: {done['rows']} rows of {done['feature_dim']} features, {size}")
 
 

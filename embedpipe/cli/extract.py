@@ -9,7 +9,7 @@ import rich_click as click
 
 from embedpipe.cli._build import Session, command
 from embedpipe.commands import extract as extraction
-from embedpipe.storage import show_size
+from embedpipe.storage import format_size
 
 
 @command(extraction.extract, example="embedpipe extract data/ --backbone timm:resnet50")
@@ -53,7 +53,7 @@ def tell(found: Mapping[str, Any]) -> str:
 def tell_plan(found: Mapping[str, Any]) -> str:
     """Return what would be done, a line a space."""
     lines = [
-        f"{space['space']}: {space['misses']} to compute ({show_size(space['bytes'])}), {space['hits']} there"
+        f"{space['space']}: {space['misses']} to compute ({format_size(space['bytes'])}), {space['hits']} there"
         for space in found["spaces"]
     ]
     took = (

@@ -12,7 +12,7 @@ import rich_click as click
 from embedpipe.cli._build import Session, command, scores
 from embedpipe.commands import finetune as finetuning
 from embedpipe.config import read_schedule
-from embedpipe.storage import show_size
+from embedpipe.storage import format_size
 
 
 @command(finetuning.finetune, example="embedpipe finetune --unfreeze layer4")
@@ -44,7 +44,7 @@ def _format_source(cut: str | None, activations: Mapping[str, Any]) -> str:
     """Return what training read, and why."""
     if not activations["cached"]:
         return f"images in every epoch: {activations['reason']}"
-    size = f"{activations['rows']:,} rows, {show_size(activations['bytes'])}, {activations['reused']:,} reused"
+    size = f"{activations['rows']:,} rows, {format_size(activations['bytes'])}, {activations['reused']:,} reused"
     return f"activations at {cut}: {size} ({activations['reason']})"
 
 

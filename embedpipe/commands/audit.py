@@ -175,5 +175,5 @@ def _issue(
     suggested: str | None = None,
     twin: Sample | None = None,
 ) -> Issue:
-    name, twin_name = features.manifest.name_of(sample), features.manifest.name_of(twin) if twin else None
+    name, twin_name = features.manifest.display_name(sample), features.manifest.display_name(twin) if twin else None
     return Issue(name, sample.split, sample.label or "", suggested, score, kind, twin_name)

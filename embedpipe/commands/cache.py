@@ -302,10 +302,10 @@ def export_features(
     UsageError      no such features, or an ambiguous choice; parquet without pyarrow
     StorageError    the file cannot be written
     """
-    from embedpipe.cache import Cache, Exported, writer_of
+    from embedpipe.cache import Cache, Exported, export_writer
     from embedpipe.features import open_features
     from embedpipe.provenance import canonical_json
-    from embedpipe.storage import publish
+    from embedpipe.storage import write_atomic
 
     features = open_features(Cache(Path(cache_dir)), dataset, space=space, backbone=backbone, layer=layer)
     samples = features.samples()
@@ -314,7 +314,7 @@ def export_features(
     origin = {"dataset": features.dataset, "space": features.space.folder.name}
     about = {**origin, "fingerprint": features.space.fingerprint, "spec": canonical_json(features.space.spec)}
     path = Path(out or f"{features.dataset}.{'npz' if format == 'npy' else format}")
-    publish(path, writer_of(format, Exported(features.manifest, samples, features.space.view()), about))
+    write_atomic(path, export_writer(format, Exported(features.manifest, samples, features.space.view()), about))
     return {
         "path": str(path),
         "format": format,

@@ -107,7 +107,7 @@ def evaluate(
     """
     from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier, Scored, classify, confusion_of
-    from embedpipe.storage import publish
+    from embedpipe.storage import write_atomic
 
     run = Classifier.of(run, runs_dir)
     cache = Cache(Path(cache_dir))
@@ -116,10 +116,10 @@ def evaluate(
         split = "test" if data is None else "all"
     samples = [s for s in manifest.samples if s.label is not None and split in ("all", s.split)]
     _check(manifest, run, [s.label or "" for s in samples], split)
-    files = {str(manifest.place_of(s)): s for s in samples}
+    files = {str(manifest.byte_source_of(s)): s for s in samples}
     machine: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers, "progress": progress}
     result = classify(
-        run, list(dict.fromkeys(manifest.place_of(s) for s in samples)), cache=cache, strict=strict, **machine
+        run, list(dict.fromkeys(manifest.byte_source_of(s) for s in samples)), cache=cache, strict=strict, **machine
     )
     scored = Scored(tuple(files[path] for path in result.paths), result.values, run.task)
     matrix = confusion_of(scored, run.classes) if run.task == "single" else None
@@ -131,7 +131,7 @@ def evaluate(
         run.name, split, scores, matrix, run.classes, failed, chosen_on if chosen_on == split else None, run.task
     )
     if confusion:
-        publish(Path(confusion), evaluation.confusion_csv().encode("utf-8", "surrogateescape"))
+        write_atomic(Path(confusion), evaluation.confusion_csv().encode("utf-8", "surrogateescape"))
     return evaluation
 
 
@@ -163,7 +163,7 @@ def _warn_about_training_images(run: Classifier, cache: Cache, samples: Sequence
 
 
 def _check(manifest: Manifest, run: Classifier, labels: list[str], split: str) -> None:
-    from embedpipe.data import names_of
+    from embedpipe.data import label_names
 
     if not labels:
         raise UsageError(
@@ -175,7 +175,7 @@ def _check(manifest: Manifest, run: Classifier, labels: list[str], split: str) -
             f"{manifest.name} has {manifest.task} targets, but {run.name} was fitted on {run.task} targets",
             hint="evaluate on data with the label column that the head was fitted on",
         )
-    unknown = sorted({name for label in labels for name in names_of(label, run.task)} - set(run.classes))
+    unknown = sorted({name for label in labels for name in label_names(label, run.task)} - set(run.classes))
     if unknown:
         raise UsageError(
             f"{manifest.name} has the class {unknown[0]!r}, expected {_list_classes(run.classes)}",

@@ -58,13 +58,13 @@ class Prediction:
         return sorted(pairs, key=lambda pair: -pair[1])[:count]
 
     def to_dict(self, *, top: int = 1, probabilities: bool = False) -> dict[str, Any]:
-        from embedpipe.data import names_of
+        from embedpipe.data import label_names
 
         if self.task == "regression":
             return {"path": self.path, "value": self.value}
         record: dict[str, Any] = {"path": self.path, "label": self.label, "probability": self.probability}
         if self.task == "multilabel":
-            record["labels"] = list(names_of(self.label, self.task))
+            record["labels"] = list(label_names(self.label, self.task))
         if top > 1:
             record["top"] = [{"label": name, "probability": p} for name, p in self.top(top)]
         if probabilities:

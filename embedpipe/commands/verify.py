@@ -19,7 +19,7 @@ from embedpipe.storage import PathLike
 
 if TYPE_CHECKING:
     from embedpipe.cache import Cache, Finding, Space
-    from embedpipe.data import Manifest, Place
+    from embedpipe.data import ByteSource, Manifest
     from embedpipe.inference import Progress, Rows
 
 
@@ -131,9 +131,9 @@ def explain_reuse(
 def _read_data(cache: Cache, dataset: str | None, allow_outside: bool) -> Manifest:
     """Return the current manifest of a source, or that of a data set of the cache."""
     from embedpipe.cache import KeyIndex
-    from embedpipe.data import is_source, read_manifest
+    from embedpipe.data import is_data_argument, read_manifest
 
-    if dataset is None or not is_source(dataset):
+    if dataset is None or not is_data_argument(dataset):
         return cache.read_dataset(dataset)
     with closing(KeyIndex()) as index:
         return read_manifest(dataset, key_of=index.key_of, allow_outside=allow_outside)
@@ -181,27 +181,27 @@ def verify_cache(
     ------
     UsageError    an unknown name or a missing device
     """
-    from embedpipe.cache import DAMAGE, Cache, Finding, prove_files, prove_latest, prove_space
+    from embedpipe.cache import DAMAGE, Cache, Finding, verify_files, verify_latest, verify_space
 
     if sample < 0:
         raise UsageError(f"--sample is {sample}, expected 0 or more")
     cache = Cache(Path(cache_dir))
     spaces, datasets = _select(cache, names)
-    findings = [] if names else list(prove_latest(cache))
+    findings = [] if names else list(verify_latest(cache))
     tables: dict[str, Manifest] = {}
     for name in cache.datasets():
         try:
             tables[name] = cache.read_dataset(name)
         except CacheMismatch as exc:
             findings += [Finding(DAMAGE, str(cache.table_path(name)), exc.message)] if name in datasets else []
-    proved = {name: prove_files(tables[name]) for name in tables if name in datasets}
+    proved = {name: verify_files(tables[name]) for name in tables if name in datasets}
     findings += [finding for _, found in proved.values() for finding in found]
-    files = {s.key: m.place_of(s) for name, m in tables.items() if name not in proved for s in m.samples}
+    files = {s.key: m.byte_source_of(s) for name, m in tables.items() if name not in proved for s in m.samples}
     for known, _ in proved.values():
         files |= known
     recomputed = []
     for name in spaces:
-        damage = list(prove_space(cache, name))
+        damage = list(verify_space(cache, name))
         findings += damage
         if not damage:
             space = cache.find_space(name)
@@ -243,12 +243,18 @@ def _coverage(
 
 
 def _recompute(
-    space: Space, files: Mapping[bytes, Place], count: int | None, *, device: str, seed: int, progress: Progress | None
+    space: Space,
+    files: Mapping[bytes, ByteSource],
+    count: int | None,
+    *,
+    device: str,
+    seed: int,
+    progress: Progress | None,
 ) -> tuple[Recomputed, list[Finding]]:
     """Recompute rows with the recorded loader and pins, and compare them with the stored ones."""
     from embedpipe.cache import Finding
     from embedpipe.classifier import Reference
-    from embedpipe.inference import Runner, plan_forward, row_distances, stream_rows
+    from embedpipe.inference import Runner, resolve_settings, row_distances, stream_rows
 
     view, name = space.view(), space.folder.name
     known = sorted(key for key in files if key in view)
@@ -261,7 +267,7 @@ def _recompute(
     except EmbedpipeError as exc:
         return none, [Finding("unproved", name, f"no row can be recomputed: {exc.message}")]
     arithmetic = {"precision": space.spec["precision"], "store_dtype": space.spec["stored_dtype"]}
-    forward = plan_forward(device=device, batch_size="auto", workers="auto", executor="eager", **arithmetic)
+    forward = resolve_settings(device=device, batch_size="auto", workers="auto", executor="eager", **arithmetic)
     current, stored = environment(forward.device), space.environments[-1]
     pins = stored.get("pins") or (space.meta and space.meta.pins)
     forward = forward.pinned({**pins, "executor": "eager"}) if pins else forward

@@ -6,28 +6,28 @@
 """
 
 from embedpipe.data._folder import list_images
-from embedpipe.data._labels import SEPARATOR, TASKS, join_names, names_of
-from embedpipe.data._manifest import SPLITS, Manifest, Place, Sample, targets
+from embedpipe.data._labels import LABEL_SEPARATOR, TASK_OF_COLUMN, join_names, label_names
+from embedpipe.data._manifest import SPLITS, ByteSource, Manifest, Sample, targets
 from embedpipe.data._read import read_manifest
-from embedpipe.data._source import Failure, Source, absolute_argument, is_source, root_of
-from embedpipe.data._splits import components
+from embedpipe.data._source import Failure, Source, absolute_argument, is_data_argument, parse_root
+from embedpipe.data._splits import connected_components
 
 __all__ = [
     "Failure",
     "Manifest",
-    "Place",
-    "SEPARATOR",
+    "ByteSource",
+    "LABEL_SEPARATOR",
     "SPLITS",
     "Sample",
     "Source",
-    "TASKS",
+    "TASK_OF_COLUMN",
     "absolute_argument",
-    "components",
-    "is_source",
+    "connected_components",
+    "is_data_argument",
     "join_names",
     "list_images",
-    "names_of",
+    "label_names",
     "read_manifest",
-    "root_of",
+    "parse_root",
     "targets",
 ]

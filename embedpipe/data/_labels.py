@@ -16,20 +16,20 @@ from collections.abc import Collection, Iterable, Mapping
 
 from embedpipe.errors import UsageError
 
-TASKS = {"label": "single", "labels": "multilabel", "target": "regression"}  # by column
+TASK_OF_COLUMN = {"label": "single", "labels": "multilabel", "target": "regression"}  # by column
 MAX_TARGET = 1e100  # the square of a target must be finite
-SEPARATOR = "|"  # between class names; alone, it is the label of an image to which no class applies
+LABEL_SEPARATOR = "|"  # between class names; alone, it is the label of an image to which no class applies
 
 
 def join_names(names: Iterable[str]) -> str:
     """Return the multilabel text of class names, which does not depend on their order."""
-    return SEPARATOR.join(sorted(set(names))) or SEPARATOR
+    return LABEL_SEPARATOR.join(sorted(set(names))) or LABEL_SEPARATOR
 
 
-def names_of(label: str, task: str) -> tuple[str, ...]:
+def label_names(label: str, task: str) -> tuple[str, ...]:
     """Return the class names in a label; () for regression."""
     if task == "multilabel":
-        return tuple(name for name in map(str.strip, label.split(SEPARATOR)) if name)
+        return tuple(name for name in map(str.strip, label.split(LABEL_SEPARATOR)) if name)
     return (label,) if task == "single" else ()
 
 
@@ -38,7 +38,7 @@ def classes_of(labels: Iterable[str], task: str) -> tuple[str, ...]:
     texts = set(labels)
     if task == "regression":
         return ("target",) if texts else ()
-    return tuple(sorted({name for text in texts for name in names_of(text, task)}))
+    return tuple(sorted({name for text in texts for name in label_names(text, task)}))
 
 
 def label_of_cells(cells: Mapping[str, str], at: str) -> tuple[str | None, str]:
@@ -48,10 +48,10 @@ def label_of_cells(cells: Mapping[str, str], at: str) -> tuple[str | None, str]:
     ------
     UsageError    the target is not a finite number
     """
-    column = next((column for column in TASKS if column in cells), "label")
-    text, task = cells.get(column, "").strip(), TASKS[column]
+    column = next((column for column in TASK_OF_COLUMN if column in cells), "label")
+    text, task = cells.get(column, "").strip(), TASK_OF_COLUMN[column]
     if task == "multilabel":
-        return join_names(names_of(text, task)), task
+        return join_names(label_names(text, task)), task
     if task == "regression" and text:
         _check_number(text, at)
     return text or None, task
@@ -69,7 +69,7 @@ def _check_number(text: str, at: str) -> None:
 
 def check_label_columns(columns: Collection[str], at: str) -> None:
     """Raise UsageError for more than one label column."""
-    found = [column for column in TASKS if column in columns]
+    found = [column for column in TASK_OF_COLUMN if column in columns]
     if len(found) > 1:
         raise UsageError(
             f"{at}: found the columns {' and '.join(found)}, expected one of label, labels and target",

@@ -1,6 +1,6 @@
 """Manifest: the samples of a data set, and the place of each image: where its bytes are, and how they are read.
 
->>> Place("/data/shard.tar", "512+1000/cat/1.jpg").read()  # 1000 bytes of a tar member
+>>> ByteSource("/data/shard.tar", "512+1000/cat/1.jpg").read()  # 1000 bytes of a tar member
 >>> manifest.targets(manifest.samples)
 array([0, 1, 0])
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from embedpipe.data._files import file_version, is_url, read_file
 from embedpipe.data._hub import hub_version, read_hub_row
-from embedpipe.data._labels import names_of
+from embedpipe.data._labels import label_names
 from embedpipe.data._parquet import read_parquet_row
 from embedpipe.data._source import HUB, Failure, Source, join
 
@@ -30,7 +30,7 @@ ROW = "row "
 
 
 @dataclass(frozen=True)
-class Place:
+class ByteSource:
     """Where the bytes of one image are.
 
     Parameters
@@ -44,9 +44,9 @@ class Place:
     part: str = ""
 
     @classmethod
-    def of(cls, place: Place | str | os.PathLike[str]) -> Place:
-        """Return that of a whole file by its path; a `Place` unchanged."""
-        return place if isinstance(place, Place) else cls(os.path.abspath(place))
+    def from_path(cls, place: ByteSource | str | os.PathLike[str]) -> ByteSource:
+        """Return that of a whole file by its path; a `ByteSource` unchanged."""
+        return place if isinstance(place, ByteSource) else cls(os.path.abspath(place))
 
     def __str__(self) -> str:
         return f"{self.path}[{self.part}]" if self.part else self.path
@@ -57,7 +57,7 @@ class Place:
         return is_url(self.path) or self.path.startswith(HUB)
 
     @property
-    def is_direct(self) -> bool:
+    def is_local_range(self) -> bool:
         """True if it is a local file or a range of its bytes, which any process can read without a library."""
         return not self.is_remote and not self.part.startswith(ROW)
 
@@ -103,7 +103,7 @@ class Sample:
     group : str or None   samples of one group stay in one split
     key : bytes           sha256 of the image's bytes, 32 bytes
     source : int          index into `Manifest.sources`
-    part : str            where in the file it is, see `Place`; "" the whole file
+    part : str            where in the file it is, see `ByteSource`; "" the whole file
     """
 
     path: str
@@ -140,11 +140,11 @@ class Manifest:
     warnings: tuple[str, ...]
     task: str = "single"
 
-    def place_of(self, sample: Sample) -> Place:
+    def byte_source_of(self, sample: Sample) -> ByteSource:
         """Return where the bytes of a sample are."""
-        return Place(join(self.sources[sample.source].root, sample.path), sample.part)
+        return ByteSource(join(self.sources[sample.source].root, sample.path), sample.part)
 
-    def name_of(self, sample: Sample) -> str:
+    def display_name(self, sample: Sample) -> str:
         """Return the display name of a sample: the DATA argument, its relative path, and its name in a tar or table."""
         return self.sources[sample.source].display_name(sample.path, sample.part)
 
@@ -182,5 +182,5 @@ def targets(samples: Sequence[Sample], classes: Sequence[str], task: str) -> np.
         return np.array([-1 if label is None else index.get(label, -1) for label in labels], dtype=np.int64)
     y = np.zeros((len(samples), len(classes)), dtype=np.float32)
     for row, label in zip(y, labels, strict=True):
-        row[[index[name] for name in names_of(label or "", task) if name in index]] = 1
+        row[[index[name] for name in label_names(label or "", task) if name in index]] = 1
     return y

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from embedpipe.data._files import open_file, storage_errors
 from embedpipe.data._folder import splits_of_shards
-from embedpipe.data._labels import TASKS, check_label_columns, join_names, label_of_cells, names_of
+from embedpipe.data._labels import TASK_OF_COLUMN, check_label_columns, join_names, label_names, label_of_cells
 from embedpipe.data._source import Listing, Row, Source, folder_of, join
 from embedpipe.data._tables import COLUMNS, Record, cell_texts, check_columns, rows_of_paths, split_of_cell
 from embedpipe.errors import UsageError
@@ -110,7 +110,7 @@ def _rows_of_images(table: Any, name: str, image: str) -> Iterator[Row]:
 
 def _class_names(schema: Any, columns: Mapping[str, str]) -> list[str]:
     """Return the class names of the label column that `datasets` records in the schema; [] without them."""
-    label = next((columns[column] for column in TASKS if column in columns), None)
+    label = next((columns[column] for column in TASK_OF_COLUMN if column in columns), None)
     try:
         feature = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][label]
         feature = feature[0] if isinstance(feature, list) else feature.get("feature", feature)
@@ -125,7 +125,7 @@ def _class_label(label: str | None, task: str, classes: Sequence[str]) -> str | 
     if label is None or not classes or task == "regression":
         return label
     if task == "multilabel":
-        return join_names(_class_name(number, classes) for number in names_of(label, task))
+        return join_names(_class_name(number, classes) for number in label_names(label, task))
     return None if label == "-1" else _class_name(label, classes)
 
 

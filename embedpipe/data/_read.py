@@ -19,7 +19,7 @@ from embedpipe.data._files import is_url
 from embedpipe.data._folder import IMAGE_SUFFIXES, drop_incomplete, list_folder, walk
 from embedpipe.data._hub import list_hub
 from embedpipe.data._labels import classes_of
-from embedpipe.data._manifest import Manifest, Place, Sample
+from embedpipe.data._manifest import ByteSource, Manifest, Sample
 from embedpipe.data._parquet import list_parquet
 from embedpipe.data._source import (
     HUB,
@@ -47,7 +47,7 @@ BATCH = 64  # images that a thread takes at once, at most
 def read_manifest(
     data: PathLike | Sequence[PathLike],
     *,
-    key_of: Callable[[Place], bytes],
+    key_of: Callable[[ByteSource], bytes],
     split_by: str = "auto",
     val_fraction: float = 0.15,
     test_fraction: float = 0.15,
@@ -60,7 +60,7 @@ def read_manifest(
     ----------
     data : path or several      folders, .csv, .tsv, .jsonl tables, .tar or .parquet files, each also as a URL or a brace
                                 pattern such as "s-{000..012}.tar", or hf:NAME
-    key_of : Place -> bytes     the 32-byte key of an image, called from several threads; an OSError makes it `unreadable`
+    key_of : ByteSource -> bytes     the 32-byte key of an image, called from several threads; an OSError makes it `unreadable`
     split_by : str              "auto" (as the data name them, else hash), "folder", "column", "hash"
     val_fraction : float        fraction of val in the hash split, or of what is taken from train
     test_fraction : float       fraction of test in the hash split
@@ -114,7 +114,7 @@ def _list_source(argument: str, allow_outside: bool) -> Listing:
     source = source_of(argument)
     if source.is_hub:
         return list_hub(source)
-    if not source.names_files:
+    if not source.has_files:
         return _list_folder(source, allow_outside)
     names = [path.removeprefix(join(source.root, "")) for path in expand_braces(source.absolute)]
     for name in names:
@@ -212,14 +212,14 @@ def _limited(rows: list[tuple[int, Row]], limit: int | None) -> list[tuple[int, 
 
 
 def _read_keys(
-    rows: Sequence[tuple[int, Row]], sources: Sequence[Source], key_of: Callable[[Place], bytes]
+    rows: Sequence[tuple[int, Row]], sources: Sequence[Source], key_of: Callable[[ByteSource], bytes]
 ) -> tuple[list[Sample], list[Failure]]:
     """Return a sample for each row whose image can be read, and a failure for each other, computed in threads."""
 
     def read_batch(batch: Sequence[tuple[int, Row]]) -> list[Sample | Failure]:
         return [_read_key(row, index, sources[index], key_of) for index, row in batch]
 
-    places = [Place(join(sources[index].root, row.path)) for index, row in (rows[0], rows[-1])]
+    places = [ByteSource(join(sources[index].root, row.path)) for index, row in (rows[0], rows[-1])]
     readers = REMOTE_READERS if any(place.is_remote for place in places) else READERS
     size = min(BATCH, -(-len(rows) // (4 * readers)))
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
@@ -233,9 +233,9 @@ def _read_keys(
     return samples, failures
 
 
-def _read_key(row: Row, index: int, source: Source, key_of: Callable[[Place], bytes]) -> Sample | Failure:
+def _read_key(row: Row, index: int, source: Source, key_of: Callable[[ByteSource], bytes]) -> Sample | Failure:
     try:
-        key = key_of(Place(join(source.root, row.path), row.part))
+        key = key_of(ByteSource(join(source.root, row.path), row.part))
         return Sample(row.path, row.label, row.split, row.group, key, index, row.part)
     except EmbedpipeError:
         raise  # it concerns all images, such as a missing library
@@ -261,7 +261,7 @@ def _contradictions(samples: Sequence[Sample]) -> list[str]:
 def _name(sources: Sequence[Source]) -> str:
     """Return the name of a data set: that of its first source, and how many more there are."""
     first = os.path.basename(sources[0].root)
-    if sources[0].names_files:
+    if sources[0].has_files:
         first = os.path.splitext(sources[0].absolute.rpartition("/")[2])[0]
     name = re.sub(r"[^A-Za-z0-9._]+", "-", first.removeprefix(HUB)).strip("-.") or "data"
     return name if len(sources) == 1 else f"{name}-and-{len(sources) - 1}-more"

@@ -44,7 +44,7 @@ class Source:
         return self.argument.startswith(HUB)
 
     @property
-    def names_files(self) -> bool:
+    def has_files(self) -> bool:
         """True if the argument names files in `root`, False if it names `root` itself."""
         name = self.argument.rpartition("/")[2]
         return not self.is_hub and suffix_of(self.argument) in FILE_SUFFIXES and name != os.path.basename(self.root)
@@ -52,14 +52,14 @@ class Source:
     @property
     def has_columns(self) -> bool:
         """True if labels and splits come from columns, False if they come from folders or sidecars."""
-        return self.is_hub or (self.names_files and suffix_of(self.argument) != ".tar")
+        return self.is_hub or (self.has_files and suffix_of(self.argument) != ".tar")
 
     @property
     def prefix(self) -> str:
         """What the path of a sample is joined to for display: the argument, or the folder of the files that it names."""
         if self.is_hub:
             return str(self.root)
-        return folder_of(self.argument) if self.names_files else self.argument
+        return folder_of(self.argument) if self.has_files else self.argument
 
     @property
     def absolute(self) -> str:
@@ -67,7 +67,7 @@ class Source:
         if self.is_hub:
             return absolute_argument(self.argument)
         rest = self.argument.removeprefix(self.prefix).lstrip("/")
-        return join(self.root, rest) if self.names_files else str(self.root)
+        return join(self.root, rest) if self.has_files else str(self.root)
 
     def display_name(self, path: str, part: str = "") -> str:
         """Return the name of an image: the DATA argument, its relative path, and its name in a tar or table."""
@@ -125,7 +125,7 @@ def source_of(argument: str) -> Source:
     argument = argument.removeprefix("file://")
     path = absolute_argument(argument)
     is_file = suffix_of(path) in FILE_SUFFIXES and not os.path.isdir(path)
-    return Source(argument, root_of(folder_of(path) if is_file else path))
+    return Source(argument, parse_root(folder_of(path) if is_file else path))
 
 
 def parse_hub(argument: str) -> tuple[str, str]:
@@ -135,7 +135,7 @@ def parse_hub(argument: str) -> tuple[str, str]:
     return HUB + (os.path.abspath(name) if os.path.isdir(name) else name), split
 
 
-def root_of(text: str) -> Path | str:
+def parse_root(text: str) -> Path | str:
     """Return the root of a source from its text: a Path for a folder, the text for a URL or hf:NAME."""
     return text if is_url(text) or text.startswith(HUB) else Path(text)
 
@@ -149,7 +149,7 @@ def absolute_argument(argument: str) -> str:
     return argument.rstrip("/") if is_url(argument) else os.path.abspath(argument)
 
 
-def is_source(argument: str) -> bool:
+def is_data_argument(argument: str) -> bool:
     """Return True if an argument can be DATA: an existing path, or any URL, hf:NAME or brace pattern."""
     return os.path.exists(argument) or is_url(argument) or argument.startswith(HUB) or bool(BRACES.search(argument))
 

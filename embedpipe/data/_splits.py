@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 
-from embedpipe.data._labels import names_of
+from embedpipe.data._labels import label_names
 from embedpipe.data._manifest import Sample
 
 
@@ -50,11 +50,11 @@ def _hash_split(
     """
     val_end = test_fraction + val_fraction
     bounds = {"test": (0.0, test_fraction), "val": (test_fraction, val_end), "train": (val_end, 1.0)}
-    names = components(samples)
+    names = connected_components(samples)
     split_of = {name: next(split for split, (_, end) in bounds.items() if position(name) < end) for name in set(names)}
     components_of: dict[str, set[str]] = defaultdict(set)  # by class
     for name, sample in zip(names, samples, strict=True):
-        for label in names_of(sample.label, task) if sample.label is not None else ():
+        for label in label_names(sample.label, task) if sample.label is not None else ():
             components_of[label].add(name)
     warnings = _cover_classes(split_of, components_of, bounds)
     return [replace(sample, split=split_of[name]) for name, sample in zip(names, samples, strict=True)], warnings
@@ -66,7 +66,7 @@ def position(identity: str) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
-def components(samples: Sequence[Sample]) -> list[str]:
+def connected_components(samples: Sequence[Sample]) -> list[str]:
     """Return the name of each sample's connected component: the identity (group or key) in it with the smallest u."""
     parent: dict[str, str] = {}
 

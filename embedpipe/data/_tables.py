@@ -23,11 +23,11 @@ from pathlib import Path
 
 from embedpipe.data._files import is_url, read_file, storage_errors
 from embedpipe.data._folder import SPLIT_NAMES
-from embedpipe.data._labels import SEPARATOR, TASKS, check_label_columns, label_of_cells
+from embedpipe.data._labels import LABEL_SEPARATOR, TASK_OF_COLUMN, check_label_columns, label_of_cells
 from embedpipe.data._source import Listing, Row, Source, join, suffix_of
 from embedpipe.errors import UsageError
 
-COLUMNS = ("path", *TASKS, "split", "group")
+COLUMNS = ("path", *TASK_OF_COLUMN, "split", "group")
 Record = tuple[str, dict[str, str]]  # where a row is, for messages ("list.csv, line 3"), and its cells
 
 
@@ -99,9 +99,9 @@ def _cell_text(value: object, at: str, column: str) -> str:
         return str(value)
     if column != "labels" or not isinstance(value, list):
         raise UsageError(f"{at}: {column} is {value!r}, expected text or a number")
-    if any(isinstance(name, bool) or not isinstance(name, str | int) or SEPARATOR in str(name) for name in value):
-        raise UsageError(f"{at}: labels are {value!r}, expected a list of names without {SEPARATOR!r}")
-    return SEPARATOR.join(map(str, value))
+    if any(isinstance(name, bool) or not isinstance(name, str | int) or LABEL_SEPARATOR in str(name) for name in value):
+        raise UsageError(f"{at}: labels are {value!r}, expected a list of names without {LABEL_SEPARATOR!r}")
+    return LABEL_SEPARATOR.join(map(str, value))
 
 
 def check_columns(written: list[str], at: str) -> list[str]:
@@ -112,7 +112,9 @@ def check_columns(written: list[str], at: str) -> list[str]:
     UsageError    `path` is missing, a column stands twice, has nearly the name of a missing one, or there are two of labels
     """
     names = [name.strip().lower() for name in written]
-    missing = [name for name in COLUMNS if name not in names and not (name in TASKS and TASKS.keys() & names)]
+    missing = [
+        name for name in COLUMNS if name not in names and not (name in TASK_OF_COLUMN and TASK_OF_COLUMN.keys() & names)
+    ]
     for name in (name for name in names if name not in COLUMNS):
         meant = difflib.get_close_matches(name, missing, n=1, cutoff=0.75)
         if meant:
@@ -140,7 +142,7 @@ def rows_of_paths(records: Iterable[Record], root: Path | str, allow_outside: bo
         if empty and len(empty) < len(rows):
             message = f"{empty[0]}: no {field}, though {len(rows) - len(empty)} other rows have one"
             raise UsageError(message, hint=f"give every row a {field}, or none")
-    columns = {task: column for column, task in TASKS.items()}
+    columns = {task: column for column, task in TASK_OF_COLUMN.items()}
     labelled = [(at, columns[row.task]) for at, row in rows if row.label is not None]
     for at, column in labelled:
         if column != labelled[0][1]:

@@ -15,35 +15,31 @@ from pathlib import Path as FilePath
 
 from embedpipe.errors import ModelMismatch
 from embedpipe.heads._files import read_record
-from embedpipe.heads._fitting import L2_GRID, SOLVERS, Path, PathPoint, fit_linear, fit_path
+from embedpipe.heads._fitting import L2_GRID, SOLVERS, L2Path, L2Point, fit_linear, fit_path
 from embedpipe.heads._gram import Gram
-from embedpipe.heads._problem import MEMORY_BYTES, Chunked, objective, some_of
-from embedpipe.heads._standardisation import block_scales, class_weights
+from embedpipe.heads._problem import MEMORY_BYTES, ChunkedFeatures, objective, select_rows
+from embedpipe.heads._standardisation import block_scale_factors, class_weights
 from embedpipe.heads.knn import KnnHead, fit_knn
 from embedpipe.heads.linear import LinearHead
-
-fit_blocks, fit_blocks_once = fit_path, fit_linear
 
 __all__ = [
     "L2_GRID",
     "MEMORY_BYTES",
-    "Chunked",
+    "ChunkedFeatures",
     "SOLVERS",
     "Gram",
     "KnnHead",
     "LinearHead",
-    "Path",
-    "PathPoint",
-    "block_scales",
+    "L2Path",
+    "L2Point",
+    "block_scale_factors",
     "class_weights",
-    "fit_blocks",
-    "fit_blocks_once",
-    "fit_knn",
-    "fit_linear",
     "fit_path",
+    "fit_linear",
+    "fit_knn",
     "load_head",
     "objective",
-    "some_of",
+    "select_rows",
 ]
 
 

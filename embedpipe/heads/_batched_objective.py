@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from embedpipe.heads._problem import Chunked, Float64, Int64, Problem, blocks, centre_features, project_rows
+from embedpipe.heads._problem import ChunkedFeatures, Float64, Int64, Problem, blocks, centre_features, project_rows
 
 FLOAT64_SIZE = 2**22  # features of a problem that is solved in float64
 BLOCK_LOGITS, BLOCK_BYTES = 2**18, 2**23  # of a block of rows, which should fit in the processor's cache
@@ -136,7 +136,7 @@ class BatchedObjective:
         self.dtype = torch.float64 if is_small else torch.float32
         self._y, self._independent = torch.from_numpy(problem.y), problem.independent
         self._sample_weight = torch.from_numpy(problem.sample_weight)
-        fits = 2 * self.n * self.width <= problem.memory_bytes // 2 and not isinstance(self._X, Chunked)
+        fits = 2 * self.n * self.width <= problem.memory_bytes // 2 and not isinstance(self._X, ChunkedFeatures)
         self.bfloat16 = bfloat16 and fits and not is_small
         bytes_each = self.n * self.n_logits * self.dtype.itemsize
         # number of problems whose probabilities fit in memory, those of an iterate and of the next one
@@ -290,7 +290,9 @@ class BatchedObjective:
         """Yield the features block by block."""
         columns = self._groups(batch)[0].stop * self.n_logits
         size = min(BLOCK_LOGITS // columns, BLOCK_BYTES // (self.width * 4))
-        size = min(max(size // 64 * 64, MIN_BLOCK_ROWS), CHUNK_ROWS if isinstance(self._X, Chunked) else MAX_BLOCK_ROWS)
+        size = min(
+            max(size // 64 * 64, MIN_BLOCK_ROWS), CHUNK_ROWS if isinstance(self._X, ChunkedFeatures) else MAX_BLOCK_ROWS
+        )
         for start in range(0, self.n, size):
             rows = slice(start, min(start + size, self.n))
             yield rows, self._rotated[rows] if rotated else torch.from_numpy(np.ascontiguousarray(self._X[rows]))

@@ -19,7 +19,7 @@ from safetensors import numpy as safetensors
 
 from embedpipe.errors import ModelMismatch, StorageError, UsageError
 from embedpipe.provenance import digest_arrays
-from embedpipe.storage import publish
+from embedpipe.storage import write_atomic
 
 ARRAYS, RECORD, FORMAT_VERSION = "head.safetensors", "head.json", 1
 Arrays = dict[str, NDArray[Any]]
@@ -34,8 +34,8 @@ def save_head(folder: Path, record: Mapping[str, Any], arrays: Arrays) -> None:
     """
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     full = {"format_version": FORMAT_VERSION, **record, "digest": digest_arrays(arrays)}
-    publish(folder / ARRAYS, safetensors.save(arrays))
-    publish(folder / RECORD, (json.dumps(full, indent=2, allow_nan=False) + "\n").encode())
+    write_atomic(folder / ARRAYS, safetensors.save(arrays))
+    write_atomic(folder / RECORD, (json.dumps(full, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_record(folder: Path) -> dict[str, Any]:

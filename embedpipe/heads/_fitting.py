@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from embedpipe.errors import UsageError
 from embedpipe.evaluation import binary_log_loss, score
-from embedpipe.heads._problem import Chunked, Float64, PathWeights, Problem
+from embedpipe.heads._problem import ChunkedFeatures, Float64, PathWeights, Problem
 from embedpipe.heads._standardisation import check_labelled, fold, make_problem, unfold
 from embedpipe.heads.linear import LinearHead
 from embedpipe.provenance import nearest
@@ -31,7 +31,7 @@ Polish = Callable[[Float64, Float64, float], PathWeights]
 
 
 @dataclass(frozen=True)
-class PathPoint:
+class L2Point:
     """One l2: the training objective and the validation metrics, None if there are no validation data.
 
     loo_accuracy : leave-one-out accuracy on train, of the solver `ridge`
@@ -48,16 +48,16 @@ class PathPoint:
 
 
 @dataclass(frozen=True, eq=False)
-class Path:
+class L2Path:
     """The chosen head, its l2, and all points in rising order of l2."""
 
     head: LinearHead
     l2: float
-    points: tuple[PathPoint, ...]
+    points: tuple[L2Point, ...]
 
 
 def fit_linear(
-    X: ArrayLike | Chunked,
+    X: ArrayLike | ChunkedFeatures,
     y: ArrayLike,
     *,
     classes: Sequence[str],
@@ -86,7 +86,7 @@ def fit_linear(
     warm_start : LinearHead, optional       of the same classes and width
     sample_weight : float (N,), optional    not negative, divided by its sum
     widths : sequence of int, optional      of blocks of features side by side that weigh the same (`block_scales`)
-    memory_bytes : int                      that the solver may use besides X, which may be `Chunked`
+    memory_bytes : int                      that the solver may use besides X, which may be `ChunkedFeatures`
     gram : Gram, optional                   of X and y, for `ridge` with single labels without weights
 
     Raises
@@ -96,7 +96,7 @@ def fit_linear(
 
     Source: Bishop, PRML 4.3.4.
     """
-    [value], name = _check_l2s([l2]), _check_solver(solver, task, chunked=isinstance(X, Chunked))
+    [value], name = _check_l2s([l2]), _check_solver(solver, task, chunked=isinstance(X, ChunkedFeatures))
     problem = make_problem(X, y, classes=classes, task=task, standardize=standardize, **options)
     solve_path, _ = _prepare_solver(name, problem)
     solution = solve_path([value], unfold(problem, warm_start) if warm_start else None)
@@ -104,9 +104,9 @@ def fit_linear(
 
 
 def fit_path(
-    X: ArrayLike | Chunked,
+    X: ArrayLike | ChunkedFeatures,
     y: ArrayLike,
-    X_val: ArrayLike | Chunked | None,
+    X_val: ArrayLike | ChunkedFeatures | None,
     y_val: ArrayLike | None,
     *,
     classes: Sequence[str],
@@ -116,7 +116,7 @@ def fit_path(
     standardize: bool = True,
     grid: Sequence[float] = L2_GRID,
     **options: Any,
-) -> Path:
+) -> L2Path:
     """Fit a head for every l2 of a grid, or for a single l2, on train, and choose on validation.
 
     For classes, the highest validation accuracy wins; ties go to the lowest log loss, then to the largest l2. For several labels,
@@ -128,7 +128,7 @@ def fit_path(
     validation = None
     if X_val is not None and y_val is not None and len(np.asarray(y_val)):
         validation = check_labelled(X_val, y_val, len(classes), task)
-    name = _check_solver(solver, task, chunked=isinstance(X, Chunked))
+    name = _check_solver(solver, task, chunked=isinstance(X, ChunkedFeatures))
     if validation is None and len(l2s) > 1 and name != "ridge":
         raise UsageError(
             "no validation samples, expected some to choose l2 on", hint="give one l2 as a number, or keep a val split"
@@ -142,7 +142,7 @@ def fit_path(
     if polish:
         heads[best] = _make_heads(problem, name, [l2s[best]], *polish(weights[best], biases[best], l2s[best]))[0]
         points[best] = _validate(heads[best], validation)
-    return Path(heads[best], l2s[best], tuple(points[::-1]))
+    return L2Path(heads[best], l2s[best], tuple(points[::-1]))
 
 
 def _check_solver(name: str, task: str, *, chunked: bool) -> str:
@@ -211,9 +211,9 @@ def _make_heads(
     return heads
 
 
-def _validate(head: LinearHead, validation: tuple[Any, Any] | None) -> PathPoint:
+def _validate(head: LinearHead, validation: tuple[Any, Any] | None) -> L2Point:
     fitted = head.provenance
-    point = PathPoint(
+    point = L2Point(
         fitted["l2"], fitted["objective"], None, None, fitted.get("loo_accuracy"), loo_rmse=fitted.get("loo_rmse")
     )
     if validation is None:
@@ -228,7 +228,7 @@ def _validate(head: LinearHead, validation: tuple[Any, Any] | None) -> PathPoint
     return replace(point, val_accuracy=scores["accuracy"], val_log_loss=scores["log_loss"])
 
 
-def _rank(point: PathPoint) -> tuple[float, float, float]:
+def _rank(point: L2Point) -> tuple[float, float, float]:
     """Return a key that is largest for the point to choose."""
     rmse = point.loo_rmse if point.val_rmse is None else point.val_rmse
     if rmse is not None:

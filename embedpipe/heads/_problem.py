@@ -36,7 +36,7 @@ OFF_CENTRE = 0.1  # squared norm of the mean, relative to the total variance, ab
 
 
 @dataclass(frozen=True, eq=False)
-class Chunked:
+class ChunkedFeatures:
     """Features that are read when they are indexed, for a data set that does not fit in memory.
 
     Parameters
@@ -56,10 +56,12 @@ class Chunked:
     def __getitem__(self, rows: Any) -> Float32:
         return self.read(rows)
 
-    def map(self, transform: Callable[[Float32], Float32], rows: Int64 | None = None) -> Chunked:
+    def map(self, transform: Callable[[Float32], Float32], rows: Int64 | None = None) -> ChunkedFeatures:
         """Return the transformed features, of all rows or of those with the indices (n,)."""
         n = len(self) if rows is None else len(rows)
-        return Chunked((n, self.shape[1]), lambda part: transform(self.read(part if rows is None else rows[part])))
+        return ChunkedFeatures(
+            (n, self.shape[1]), lambda part: transform(self.read(part if rows is None else rows[part]))
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +87,7 @@ class Problem:
     provenance : dict                    how the features were standardised
     """
 
-    X: Float32 | Chunked
+    X: Float32 | ChunkedFeatures
     y: Int64 | Float64
     sample_weight: Float64
     n_classes: int
@@ -150,18 +152,20 @@ def centre_features(problem: Problem) -> tuple[Problem, Float64]:
     return replace(problem, X=map_features(problem.X, centre, problem.memory_bytes // 2), moments=None), mean
 
 
-def feature_means(X: Float32 | Chunked) -> Float64:
+def feature_means(X: Float32 | ChunkedFeatures) -> Float64:
     """Return the mean of every feature, float64 (D,); 0 if there are no rows."""
     total = sum((X[rows].sum(axis=0, dtype=np.float64) for rows in blocks(X)), np.zeros(X.shape[1]))
     return np.asarray(total / max(1, len(X)))
 
 
-def map_features(X: Float32 | Chunked, transform: Callable[[Float32], Float32], max_bytes: float) -> Float32 | Chunked:
+def map_features(
+    X: Float32 | ChunkedFeatures, transform: Callable[[Float32], Float32], max_bytes: float
+) -> Float32 | ChunkedFeatures:
     """Return transformed features (N, D): a copy up to `max_bytes`, otherwise transformed again whenever they are read."""
-    if isinstance(X, Chunked):
+    if isinstance(X, ChunkedFeatures):
         return X.map(transform)
     if X.nbytes > max_bytes:
-        return Chunked(X.shape, X.__getitem__).map(transform)
+        return ChunkedFeatures(X.shape, X.__getitem__).map(transform)
     transformed = np.empty_like(X)
     for rows in blocks(X):
         transformed[rows] = transform(X[rows])
@@ -182,7 +186,7 @@ def project_rows(problem: Problem) -> tuple[Problem, Float64 | None]:
 def objective(
     weight: ArrayLike,
     bias: ArrayLike,
-    X: ArrayLike | Chunked,
+    X: ArrayLike | ChunkedFeatures,
     y: ArrayLike,
     *,
     l2: float,
@@ -200,7 +204,7 @@ def objective(
     sample_weight : float (N,), optional    divided by its sum
     """
     W, b = np.asarray(weight, dtype=np.float64), np.asarray(bias, dtype=np.float64)
-    logits = affine(X if isinstance(X, Chunked) else np.asarray(X), W, b)
+    logits = affine(X if isinstance(X, ChunkedFeatures) else np.asarray(X), W, b)
     losses = cross_entropy(logits, np.asarray(y, dtype=np.int64))
     weights = None if sample_weight is None else np.asarray(sample_weight)
     return float(np.average(losses, weights=weights) + l2 / 2 * np.sum(W * W))
@@ -219,7 +223,9 @@ def log_normaliser(logits: Float64) -> Float64:
     return np.asarray(top + np.log(np.exp(logits - top[:, None]).sum(axis=1)))
 
 
-def affine(X: NDArray[np.floating] | Chunked, weight: NDArray[np.floating], bias: NDArray[np.floating]) -> Float64:
+def affine(
+    X: NDArray[np.floating] | ChunkedFeatures, weight: NDArray[np.floating], bias: NDArray[np.floating]
+) -> Float64:
     """Return X W' + b in float64 (N, K), block by block, so that X may be a memory map."""
     out = np.empty((len(X), len(weight)))
     W = weight.astype(np.float64).T
@@ -243,6 +249,6 @@ def blocks(
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
-def some_of(X: NDArray[Any] | Chunked, rows: Int64) -> Any:
-    """Return the rows of features with the indices (n,); `Chunked` features stay unread."""
-    return X.map(lambda x: x, rows) if isinstance(X, Chunked) else X[rows]
+def select_rows(X: NDArray[Any] | ChunkedFeatures, rows: Int64) -> Any:
+    """Return the rows of features with the indices (n,); `ChunkedFeatures` features stay unread."""
+    return X.map(lambda x: x, rows) if isinstance(X, ChunkedFeatures) else X[rows]

@@ -19,7 +19,7 @@ from embedpipe.errors import NonFiniteFeatures, UsageError
 from embedpipe.heads._gram import Gram
 from embedpipe.heads._problem import (
     MEMORY_BYTES,
-    Chunked,
+    ChunkedFeatures,
     Float32,
     Float64,
     Int64,
@@ -28,7 +28,7 @@ from embedpipe.heads._problem import (
     blocks,
     feature_means,
     map_features,
-    some_of,
+    select_rows,
 )
 from embedpipe.heads.linear import LinearHead
 
@@ -40,7 +40,7 @@ ABSENT_MARGIN = 20.0  # of a logit below the winner; e^-20 = 2e-9
 
 
 def make_problem(
-    X: ArrayLike | Chunked,
+    X: ArrayLike | ChunkedFeatures,
     y: ArrayLike,
     *,
     classes: Sequence[str],
@@ -53,7 +53,7 @@ def make_problem(
 ) -> Problem:
     """Check and standardise training data; `fit_linear` describes the parameters.
 
-    Samples without weight only contribute to the mean and std of the features. `Chunked` features are standardised when read.
+    Samples without weight only contribute to the mean and std of the features. `ChunkedFeatures` are standardised when read.
 
     Raises
     ------
@@ -67,12 +67,12 @@ def make_problem(
     mean, inverse = _measure_scale(features, widths or (features.shape[1],), standardize)
     provenance: dict[str, Any] = {"standardize": standardize, "n_train": int(used.sum())}
     if len(widths) > 1:
-        provenance |= {"blocks": list(widths), "scales": block_scales(widths).tolist()}
+        provenance |= {"blocks": list(widths), "scales": block_scale_factors(widths).tolist()}
         gram = None  # its sums are those of features that are scaled otherwise
     if standardize or len(widths) > 1:
         features = map_features(features, partial(_scale, mean=mean, inverse=inverse), np.inf)
     return Problem(
-        features if used.all() else some_of(features, np.flatnonzero(used)),
+        features if used.all() else select_rows(features, np.flatnonzero(used)),
         sample_weight=weights[used] / weights[used].sum(),
         n_classes=len(targets["present"]),
         memory_bytes=memory_bytes,
@@ -128,7 +128,7 @@ def unfold(problem: Problem, head: LinearHead) -> tuple[Float64, Float64]:
     return weight, bias
 
 
-def _measure_scale(X: Float32 | Chunked, widths: Sequence[int], standardize: bool) -> tuple[Any, Any]:
+def _measure_scale(X: Float32 | ChunkedFeatures, widths: Sequence[int], standardize: bool) -> tuple[Any, Any]:
     """Return what to subtract from the features and what to multiply them by, (D,).
 
     float32 is as fast as memory; float64 if float32 would overflow.
@@ -141,12 +141,14 @@ def _measure_scale(X: Float32 | Chunked, widths: Sequence[int], standardize: boo
         raise UsageError(f"blocks of {sum(widths)} features together, expected {X.shape[1]}")
     mean, std = _mean_and_std(X) if standardize else (np.zeros(X.shape[1]), np.ones(X.shape[1]))
     columns = np.split(std, np.cumsum(widths)[:-1])
-    inverse = np.concatenate([scale / _floor(one) for scale, one in zip(block_scales(widths), columns, strict=True)])
+    inverse = np.concatenate(
+        [scale / _floor(one) for scale, one in zip(block_scale_factors(widths), columns, strict=True)]
+    )
     fits = np.abs([mean, inverse, mean * inverse]).max() < FLOAT32_LIMIT and inverse.min() > 1 / FLOAT32_LIMIT
     return (mean.astype(np.float32), inverse.astype(np.float32)) if fits else (mean, inverse)
 
 
-def block_scales(widths: Sequence[int]) -> Float64:
+def block_scale_factors(widths: Sequence[int]) -> Float64:
     """Return sqrt(D / (B * width)) for each of B blocks of D features together, float64 (B,).
 
     Standardised features times the scale of their block have rows of the same mean squared norm in every block, so that a block
@@ -202,7 +204,7 @@ _MAKE_TARGETS: dict[str, Callable[[Any, Float64], dict[str, Any]]] = {
 }
 
 
-def _mean_and_std(X: Float32 | Chunked) -> tuple[Float64, Float64]:
+def _mean_and_std(X: Float32 | ChunkedFeatures) -> tuple[Float64, Float64]:
     """Return mean and std of every feature, float64 (D,)."""
     mean = feature_means(X)
     squares = sum(np.square(X[rows] - mean).sum(axis=0) for rows in blocks(X))
@@ -225,8 +227,10 @@ def class_weights(y: ArrayLike, n_classes: int) -> Float64:
     return np.asarray(np.divide(total, counts, out=np.zeros(n_classes), where=counts > 0))
 
 
-def check_labelled(X: ArrayLike | Chunked, y: ArrayLike, n_classes: int, task: str = "single") -> tuple[Any, Any]:
-    """Return checked features float32 (N, D), or `Chunked`, and targets of the dtype of the task.
+def check_labelled(
+    X: ArrayLike | ChunkedFeatures, y: ArrayLike, n_classes: int, task: str = "single"
+) -> tuple[Any, Any]:
+    """Return checked features float32 (N, D), or `ChunkedFeatures`, and targets of the dtype of the task.
 
     Returns
     -------
@@ -238,7 +242,7 @@ def check_labelled(X: ArrayLike | Chunked, y: ArrayLike, n_classes: int, task: s
     NonFiniteFeatures    NaN or inf; the first bad row is named
     """
     with np.errstate(over="ignore"):
-        features = X if isinstance(X, Chunked) else np.asarray(X, dtype=np.float32)
+        features = X if isinstance(X, ChunkedFeatures) else np.asarray(X, dtype=np.float32)
     labels = _to_numbers(y, np.float64 if task == "regression" else np.int64)
     columns = (n_classes,) if task == "multilabel" else ()
     if features.ndim != 2 or features.shape[1] == 0 or labels.shape != (len(features), *columns):

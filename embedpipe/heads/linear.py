@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from embedpipe.data import TASKS
+from embedpipe.data import TASK_OF_COLUMN
 from embedpipe.errors import ModelMismatch
 from embedpipe.heads._files import entry, read_head, save_head
-from embedpipe.heads._problem import Chunked, Float32, Float64, affine, log_normaliser
+from embedpipe.heads._problem import ChunkedFeatures, Float32, Float64, affine, log_normaliser
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +50,14 @@ class LinearHead:
         rows = len(self.classes)
         if self.weight.ndim != 2 or len(self.weight) != rows or self.bias.shape != (rows,):
             raise ModelMismatch(f"weight {self.weight.shape} and bias {self.bias.shape} for {rows} classes")
-        if self.task not in TASKS.values():
-            raise ModelMismatch(f"a head for {self.task}, expected {', '.join(TASKS.values())}")
+        if self.task not in TASK_OF_COLUMN.values():
+            raise ModelMismatch(f"a head for {self.task}, expected {', '.join(TASK_OF_COLUMN.values())}")
 
     @property
     def feature_dim(self) -> int:
         return int(self.weight.shape[1])
 
-    def logits(self, X: ArrayLike | Chunked) -> Float64:
+    def logits(self, X: ArrayLike | ChunkedFeatures) -> Float64:
         """Return X W' + b, float64 (N, C), for raw features (N, D).
 
         Raises
@@ -66,7 +66,7 @@ class LinearHead:
         """
         return affine(check_width(X, self.feature_dim), self.weight, self.bias)
 
-    def predict_proba(self, X: ArrayLike | Chunked) -> Float64:
+    def predict_proba(self, X: ArrayLike | ChunkedFeatures) -> Float64:
         """Return probabilities, float64 (N, C): of classes, rows sum to 1; of labels, independent ones; or numbers (N, 1)."""
         logits = self.logits(X)
         if self.task == "regression":
@@ -103,14 +103,14 @@ class LinearHead:
         return head
 
 
-def check_width(X: ArrayLike | Chunked, feature_dim: int) -> Any:
-    """Return features as an array (N, D), or `Chunked` features as they are.
+def check_width(X: ArrayLike | ChunkedFeatures, feature_dim: int) -> Any:
+    """Return features as an array (N, D), or `ChunkedFeatures` features as they are.
 
     Raises
     ------
     ModelMismatch    features of another width
     """
-    array = X if isinstance(X, Chunked) else np.asarray(X)
+    array = X if isinstance(X, ChunkedFeatures) else np.asarray(X)
     if array.ndim != 2 or array.shape[1] != feature_dim:
         raise ModelMismatch(
             f"features of shape {array.shape}, expected (N, {feature_dim})",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 from PIL import Image
 
-from embedpipe.data import Place
+from embedpipe.data import ByteSource
 from embedpipe.errors import DecodeError
 from embedpipe.images._isolation import LIMITS, Decoders, Limits, Loaded
 from embedpipe.images._transform import Transform
@@ -67,7 +67,7 @@ class Batch(Generic[Key]):
 
 
 def image_batches(
-    items: Iterable[tuple[Key, Place | Path]],
+    items: Iterable[tuple[Key, ByteSource | Path]],
     transforms: Sequence[Images],
     *,
     batch_size: int,
@@ -118,7 +118,7 @@ def _stack(decoded: Sequence[Sequence[np.ndarray | None]], transforms: Sequence[
 
 
 def _loaded(
-    items: Iterable[tuple[Key, Place | Path]],
+    items: Iterable[tuple[Key, ByteSource | Path]],
     transforms: Sequence[Images],
     decoders: Decoders,
     *,
@@ -135,9 +135,9 @@ def _loaded(
     )  # both start no thread before their first task
     reading = ThreadPoolExecutor(max(READERS, decoders.count), thread_name_prefix="read")
 
-    def submit(number: int, key: Key, item: Place | Path) -> None:
-        place = Place.of(item)
-        executor = decoding if place.is_direct else reading
+    def submit(number: int, key: Key, item: ByteSource | Path) -> None:
+        place = ByteSource.from_path(item)
+        executor = decoding if place.is_local_range else reading
         future = executor.submit(_load, decoders, key, place, transforms)
         future.add_done_callback(lambda done: ready.put((number, key, done)))
 
@@ -161,7 +161,7 @@ def _loaded(
             executor.shutdown(wait=True)
 
 
-def _load(decoders: Decoders, key: bytes | None, place: Place, transforms: Sequence[Images]) -> Timed:
+def _load(decoders: Decoders, key: bytes | None, place: ByteSource, transforms: Sequence[Images]) -> Timed:
     """Return pixels, or (stage, reason) of a failure, for each transform, and the seconds that it took."""
     start = time.monotonic()
     texts = [transform.text if isinstance(transform, Transform) else None for transform in transforms]

@@ -3,7 +3,7 @@
 A crash, a hang or a decompression bomb costs one image and one process, never the run. The processes start with the
 first image, are reused for the next batch of images, and end with this process.
 
->>> [pixels] = Decoders().load(Place("/data/cat.jpg"), key=None, transforms=[None])
+>>> [pixels] = Decoders().load(ByteSource("/data/cat.jpg"), key=None, transforms=[None])
 >>> pixels.shape
 (375, 500, 3)
 """
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from embedpipe.data import Place
+from embedpipe.data import ByteSource
 from embedpipe.errors import EmbedpipeError
 from embedpipe.images._serving import HEADER, PIXELS, STAGES
 
@@ -117,13 +117,13 @@ class Decoder:
         return self._process.poll() is None
 
     def load(
-        self, place: Place, *, key: bytes | None, transforms: Sequence[str | None], data: bytes | None = None
+        self, place: ByteSource, *, key: bytes | None, transforms: Sequence[str | None], data: bytes | None = None
     ) -> list[Loaded]:
         """Return, for each transform, uint8 (H, W, 3) of an image, or (stage, reason) of its failure.
 
         Parameters
         ----------
-        place : Place                     where the bytes of the image are
+        place : ByteSource                     where the bytes of the image are
         data : bytes or None              the bytes; None: the decoder process reads them
         key : bytes or None               expected sha256 of the bytes; None: no check
         transforms : list of str or None  `text` of a `Transform`, whose resize and crop are applied; None: the whole image
@@ -199,10 +199,10 @@ class Decoders:
         self._ended = False
         self._lock = threading.Lock()
 
-    def load(self, place: Place, *, key: bytes | None, transforms: Sequence[str | None]) -> list[Loaded]:
+    def load(self, place: ByteSource, *, key: bytes | None, transforms: Sequence[str | None]) -> list[Loaded]:
         """Return the result of `Decoder.load`."""
         data = None
-        if not place.is_direct:
+        if not place.is_local_range:
             try:
                 data = place.read()
             except OSError as exc:

@@ -1,7 +1,7 @@
 """The process of an isolated decoder: it reads requests from stdin and writes pixels to stdout.
 
-A request is a line of JSON: path and part of a `Place`, key (hex, or null), transforms (each its `text`, or null for the image
-as it is), bytes: how many bytes of the image follow the line, or null where this process reads the place itself. The answer
+A request is a line of JSON: path and part of a `ByteSource`, key (hex, or null), transforms (each its `text`, or null for the
+image as it is), bytes: how many bytes of the image follow the line, or null where this process reads the place itself. The answer
 has, for each transform, `HEADER` (kind, height or length, width) and then uint8 (height, width, 3), or the reason of a failure.
 After some images the compiled resize is loaded if numba is installed; its pixels are the same.
 The process ends as soon as its parent has ended, even in the middle of an image.
@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from embedpipe.data import Place
+from embedpipe.data import ByteSource
 from embedpipe.errors import DecodeError
 from embedpipe.images._decode import decode_image
 from embedpipe.images._transform import Resample, Transform
@@ -82,7 +82,7 @@ def _answer(request_and_data: Request, memory_bytes: int, resample: Resample | N
     request, data = request_and_data
     transforms, key = request["transforms"], request["key"]
     try:
-        image = load_image(Place(request["path"], request["part"]).read() if data is None else data, key)
+        image = load_image(ByteSource(request["path"], request["part"]).read() if data is None else data, key)
     except FAILURES as exc:
         return _failure(exc, memory_bytes) * len(transforms)
 

@@ -2,41 +2,50 @@
 
 torch is imported when a runner is made: an extraction that finds every row in the cache loads no model.
 
->>> [result] = fill_spaces([Target(space, backbone)], manifest, plan_forward(device="cpu", batch_size="auto", workers=2))
+>>> settings = resolve_settings(device="cpu", batch_size="auto", workers=2)
+>>> [result] = compute_missing([FeatureRequest(space, backbone)], manifest, settings)
 >>> result.computed, result.reused
 (1000, 0)
 """
 
 from embedpipe.inference._drift import TOLERANCE, record_environment, row_distances
-from embedpipe.inference._executor_selection import settle
-from embedpipe.inference._extraction import Progress, estimate_run, fill_spaces
-from embedpipe.inference._lookup import Filled, Target, look_up, reuse_space, row_bytes, space_name, space_spec
+from embedpipe.inference._executor_selection import select_executor
+from embedpipe.inference._extraction import Progress, compute_missing, estimate_run
+from embedpipe.inference._lookup import (
+    ExtractionResult,
+    FeatureRequest,
+    look_up,
+    reuse_space,
+    row_bytes,
+    space_name,
+    space_spec,
+)
 from embedpipe.inference._openvino import has_openvino
 from embedpipe.inference._runner import Rows, Runner, stream_rows
-from embedpipe.inference._settings import Forward, begin_decoding, plan_forward
+from embedpipe.inference._settings import InferenceSettings, begin_decoding, resolve_settings
 from embedpipe.inference._spec_memo import lookup_layers, lookup_spec, spec_key, store_layers, store_spec
 
 __all__ = [
     "TOLERANCE",
-    "Filled",
-    "Forward",
+    "ExtractionResult",
+    "InferenceSettings",
     "Progress",
     "Rows",
     "Runner",
-    "Target",
+    "FeatureRequest",
     "begin_decoding",
     "estimate_run",
-    "fill_spaces",
+    "compute_missing",
     "has_openvino",
     "look_up",
     "lookup_layers",
     "lookup_spec",
-    "plan_forward",
+    "resolve_settings",
     "record_environment",
     "reuse_space",
     "row_bytes",
     "row_distances",
-    "settle",
+    "select_executor",
     "space_name",
     "space_spec",
     "spec_key",

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedpipe.data import Place
+from embedpipe.data import ByteSource
 from embedpipe.errors import CacheMismatch
 from embedpipe.inference._runner import Runner, stream_rows
-from embedpipe.inference._settings import PINS, Forward
+from embedpipe.inference._settings import PINS, InferenceSettings
 from embedpipe.provenance import environment
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ TOLERANCE = {"fp32": 1e-3, "fp16": 5e-3, "bf16": 1.5e-2}
 SHAPING = ("torch", "torchvision", "timm", "numpy", "pillow", "machine", "device")
 
 
-def record_environment(settings: Forward, loader: Mapping[str, Any]) -> dict[str, Any]:
+def record_environment(settings: InferenceSettings, loader: Mapping[str, Any]) -> dict[str, Any]:
     """Return what is recorded with rows that are computed now."""
     return {**environment(settings.device), "pins": settings.pins, "loader": dict(loader)}
 
@@ -46,7 +46,7 @@ def is_new(space: Space, record: Mapping[str, Any], *, computing: bool) -> bool:
     return bool(trusted) and _shaping(record, fields) not in [_shaping(one, fields) for one in trusted]
 
 
-def check_drift(space: Space, view: SpaceView, items: Iterable[tuple[bytes, Place]], runner: Runner) -> int:
+def check_drift(space: Space, view: SpaceView, items: Iterable[tuple[bytes, ByteSource]], runner: Runner) -> int:
     """Compute up to 8 stored rows again, compare them with what is stored, and return their number.
 
     Parameters

@@ -27,14 +27,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedpipe.data import Place
+from embedpipe.data import ByteSource
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, StorageError, UsageError
 from embedpipe.images import image_batches
 from embedpipe.inference._openvino import graph_name, has_openvino
 from embedpipe.inference._runner import Runner
-from embedpipe.inference._settings import FIRST_BATCH, Forward, count_cores, torch_threads
+from embedpipe.inference._settings import FIRST_BATCH, InferenceSettings, count_cores, torch_threads
 from embedpipe.provenance import canonical_json
-from embedpipe.storage import publish
+from embedpipe.storage import write_atomic
 
 if TYPE_CHECKING:
     from embedpipe.backbones import Backbone
@@ -55,10 +55,10 @@ PRIORS = {"openvino": (6.0, 0.3), "compile": (60.0, 0.15)}
 NARROW_GAIN = 0.05  # of openvino without AVX-512, where it is about as fast as eager
 
 
-def settle(
+def select_executor(
     backbones: Sequence[Backbone],
-    settings: Forward,
-    items: Iterable[tuple[bytes, Place | Path]],
+    settings: InferenceSettings,
+    items: Iterable[tuple[bytes, ByteSource | Path]],
     *,
     work: int,
     graphs: Path | None = None,
@@ -176,7 +176,7 @@ def record(memo: Path | None, executor: str, kind: str, seconds: float) -> None:
         known = records.setdefault(executor, {})
         known[kind] = [*known.get(kind, []), seconds][-REMEMBERED:]
         with suppress(StorageError):
-            publish(memo, json.dumps({"format": FORMAT, "executors": records}).encode())
+            write_atomic(memo, json.dumps({"format": FORMAT, "executors": records}).encode())
 
 
 def read_records(memo: Path | None) -> Records:
@@ -208,7 +208,7 @@ def _choose(eager: Runner, records: Records, sample: Callable[[], list[np.ndarra
     return (candidate, True) if trial else ("eager", False)
 
 
-def _candidate(settings: Forward) -> str:
+def _candidate(settings: InferenceSettings) -> str:
     """Return the executor that may be faster than eager torch on this device."""
     if settings.device.startswith("cuda"):
         return "compile"
@@ -234,7 +234,7 @@ def _processor() -> tuple[str, ...]:
     return (fields.get("model name", platform.machine()), *(flag for flag in FLAGS if flag in flags))
 
 
-def _sample(runner: Runner, items: Iterable[tuple[bytes, Place | Path]]) -> list[np.ndarray]:
+def _sample(runner: Runner, items: Iterable[tuple[bytes, ByteSource | Path]]) -> list[np.ndarray]:
     """Return the first readable images, one batch for each window, filled up with black ones."""
     size = runner.settings.batch_size
     batches = image_batches(islice(items, size), runner.windows, batch_size=size, workers=runner.settings.workers)
@@ -285,7 +285,7 @@ def find_batch(rate: Callable[[int], float], first: int) -> int:
     return size
 
 
-def _find_batch(backbones: Sequence[Backbone], settings: Forward) -> int:
+def _find_batch(backbones: Sequence[Backbone], settings: InferenceSettings) -> int:
     def rate(size: int) -> float:
         runner = Runner(backbones, replace(settings, executor="eager", batch_size=size))
         for _ in range(4):  # the first call warms up

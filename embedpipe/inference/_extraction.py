@@ -1,6 +1,6 @@
-"""fill_spaces: decode, forward and commit the rows that spaces lack, each image once for all of them.
+"""compute_missing: decode, forward and commit the rows that spaces lack, each image once for all of them.
 
->>> [result] = fill_spaces([Target(space, backbone)], manifest, plan_forward(device="cpu", batch_size="auto", workers=2))
+>>> [result] = compute_missing([FeatureRequest(space, backbone)], manifest, settings)
 >>> result.computed, result.reused
 (1000, 0)
 """
@@ -18,14 +18,22 @@ from pathlib import Path
 from typing import Any
 
 from embedpipe.cache import SpaceWriter
-from embedpipe.data import Manifest, Place, Sample
+from embedpipe.data import ByteSource, Manifest, Sample
 from embedpipe.errors import CacheBusy, CacheMismatch, EmbedpipeWarning, StorageError
 from embedpipe.images import DECODER
 from embedpipe.inference._drift import check_drift, is_new, record_environment
-from embedpipe.inference._executor_selection import record_run, settle
-from embedpipe.inference._lookup import Filled, Lookup, Target, look_up, missing_images, row_bytes, summarise
+from embedpipe.inference._executor_selection import record_run, select_executor
+from embedpipe.inference._lookup import (
+    ExtractionResult,
+    FeatureRequest,
+    Lookup,
+    look_up,
+    missing_images,
+    row_bytes,
+    summarise,
+)
 from embedpipe.inference._runner import Rows, Runner, stream_rows
-from embedpipe.inference._settings import Forward
+from embedpipe.inference._settings import InferenceSettings
 from embedpipe.provenance import canonical_json
 from embedpipe.storage import check_free_space
 
@@ -37,21 +45,21 @@ MEASURED_BATCHES = 4  # of an estimate, for each stream
 REMOVED_EXECUTOR = "fused"
 
 
-def fill_spaces(
-    targets: Sequence[Target],
+def compute_missing(
+    targets: Sequence[FeatureRequest],
     manifest: Manifest,
-    settings: Forward,
+    settings: InferenceSettings,
     *,
     shard_rows: int = 1024,
     retry_failed: bool = False,
     progress: Progress | None = None,
     graphs: Path | None = None,
-) -> list[Filled]:
+) -> list[ExtractionResult]:
     """Compute the rows of `manifest` that spaces lack, with one decode for all, and commit them shard by shard.
 
     Parameters
     ----------
-    settings : Forward    the pins of a space whose extraction was interrupted replace them
+    settings : InferenceSettings    the pins of a space whose extraction was interrupted replace them
     graphs : Path         folder of the converted graphs
 
     Raises
@@ -61,10 +69,10 @@ def fill_spaces(
     CacheMismatch    stored rows are computed differently in this environment
     """
     _discard_removed(targets)
-    groups: dict[str, dict[Path, Target]] = defaultdict(dict)  # a space that is requested twice is filled once
+    groups: dict[str, dict[Path, FeatureRequest]] = defaultdict(dict)  # a space that is requested twice is filled once
     for target in targets:
         groups[canonical_json(pins_of(target))][target.space.folder] = target
-    results: dict[Path, Filled] = {}
+    results: dict[Path, ExtractionResult] = {}
     options: dict[str, Any] = {"progress": progress, "graphs": graphs}
     for group in groups.values():
         filled = _fill_group(
@@ -75,15 +83,15 @@ def fill_spaces(
 
 
 def estimate_run(
-    targets: Sequence[Target], lookups: Sequence[Lookup], manifest: Manifest, settings: Forward
+    targets: Sequence[FeatureRequest], lookups: Sequence[Lookup], manifest: Manifest, settings: InferenceSettings
 ) -> tuple[float, int, str]:
-    """Return the expected seconds of `fill_spaces`, the number of images measured, and the executor; nothing is written."""
+    """Return the expected seconds of `compute_missing`, the number of images measured, and the executor; nothing is written."""
     images = missing_images(manifest, lookups)
     if not images:
         return 0.0, 0, "none"
     start = time.monotonic()
     lacking = [target.backbone for target, found in zip(targets, lookups, strict=True) if found.missing]
-    runner = settle(lacking, settings, images.items(), work=len(images))
+    runner = select_executor(lacking, settings, images.items(), work=len(images))
     sample = dict(list(images.items())[: MEASURED_BATCHES * runner.settings.batch_size * runner.settings.streams])
     warm = time.monotonic()
     count = sum(len(rows) for rows in stream_rows(sample.items(), runner) if rows.backbone == 0)
@@ -91,13 +99,13 @@ def estimate_run(
     return warm - start + image_s * len(images), len(sample), runner.settings.executor
 
 
-def pins_of(target: Target) -> dict[str, Any]:
+def pins_of(target: FeatureRequest) -> dict[str, Any]:
     """Return the pins of a space whose extraction was interrupted; empty elsewhere."""
     meta = target.space.meta
     return dict(meta.pins or {}) if meta else {}
 
 
-def _discard_removed(targets: Sequence[Target]) -> None:
+def _discard_removed(targets: Sequence[FeatureRequest]) -> None:
     """Drop the pending rows of interrupted extractions whose executor was removed: all rows come from one executor."""
     for target in targets:
         if pins_of(target).get("executor") == REMOVED_EXECUTOR:
@@ -111,18 +119,18 @@ def _discard_removed(targets: Sequence[Target]) -> None:
 
 
 def _fill_group(
-    targets: Sequence[Target],
+    targets: Sequence[FeatureRequest],
     manifest: Manifest,
-    settings: Forward,
+    settings: InferenceSettings,
     *,
     shard_rows: int,
     retry_failed: bool,
     progress: Progress | None,
     graphs: Path | None,
-) -> list[Filled]:
+) -> list[ExtractionResult]:
     """Fill spaces that have the same pins, or none."""
 
-    def look(target: Target) -> Lookup:
+    def look(target: FeatureRequest) -> Lookup:
         return look_up(target.space, manifest, splits=target.splits, retry_failed=retry_failed)
 
     pins = pins_of(targets[0])
@@ -166,35 +174,40 @@ def _fill_group(
 
 
 def _open_runner(
-    targets: Sequence[Target], images: Mapping[bytes, Place], settings: Forward, graphs: Path | None
+    targets: Sequence[FeatureRequest],
+    images: Mapping[bytes, ByteSource],
+    settings: InferenceSettings,
+    graphs: Path | None,
 ) -> Runner | None:
     """Return a runner for the backbones of spaces that lack rows, None where there are none."""
     for target in targets:
         target.space.ensure_free()  # before the executor is chosen, which takes seconds
     backbones = [target.backbone for target in targets]
-    return settle(backbones, settings, images.items(), work=len(images), graphs=graphs) if targets else None
+    return select_executor(backbones, settings, images.items(), work=len(images), graphs=graphs) if targets else None
 
 
 def _check_environment(
-    target: Target, found: Lookup, manifest: Manifest, settings: Forward, graphs: Path | None
+    target: FeatureRequest, found: Lookup, manifest: Manifest, settings: InferenceSettings, graphs: Path | None
 ) -> dict[str, Any]:
     """Return the record of this environment; where it is new to the space, compute a few stored rows again first."""
     record = record_environment(settings, target.loader)
     if is_new(target.space, record, computing=bool(found.missing)):
-        items = [(key, manifest.place_of(sample)) for key, sample in found.wanted.items() if key in found.view]
+        items = [(key, manifest.byte_source_of(sample)) for key, sample in found.wanted.items() if key in found.view]
         runner = Runner([target.backbone], settings, graphs=graphs)
         record["probed"] = check_drift(target.space, found.view, items, runner)
     return record
 
 
-def _check_disk(target: Target, rows: int) -> None:
+def _check_disk(target: FeatureRequest, rows: int) -> None:
     """Raise StorageError if the disk cannot hold the new rows twice: in shards and in the merged file."""
     space = target.space
     stored = space.features_path.stat().st_size if space.features_path.exists() else 0
     check_free_space(space.folder, 2 * rows * row_bytes(target) + min(stored, 1 << 30))
 
 
-def _writer(target: Target, settings: Forward, record: Mapping[str, Any], shard_rows: int) -> SpaceWriter:
+def _writer(
+    target: FeatureRequest, settings: InferenceSettings, record: Mapping[str, Any], shard_rows: int
+) -> SpaceWriter:
     return target.space.writer(
         feature_dim=target.backbone.feature_dim,
         dtype=settings.store_dtype,
@@ -204,7 +217,7 @@ def _writer(target: Target, settings: Forward, record: Mapping[str, Any], shard_
     )
 
 
-def _check_pins(writer: SpaceWriter, settings: Forward) -> None:
+def _check_pins(writer: SpaceWriter, settings: InferenceSettings) -> None:
     """Raise CacheBusy if another process started to fill the space, and was interrupted, since its pins were read."""
     if writer.pins != settings.pins:
         raise CacheBusy("another process has just written to this space", hint="run the same command again")
@@ -227,9 +240,9 @@ def _compute(
     for number, samples in enumerate(missing):
         for key in samples:
             lackers[key].append(number)
-    passes: dict[tuple[int, ...], list[tuple[bytes, Place]]] = defaultdict(list)
+    passes: dict[tuple[int, ...], list[tuple[bytes, ByteSource]]] = defaultdict(list)
     for key, numbers in lackers.items():
-        passes[tuple(numbers)].append((key, manifest.place_of(missing[numbers[0]][key])))
+        passes[tuple(numbers)].append((key, manifest.byte_source_of(missing[numbers[0]][key])))
     report, busy_s = _reporter(progress, len(lackers)), dict.fromkeys(("decode", "forward", "commit"), 0.0)
     for backbones, items in passes.items():
         whole = len(backbones) == len(missing)
@@ -243,7 +256,7 @@ def _compute(
 
 def _stream(
     runner: Runner,
-    items: Sequence[tuple[bytes, Place]],
+    items: Sequence[tuple[bytes, ByteSource]],
     commits: Sequence[Callable[[Rows], float]],
     report: Callable[[int], None],
 ) -> float:

@@ -17,12 +17,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
-    from embedpipe.backbones import Joint
+    from embedpipe.backbones import SharedModel
 
 SHAPES = ("__get__", "size", "dim", "numel")  # functions that only look at a tensor's shape
 
 
-def fold(joint: Joint) -> Joint:
+def fold(joint: SharedModel) -> SharedModel:
     """Return a copy of a joint without the batch normalisations that directly follow a convolution.
 
     A convolution is left as it is if its output is a requested layer, or has other uses.
@@ -31,7 +31,7 @@ def fold(joint: Joint) -> Joint:
     if not pairs:
         return joint
     folded = copy.deepcopy(joint)
-    model = folded.headless.model
+    model = folded.extractor.model
     for conv, norm in pairs:
         before: Any = model.get_submodule(conv)
         after: Any = model.get_submodule(norm)
@@ -41,9 +41,9 @@ def fold(joint: Joint) -> Joint:
     return folded
 
 
-def find_pairs(joint: Joint) -> list[tuple[str, str]]:
+def find_pairs(joint: SharedModel) -> list[tuple[str, str]]:
     """Return pairs of a convolution and the batch normalisation that alone uses its output, from a pass on black images."""
-    model = joint.headless.model
+    model = joint.extractor.model
     names = {module: name for name, module in model.named_modules()}
     producers: dict[int, str] = {}  # id of an output -> name of the convolution
     consumers: dict[str, str] = {}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embedpipe.cache import Space, SpaceView
-from embedpipe.data import Failure, Manifest, Place, Sample
+from embedpipe.data import ByteSource, Failure, Manifest, Sample
 from embedpipe.inference._drift import is_new
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ KEY_BYTES = 32
 
 
 @dataclass(frozen=True)
-class Target:
+class FeatureRequest:
     """The features of one backbone, at one layer and in one view, and the space that stores them.
 
     loader : dict             keyword arguments of `load_backbone`, stored with the rows so that a head can load it again
@@ -34,7 +34,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Filled:
+class ExtractionResult:
     """The result of an extraction: the numbers of rows computed and reused, and the failures of this data set.
 
     bottleneck : str     the busiest stage: "decode", "forward" or "commit"; "none" if nothing was computed
@@ -92,7 +92,7 @@ def reuse_space(
     *,
     splits: tuple[str, ...] | None = None,
     retry_failed: bool = False,
-) -> Filled | None:
+) -> ExtractionResult | None:
     """Return the result of an extraction that has nothing to compute and nothing to check, else None.
 
     Parameters
@@ -107,7 +107,7 @@ def reuse_space(
 
 def summarise(
     manifest: Manifest, found: Lookup, after: SpaceView, transient: Mapping[bytes, tuple[str, str]], *ran: Any
-) -> Filled:
+) -> ExtractionResult:
     """Return the result of an extraction from the lookup before it and the view after it.
 
     Parameters
@@ -117,19 +117,21 @@ def summarise(
     """
     reasons = {key: (stage, reason) for key, (stage, reason, _) in after.failures.items()} | dict(transient)
     failed = tuple(
-        Failure(manifest.name_of(sample), *reasons[sample.key]) for sample in manifest.samples if sample.key in reasons
+        Failure(manifest.display_name(sample), *reasons[sample.key])
+        for sample in manifest.samples
+        if sample.key in reasons
     )
     computed = sum(key not in reasons for key in found.missing)
     reused = sum(key not in reasons for key in found.wanted) - computed
-    return Filled(computed, reused, (*manifest.unreadable, *failed), *(ran if found.missing else ()))
+    return ExtractionResult(computed, reused, (*manifest.unreadable, *failed), *(ran if found.missing else ()))
 
 
-def missing_images(manifest: Manifest, lookups: Iterable[Lookup]) -> dict[bytes, Place]:
+def missing_images(manifest: Manifest, lookups: Iterable[Lookup]) -> dict[bytes, ByteSource]:
     """Return the images that at least one space lacks."""
-    return {key: manifest.place_of(sample) for found in lookups for key, sample in found.missing.items()}
+    return {key: manifest.byte_source_of(sample) for found in lookups for key, sample in found.missing.items()}
 
 
-def row_bytes(target: Target) -> int:
+def row_bytes(target: FeatureRequest) -> int:
     """Return the size of a row on the disk in bytes, its key included."""
     itemsize: int = np.dtype(target.space.spec["stored_dtype"]).itemsize
     return target.backbone.feature_dim * itemsize + KEY_BYTES

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embedpipe.errors import StorageError, UsageError
-from embedpipe.inference._settings import Forward
+from embedpipe.inference._settings import InferenceSettings
 from embedpipe.provenance import canonical_json
-from embedpipe.storage import whole_folder
+from embedpipe.storage import atomic_folder
 
 if TYPE_CHECKING:
-    from embedpipe.backbones import Joint
+    from embedpipe.backbones import SharedModel
 
 
 def has_openvino() -> bool:
@@ -36,8 +36,8 @@ class OpenVino:
 
     Parameters
     ----------
-    joints : list of Joint
-    settings : Forward        batch size: images a call; streams: calls at the same time
+    joints : list of SharedModel
+    settings : InferenceSettings        batch size: images a call; streams: calls at the same time
     graphs : Path or None     folder of the converted graphs
 
     Raises
@@ -46,7 +46,9 @@ class OpenVino:
     RuntimeError  OpenVINO cannot convert a model
     """
 
-    def __init__(self, joints: Sequence[Joint], settings: Forward, *, graphs: Path | None = None) -> None:
+    def __init__(
+        self, joints: Sequence[SharedModel], settings: InferenceSettings, *, graphs: Path | None = None
+    ) -> None:
         if not has_openvino():
             raise UsageError("the executor openvino is not installed", hint="pip install 'embedpipe[openvino]'")
         import openvino
@@ -73,7 +75,7 @@ class OpenVino:
         return [np.array(features) for features in outputs.to_tuple()]
 
 
-def _graph(core: Any, joint: Joint, graphs: Path | None) -> Any:
+def _graph(core: Any, joint: SharedModel, graphs: Path | None) -> Any:
     """Return the graph of a joint, from its file, or converted and stored.
 
     It is always read from a file: a graph has other last bits before it is stored and read.
@@ -90,7 +92,7 @@ def _graph(core: Any, joint: Joint, graphs: Path | None) -> Any:
     return core.read_model(stored / "graph.xml")
 
 
-def _convert(joint: Joint, folder: Path) -> None:
+def _convert(joint: SharedModel, folder: Path) -> None:
     """Convert a joint and store its graph, whole or not at all.
 
     Raises
@@ -104,14 +106,14 @@ def _convert(joint: Joint, folder: Path) -> None:
         graph = openvino.convert_model(joint.cpu(), example_input=joint.example(2))
     shutil.rmtree(folder, ignore_errors=True)  # a damaged graph
     try:
-        with whole_folder(folder, what="graph") as fresh:
+        with atomic_folder(folder, what="graph") as fresh:
             openvino.save_model(graph, fresh / "graph.xml", compress_to_fp16=False)
     except StorageError:
         if not (folder / "graph.xml").exists():  # else another process has stored the same graph
             raise
 
 
-def graph_name(joints: Sequence[Joint]) -> str:
+def graph_name(joints: Sequence[SharedModel]) -> str:
     """Return the name of the graph of joints: a hash of their specs and the library versions."""
     versions = [_version(library) for library in ("openvino", "torch")]
     return hashlib.sha256(canonical_json([versions, [joint.spec for joint in joints]]).encode()).hexdigest()[:24]

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from embedpipe.data import Place
+from embedpipe.data import ByteSource
 from embedpipe.images import ALL, LIMITS, Batch, Limits, Transform, image_batches
 from embedpipe.inference._openvino import OpenVino
-from embedpipe.inference._settings import Forward, torch_threads
+from embedpipe.inference._settings import InferenceSettings, torch_threads
 
 if TYPE_CHECKING:
-    from embedpipe.backbones import Backbone, Joint
+    from embedpipe.backbones import Backbone, SharedModel
 
 RECENT_CALLS = 512  # whose speed is remembered
 
@@ -82,7 +82,7 @@ class Runner:
     def __init__(
         self,
         backbones: Sequence[Backbone],
-        settings: Forward,
+        settings: InferenceSettings,
         *,
         session: Executor | None = None,
         graphs: Path | None = None,
@@ -179,7 +179,9 @@ class Runner:
         return f"the output of layer {layer!r} is not finite in {precision}; {hint}"
 
 
-def stream_rows(items: Iterable[tuple[bytes, Place | Path]], runner: Runner, limits: Limits = LIMITS) -> Iterator[Rows]:
+def stream_rows(
+    items: Iterable[tuple[bytes, ByteSource | Path]], runner: Runner, limits: Limits = LIMITS
+) -> Iterator[Rows]:
     """Decode images and compute their features, a few batches at a time, in the order in which they are ready.
 
     Yields
@@ -206,7 +208,7 @@ def stream_rows(items: Iterable[tuple[bytes, Place | Path]], runner: Runner, lim
 
 
 def open_executor(
-    joints: Sequence[Joint], settings: Forward, *, graphs: Path | None = None, folded: bool = True
+    joints: Sequence[SharedModel], settings: InferenceSettings, *, graphs: Path | None = None, folded: bool = True
 ) -> Executor:
     """Return the executor that `settings` names; `folded` is for those of torch."""
     if settings.executor == "openvino":
@@ -216,7 +218,7 @@ def open_executor(
     return Torch(joints, settings, folded=folded)
 
 
-def find_faults(joint: Joint, run: Callable[[], object], size: int) -> dict[int, str]:
+def find_faults(joint: SharedModel, run: Callable[[], object], size: int) -> dict[int, str]:
     """Run a batch of `size` images; return the first layer whose output is not finite, by the index of the image."""
     import torch
 
@@ -230,7 +232,7 @@ def find_faults(joint: Joint, run: Callable[[], object], size: int) -> dict[int,
                 faults.setdefault(row, name)
 
     with ExitStack() as hooks:
-        for name, module in joint.headless.model.named_modules():
+        for name, module in joint.extractor.model.named_modules():
             if name:
                 hooks.enter_context(module.register_forward_hook(partial(note, name)))
         run()

@@ -20,7 +20,7 @@ MOST_STREAMS = 8  # each holds the activations of a batch
 
 
 @dataclass(frozen=True)
-class Forward:
+class InferenceSettings:
     """How features are computed. Only precision and stored dtype are part of the identity of a feature.
 
     executor : str        "eager", "compile" or "openvino"; "auto" until one is chosen
@@ -54,21 +54,21 @@ class Forward:
         return {name: getattr(self, name) for name in PINS}
 
     @property
-    def definite(self) -> Forward:
+    def definite(self) -> InferenceSettings:
         """These settings with eager for "auto" and the usual batch size for 0."""
         return self.under("eager" if self.executor == "auto" else self.executor)
 
-    def under(self, executor: str) -> Forward:
+    def under(self, executor: str) -> InferenceSettings:
         """Return these settings with an executor and, if the batch size is 0, its usual one."""
         usual = CPU_BATCH[executor] if self.device == "cpu" else FIRST_BATCH
         return replace(self, executor=executor, batch_size=self.batch_size or usual)
 
-    def pinned(self, pins: Mapping[str, Any]) -> Forward:
+    def pinned(self, pins: Mapping[str, Any]) -> InferenceSettings:
         """Return these settings under the pins of an extraction that was interrupted."""
         return replace(self, **{name: pins[name] for name in PINS})
 
 
-def plan_forward(
+def resolve_settings(
     *,
     device: str,
     batch_size: int | str,
@@ -76,7 +76,7 @@ def plan_forward(
     precision: str = "fp32",
     store_dtype: str = "float32",
     executor: str = "auto",
-) -> Forward:
+) -> InferenceSettings:
     """Return the settings of this machine for the arguments of a command.
 
     On a CPU every core has a decoding process and a stream of one thread; the bounded queue between them balances both.
@@ -91,7 +91,7 @@ def plan_forward(
             raise UsageError(f"--{name} is {value}, expected 1 or more")
     cores, on_cpu = count_cores(), device == "cpu"
     streams = min(cores, MOST_STREAMS) if on_cpu else 2
-    return Forward(
+    return InferenceSettings(
         device=device,
         precision=precision,
         store_dtype=store_dtype,

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from embedpipe.inference._folding import fold
-from embedpipe.inference._settings import Forward
+from embedpipe.inference._settings import InferenceSettings
 
 if TYPE_CHECKING:
-    from embedpipe.backbones import Joint
+    from embedpipe.backbones import SharedModel
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -24,12 +24,12 @@ class Torch:
 
     Parameters
     ----------
-    joints : list of Joint
-    settings : Forward    bf16 and fp16 by autocast; "compile" compiles during the first call
+    joints : list of SharedModel
+    settings : InferenceSettings    bf16 and fp16 by autocast; "compile" compiles during the first call
     folded : bool         in fp32, fold batch normalisations into convolutions
     """
 
-    def __init__(self, joints: Sequence[Joint], settings: Forward, *, folded: bool = True) -> None:
+    def __init__(self, joints: Sequence[SharedModel], settings: InferenceSettings, *, folded: bool = True) -> None:
         self._device, self._kind = settings.device, settings.device.partition(":")[0]
         is_fp32 = settings.precision == "fp32"
         self._dtype = getattr(torch, DTYPES[settings.precision])

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from embedpipe.data import Sample, components
+from embedpipe.data import Sample, connected_components
 from embedpipe.errors import UsageError
-from embedpipe.heads import Chunked, Gram, some_of
+from embedpipe.heads import ChunkedFeatures, Gram, select_rows
 
 if TYPE_CHECKING:
     from embedpipe.features import FeatureSet
@@ -60,13 +60,19 @@ def predict_out_of_fold(
     samples = tuple(s for s in features.samples(labelled=True) if s.split in splits)
     index = {name: number for number, name in enumerate(config.classes)}
     y = np.array([index[s.label or ""] for s in samples], dtype=np.int64)
-    groups = components(samples)
+    groups = connected_components(samples)
     fold, probabilities, l2 = cross_fit(config.rows(features, samples), y, groups, config, folds=folds, seed=seed)
     return OutOfFold(samples, y, fold, probabilities, l2)
 
 
 def cross_fit(
-    X: NDArray[Any] | Chunked, y: Int64, groups: Sequence[Hashable], config: HeadConfig, *, folds: int, seed: int
+    X: NDArray[Any] | ChunkedFeatures,
+    y: Int64,
+    groups: Sequence[Hashable],
+    config: HeadConfig,
+    *,
+    folds: int,
+    seed: int,
 ) -> tuple[Int64, Float64, list[float | None]]:
     """Predict each fold with a head fitted on the other folds.
 
@@ -95,7 +101,7 @@ def cross_fit(
     full_gram = config.gram(X, y)
     for number in range(folds):
         held_out, rest = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
-        X_rest, X_held_out = some_of(X, rest), some_of(X, held_out)
+        X_rest, X_held_out = select_rows(X, rest), select_rows(X, held_out)
         gram = _subtract(full_gram, X_held_out, y[held_out], config)
         l2 = _select_l2(X_rest, y[rest], group[rest], config, seed=seed, gram=gram)
         probabilities[held_out] = config.fit(X_rest, y[rest], l2=l2, gram=gram).predict_proba(X_held_out)
@@ -110,19 +116,19 @@ def _number(groups: Sequence[Hashable]) -> Int64:
 
 
 def _select_l2(
-    X: NDArray[Any] | Chunked, y: Int64, group: Int64, config: HeadConfig, *, seed: int, gram: Gram | None
+    X: NDArray[Any] | ChunkedFeatures, y: Int64, group: Int64, config: HeadConfig, *, seed: int, gram: Gram | None
 ) -> float | None:
     """Return the l2 that scores best on an inner fold of a training part."""
     if not config.selects_l2:
         return None if config.solver == "knn" else float(config.l2)
     inner = assign_folds(y, group, folds=INNER_FOLDS, seed=seed) == 0
     rest, held_out = np.flatnonzero(~inner), np.flatnonzero(inner)
-    X_held_out = some_of(X, held_out)
+    X_held_out = select_rows(X, held_out)
     gram = _subtract(gram, X_held_out, y[held_out], config)
-    return config.select(some_of(X, rest), y[rest], X_held_out, y[held_out], gram=gram).l2
+    return config.select(select_rows(X, rest), y[rest], X_held_out, y[held_out], gram=gram).l2
 
 
-def _subtract(gram: Gram | None, X: NDArray[Any] | Chunked, y: Int64, config: HeadConfig) -> Gram | None:
+def _subtract(gram: Gram | None, X: NDArray[Any] | ChunkedFeatures, y: Int64, config: HeadConfig) -> Gram | None:
     """Return a Gram matrix without the rows X, y, or None where there is none."""
     part = gram and config.gram(X, y, origin=gram.origin)
     return gram - part if gram and part else None

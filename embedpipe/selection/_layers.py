@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 
 from embedpipe.evaluation import losses
 from embedpipe.features import PENULTIMATE, FeatureSet
-from embedpipe.heads import Path, block_scales
+from embedpipe.heads import L2Path, block_scale_factors
 
 BOOTSTRAP_DRAWS, BOOTSTRAP_SEED = 10_000, 0
 
-Fit = Callable[[FeatureSet], Path]
+Fit = Callable[[FeatureSet], L2Path]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +41,7 @@ class Candidate:
     """
 
     features: FeatureSet
-    path: Path
+    path: L2Path
     probabilities: NDArray[np.float64]
     y: NDArray[np.int64]
 
@@ -172,7 +172,9 @@ def _describe_blocks(
     candidates: Sequence[Candidate], winner: Candidate, *, last: Candidate, blocks: Candidate
 ) -> dict[str, Any]:
     chosen = [space.folder for space in winner.features.spaces]
-    scales = dict(zip(chosen, block_scales(winner.features.widths).tolist(), strict=True)) if len(chosen) > 1 else {}
+    scales = (
+        dict(zip(chosen, block_scale_factors(winner.features.widths).tolist(), strict=True)) if len(chosen) > 1 else {}
+    )
     rows = [
         {**candidate.describe(), "scale": scales.get(folder), "chosen": folder in chosen}
         for candidate, folder in ((one, one.features.space.folder) for one in candidates)

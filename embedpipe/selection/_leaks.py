@@ -187,7 +187,7 @@ def _score_without(scored: Scored, classes: Sequence[str], leaked: set[Sample]) 
 
 
 def _pair(features: FeatureSet, leak: Leak) -> dict[str, Any]:
-    name = features.manifest.name_of
+    name = features.manifest.display_name
     where = {"path": name(leak.sample), "split": leak.sample.split, "kind": leak.kind}
     return {**where, "twin": name(leak.twin), "twin_split": leak.twin.split, "similarity": leak.similarity}
 

@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedpipe.errors import EmbedpipeWarning, UsageError
-from embedpipe.heads import Chunked, some_of
+from embedpipe.heads import ChunkedFeatures, select_rows
 
 if TYPE_CHECKING:
     from embedpipe.selection._head_configuration import HeadConfig
 
 Int64 = NDArray[np.int64]
 Shots = int | float  # images per class, or a share of them
-Labelled = tuple[NDArray[Any] | Chunked, Int64]  # X float32 (N, D), y int64 (N,)
+Labelled = tuple[NDArray[Any] | ChunkedFeatures, Int64]  # X float32 (N, D), y int64 (N,)
 
 
 def parse_shots(shots: str | int | Sequence[str | int]) -> dict[str | int, Shots]:
@@ -91,7 +91,7 @@ def learning_curve(
     for name, amount in shots.items():
         sizes = class_sizes(counts, amount)
         subsets = [np.flatnonzero(rank < sizes[y]) for rank in ranks[: 1 if (sizes == counts).all() else None]]
-        heads = [config.select(some_of(X, subset), y[subset], *val) for subset in subsets]
+        heads = [config.select(select_rows(X, subset), y[subset], *val) for subset in subsets]
         accuracy = {split: [_accuracy(one.head, *pair) for one in heads] for split, pair in others.items()}
         short = [c for c, count in zip(config.classes, counts.tolist(), strict=True) if count < amount]
         point = {"shots": name, "n_train": len(subsets[0]), "repeats": len(subsets), "l2": [one.l2 for one in heads]}
@@ -129,7 +129,7 @@ def mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
     return {"accuracy": mean, "accuracy_ci95": [max(0.0, mean - half), min(1.0, mean + half)]}
 
 
-def _accuracy(head: Any, X: NDArray[Any] | Chunked, y: Int64) -> float:
+def _accuracy(head: Any, X: NDArray[Any] | ChunkedFeatures, y: Int64) -> float:
     return float(np.mean(head.predict_proba(X).argmax(axis=1) == y))
 
 

@@ -7,9 +7,9 @@ before training; frozen modules are passed as `keep_eval`.
 """
 
 from embedpipe.training._plan import Epoch, Plan, Score, Trained
-from embedpipe.training._ranks import Ranks, joined
-from embedpipe.training._state import moving_names, moving_state, put
-from embedpipe.training._steps import keeps_size, layer_numbers
+from embedpipe.training._ranks import Ranks, join_process_group
+from embedpipe.training._state import load_tensors, moving_names, moving_state
+from embedpipe.training._steps import is_exempt_from_decay, layer_numbers
 from embedpipe.training._trainer import train
 
 __all__ = [
@@ -18,11 +18,11 @@ __all__ = [
     "Ranks",
     "Score",
     "Trained",
-    "joined",
-    "keeps_size",
+    "join_process_group",
+    "is_exempt_from_decay",
     "layer_numbers",
     "moving_names",
     "moving_state",
-    "put",
+    "load_tensors",
     "train",
 ]

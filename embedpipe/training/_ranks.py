@@ -58,7 +58,7 @@ class Ranks:
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def join_process_group() -> Iterator[Ranks]:
     """Join the process group if torchrun started this process."""
     if not dist.is_torchelastic_launched():
         yield Ranks()

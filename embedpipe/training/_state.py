@@ -54,7 +54,7 @@ def moving_state(network: nn.Module, keep_eval: Sequence[nn.Module]) -> dict[str
     return {name: state[name].clone() for name in sorted(moving_names(network, keep_eval))}
 
 
-def put(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Overwrite tensors of a network in place."""
     network.load_state_dict(dict(tensors), strict=False)
 
@@ -82,11 +82,11 @@ class Average:
         own = {name: state[name].clone() for name in self.tensors}
         try:
             with delay_signals():
-                put(network, self.tensors)
+                load_tensors(network, self.tensors)
             yield
         finally:
             with delay_signals():
-                put(network, own)
+                load_tensors(network, own)
 
 
 def random_state() -> dict[str, Any]:

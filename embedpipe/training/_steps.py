@@ -51,7 +51,7 @@ def layer_numbers(model: Any, stages: Sequence[str]) -> dict[str, int]:
     return numbers
 
 
-def keeps_size(model: Any, name: str, ndim: int) -> bool:
+def is_exempt_from_decay(model: Any, name: str, ndim: int) -> bool:
     """Return True if a parameter is exempt from weight decay: biases, norms, and tables such as position embeddings."""
     own = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     return ndim <= 1 or any(fnmatch(name, pattern) for pattern in (*NO_DECAY, *own))

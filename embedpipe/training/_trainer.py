@@ -17,8 +17,8 @@ from embedpipe.training._ranks import Ranks
 from embedpipe.training._state import (
     Average,
     delay_signals,
+    load_tensors,
     moving_state,
-    put,
     random_state,
     set_modes,
     set_random_state,
@@ -100,7 +100,7 @@ def train(
         save()
         raise
     finally:
-        put(network, trainer.best)
+        load_tensors(network, trainer.best)
         network.eval()
     return Trained(tuple(trainer.history), trainer.best_epoch, trainer.best_of, trainer.diverged)
 
@@ -198,7 +198,7 @@ class Trainer:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
-        put(self.network, state["moving"])
+        load_tensors(self.network, state["moving"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.stepper.scaler.load_state_dict(state["scaler"])

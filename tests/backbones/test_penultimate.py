@@ -22,7 +22,7 @@ from torchvision import models
 
 from embedpipe.backbones import load_backbone
 from embedpipe.backbones._backbone import remove_classifiers
-from embedpipe.backbones._extractor import Headless, choose_hooks
+from embedpipe.backbones._extractor import FeatureExtractor, choose_hooks
 from embedpipe.backbones._loading import LIBRARIES
 from embedpipe.backbones._trace import MetaWeights
 
@@ -161,7 +161,7 @@ def check_structure(name: str) -> None:
     trace, heads = remove_classifiers(untouched, library.classifiers_of(architecture, untouched), size, name)
     hooks = choose_hooks(untouched, trace, heads=heads, layer=None, pool="auto", name=name)
     with torch.no_grad():
-        features = Headless(untouched, hooks).eval()(images)
+        features = FeatureExtractor(untouched, hooks).eval()(images)
     assert features.shape == expected.shape
 
 

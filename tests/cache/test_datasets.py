@@ -10,7 +10,7 @@ import h5py
 import pytest
 
 from embedpipe.cache import Cache, dataset_name
-from embedpipe.data import Manifest, Place, Sample, Source
+from embedpipe.data import ByteSource, Manifest, Sample, Source
 from embedpipe.errors import CacheMismatch, UsageError
 
 
@@ -47,7 +47,7 @@ def test_parts_of_files_come_back_and_tables_without_have_no_column(cache: Cache
     sources = (Source("s3://b/x-{0..1}.tar", "s3://b"), Source("hf:o/n:c@train", "hf:o/n:c"), *plain.sources)
     stored = replace(plain, samples=(odd, *plain.samples), sources=sources)
     assert cache.read_dataset(cache.write_dataset(stored)) == stored
-    assert stored.place_of(odd) == Place("s3://b/x.tar", part)
+    assert stored.byte_source_of(odd) == ByteSource("s3://b/x.tar", part)
     assert stored.name_of(odd) == "s3://b/x.tar/" + part.partition("/")[2]
     assert [one.absolute for one in sources[:2]] == ["s3://b/x-{0..1}.tar", "hf:o/n:c@train"]
 

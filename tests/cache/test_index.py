@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from embedpipe.cache import KeyIndex
-from embedpipe.data import Place
+from embedpipe.data import ByteSource
 
 
 def write_file(path: Path, data: bytes) -> Path:
@@ -40,12 +40,12 @@ def test_parts_of_a_file_are_remembered_apart_and_forgotten_together(tmp_path: P
     for expected in (3, 0):
         index = open_index(tmp_path / "index.sqlite")
         for part, data in parts.items():
-            assert index.key_of(Place(str(file), part)) == hashlib.sha256(data).digest()
+            assert index.key_of(ByteSource(str(file), part)) == hashlib.sha256(data).digest()
         assert index.hashed == expected
         index.close()
     file.write_bytes(b"ABCDEF")
     index = open_index(tmp_path / "index.sqlite")
-    assert index.key_of(Place(str(file), "3+3")) == hashlib.sha256(b"DEF").digest()
+    assert index.key_of(ByteSource(str(file), "3+3")) == hashlib.sha256(b"DEF").digest()
     index.close()
 
 

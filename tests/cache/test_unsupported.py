@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedpipe.cache import Cache, Space, measure, prove_space
+from embedpipe.cache import Cache, Space, measure, verify_space
 from embedpipe.errors import CacheMismatch
 
 from .conftest import rows, write
@@ -34,11 +34,11 @@ def test_a_packed_space_is_listed_but_never_read(cache: Cache, packed: Space) ->
 
 
 def test_a_packed_space_is_unsupported_and_not_damaged(cache: Cache, packed: Space) -> None:
-    (finding,) = prove_space(cache, NAME)
+    (finding,) = verify_space(cache, NAME)
     assert (finding.kind, "no longer supported" in finding.detail) == ("unsupported", True)
     meta = packed.folder / "meta.json"
     meta.write_bytes(meta.read_bytes()[:-5])
-    assert [finding.kind for finding in prove_space(cache, NAME)] == ["damage"]
+    assert [finding.kind for finding in verify_space(cache, NAME)] == ["damage"]
 
 
 def test_the_same_rows_are_computed_again_in_another_space(cache: Cache, packed: Space) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedpipe.cache import Cache, Space, prove_files, prove_latest, prove_space
+from embedpipe.cache import Cache, Space, verify_files, verify_latest, verify_space
 from embedpipe.cache._features import key_matrix, write_features
 from embedpipe.cache._sealed import USER_BLOCK, seal
-from embedpipe.data import Manifest, Place, Sample, Source
+from embedpipe.data import ByteSource, Manifest, Sample, Source
 
 from .conftest import rows, write
 
@@ -28,7 +28,7 @@ def filled(space: Space) -> Space:
 
 
 def details(cache: Cache, space: Space) -> list[str]:
-    return [finding.detail for finding in prove_space(cache, space.folder.name)]
+    return [finding.detail for finding in verify_space(cache, space.folder.name)]
 
 
 def flip(path: Path, place: int) -> None:
@@ -93,12 +93,12 @@ def test_latest_names_what_is_there(cache: Cache, filled: Space) -> None:
     cache.set_latest("data-0", [filled.folder.name])
     latest = cache.root / "latest.json"
     raw = latest.read_bytes()
-    assert list(prove_latest(cache)) == []
+    assert list(verify_latest(cache)) == []
     for place in range(len(raw)):
         flip(latest, place)
-        assert list(prove_latest(cache)), raw[:place]
+        assert list(verify_latest(cache)), raw[:place]
         latest.write_bytes(raw[:place])
-        assert list(prove_latest(cache)), raw[:place]
+        assert list(verify_latest(cache)), raw[:place]
         latest.write_bytes(raw)
 
 
@@ -116,8 +116,8 @@ def test_files_are_read_again_whatever_their_times_say(tmp_path: Path) -> None:
     paths[2].unlink()
     os.mkfifo(paths[3])
     samples = tuple(Sample(p.name, None, "all", None, key) for p, key in zip(paths, keys, strict=True))
-    files, findings = prove_files(Manifest("x", (Source("x", tmp_path),), samples, (), 0, (), ()))
-    assert files == {keys[0]: Place.of(paths[0])}
+    files, findings = verify_files(Manifest("x", (Source("x", tmp_path),), samples, (), 0, (), ()))
+    assert files == {keys[0]: ByteSource.from_path(paths[0])}
     assert [(f.kind, Path(f.place).name) for f in findings] == [
         ("changed", "changed"),
         ("unreadable", "gone"),

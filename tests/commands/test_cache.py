@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 import pytest
 
-from embedpipe.cache import Cache, Exported, Space, writer_of
+from embedpipe.cache import Cache, Exported, Space, export_writer
 from embedpipe.cache._features import write_features
 from embedpipe.cache._meta import write_meta
 from embedpipe.commands import cache as caretaking
@@ -462,7 +462,7 @@ def check(odd: dict[bytes, bytes], found: dict[str, Any], paths: list[bytes], la
     """The rows are those of the space, path by path, with the label and split of the sample table."""
     cache = Cache(CACHE)
     manifest, view = cache.read_dataset(), cache.spaces()[0].view()
-    samples = {os.fsencode(manifest.name_of(sample)): sample for sample in manifest.samples}
+    samples = {os.fsencode(manifest.display_name(sample)): sample for sample in manifest.samples}
     assert dict(zip(paths, labels, strict=True)) == odd
     assert len(paths) == 38
     assert list(found["splits"]) == [samples[path].split.encode() for path in paths]
@@ -515,7 +515,7 @@ def test_export_holds_one_chunk_of_rows_at_a_time(run: Run, extracted: dict[str,
     exported = Exported(manifest, manifest.samples, space.view(), chunk_bytes=96 * 4 * 7)
     assert [len(chunk) for chunk in exported.chunks()] == [7, 7, 7, 7, 7, 1]
     out = io.BytesIO()
-    writer_of("h5", exported, {})(out)
+    export_writer("h5", exported, {})(out)
     with h5py.File(out) as file:
         assert (file["features"][:] == space.view().read(exported.keys)).all()
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from embedpipe.data import Manifest, Place, list_images, read_manifest
+from embedpipe.data import ByteSource, Manifest, list_images, read_manifest
 from embedpipe.errors import UsageError
 
 
-def key_of(place: Place) -> bytes:
+def key_of(place: ByteSource) -> bytes:
     return hashlib.sha256(place.read()).digest()
 
 
@@ -152,7 +152,7 @@ def test_names_that_are_no_utf8(tmp_path: Path) -> None:
     manifest = read(tmp_path)
     odd = next(s for s in manifest.samples if s.label != "b")
     assert os.fsencode(odd.path) == b"caf\xe9/\xff.png"
-    assert manifest.place_of(odd).read() == b"x"
+    assert manifest.byte_source_of(odd).read() == b"x"
     assert manifest.classes == tuple(sorted(["b", os.fsdecode(b"caf\xe9")]))
 
 
@@ -161,13 +161,13 @@ def test_several_sources_are_one_data_set(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     manifest = read("one", "./two/")
     assert manifest.classes == ("a", "b", "c")
-    assert [manifest.name_of(s) for s in manifest.samples] == [
+    assert [manifest.display_name(s) for s in manifest.samples] == [
         "one/a/1.png",
         "one/b/2.png",
         "./two/b/3.png",
         "./two/c/4.png",
     ]
-    assert manifest.place_of(manifest.samples[2]) == Place.of(tmp_path / "two/b/3.png")
+    assert manifest.byte_source_of(manifest.samples[2]) == ByteSource.from_path(tmp_path / "two/b/3.png")
     assert manifest.name == "one-and-1-more"
     assert read("one").name == "one"
 
@@ -224,7 +224,7 @@ def test_one_class_is_said(tmp_path: Path) -> None:
 def test_unreadable_files_do_not_stop_the_rest(tmp_path: Path) -> None:
     write(tmp_path, "a/1.png", "a/2.png", "b/3.png")
 
-    def picky(place: Place) -> bytes:
+    def picky(place: ByteSource) -> bytes:
         if place.path.endswith("2.png"):
             raise PermissionError(13, "Permission denied")
         return key_of(place)
@@ -233,7 +233,7 @@ def test_unreadable_files_do_not_stop_the_rest(tmp_path: Path) -> None:
     assert [s.path for s in manifest.samples] == ["a/1.png", "b/3.png"]
     assert manifest.unreadable[0].reason == "Permission denied"
 
-    def refuse(place: Place) -> bytes:
+    def refuse(place: ByteSource) -> bytes:
         raise PermissionError(13, "Permission denied")
 
     with pytest.raises(UsageError, match="no image can be read, first of 3"):
@@ -250,7 +250,7 @@ def test_a_limit_sees_all_classes_and_grows_by_addition(tmp_path: Path) -> None:
 
 def test_a_limit_is_not_hashed_beyond(tmp_path: Path) -> None:
     write(tmp_path, *(f"a/{i}.png" for i in range(30)))
-    asked: list[Place] = []
+    asked: list[ByteSource] = []
     read_manifest([tmp_path], key_of=lambda place: asked.append(place) or key_of(place), limit=5)
     assert len(asked) == 5
 

@@ -45,7 +45,7 @@ def test_saved_data_sets(saved: Path, tmp_path: Path) -> None:
     assert any("1 image(s)" in text for text in manifest.warnings)  # the label -1
     photo = (tmp_path / "photos/blue/000.png").read_bytes()
     assert manifest.samples[0].key == hashlib.sha256(photo).digest()
-    assert manifest.name_of(manifest.samples[0]) == f"hf:{saved}/train/row 0 image"
+    assert manifest.display_name(manifest.samples[0]) == f"hf:{saved}/train/row 0 image"
     cache = Cache(tmp_path / "cache")
     assert cache.read_dataset(cache.write_dataset(manifest)) == manifest
     index.close()

@@ -12,14 +12,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from embedpipe.data import Manifest, Place, read_manifest
+from embedpipe.data import ByteSource, Manifest, read_manifest
 from embedpipe.errors import UsageError
 
 NAMES = [["cat", "dog"], [], ["dog"], ["cat"]]
 NUMBERS = [0.5, -3, 1e3, 7]
 
 
-def key_of(place: Place) -> bytes:
+def key_of(place: ByteSource) -> bytes:
     return hashlib.sha256(f"{place.path} {place.part}".encode()).digest()
 
 

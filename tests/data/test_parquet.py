@@ -12,14 +12,14 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from embedpipe.data import Manifest, Place, read_manifest
+from embedpipe.data import ByteSource, Manifest, read_manifest
 from embedpipe.data._parquet import ColumnCache, read_parquet_row
 from embedpipe.errors import StorageError, UsageError
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def key_of(place: Place) -> bytes:
+def key_of(place: ByteSource) -> bytes:
     return hashlib.sha256(place.read()).digest()
 
 
@@ -61,13 +61,13 @@ def test_images_in_rows(tmp_path: Path, rows: int) -> None:
     names = json.dumps({"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}})
     file = write(tmp_path / "x.parquet", rows=rows, metadata={"huggingface": names}, image=cells, label=[0, 1] * 5)
     manifest = read(file)
-    assert [manifest.place_of(s).read() for s in manifest.samples] == data
-    assert not any(manifest.place_of(s).is_direct for s in manifest.samples)
+    assert [manifest.byte_source_of(s).read() for s in manifest.samples] == data
+    assert not any(manifest.byte_source_of(s).is_local_range for s in manifest.samples)
     assert [s.label for s in manifest.samples] == ["cat", "dog"] * 5
-    assert manifest.name_of(manifest.samples[4]) == f"{file}/4.jpg"
+    assert manifest.display_name(manifest.samples[4]) == f"{file}/4.jpg"
     assert manifest.samples[4].part == f"row {4 // rows}:{4 % rows} image/4.jpg"
     plain = read(write(tmp_path / "y.parquet", rows=rows, bytes=data, **{"class": ["a", "b"] * 5}, group=["g"] * 10))
-    assert [plain.place_of(s).read() for s in plain.samples] == data
+    assert [plain.byte_source_of(s).read() for s in plain.samples] == data
     assert {(s.label, s.group) for s in plain.samples} == {("a", "g"), ("b", "g")}
 
 
@@ -95,7 +95,7 @@ def test_a_folder_of_parquet_files_has_the_splits_of_their_names(tmp_path: Path)
 
 
 def test_a_file_that_is_written_again_is_read_again(tmp_path: Path) -> None:
-    place = Place(str(write(tmp_path / "x.parquet", image=[b"old"])), "row 0:0 image")
+    place = ByteSource(str(write(tmp_path / "x.parquet", image=[b"old"])), "row 0:0 image")
     assert place.read() == b"old"
     write(tmp_path / "x.parquet", image=[b"new"])
     assert place.read() == b"new"

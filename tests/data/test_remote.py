@@ -13,7 +13,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from embedpipe.cache import Cache, KeyIndex
-from embedpipe.data import Manifest, Place, _files, read_manifest
+from embedpipe.data import ByteSource, Manifest, _files, read_manifest
 from embedpipe.errors import StorageError, UsageError
 from tests.data.serving import serving
 from tests.data.test_tar import write as write_tar
@@ -47,12 +47,12 @@ def test_folders_tables_and_tars_of_the_web(folder: Path, index: KeyIndex) -> No
         manifest = read(index, f"{url}/data/")
         assert [(s.path, s.label) for s in manifest.samples] == [("a/1.png", "a"), ("a/2.png", "a"), ("b/3.png", "b")]
         assert [s.key for s in manifest.samples[:1]] == [hashlib.sha256(b"a/1.png" * 100).digest()]
-        assert manifest.name_of(manifest.samples[0]) == f"{url}/data/a/1.png"
+        assert manifest.display_name(manifest.samples[0]) == f"{url}/data/a/1.png"
         assert [s.label for s in read(index, f"{url}/data/list.csv").samples] == ["x", "y"]
         tars = read(index, f"{url}/s-{{0..1}}.tar")
         assert [tars.name_of(s) for s in tars.samples] == [f"{url}/s-0.tar/a/0.png", f"{url}/s-1.tar/b/1.png"]
         asked.clear()
-        assert tars.place_of(tars.samples[1]).read() == b"1" * 900
+        assert tars.byte_source_of(tars.samples[1]).read() == b"1" * 900
         assert [body for method, _, body in asked if method == "GET"] == [b"1" * 900]  # the range, nothing else
 
 
@@ -124,7 +124,7 @@ def test_tables_stay_below_their_url(folder: Path, index: KeyIndex, tmp_path: Pa
         with pytest.raises(UsageError, match="leaves the folder of the table"):
             read(index, str(tmp_path / "here.csv"))
         manifest = read(index, str(tmp_path / "here.csv"), allow_outside=True)
-        assert manifest.place_of(manifest.samples[0]) == Place(f"{url}/data/a/1.png")
+        assert manifest.byte_source_of(manifest.samples[0]) == ByteSource(f"{url}/data/a/1.png")
 
 
 class Versioned(MemoryFileSystem):
@@ -140,12 +140,12 @@ class Versioned(MemoryFileSystem):
 def test_ranges_are_asked_for_by_name() -> None:
     fsspec.register_implementation("versioned", Versioned, clobber=True)
     Versioned().pipe("versioned://x/y", b"abcdef")
-    assert Place("versioned://x/y", "2+3").read() == b"cde"
+    assert ByteSource("versioned://x/y", "2+3").read() == b"cde"
 
 
 def test_files_by_url_and_in_memory(folder: Path, index: KeyIndex) -> None:
     here = read(index, f"file://{folder}/data")
-    assert all(here.place_of(s).is_direct for s in here.samples)
+    assert all(here.byte_source_of(s).is_local_range for s in here.samples)
     system = fsspec.filesystem("memory")
     system.pipe({"/test/x/1.png": b"one", "/test/x/.2.png": b"two", "/test/note.txt": b""})
     manifest = read(index, "memory://test")

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from embedpipe.data import Manifest, Place, read_manifest
+from embedpipe.data import ByteSource, Manifest, read_manifest
 from embedpipe.errors import UsageError
 
 
-def key_of(place: Place) -> bytes:
+def key_of(place: ByteSource) -> bytes:
     return hashlib.sha256(os.fsencode(os.path.basename(place.path))).digest()  # the files need not exist
 
 
@@ -81,7 +81,7 @@ def test_quoting(tmp_path: Path) -> None:
 
 def test_bytes_that_are_no_utf8_name_the_file_of_those_bytes(tmp_path: Path) -> None:
     manifest = read(tmp_path, b"path,label\ncaf\xe9.png,th\xe9\nb.png,b\n")
-    assert os.fsencode(manifest.place_of(manifest.samples[0]).path).endswith(b"/caf\xe9.png")
+    assert os.fsencode(manifest.byte_source_of(manifest.samples[0]).path).endswith(b"/caf\xe9.png")
     assert os.fsencode(manifest.samples[0].label) == b"th\xe9"
 
 
@@ -90,8 +90,8 @@ def test_display_name_and_file(tmp_path: Path, monkeypatch) -> None:
     read(tmp_path / "sub", "path\nx/a.png\n")
     monkeypatch.chdir(tmp_path)
     manifest = read_manifest(["sub/list.csv"], key_of=key_of)
-    assert manifest.name_of(manifest.samples[0]) == "sub/x/a.png"
-    assert manifest.place_of(manifest.samples[0]) == Place.of(tmp_path / "sub/x/a.png")
+    assert manifest.display_name(manifest.samples[0]) == "sub/x/a.png"
+    assert manifest.byte_source_of(manifest.samples[0]) == ByteSource.from_path(tmp_path / "sub/x/a.png")
     assert manifest.splits == {"all": 1}
 
 
@@ -147,7 +147,7 @@ def test_paths_outside_need_leave(tmp_path: Path, path: str) -> None:
     text = f"path\n{path}\n"
     assert "leaves the folder" in refused(tmp_path, text)
     manifest = read(tmp_path, text, allow_outside=True)
-    assert os.path.normpath(manifest.place_of(manifest.samples[0]).path) == os.path.normpath(tmp_path / path)
+    assert os.path.normpath(manifest.byte_source_of(manifest.samples[0]).path) == os.path.normpath(tmp_path / path)
 
 
 def test_a_sibling_whose_name_begins_alike_is_outside(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from embedpipe.data import Manifest, Place, read_manifest
+from embedpipe.data import ByteSource, Manifest, read_manifest
 from embedpipe.errors import UsageError
 
 Entry = tuple[str, bytes | tarfile.TarInfo]
 
 
-def key_of(place: Place) -> bytes:
+def key_of(place: ByteSource) -> bytes:
     return hashlib.sha256(place.read()).digest()
 
 
@@ -38,7 +38,7 @@ def read(*data: Path | str, **options: object) -> Manifest:
 
 
 def labels(manifest: Manifest) -> dict[str, str | None]:
-    return {manifest.name_of(s): s.label for s in manifest.samples}
+    return {manifest.display_name(s): s.label for s in manifest.samples}
 
 
 def link(kind: bytes) -> tarfile.TarInfo:
@@ -53,8 +53,8 @@ def test_members_are_ranges_with_their_bytes(tmp_path: Path, format: int) -> Non
     entries = [("cat/1.jpg", b"one"), ("./dog/ü 2.PNG", b"two" * 999), (long, b"three")]
     tar = write(tmp_path / "x.tar", *entries, format=format)
     manifest = read(tar)
-    assert [manifest.place_of(s).read() for s in manifest.samples] == [content for _, content in entries]
-    assert all(manifest.place_of(s).is_direct for s in manifest.samples)
+    assert [manifest.byte_source_of(s).read() for s in manifest.samples] == [content for _, content in entries]
+    assert all(manifest.byte_source_of(s).is_local_range for s in manifest.samples)
     assert labels(manifest) == {f"{tar}/cat/1.jpg": "cat", f"{tar}/dog/ü 2.PNG": "dog", f"{tar}/{long}": "d" * 90}
     assert manifest.ignored == 0
 
@@ -94,7 +94,7 @@ def test_names_are_only_names(tmp_path: Path) -> None:
     entries = [("/etc/1.jpg", b"1"), ("../../up/2.jpg", b"2"), ("up/._2.jpg", b"mac"), ("up/.git/3.jpg", b"3")]
     manifest = read(write(tmp_path / "x.tar", *entries))
     assert labels(manifest) == {f"{tmp_path}/x.tar/etc/1.jpg": "etc", f"{tmp_path}/x.tar/up/2.jpg": "up"}
-    assert {manifest.place_of(s).path for s in manifest.samples} == {str(tmp_path / "x.tar")}
+    assert {manifest.byte_source_of(s).path for s in manifest.samples} == {str(tmp_path / "x.tar")}
 
 
 def test_links_devices_and_sparse_members_are_left_out(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_tars_beside_images_are_told_of(tmp_path: Path) -> None:
 def test_a_member_that_is_gone_is_unreadable(tmp_path: Path) -> None:
     tar = write(tmp_path / "x.tar", ("a/1.jpg", b"1" * 2000))
     (sample,) = read(tar).samples
-    place = read(tar).place_of(sample)
+    place = read(tar).byte_source_of(sample)
     os.truncate(tar, 1000)
     with pytest.raises(OSError, match="changed while reading"):
         place.read()

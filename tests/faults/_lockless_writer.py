@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from embedpipe.cache import Space, SpaceWriter
-from embedpipe.storage import publish
+from embedpipe.storage import write_atomic
 from tests.faults._proving import OPTIONS, features_of, keys_of, open_space
 
 
@@ -41,7 +41,7 @@ def write_one(space: Space, root: Path) -> None:
 
     with space.writer(**OPTIONS) as writer:
         commit_each(writer, range(5, 15))
-        publish(space.folder / "shards/one.txt", half)
+        write_atomic(space.folder / "shards/one.txt", half)
         commit_each(writer, range(15, 25))
         writer.finish()
 

@@ -18,7 +18,7 @@ from PIL import Image
 from embedpipe.backbones import Backbone, load_backbone
 from embedpipe.images import Transform
 from embedpipe.images import _transform as transforms
-from embedpipe.inference import Forward, space_spec
+from embedpipe.inference import InferenceSettings, space_spec
 from embedpipe.provenance import fingerprint
 from tests.conftest import TINY, Run, write_photos
 
@@ -134,7 +134,7 @@ def test_what_does_not_shape_a_feature_is_the_same_space(tmp_path: Path) -> None
     for _ in range(2):
         torch.rand(3)
         assert identity() == base
-    pins = set(Forward().pins)
+    pins = set(InferenceSettings().pins)
     assert not pins & set(space_spec(load(), **ARITHMETIC))
 
 

@@ -50,7 +50,7 @@ def extract(
     space, pending = cache.open_space(SPEC, name="stub"), []
     with space.writer(**OPTIONS) as writer:
         view = space.view()
-        files = {sample.key: manifest.place_of(sample) for sample in manifest.samples}
+        files = {sample.key: manifest.byte_source_of(sample) for sample in manifest.samples}
         missing = [key for key in files if key not in view and key not in view.failures]
         for number, key in enumerate(missing):
             if number == stop_after:

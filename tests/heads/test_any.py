@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedpipe.errors import EmbedpipeError
-from embedpipe.heads import fit_blocks
+from embedpipe.heads import fit_path
 
 GRID = (1e-6, 1e-3, 1.0, 100.0)
 
@@ -82,7 +82,7 @@ def test_any_path(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(newton|lbfgs)", RuntimeWarning)  # says that it has not converged
         try:
-            path = fit_blocks(X, y, X_val, y_val, widths=widths, grid=GRID, sample_weight=weights, **options)
+            path = fit_path(X, y, X_val, y_val, widths=widths, grid=GRID, sample_weight=weights, **options)
         except EmbedpipeError:  # any other end is a defect
             return
     assert path.l2 in GRID

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from embedpipe.heads import Chunked, Gram
+from embedpipe.heads import ChunkedFeatures, Gram
 from embedpipe.heads._ridge import solve_path
 from embedpipe.heads._standardisation import make_problem
 
@@ -24,9 +24,9 @@ def rows(n_classes: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_gram_of_the_remaining_rows_gives_the_head_that_is_fitted_on_them(n_classes: int, chunked: bool) -> None:
     X, y = rows(n_classes)
-    whole: np.ndarray | Chunked = Chunked(X.shape, X.__getitem__) if chunked else X
-    total = Gram.of(whole, y, n_classes + 1)  # one class has no rows
-    gram = total - Gram.of(X[:90], y[:90], n_classes + 1, total.origin)
+    whole: np.ndarray | ChunkedFeatures = ChunkedFeatures(X.shape, X.__getitem__) if chunked else X
+    total = Gram.from_rows(whole, y, n_classes + 1)  # one class has no rows
+    gram = total - Gram.from_rows(X[:90], y[:90], n_classes + 1, total.origin)
     classes = [str(k) for k in range(n_classes + 1)]
     problem = make_problem(X[90:], y[90:], classes=classes, standardize=True, sample_weight=None, gram=gram)
     assert problem.moments is not None
@@ -43,9 +43,9 @@ def test_a_gram_of_the_remaining_rows_gives_the_head_that_is_fitted_on_them(n_cl
 
 def test_sums_minus_a_part_are_the_sums_of_the_rest() -> None:
     X, y = rows(3)
-    whole = Gram.of(X, y, 3)
-    left = whole - Gram.of(X[:150], y[:150], 3, whole.origin)
-    rest = Gram.of(X[150:], y[150:], 3, whole.origin)
+    whole = Gram.from_rows(X, y, 3)
+    left = whole - Gram.from_rows(X[:150], y[:150], 3, whole.origin)
+    rest = Gram.from_rows(X[150:], y[150:], 3, whole.origin)
     assert left.count == rest.count == 250
     scale = np.sqrt(np.outer(np.diag(rest.products), np.diag(rest.products)))
     assert np.abs((left.products - rest.products) / scale).max() < 1e-12
@@ -53,5 +53,5 @@ def test_sums_minus_a_part_are_the_sums_of_the_rest() -> None:
 
 def test_a_gram_is_ignored_with_sample_weights() -> None:
     X, y = rows(3)
-    options = {"classes": "abc", "standardize": True, "gram": Gram.of(X, y, 3)}
+    options = {"classes": "abc", "standardize": True, "gram": Gram.from_rows(X, y, 3)}
     assert make_problem(X, y, sample_weight=1.0 + y, **options).moments is None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedpipe.heads import L2_GRID, Chunked, fit_linear, fit_path
+from embedpipe.heads import L2_GRID, ChunkedFeatures, fit_linear, fit_path
 
 
 @pytest.mark.parametrize("solver", ["newton", "ridge"])
@@ -24,7 +24,7 @@ def test_chunks_are_small(solver: str) -> None:
         asked.append(len(X[rows]))
         return X[rows]
 
-    head = fit_linear(Chunked(X.shape, read), y, classes=("a", "b"), l2=1e-2, solver=solver)
+    head = fit_linear(ChunkedFeatures(X.shape, read), y, classes=("a", "b"), l2=1e-2, solver=solver)
     assert max(asked) < 4000
     np.testing.assert_allclose(
         head.weight, fit_linear(X, y, classes=("a", "b"), l2=1e-2, solver=solver).weight, atol=1e-5

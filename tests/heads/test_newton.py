@@ -13,7 +13,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from embedpipe.heads import L2_GRID, Chunked, fit_linear
+from embedpipe.heads import L2_GRID, ChunkedFeatures, fit_linear
 from embedpipe.heads._batched_objective import BatchedObjective, Iterates, has_native_bfloat16
 from embedpipe.heads._conjugate_gradients import newton_direction
 from embedpipe.heads._extrapolation import extrapolate
@@ -64,7 +64,7 @@ def gap(problem: Problem, weight: np.ndarray, bias: np.ndarray, l2: float) -> fl
     return float(np.square(gradient).sum() / (2 * l2) / problem.objective(weight, bias, l2))
 
 
-def even(X: np.ndarray | Chunked, y: np.ndarray, n_classes: int, **more: int) -> Problem:
+def even(X: np.ndarray | ChunkedFeatures, y: np.ndarray, n_classes: int, **more: int) -> Problem:
     return Problem(X, y, np.full(len(X), 1 / len(X)), n_classes, **more)
 
 
@@ -158,7 +158,7 @@ def test_bfloat16_is_used_only_where_the_processor_multiplies_it() -> None:
 def test_bfloat16_needs_memory_for_a_copy(memory: int, chunked: bool, used: bool) -> None:
     problem = hard_problem(2000, 60, 4, memory_bytes=memory)
     if chunked:
-        problem = replace(problem, X=Chunked(problem.X.shape, problem.X.__getitem__))
+        problem = replace(problem, X=ChunkedFeatures(problem.X.shape, problem.X.__getitem__))
     objective = BatchedObjective(problem, bfloat16=True, float64_size=0)
     assert objective.bfloat16 is used
     assert worst_gap(problem, [1e-2, 1e-3], objective) <= 1e-6
@@ -236,7 +236,7 @@ def test_features_far_from_zero_are_centred(n_classes: int, chunked: bool) -> No
     Z, l2s = standardised(X).astype(np.float32), GRID[::4]
     Z[:, :2] += 100, -50
     Z += 10
-    problem = even(Chunked(Z.shape, lambda rows: Z[rows]) if chunked else Z, y, n_classes)
+    problem = even(ChunkedFeatures(Z.shape, lambda rows: Z[rows]) if chunked else Z, y, n_classes)
     weights, biases, _ = solve_path(BatchedObjective(problem), l2s)
     mean = Z.mean(axis=0, dtype=np.float64)
     centred = even(Z - mean, y, n_classes)
@@ -334,7 +334,7 @@ def test_a_good_start_saves_products() -> None:
 
 def test_a_centred_copy_is_made_if_it_fits_in_memory() -> None:
     X, y = hard(500, 30, 3)
-    for memory, kind in ((2**20, np.ndarray), (1000, Chunked)):
+    for memory, kind in ((2**20, np.ndarray), (1000, ChunkedFeatures)):
         centred, mean = centre_features(even(X + np.float32(1e3), y, 3, memory_bytes=memory))
         assert isinstance(centred.X, kind)
         np.testing.assert_allclose(centred.X[:7], X[:7] + 1e3 - mean, atol=1e-3)
@@ -457,7 +457,7 @@ def test_features_that_are_read_in_chunks_give_the_same_weights() -> None:
         most = max(most, len(part))
         return part
 
-    chunked = replace(problem, X=Chunked(problem.X.shape, read))
+    chunked = replace(problem, X=ChunkedFeatures(problem.X.shape, read))
     for l2 in (1e-1, 1e-3):
         polished = []
         for one in (problem, chunked):

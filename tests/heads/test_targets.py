@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score, r2_score
 
 from embedpipe.errors import ModelMismatch, UsageError
 from embedpipe.evaluation import score_multilabel, score_regression
-from embedpipe.heads import Chunked, LinearHead, fit_linear, fit_path, load_head
+from embedpipe.heads import ChunkedFeatures, LinearHead, fit_linear, fit_path, load_head
 
 N, D = 200, 30
 NAMES = ("even", "big", "round")
@@ -167,5 +167,5 @@ def test_features_in_chunks_give_the_same_head(task: str) -> None:
     options = {"classes": NAMES if task == "multilabel" else ("target",), "l2": 0.01, "task": task}
     target = Y if task == "multilabel" else y
     whole = fit_linear(X, target, **options)
-    chunked = fit_linear(Chunked(X.shape, X.__getitem__), target, **options)
+    chunked = fit_linear(ChunkedFeatures(X.shape, X.__getitem__), target, **options)
     np.testing.assert_allclose(chunked.predict_proba(X), whole.predict_proba(X), rtol=1e-4, atol=1e-5)

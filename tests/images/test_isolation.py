@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from embedpipe.data import Place
+from embedpipe.data import ByteSource
 from embedpipe.errors import EmbedpipeError
 from embedpipe.images import Transform, decode_image, image_batches, start_decoders
 from embedpipe.images._isolation import Decoder, Decoders, Limits, close_decoders
@@ -65,7 +65,7 @@ def wait_until(true: object, limit_s: float = 10) -> None:
 
 def test_pixels_are_those_of_this_process(good: Path) -> None:
     decoders = Decoders()
-    cropped, whole = decoders.load(Place.of(good), key=None, transforms=[TRANSFORM.text, None])
+    cropped, whole = decoders.load(ByteSource.from_path(good), key=None, transforms=[TRANSFORM.text, None])
     image = decode_image(good.read_bytes())
     np.testing.assert_array_equal(cropped, TRANSFORM.window(image))
     np.testing.assert_array_equal(whole, np.asarray(image))
@@ -144,12 +144,15 @@ def test_decoders_stay_for_the_next_image_and_leave_when_told(good: Path) -> Non
 @pytest.mark.parametrize("busy", [False, True])
 def test_none_outlives_its_parent(slow: Path, good: Path, busy: bool) -> None:
     code = (
-        "import sys; from embedpipe.data import Place\n"
+        "import sys; from embedpipe.data import ByteSource\n"
         "from embedpipe.images._isolation import Decoder\n"
         "decoder = Decoder()\n"
-        "decoder.load(Place.of(sys.argv[1]), key=None, transforms=[None])\n"
+        "decoder.load(ByteSource.from_path(sys.argv[1]), key=None, transforms=[None])\n"
         "print('loaded', flush=True)\n"
-        "decoder.load(Place.of(sys.argv[2]), key=None, transforms=[None]) if len(sys.argv) > 2 else sys.stdin.read()\n"
+        "if len(sys.argv) > 2:\n"
+        "    decoder.load(ByteSource.from_path(sys.argv[2]), key=None, transforms=[None])\n"
+        "else:\n"
+        "    sys.stdin.read()\n"
     )
     arguments = [str(good), str(slow)] if busy else [str(good)]
     process = subprocess.Popen(
@@ -169,7 +172,7 @@ def test_signals_to_the_whole_group_are_the_parents_to_answer(good: Path) -> Non
     (pid,) = children() - before
     for number in (signal.SIGINT, signal.SIGTERM):
         os.kill(pid, number)
-    assert isinstance(decoder.load(Place.of(good), key=None, transforms=[None])[0], np.ndarray)
+    assert isinstance(decoder.load(ByteSource.from_path(good), key=None, transforms=[None])[0], np.ndarray)
     decoder.close()
 
 
@@ -198,7 +201,7 @@ def test_a_decoder_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPat
 def test_paths_are_those_of_this_process_now(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Decoder()
     monkeypatch.chdir(tmp_path)
-    assert isinstance(decoder.load(Place.of(good.name), key=None, transforms=[None])[0], np.ndarray)
+    assert isinstance(decoder.load(ByteSource.from_path(good.name), key=None, transforms=[None])[0], np.ndarray)
     decoder.close()
 
 
@@ -214,7 +217,7 @@ def test_what_is_asked_for_after_the_end_is_given_up_at_once(slow: Path) -> None
     decoders = Decoders()
     decoders.give_up()
     start = time.monotonic()
-    assert decoders.load(Place.of(slow), key=None, transforms=[None]) == [("limit", "given up")]
+    assert decoders.load(ByteSource.from_path(slow), key=None, transforms=[None]) == [("limit", "given up")]
     assert time.monotonic() - start < 0.8  # the image takes more than a second
 
 
@@ -225,7 +228,7 @@ def test_decoders_that_load_the_compiled_resize_give_the_same_pixels(good: Path)
         wait_until(lambda: has_llvm(swift), 60)
         assert not has_llvm(plain)
         asked = {"key": None, "transforms": [transform.text]}
-        [expected], [found] = (one.load(Place.of(good), **asked) for one in (plain, swift))
+        [expected], [found] = (one.load(ByteSource.from_path(good), **asked) for one in (plain, swift))
         assert np.array_equal(expected, found)
         assert np.array_equal(expected, transform.window(decode_image(good.read_bytes())))
     finally:
@@ -257,7 +260,7 @@ def test_a_decoder_without_a_working_numba_resizes_by_pillow(
     decoder = Decoder(compiled_after=0)
     try:
         wait_until(lambda: (tmp_path / "tried").exists(), 30)
-        [found] = decoder.load(Place.of(good), key=None, transforms=[TRANSFORM.text])
+        [found] = decoder.load(ByteSource.from_path(good), key=None, transforms=[TRANSFORM.text])
         assert np.array_equal(found, TRANSFORM.window(decode_image(good.read_bytes())))
         assert decoder.alive
     finally:

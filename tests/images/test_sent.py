@@ -14,7 +14,7 @@ import fsspec
 import numpy as np
 import pytest
 
-from embedpipe.data import Place
+from embedpipe.data import ByteSource
 from embedpipe.images import Transform, decode_image, image_batches
 from embedpipe.images._isolation import Decoder, Limits, close_decoders
 from tests.conftest import write_photo
@@ -41,7 +41,7 @@ def children() -> set[int]:
 
 
 def test_bytes_that_are_sent_are_decoded_and_checked(data: bytes) -> None:
-    decoder, place = Decoder(), Place("memory://x.png")
+    decoder, place = Decoder(), ByteSource("memory://x.png")
     (pixels,) = decoder.load(place, key=hashlib.sha256(data).digest(), transforms=[None], data=data)
     np.testing.assert_array_equal(pixels, np.asarray(decode_image(data)))
     for sent, key, expected in (
@@ -62,7 +62,7 @@ def test_a_decoder_that_does_not_take_the_bytes_ends_at_the_time_limit() -> None
     (pid,) = children() - before
     os.kill(pid, signal.SIGSTOP)
     start = time.monotonic()
-    assert decoder.load(Place("memory://x"), key=None, transforms=[None], data=LARGE) == [
+    assert decoder.load(ByteSource("memory://x"), key=None, transforms=[None], data=LARGE) == [
         ("limit", "took longer than 1 s")
     ]
     assert time.monotonic() - start < 3
@@ -74,7 +74,7 @@ def test_a_decoder_that_dies_while_bytes_are_sent_costs_one_image() -> None:
     (pid,) = children() - before
     os.kill(pid, signal.SIGSTOP)
     threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
-    assert decoder.load(Place("memory://x"), key=None, transforms=[None], data=LARGE) == [
+    assert decoder.load(ByteSource("memory://x"), key=None, transforms=[None], data=LARGE) == [
         ("limit", "the decoder died of SIGKILL")
     ]
 
@@ -83,11 +83,11 @@ def test_many_are_read_at_once_by_few_decoders(data: bytes) -> None:
     system = fsspec.filesystem("memory")
     system.pipe({f"/many/{n}.png": data for n in range(40)})
     before = children()
-    items = [(b"%d" % n, Place(f"memory://many/{n}.png")) for n in range(40)]
+    items = [(b"%d" % n, ByteSource(f"memory://many/{n}.png")) for n in range(40)]
     keyed = [(hashlib.sha256(data).digest(), place) for _, place in items]
     seen = 0
     for batch in image_batches(
-        [*keyed, (bytes(32), Place("memory://many/gone.png"))], [TRANSFORM], batch_size=16, workers=1
+        [*keyed, (bytes(32), ByteSource("memory://many/gone.png"))], [TRANSFORM], batch_size=16, workers=1
     ):
         assert len(children() - before) <= 1
         seen += len(batch)
@@ -98,7 +98,7 @@ def test_many_are_read_at_once_by_few_decoders(data: bytes) -> None:
 def test_who_stops_early_leaves_no_thread(data: bytes) -> None:
     fsspec.filesystem("memory").pipe("/early/x.png", data)
     before = threading.active_count()
-    batches = image_batches([(None, Place("memory://early/x.png"))] * 99, [TRANSFORM], batch_size=2, workers=2)
+    batches = image_batches([(None, ByteSource("memory://early/x.png"))] * 99, [TRANSFORM], batch_size=2, workers=2)
     next(batches)
     start = time.monotonic()
     batches.close()

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
-from embedpipe.backbones import Backbone, Joint, at_layer, join, load_backbone
+from embedpipe.backbones import Backbone, SharedModel, at_layer, join, load_backbone
 from embedpipe.images import Transform
-from embedpipe.inference import Forward
+from embedpipe.inference import InferenceSettings
 from embedpipe.inference._folding import find_pairs, fold
 from embedpipe.inference._openvino import OpenVino, graph_name
 from embedpipe.inference._runner import Executor
@@ -21,10 +21,10 @@ from embedpipe.inference._torch import Torch
 
 BATCH = 4
 NAMES = ("timm:test_resnet", "timm:test_efficientnet", "timm:test_vit", "torchvision:mobilenet_v3_small")
-MAKERS: dict[str, Callable[[list[Joint]], Executor]] = {
-    "eager": lambda joints: Torch(joints, Forward()),
-    "eager, not folded": lambda joints: Torch(joints, Forward(), folded=False),
-    "openvino": lambda joints: OpenVino(joints, Forward(batch_size=BATCH, streams=2)),
+MAKERS: dict[str, Callable[[list[SharedModel]], Executor]] = {
+    "eager": lambda joints: Torch(joints, InferenceSettings()),
+    "eager, not folded": lambda joints: Torch(joints, InferenceSettings(), folded=False),
+    "openvino": lambda joints: OpenVino(joints, InferenceSettings(batch_size=BATCH, streams=2)),
 }
 
 
@@ -49,7 +49,7 @@ def load(name: str, layer: str | None = None) -> Backbone:
     return backbone
 
 
-def pixels_for(joint: Joint, count: int = BATCH) -> np.ndarray:
+def pixels_for(joint: SharedModel, count: int = BATCH) -> np.ndarray:
     shape = tuple(joint.example(count).shape)
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
@@ -109,7 +109,7 @@ def test_a_pass_ends_at_the_last_layer_wanted() -> None:
     (joint,), _ = join([first, at_layer(first, "layer2")])
     reached = []
     first.module.model.layer3.register_forward_hook(lambda *_: reached.append(1))  # type: ignore[union-attr]
-    Torch([joint], Forward(), folded=False)(0, pixels_for(joint))
+    Torch([joint], InferenceSettings(), folded=False)(0, pixels_for(joint))
     assert not reached
 
 
@@ -122,19 +122,19 @@ def test_backbones_with_another_normalisation_do_not_share_a_pass() -> None:
     joints, of = join([one, other])
     assert of == [0, 1]
     pixels = pixels_for(joints[0])
-    session = Torch(joints, Forward())
+    session = Torch(joints, InferenceSettings())
     for n, backbone in enumerate((one, other)):
         assert largest(session(n, pixels)[0], plain(backbone, pixels)) < 1e-5
 
 
 def test_folding_takes_every_norm_that_follows_a_convolution() -> None:
     (joint,), _ = join([load("timm:test_resnet")])
-    norms = [m for m in joint.headless.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in joint.extractor.model.modules() if isinstance(m, nn.BatchNorm2d)]
     folded = fold(joint)
     assert len(find_pairs(joint)) == len(norms) > 5
-    assert not [m for m in folded.headless.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert not [m for m in folded.extractor.model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert [
-        m for m in joint.headless.model.modules() if isinstance(m, nn.BatchNorm2d)
+        m for m in joint.extractor.model.modules() if isinstance(m, nn.BatchNorm2d)
     ] == norms  # the model is left alone
 
 
@@ -155,7 +155,7 @@ def test_a_convolution_whose_output_is_used_twice_is_left_alone() -> None:
     backbone = load_backbone(Branching(), transform=Transform((16, 16), 16))
     (joint,), _ = join([backbone])
     pixels = pixels_for(joint)
-    assert largest(Torch([joint], Forward())(0, pixels)[0], plain(backbone, pixels)) < 1e-6
+    assert largest(Torch([joint], InferenceSettings())(0, pixels)[0], plain(backbone, pixels)) < 1e-6
     assert fold(joint) is joint
 
 
@@ -163,7 +163,7 @@ def test_a_convolution_that_is_the_layer_is_left_alone() -> None:
     backbone = load("timm:test_resnet", "conv1.0")
     (joint,), _ = join([backbone])
     pixels = pixels_for(joint)
-    assert largest(Torch([joint], Forward())(0, pixels)[0], plain(backbone, pixels)) < 1e-6
+    assert largest(Torch([joint], InferenceSettings())(0, pixels)[0], plain(backbone, pixels)) < 1e-6
 
 
 def test_a_kept_graph_is_taken_again_and_a_damaged_one_is_not(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_a_kept_graph_is_taken_again_and_a_damaged_one_is_not(tmp_path: Path) ->
     pixels = pixels_for(joints[0])
 
     def run() -> np.ndarray:
-        return OpenVino(joints, Forward(batch_size=BATCH), graphs=tmp_path)(0, pixels)[0]
+        return OpenVino(joints, InferenceSettings(batch_size=BATCH), graphs=tmp_path)(0, pixels)[0]
 
     first = run()
     (kept,) = tmp_path.iterdir()

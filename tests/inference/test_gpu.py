@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from embedpipe.backbones import Backbone, load_backbone
-from embedpipe.inference import Forward, Runner, plan_forward, settle, stream_rows
+from embedpipe.inference import InferenceSettings, Runner, resolve_settings, select_executor, stream_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -45,25 +45,25 @@ def farthest(found: dict[bytes, np.ndarray], expected: dict[bytes, np.ndarray]) 
 def test_features_are_those_of_the_cpu(
     backbone: Backbone, items: list[tuple[bytes, Path]], executor: str, precision: str, limit: float
 ) -> None:
-    expected = features(items, Runner([backbone], Forward(streams=2)))
-    forward = plan_forward(device="cuda", batch_size=16, workers=4, precision=precision, executor=executor)
+    expected = features(items, Runner([backbone], InferenceSettings(streams=2)))
+    forward = resolve_settings(device="cuda", batch_size=16, workers=4, precision=precision, executor=executor)
     assert farthest(features(items, Runner([backbone], forward)), expected) < limit
 
 
 def test_any_order_gives_the_same_bits(backbone: Backbone, items: list[tuple[bytes, Path]]) -> None:
-    runner = Runner([backbone], plan_forward(device="cuda", batch_size=16, workers=4, executor="eager"))
+    runner = Runner([backbone], resolve_settings(device="cuda", batch_size=16, workers=4, executor="eager"))
     first, again = features(items, runner), features(items[::-1], runner)
     assert {k: v.tobytes() for k, v in first.items()} == {k: v.tobytes() for k, v in again.items()}
 
 
 def test_the_batch_size_is_found(backbone: Backbone, items: list[tuple[bytes, Path]]) -> None:
-    runner = settle([backbone], plan_forward(device="cuda", batch_size="auto", workers=4), items, work=50)
+    runner = select_executor([backbone], resolve_settings(device="cuda", batch_size="auto", workers=4), items, work=50)
     assert 1 <= runner.settings.batch_size <= 1024
     assert len(features(items, runner)) == len(items)
 
 
 def test_a_batch_too_large_for_the_device_is_halved(backbone: Backbone, items: list[tuple[bytes, Path]]) -> None:
-    forward = plan_forward(device="cuda", batch_size=16, workers=4, executor="eager")
+    forward = resolve_settings(device="cuda", batch_size=16, workers=4, executor="eager")
     expected = features(items, Runner([backbone], forward))
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(int(free - 600e6), dtype=torch.uint8, device="cuda")

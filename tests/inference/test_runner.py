@@ -20,10 +20,10 @@ from PIL import Image
 from embedpipe.backbones import Backbone, at_layer, load_backbone
 from embedpipe.errors import EmbedpipeWarning, UsageError
 from embedpipe.images import Limits, Transform, image_batches
-from embedpipe.inference import Forward, Rows, Runner, plan_forward, settle, stream_rows
+from embedpipe.inference import InferenceSettings, Rows, Runner, resolve_settings, select_executor, stream_rows
 from embedpipe.inference._executor_selection import find_batch, record, record_run
 
-FORWARD = Forward(batch_size=4, workers=2, streams=2)
+FORWARD = InferenceSettings(batch_size=4, workers=2, streams=2)
 
 
 @pytest.fixture
@@ -130,8 +130,8 @@ def test_small_batches_are_handed_on_together(backbone: Backbone, items: list[tu
 
 
 def test_a_batch_size_that_was_asked_for_is_what_is_handed_on() -> None:
-    assert plan_forward(device="cpu", workers=1, batch_size=2).handed == 2
-    assert plan_forward(device="cpu", workers=1, batch_size="auto").under("openvino").handed == 8
+    assert resolve_settings(device="cpu", workers=1, batch_size=2).handed == 2
+    assert resolve_settings(device="cpu", workers=1, batch_size="auto").under("openvino").handed == 8
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_no_row_is_lost(
@@ -195,7 +195,7 @@ def choose(
     executor: str = "auto",
     **options: float,
 ) -> Runner:
-    return settle([backbone], replace(FORWARD, executor=executor), items, work=work, graphs=graphs, **options)
+    return select_executor([backbone], replace(FORWARD, executor=executor), items, work=work, graphs=graphs, **options)
 
 
 def test_little_work_is_done_by_eager_torch(
@@ -277,7 +277,7 @@ def test_a_model_that_cannot_be_converted_runs_in_eager_torch(items: list[tuple[
 def test_another_precision_is_refused(backbone: Backbone, items: list[tuple[bytes, Path]]) -> None:
     forward = replace(FORWARD, executor="openvino", precision="bf16")
     with pytest.raises(UsageError, match="expected fp32 on cpu"):
-        settle([backbone], forward, items, work=1)
+        select_executor([backbone], forward, items, work=1)
 
 
 def test_no_warning_when_all_is_well(backbone: Backbone, items: list[tuple[bytes, Path]], tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_no_warning_when_all_is_well(backbone: Backbone, items: list[tuple[bytes
 
 
 def test_a_plan_has_a_stream_a_core() -> None:
-    plan = plan_forward(device="cpu", batch_size="auto", workers="auto")
+    plan = resolve_settings(device="cpu", batch_size="auto", workers="auto")
     assert plan.streams * plan.threads >= 1
     assert (plan.batch_size, plan.executor) == (0, "auto")
     assert (plan.definite.executor, plan.definite.batch_size) == ("eager", 4)

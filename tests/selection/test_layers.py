@@ -14,7 +14,7 @@ from embedpipe.cache import Cache
 from embedpipe.classifier import Classifier, Reference
 from embedpipe.errors import UsageError
 from embedpipe.features import open_features
-from embedpipe.heads import fit_blocks
+from embedpipe.heads import fit_path
 from embedpipe.selection import Candidate, is_beyond_noise, paired_difference
 from tests.conftest import TINY, Run, write_photos
 
@@ -99,7 +99,7 @@ def test_several_layers_predict_alike_with_and_without_a_cache(features: ep.Feat
     """What the classifier computes for new images, one pass for all layers, is what the cache holds."""
     some = open_features(Cache(Path("cache")), layer=LAYERS)
     X, y = some.arrays()
-    head = fit_blocks(X, y, X, y, classes=some.classes, widths=some.widths, l2=0.1).head
+    head = fit_path(X, y, X, y, classes=some.classes, widths=some.widths, l2=0.1).head
     classifier = Classifier(head, Reference.of(some.spaces))
     backbones = classifier.backbones
     assert len({id(one.module.model) for one in backbones}) == 1
@@ -177,7 +177,7 @@ def test_two_backbones(features: ep.FeatureSet) -> None:
     fitted = ep.fit_head(both)
     assert len(fitted.report["blocks"]) == 2
     X, y = both.arrays()
-    head = fit_blocks(X, y, X, y, classes=both.classes, widths=both.widths, l2=0.1).head
+    head = fit_path(X, y, X, y, classes=both.classes, widths=both.widths, l2=0.1).head
     with pytest.raises(UsageError, match="expected the penultimate features alone"):  # both penultimate, and yet two
         ep.finetune(Classifier(head, Reference.of(both.spaces)), unfreeze="layer4")
 

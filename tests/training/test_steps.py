@@ -11,7 +11,7 @@ import torchvision
 from torch import Tensor, nn
 
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, UsageError
-from embedpipe.training import Plan, Ranks, Score, keeps_size, layer_numbers, train
+from embedpipe.training import Plan, Ranks, Score, is_exempt_from_decay, layer_numbers, train
 from embedpipe.training._plan import check_ranges
 from embedpipe.training._steps import NotFinite, Stepper, make_optimizer, mixer
 
@@ -142,11 +142,11 @@ def test_layers_are_counted_from_the_input() -> None:
 
 def test_what_weight_decay_leaves_out() -> None:
     vit = timm.create_model("test_vit", num_classes=0)
-    small = {name for name, p in vit.named_parameters() if keeps_size(vit, name, p.ndim)}
+    small = {name for name, p in vit.named_parameters() if is_exempt_from_decay(vit, name, p.ndim)}
     assert {"pos_embed", "cls_token", "norm.weight", "blocks.0.attn.qkv.bias"} <= small
     assert "blocks.0.attn.qkv.weight" not in small
     own = torchvision.models.swin_t()
-    assert keeps_size(own, "features.1.0.attn.relative_position_bias_table", 2)
+    assert is_exempt_from_decay(own, "features.1.0.attn.relative_position_bias_table", 2)
 
 
 def scored(plan: Plan, accuracies: list[float]) -> Any:

@@ -191,7 +191,7 @@ def _compare_copies(linear: Classifier, leaked: set[str]) -> dict[str, Any]:
 
 def _without(features: FeatureSet, paths: set[str]) -> FeatureSet:
     """Return the data set without some images of train and val."""
-    name = features.manifest.name_of
+    name = features.manifest.display_name
     return select_samples(features, (s for s in features.manifest.samples if s.split == "test" or name(s) not in paths))
 
 

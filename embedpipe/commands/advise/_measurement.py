@@ -193,7 +193,7 @@ def measure(features: FeatureSet, *, seed: int = 0) -> Evidence:
     ------
     UsageError    fewer separate images than folds
     """
-    count, name = Counter(sample.split for sample in features.samples(labelled=True)), features.manifest.name_of
+    count, name = Counter(sample.split for sample in features.samples(labelled=True)), features.manifest.display_name
     subset = _train_and_val(features)
     layers = [cross_validate(subset.only([space]), seed) for space in subset.spaces]
     last, best = layers[-1], max(reversed(layers), key=lambda layer: layer.accuracy)

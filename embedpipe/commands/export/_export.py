@@ -70,7 +70,7 @@ def export(
     from embedpipe.classifier import Classifier
     from embedpipe.commands.export._formats import FORMATS, check_logits, read_images
     from embedpipe.heads import LinearHead
-    from embedpipe.storage import whole_folder
+    from embedpipe.storage import atomic_folder
 
     writer = FORMATS[format]
     writer.check_installed()
@@ -84,7 +84,7 @@ def export(
             hint="run `embedpipe fit-head` without --solver knn",
         )
     images, checked_on = read_images(run, Cache(Path(cache_dir)))
-    with whole_folder(folder) as temporary:
+    with atomic_folder(folder) as temporary:
         writer.write(run.backbones, run.head, temporary)
         for name, content in (("labels", list(run.head.classes)), ("preprocessing", _describe_model(run))):
             (temporary / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")

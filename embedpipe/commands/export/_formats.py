@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embedpipe.backbones import Backbone, Headless, open_whole, save_model
+from embedpipe.backbones import Backbone, FeatureExtractor, open_saved_model, save_model
 from embedpipe.cache import Cache
 from embedpipe.classifier import Classifier, Network
 from embedpipe.errors import ModelMismatch, UsageError
@@ -46,11 +46,11 @@ class JointBackbone(nn.Module):
 
     def __init__(self, backbones: Sequence[Backbone]) -> None:
         super().__init__()
-        taps = [backbone.module.taps for backbone in backbones]
-        self.headless = Headless(backbones[0].module.model, *taps, stop=False)
+        taps = [backbone.module.hooks for backbone in backbones]
+        self.extractor = FeatureExtractor(backbones[0].module.model, *taps, stop=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.headless(images)
+        features = self.extractor(images)
         return torch.cat(features, 1) if isinstance(features, tuple) else features
 
 
@@ -61,7 +61,7 @@ def write_model(backbones: Sequence[Backbone], head: LinearHead, folder: Path) -
     ------
     UsageError    the head is not on the input of the model's classifier
     """
-    is_penultimate = len(backbones) == 1 and not backbones[0].module.taps
+    is_penultimate = len(backbones) == 1 and not backbones[0].module.hooks
     if not (is_penultimate and save_model(backbones[0], head.weight, head.bias, head.classes, folder)):
         layers = " + ".join(backbone.spec["layer"] for backbone in backbones)
         raise UsageError(
@@ -71,7 +71,7 @@ def write_model(backbones: Sequence[Backbone], head: LinearHead, folder: Path) -
 
 
 def open_model(folder: Path) -> Logits:
-    model = open_whole(folder)
+    model = open_saved_model(folder)
     return lambda images: model(images).numpy()
 
 
@@ -169,7 +169,7 @@ def read_images(classifier: Classifier, cache: Cache) -> tuple[Tensor, str]:
         if classifier.dataset:
             manifest = cache.read_dataset(classifier.dataset)
             step = max(1, len(manifest.samples) // IMAGES)
-            samples = [(sample.key, manifest.place_of(sample)) for sample in manifest.samples[::step][:IMAGES]]
+            samples = [(sample.key, manifest.byte_source_of(sample)) for sample in manifest.samples[::step][:IMAGES]]
     for batch in image_batches(samples, [transform], batch_size=IMAGES, workers=1):
         if batch.keys:
             images = torch.from_numpy(batch.images[0])

@@ -3,7 +3,7 @@
 An image passes through six types of this package and of `inference` between the command and its committed row:
 `SpaceResolver` finds the space of each request, `Target` is a space with its backbone, `Lookup` has the samples without a
 row, `Forward` has the settings of this machine, `Runner` computes, `Rows` are what it returns. The values that other
-packages take and return beside these: `data.Manifest`, `Sample` and `Place`, `images.Batch`, `cache.SpaceWriter`.
+packages take and return beside these: `data.Manifest`, `Sample` and `ByteSource`, `images.Batch`, `cache.SpaceWriter`.
 
 >>> features = extract("data/", "timm:resnet18", cache_dir="cache")
 >>> X, y = features.arrays("train")

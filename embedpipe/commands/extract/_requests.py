@@ -10,17 +10,17 @@ from embedpipe.cache import Cache, KeyIndex, Space
 from embedpipe.errors import UsageError
 from embedpipe.features import PENULTIMATE
 from embedpipe.inference import (
-    Filled,
-    Forward,
-    Target,
+    ExtractionResult,
+    FeatureRequest,
+    InferenceSettings,
     begin_decoding,
+    compute_missing,
     estimate_run,
-    fill_spaces,
     look_up,
     lookup_layers,
     lookup_spec,
-    plan_forward,
     record_environment,
+    resolve_settings,
     reuse_space,
     row_bytes,
     space_name,
@@ -39,7 +39,9 @@ VIEWED = ("train", "all")  # splits that have views; val and test have the clean
 
 # backbone (a name or a `Backbone`), layer (None: penultimate) and view (0: clean)
 Request = tuple[Any, str | None, int]
-Result = tuple[str, "Backbone | None", Space, Filled]  # name of the backbone, the backbone if it was loaded, ...
+Result = tuple[
+    str, "Backbone | None", Space, ExtractionResult
+]  # name of the backbone, the backbone if it was loaded, ...
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class SpaceResolver:
     """Finds the space of a request: by the memo of specs where possible, else by loading the model, once a backbone.
 
     options : dict     how to load backbones: keyword arguments of `load_backbone` without name and layer
-    settings : dict    precision, device and the like: keyword arguments of `plan_forward`
+    settings : dict    precision, device and the like: keyword arguments of `resolve_settings`
     augment : str      what makes a view
     """
 
@@ -105,13 +107,13 @@ class SpaceResolver:
             space.ensure_free()  # before a model is loaded, which takes seconds
         return (name, None, space, filled) if filled else None
 
-    def target(self, request: Request, settings: Forward) -> Target:
+    def target(self, request: Request, settings: InferenceSettings) -> FeatureRequest:
         """Load the backbone of a request and return it with its space."""
         backbone, loader, key = self.load(request), self.loader(request), self.key(request)
         spec = space_spec(backbone, settings.precision, settings.store_dtype, view=request[2])
         if key:
             store_spec(self.index, key, backbone, spec, record_environment(settings, loader))
-        return Target(self.cache.open_space(spec, name=space_name(spec)), backbone, loader, _splits(request))
+        return FeatureRequest(self.cache.open_space(spec, name=space_name(spec)), backbone, loader, _splits(request))
 
     def load(self, request: Request) -> Backbone:
         """Return the backbone of a request; requests of one name share the model."""
@@ -143,10 +145,12 @@ def complete_spaces(
     rest = [n for n, result in results.items() if result is None]
     if rest:
         begin_decoding(resolver.settings["workers"], len(manifest.samples))
-        settings = plan_forward(**resolver.settings)
+        settings = resolve_settings(**resolver.settings)
         targets = [resolver.target(requests[n], settings) for n in rest]
         writing |= {"retry_failed": retry_failed, "graphs": resolver.cache.graphs_folder}
-        for n, target, filled in zip(rest, targets, fill_spaces(targets, manifest, settings, **writing), strict=True):
+        for n, target, filled in zip(
+            rest, targets, compute_missing(targets, manifest, settings, **writing), strict=True
+        ):
             results[n] = (target.backbone.name, target.backbone, target.space, filled)
     return [result for result in results.values() if result]
 
@@ -165,7 +169,7 @@ def plan_spaces(
     if all(results):
         there = [(space, filled.reused) for _, _, space, filled in filter(None, results)]
         return [(space, space.feature_dim or 0, 0, reused, 0) for space, reused in there], (0.0, 0, "none")
-    settings = plan_forward(**resolver.settings)
+    settings = resolve_settings(**resolver.settings)
     targets = [resolver.target(request, settings) for request in requests]
     lookups = [look_up(one.space, manifest, splits=one.splits, retry_failed=retry_failed) for one in targets]
     spaces = []

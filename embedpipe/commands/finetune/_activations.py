@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from embedpipe.backbones import Backbone, cut_before, trunk_of
+from embedpipe.backbones import Backbone, cut_before, trunk_backbone
 from embedpipe.cache import Cache
 from embedpipe.commands.finetune._sources import ImageSource, TrainingSource
 from embedpipe.data import Sample
 from embedpipe.features import FeatureSet
 from embedpipe.images import Transform
-from embedpipe.inference import Progress, Target, fill_spaces, plan_forward, space_name, space_spec
+from embedpipe.inference import FeatureRequest, Progress, compute_missing, resolve_settings, space_name, space_spec
 
 
 class IdentityTail(nn.Module):
@@ -61,7 +61,7 @@ def cut_backbone(backbone: Backbone, unfrozen: Sequence[str]) -> CutBackbone:
     cut = cut_before(backbone, unfrozen)
     if cut is None:
         return CutBackbone(backbone, IdentityTail(backbone.module.model), "head", (backbone.feature_dim,))
-    return CutBackbone(trunk_of(backbone, cut), cut.tail, cut.layer, cut.shape)
+    return CutBackbone(trunk_backbone(backbone, cut), cut.tail, cut.layer, cut.shape)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ActivationCache:
     cache: Cache
     views: int
 
-    def targets(self, dtype: str) -> list[Target]:
+    def targets(self, dtype: str) -> list[FeatureRequest]:
         """Return the space of each view of train, stored as `dtype`, and last the space of val and test, in float32.
 
         One space holds everything where train is stored in float32 without views.
@@ -86,13 +86,13 @@ class ActivationCache:
         views = range(1, self.views + 1) or (0,)
         return [*(self._target(dtype, ("train",), view) for view in views), self._target("float32", ("val", "test"), 0)]
 
-    def _target(self, dtype: str, splits: tuple[str, ...], view: int) -> Target:
+    def _target(self, dtype: str, splits: tuple[str, ...], view: int) -> FeatureRequest:
         trunk, images = self.cut.trunk, self.images
         if view and isinstance(t := images.view_transform(view), Transform):
             trunk = replace(trunk, transform=t, spec={**trunk.spec, "transform": t.to_dict()})
         spec = space_spec(trunk, "fp32", dtype, view=view)
         loader = images.features.loader if self.cut.layer == "head" and not view else {}
-        return Target(self.cache.open_space(spec, name=space_name(spec)), trunk, loader, splits)
+        return FeatureRequest(self.cache.open_space(spec, name=space_name(spec)), trunk, loader, splits)
 
     def fill(self, dtype: str, progress: Progress | None) -> dict[str, int]:
         """Compute missing activations, and return the `rows`, `bytes` and `reused` rows of all spaces."""
@@ -100,8 +100,10 @@ class ActivationCache:
         counts = Counter({"rows": 0, "bytes": 0, "reused": 0})
         for stored in dict.fromkeys((dtype, "float32")):
             group = [target for target in targets if target.space.spec["stored_dtype"] == stored]
-            plan = plan_forward(device=forward.device, workers=forward.workers, batch_size="auto", store_dtype=stored)
-            filled = fill_spaces(group, manifest, plan, progress=progress, graphs=self.cache.graphs_folder)
+            plan = resolve_settings(
+                device=forward.device, workers=forward.workers, batch_size="auto", store_dtype=stored
+            )
+            filled = compute_missing(group, manifest, plan, progress=progress, graphs=self.cache.graphs_folder)
             for target, result in zip(group, filled, strict=True):
                 rows = result.computed + result.reused
                 size = target.backbone.feature_dim * np.dtype(stored).itemsize

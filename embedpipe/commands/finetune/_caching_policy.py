@@ -24,7 +24,7 @@ from embedpipe.commands.finetune._phases import phases_of
 from embedpipe.commands.finetune._sources import ImageSource, TrainingSource
 from embedpipe.errors import UsageError
 from embedpipe.inference import Progress, look_up, row_bytes
-from embedpipe.storage import BYTES, TEMPORARY, make_folder, parse_amount, show_size, storage_errors
+from embedpipe.storage import BYTES, TEMPORARY, format_size, make_folder, parse_amount, storage_errors
 
 FLOAT16_TOLERANCE = 0.05  # of the largest logit
 RESERVED_BYTES = 1 << 30  # of the disk
@@ -143,11 +143,11 @@ def _check_space(activations: ActivationCache, dtype: str, max_bytes: float) -> 
         needed += 2 * len(found.missing) * size  # in shards, and in the merged file
         total += len(found.wanted) * size
     if total > max_bytes:
-        raise NotCached(f"they take {show_size(total)}, --max-cache-size is {show_size(int(max_bytes))}")
+        raise NotCached(f"they take {format_size(total)}, --max-cache-size is {format_size(int(max_bytes))}")
     make_folder(folder)
     free = max(0, shutil.disk_usage(folder).free - RESERVED_BYTES)
     if needed > free:
-        raise NotCached(f"writing them takes {show_size(needed)}, {show_size(free)} are available in {folder}")
+        raise NotCached(f"writing them takes {format_size(needed)}, {format_size(free)} are available in {folder}")
     return missing
 
 

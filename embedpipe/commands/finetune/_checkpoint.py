@@ -17,8 +17,8 @@ from typing import IO, Any
 import torch
 
 from embedpipe.errors import Interrupted, ModelMismatch, Stopped, UsageError
-from embedpipe.runs import find_unfinished, hold_unfinished, new_name, unfinished_folder
-from embedpipe.storage import publish
+from embedpipe.runs import find_unfinished, lock_unfinished, new_name, unfinished_folder
+from embedpipe.storage import write_atomic
 from embedpipe.training import Ranks
 
 VERB, CHECKPOINT, FORMAT = "finetune", "checkpoint.pt", 1
@@ -44,7 +44,7 @@ class UnfinishedRun:
         """Replace the checkpoint; only the first rank does so."""
         if self.ranks.first:
             content = {"format": FORMAT, "options": dict(self.options), "state": dict(state), "source": self.source}
-            publish(self.folder / CHECKPOINT, partial(_save, content))
+            write_atomic(self.folder / CHECKPOINT, partial(_save, content))
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def unfinished_run(
     text = resume if isinstance(resume, str) else None
     is_new = resume is False
     name = ranks.tell(lambda: new_name(VERB) if is_new else find_unfinished(runs_dir, VERB, text))
-    with hold_unfinished(runs_dir, name) if ranks.first else nullcontext(unfinished_folder(runs_dir, name)) as folder:
+    with lock_unfinished(runs_dir, name) if ranks.first else nullcontext(unfinished_folder(runs_dir, name)) as folder:
         path = folder / CHECKPOINT
         stored: dict[str, Any] = {"options": options, "state": None, "source": None} if is_new else _read(path, name)
         _check_unchanged(name, stored["options"], options, defaults)

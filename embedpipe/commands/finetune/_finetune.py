@@ -142,7 +142,7 @@ def finetune(
     from embedpipe.commands.finetune._checkpoint import unfinished_run
     from embedpipe.commands.finetune._phases import phases_of
     from embedpipe.commands.finetune._training import load_start, run_training
-    from embedpipe.training import joined
+    from embedpipe.training import join_process_group
 
     options = {name: value for name, value in arguments.items() if name not in NOT_STORED}
     options["unfreeze"] = [unfreeze] if isinstance(unfreeze, str) else list(unfreeze)
@@ -152,7 +152,7 @@ def finetune(
     start = load_start(run, Path(runs_dir)) if run is not None or resume is False else None
     options["run"] = str(start.folder.absolute()) if start and start.folder else None
     begin: dict[str, Any] = {"resume": resume, "options": options, "defaults": _defaults()}
-    with joined() as ranks, unfinished_run(Path(runs_dir), **begin, ranks=ranks) as unfinished:
+    with join_process_group() as ranks, unfinished_run(Path(runs_dir), **begin, ranks=ranks) as unfinished:
         machine = {"device": device, "workers": workers}
         tuned = run_training(unfinished, start, Path(cache_dir), Path(runs_dir), machine, progress)
     return _check_finite(tuned)

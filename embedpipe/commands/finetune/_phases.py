@@ -24,7 +24,7 @@ from embedpipe.evaluation import score
 from embedpipe.heads import class_weights
 from embedpipe.inference import Progress
 from embedpipe.provenance import digest_arrays, nearest
-from embedpipe.training import Epoch, Plan, Score, Trained, moving_names, moving_state, put, train
+from embedpipe.training import Epoch, Plan, Score, Trained, load_tensors, moving_names, moving_state, train
 
 RATES = ("lr", "head_lr", "layer_decay", "weight_decay", "l2_sp")
 PHASE_OPTIONS = ("unfreeze", "epochs", *RATES, "optimizer", "clip_norm", "ema", "patience", "bn", "label_smoothing")
@@ -121,7 +121,7 @@ class PhasedTraining:
         """Train the remaining phases; return the result of all phases and the names of all unfrozen parameters."""
         phases, state = phases_of(self.unfinished.options), self.unfinished.state
         completed = CompletedPhases.from_dict(state["past"]) if state else CompletedPhases()
-        put(self.network, completed.moved)
+        load_tensors(self.network, completed.moved)
         resume, diverged = state["training"] if state else None, ""
         while completed.phase < len(phases) and not diverged:
             completed, diverged = self._train(phases, completed, resume)

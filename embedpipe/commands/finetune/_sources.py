@@ -23,7 +23,7 @@ from embedpipe.data import Sample
 from embedpipe.errors import EmbedpipeWarning, UsageError
 from embedpipe.features import FeatureSet
 from embedpipe.images import Transform, image_batches
-from embedpipe.inference import Forward
+from embedpipe.inference import InferenceSettings
 from embedpipe.training import Ranks
 
 ImageTransform = Callable[[Any], Tensor]
@@ -35,12 +35,12 @@ class TrainingSource(ABC):
     """Batches of a data set as inputs of a network. Each rank reads its own part of a training batch.
 
     features : FeatureSet    the data set: samples, labels and classes
-    forward : Forward        device, number of decoding processes, and batch size of one rank
+    forward : InferenceSettings        device, number of decoding processes, and batch size of one rank
     augment : str            augmentation of training images
     """
 
     features: FeatureSet
-    forward: Forward
+    forward: InferenceSettings
     ranks: Ranks
     seed: int
     augment: str
@@ -121,11 +121,11 @@ class ImageSource(TrainingSource):
         pending: dict[bytes, deque[Sample]] = defaultdict(deque)
         for sample in samples:
             pending[sample.key].append(sample)
-        items = [(sample.key, self.features.manifest.place_of(sample)) for sample in samples]
+        items = [(sample.key, self.features.manifest.byte_source_of(sample)) for sample in samples]
         size, workers = self.forward.batch_size, self.forward.workers
         for batch in image_batches(items, [transform], batch_size=size, workers=workers):
             for failed in batch.failures:
-                path = self.features.manifest.name_of(pending[failed.key].popleft())
+                path = self.features.manifest.display_name(pending[failed.key].popleft())
                 warnings.warn(f"{path} is left out: {failed.reason}", EmbedpipeWarning, stacklevel=2)
             if batch.keys:
                 images = torch.from_numpy(batch.images[0]).to(self.forward.device)

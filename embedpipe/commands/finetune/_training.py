@@ -23,7 +23,7 @@ from embedpipe.commands.finetune._sources import ImageSource, score_split
 from embedpipe.errors import ModelMismatch, UsageError
 from embedpipe.features import PENULTIMATE, FeatureSet
 from embedpipe.heads import LinearHead
-from embedpipe.inference import Progress, plan_forward, space_name, space_spec
+from embedpipe.inference import Progress, resolve_settings, space_name, space_spec
 from embedpipe.runs import latest_run, new_run
 from embedpipe.storage import PathLike
 from embedpipe.training import Plan, Ranks, Trained
@@ -58,7 +58,7 @@ def run_training(
     classifier = start or load_start(options["run"], runs_dir)
     cache = Cache(cache_dir)
     features = _open_features(classifier, cache)
-    forward = plan_forward(batch_size=options["batch_size"] // ranks.count, **machine)
+    forward = resolve_settings(batch_size=options["batch_size"] // ranks.count, **machine)
     if options["precision"] == "fp16" and not forward.device.startswith("cuda"):
         raise UsageError(f"--precision fp16 on {forward.device}, expected cuda", hint="use bf16 or fp32")
     torch.manual_seed(options["seed"])

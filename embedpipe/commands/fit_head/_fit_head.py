@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
     from embedpipe.classifier import Classifier, Scored
     from embedpipe.features import FeatureSet
-    from embedpipe.heads import Chunked
-    from embedpipe.heads import Path as L2Path
+    from embedpipe.heads import ChunkedFeatures, L2Path
     from embedpipe.selection import HeadConfig
 
 PathLike = str | os.PathLike[str]
@@ -200,7 +199,7 @@ def _select_l2(features: FeatureSet, config: HeadConfig) -> L2Path:
     return config.select(*config.arrays(features, "train"), *_validation_arrays(features, config))
 
 
-def _validation_arrays(features: FeatureSet, config: HeadConfig) -> tuple[np.ndarray | Chunked, np.ndarray]:
+def _validation_arrays(features: FeatureSet, config: HeadConfig) -> tuple[np.ndarray | ChunkedFeatures, np.ndarray]:
     """Return X and y of val, with no rows if there is no val split.
 
     Raises

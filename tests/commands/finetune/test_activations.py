@@ -83,7 +83,7 @@ def test_float16_is_near_and_its_error_is_told(head: ep.Classifier) -> None:
     assert 0 < largest_difference(ep.finetune(head, **PLAIN, cache_activations="off"), kept) < 1e-2
     manifest = Cache(Path("cache")).read_dataset(kept.dataset)
     val = [sample for sample in manifest.samples if sample.split == "val"]
-    rows = kept.predict_proba([manifest.name_of(sample) for sample in val])
+    rows = kept.predict_proba([manifest.display_name(sample) for sample in val])
     truth = [manifest.classes.index(sample.label or "") for sample in val]
     losses = -np.log(rows[np.arange(len(val)), truth])
     assert kept.report["metrics"]["val"]["log_loss"] == pytest.approx(losses.mean(), abs=1e-5)
