@@ -55,7 +55,7 @@ def tail_s(head: Any, layer: str, n_train: int, n_val: int) -> float:
     import torch
 
     from embedpipe.backbones import cut_before, unfreeze_parameters
-    from embedpipe.classifier import Network, release
+    from embedpipe.classifier.network import Network, release
 
     backbone = head.backbone
     network = Network(backbone.module, head.head)

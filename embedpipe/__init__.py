@@ -9,7 +9,6 @@
 Names are imported at first use, so `import embedpipe` does not load torch.
 """
 
-# ruff: noqa: F401  (for type checkers and editors)
 from __future__ import annotations
 
 from importlib import import_module

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "embedpipe"
 
 # From the bottom up. A package imports what stands below its layer; within a layer, what stands before it in ORDER.
 LAYERS = [
-    {"errors", "provenance", "storage", "compiling"},
+    {"errors", "provenance", "storage"},
     {"data", "images", "evaluation", "training"},
     {"backbones", "cache", "heads"},
     {"inference", "features", "runs", "classifier", "selection"},
@@ -47,7 +47,7 @@ LIBRARIES = {
     "datasets": {"data"},
     "tarfile": {"data/_tar.py"},
     "openvino": {"inference/_openvino.py"},
-    "numba": {"compiling.py"},
+    "numba": {"images/_resampling.py"},
     "onnx": set(),  # torch's exporter uses it and onnxscript
     "onnxruntime": {"commands/export/_formats.py"},
     "pickle": {"backbones/_weights.py", "commands/finetune/_checkpoint.py"},  # the error; an unpickler of arrays

@@ -24,24 +24,3 @@ from embedpipe.backbones._extractor import FeatureExtractor
 from embedpipe.backbones._loading import describe_layers, list_models, load_backbone, load_model
 from embedpipe.backbones._saving import open_saved_model, save_model
 from embedpipe.backbones._unfreezing import frozen_modules, unfreeze_parameters
-
-__all__ = [
-    "Backbone",
-    "Cut",
-    "FeatureExtractor",
-    "SharedModel",
-    "Layer",
-    "at_layer",
-    "cut_before",
-    "trunk_backbone",
-    "describe_layers",
-    "frozen_modules",
-    "join",
-    "list_models",
-    "load_backbone",
-    "load_model",
-    "open_saved_model",
-    "refresh",
-    "save_model",
-    "unfreeze_parameters",
-]

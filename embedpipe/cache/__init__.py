@@ -30,22 +30,3 @@ from embedpipe.cache._index import KeyIndex
 from embedpipe.cache._meta import last_used
 from embedpipe.cache._space import Space, SpaceWriter
 from embedpipe.cache._verify import DAMAGE, Finding, verify_files, verify_latest, verify_space
-
-__all__ = [
-    "DAMAGE",
-    "Cache",
-    "Exported",
-    "Finding",
-    "KeyIndex",
-    "Space",
-    "SpaceView",
-    "SpaceWriter",
-    "dataset_name",
-    "last_used",
-    "measure",
-    "verify_files",
-    "verify_latest",
-    "verify_space",
-    "sweep_leftovers",
-    "export_writer",
-]

@@ -11,23 +11,3 @@ from embedpipe.data._manifest import SPLITS, ByteSource, Manifest, Sample, targe
 from embedpipe.data._read import read_manifest
 from embedpipe.data._source import Failure, Source, absolute_argument, is_data_argument, parse_root
 from embedpipe.data._splits import connected_components
-
-__all__ = [
-    "Failure",
-    "Manifest",
-    "ByteSource",
-    "LABEL_SEPARATOR",
-    "SPLITS",
-    "Sample",
-    "Source",
-    "TASK_OF_COLUMN",
-    "absolute_argument",
-    "connected_components",
-    "is_data_argument",
-    "join_names",
-    "list_images",
-    "label_names",
-    "read_manifest",
-    "parse_root",
-    "targets",
-]

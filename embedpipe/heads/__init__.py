@@ -22,26 +22,6 @@ from embedpipe.heads._standardisation import block_scale_factors, class_weights
 from embedpipe.heads.knn import KnnHead, fit_knn
 from embedpipe.heads.linear import LinearHead
 
-__all__ = [
-    "L2_GRID",
-    "MEMORY_BYTES",
-    "ChunkedFeatures",
-    "SOLVERS",
-    "Gram",
-    "KnnHead",
-    "LinearHead",
-    "L2Path",
-    "L2Point",
-    "block_scale_factors",
-    "class_weights",
-    "fit_path",
-    "fit_linear",
-    "fit_knn",
-    "load_head",
-    "objective",
-    "select_rows",
-]
-
 
 def load_head(folder: str | os.PathLike[str]) -> LinearHead | KnnHead:
     """Read a head of either kind; raises as `LinearHead.load` does."""

@@ -11,17 +11,3 @@ from embedpipe.images._batches import ALL, Batch, Failed, image_batches
 from embedpipe.images._decode import DECODER, MAX_PIXELS, decode_image
 from embedpipe.images._isolation import LIMITS, Limits, start_decoders
 from embedpipe.images._transform import Transform
-
-__all__ = [
-    "ALL",
-    "DECODER",
-    "LIMITS",
-    "MAX_PIXELS",
-    "Batch",
-    "Failed",
-    "Limits",
-    "Transform",
-    "decode_image",
-    "image_batches",
-    "start_decoders",
-]

@@ -15,14 +15,14 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 
+import numba
 import numpy as np
 from PIL import Image
-
-from embedpipe.compiling import compiled
 
 BITS = 22  # of a weight, after the point
 HALF = np.int32(1 << (BITS - 1))
 BLACK, WHITE = np.int32(0), np.int32(255)
+NUMBA = {"nogil": True, "fastmath": True, "boundscheck": False, "error_model": "numpy", "cache": True}
 COMPARISONS = 8  # images that are resized by Pillow too
 
 
@@ -125,7 +125,7 @@ def filter_weights(
     return begins, np.ascontiguousarray(weights[:, : used[-1] + 1])
 
 
-@compiled("void(Array(uint32, 2, 'C', readonly=True), int64[::1], int32[:,::1], uint32[:,::1])")
+@numba.njit("void(Array(uint32, 2, 'C', readonly=True), int64[::1], int32[:,::1], uint32[:,::1])", **NUMBA)  # type: ignore[untyped-decorator]
 def _resize_across(pixels: np.ndarray, begins: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
     """Fill rows of `out` (H, X) from rows of pixels (H, W), four bytes each."""
     height, width = out.shape
@@ -152,7 +152,7 @@ def _resize_across(pixels: np.ndarray, begins: np.ndarray, weights: np.ndarray, 
             found[j] = np.uint8(min(max(sums[j] >> BITS, BLACK), WHITE))
 
 
-@compiled("void(uint8[:,::1], int64[::1], int32[:,::1], uint8[:,:,::1])")
+@numba.njit("void(uint8[:,::1], int64[::1], int32[:,::1], uint8[:,:,::1])", **NUMBA)  # type: ignore[untyped-decorator]
 def _resize_down(rows: np.ndarray, begins: np.ndarray, weights: np.ndarray, out: np.ndarray) -> None:
     """Fill pixels of `out` (Y, X, 3) from rows (H, 4 X), every fourth byte of which is padding."""
     height, width, _ = out.shape

@@ -24,32 +24,3 @@ from embedpipe.inference._openvino import has_openvino
 from embedpipe.inference._runner import Rows, Runner, stream_rows
 from embedpipe.inference._settings import InferenceSettings, begin_decoding, resolve_settings
 from embedpipe.inference._spec_memo import lookup_layers, lookup_spec, spec_key, store_layers, store_spec
-
-__all__ = [
-    "TOLERANCE",
-    "ExtractionResult",
-    "InferenceSettings",
-    "Progress",
-    "Rows",
-    "Runner",
-    "FeatureRequest",
-    "begin_decoding",
-    "estimate_run",
-    "compute_missing",
-    "has_openvino",
-    "look_up",
-    "lookup_layers",
-    "lookup_spec",
-    "resolve_settings",
-    "record_environment",
-    "reuse_space",
-    "row_bytes",
-    "row_distances",
-    "select_executor",
-    "space_name",
-    "space_spec",
-    "spec_key",
-    "store_layers",
-    "store_spec",
-    "stream_rows",
-]

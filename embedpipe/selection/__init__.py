@@ -15,29 +15,3 @@ from embedpipe.selection._head_configuration import (
 from embedpipe.selection._layers import Candidate, is_beyond_noise, paired_difference, select_blocks, select_space
 from embedpipe.selection._leaks import SPLIT_ORDER, find_exact, find_groups, find_leaks, find_near, group_leaks
 from embedpipe.selection._learning_curve import learning_curve, parse_shots
-
-__all__ = [
-    "INNER_FOLDS",
-    "SPLIT_ORDER",
-    "Candidate",
-    "HeadConfig",
-    "OutOfFold",
-    "assign_folds",
-    "check_classes",
-    "check_knn_options",
-    "check_labelled",
-    "check_task",
-    "cross_fit",
-    "find_exact",
-    "find_groups",
-    "find_leaks",
-    "find_near",
-    "group_leaks",
-    "is_beyond_noise",
-    "learning_curve",
-    "paired_difference",
-    "parse_shots",
-    "predict_out_of_fold",
-    "select_blocks",
-    "select_space",
-]

@@ -11,18 +11,3 @@ from embedpipe.training._ranks import Ranks, join_process_group
 from embedpipe.training._state import load_tensors, moving_names, moving_state
 from embedpipe.training._steps import is_exempt_from_decay, layer_numbers
 from embedpipe.training._trainer import train
-
-__all__ = [
-    "Epoch",
-    "Plan",
-    "Ranks",
-    "Score",
-    "Trained",
-    "join_process_group",
-    "is_exempt_from_decay",
-    "layer_numbers",
-    "moving_names",
-    "moving_state",
-    "load_tensors",
-    "train",
-]

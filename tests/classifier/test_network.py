@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from embedpipe.backbones import load_backbone
-from embedpipe.classifier import Network, parameter_groups, release
+from embedpipe.classifier.network import Network, parameter_groups, release
 from embedpipe.heads import LinearHead
 
 RATES = {"lr": 1.0, "head_lr": 7.0, "layer_decay": 0.5, "weight_decay": 0.1, "l2_sp": 0.0}

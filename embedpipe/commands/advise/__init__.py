@@ -5,5 +5,3 @@
 """
 
 from embedpipe.commands.advise._advise import Advice, advise
-
-__all__ = ["Advice", "advise"]

@@ -7,5 +7,3 @@
 """
 
 from embedpipe.commands.export._export import Exported, export
-
-__all__ = ["Exported", "export"]

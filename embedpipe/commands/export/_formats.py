@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from embedpipe.backbones import Backbone, FeatureExtractor, open_saved_model, save_model
 from embedpipe.cache import Cache
-from embedpipe.classifier import Classifier, Network
+from embedpipe.classifier import Classifier
+from embedpipe.classifier.network import Network
 from embedpipe.errors import ModelMismatch, UsageError
 from embedpipe.heads import LinearHead
 from embedpipe.images import Transform, image_batches

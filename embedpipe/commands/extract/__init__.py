@@ -5,5 +5,3 @@
 """
 
 from embedpipe.commands.extract._extract import extract
-
-__all__ = ["extract"]

@@ -7,5 +7,3 @@ The network of backbone and head must first give the logits of the head on cache
 """
 
 from embedpipe.commands.finetune._finetune import finetune
-
-__all__ = ["finetune"]

@@ -18,7 +18,7 @@ import torch
 
 from embedpipe.backbones import unfreeze_parameters
 from embedpipe.cache import Cache
-from embedpipe.classifier import Network
+from embedpipe.classifier.network import Network
 from embedpipe.commands.finetune._activations import ActivationCache, cut_backbone
 from embedpipe.commands.finetune._phases import phases_of
 from embedpipe.commands.finetune._sources import ImageSource, TrainingSource

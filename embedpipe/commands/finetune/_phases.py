@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from embedpipe.backbones import Backbone
-from embedpipe.classifier import Network, parameter_groups, release
+from embedpipe.classifier.network import Network, parameter_groups, release
 from embedpipe.commands.finetune._checkpoint import UnfinishedRun
 from embedpipe.commands.finetune._sources import TrainingSource, score_split
 from embedpipe.errors import EmbedpipeError, UsageError

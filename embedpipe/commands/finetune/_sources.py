@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from embedpipe.backbones import Backbone
-from embedpipe.classifier import Network, Scored
+from embedpipe.classifier import Scored
+from embedpipe.classifier.network import Network
 from embedpipe.data import Sample
 from embedpipe.errors import EmbedpipeWarning, UsageError
 from embedpipe.features import FeatureSet

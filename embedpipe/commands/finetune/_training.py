@@ -15,7 +15,8 @@ from torch import Tensor
 
 from embedpipe.backbones import refresh, save_model
 from embedpipe.cache import Cache
-from embedpipe.classifier import Classifier, Network, Reference, save_run
+from embedpipe.classifier import Classifier, Reference, save_run
+from embedpipe.classifier.network import Network
 from embedpipe.commands.finetune._caching_policy import choose_source
 from embedpipe.commands.finetune._checkpoint import UnfinishedRun
 from embedpipe.commands.finetune._phases import PhasedTraining, phases_of

@@ -5,5 +5,3 @@
 """
 
 from embedpipe.commands.fit_head._fit_head import fit_head
-
-__all__ = ["fit_head"]
