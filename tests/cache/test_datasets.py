@@ -48,7 +48,7 @@ def test_parts_of_files_come_back_and_tables_without_have_no_column(cache: Cache
     stored = replace(plain, samples=(odd, *plain.samples), sources=sources)
     assert cache.read_dataset(cache.write_dataset(stored)) == stored
     assert stored.byte_source_of(odd) == ByteSource("s3://b/x.tar", part)
-    assert stored.name_of(odd) == "s3://b/x.tar/" + part.partition("/")[2]
+    assert stored.display_name(odd) == "s3://b/x.tar/" + part.partition("/")[2]
     assert [one.absolute for one in sources[:2]] == ["s3://b/x-{0..1}.tar", "hf:o/n:c@train"]
 
 

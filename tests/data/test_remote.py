@@ -50,7 +50,7 @@ def test_folders_tables_and_tars_of_the_web(folder: Path, index: KeyIndex) -> No
         assert manifest.display_name(manifest.samples[0]) == f"{url}/data/a/1.png"
         assert [s.label for s in read(index, f"{url}/data/list.csv").samples] == ["x", "y"]
         tars = read(index, f"{url}/s-{{0..1}}.tar")
-        assert [tars.name_of(s) for s in tars.samples] == [f"{url}/s-0.tar/a/0.png", f"{url}/s-1.tar/b/1.png"]
+        assert [tars.display_name(s) for s in tars.samples] == [f"{url}/s-0.tar/a/0.png", f"{url}/s-1.tar/b/1.png"]
         asked.clear()
         assert tars.byte_source_of(tars.samples[1]).read() == b"1" * 900
         assert [body for method, _, body in asked if method == "GET"] == [b"1" * 900]  # the range, nothing else
