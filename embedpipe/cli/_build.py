@@ -294,7 +294,7 @@ def _number(value: float | None) -> str:
     return f"{'-':>9}" if value is None else f"{value:>9.4f}"
 
 
-def scores(metrics: Mapping[str, Mapping[str, Any]], chosen_on: str | None = None) -> str:
+def format_scores(metrics: Mapping[str, Mapping[str, Any]], chosen_on: str | None = None) -> str:
     """Return a table of metrics, one row per split; the split that the head was chosen on is marked by *."""
     main = next((name for values in metrics.values() for name in METRICS if name in values), "accuracy")
     title, *others = METRICS[main]
@@ -309,7 +309,7 @@ def scores(metrics: Mapping[str, Mapping[str, Any]], chosen_on: str | None = Non
     return "\n".join(lines)
 
 
-def worst(found: Mapping[str, Any] | None) -> str:
+def format_worst_classes(found: Mapping[str, Any] | None) -> str:
     """Return a table of the worst classes, or "" if the report has none."""
     if not found:
         return ""

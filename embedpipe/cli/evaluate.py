@@ -6,7 +6,7 @@ from typing import Any
 
 import rich_click as click
 
-from embedpipe.cli._build import Session, command, scores
+from embedpipe.cli._build import Session, command, format_scores
 from embedpipe.commands import evaluate as evaluation
 
 
@@ -16,4 +16,4 @@ from embedpipe.commands import evaluate as evaluation
 def evaluate(session: Session, run: str, data: tuple[str, ...], **options: Any) -> None:
     done = evaluation.evaluate(run, data or None, progress=session.progress, **options)
     report = done.to_dict()
-    session.finish(report, scores({done.split: done.metrics}, done.chosen_on), failed=report["failed"])
+    session.finish(report, format_scores({done.split: done.metrics}, done.chosen_on), failed=report["failed"])

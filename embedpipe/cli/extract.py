@@ -24,22 +24,22 @@ from embedpipe.storage import format_size
 def extract(session: Session, data: tuple[str, ...], backbone: tuple[str, ...], **options: Any) -> None:
     found = extraction.extract(data, backbone, progress=session.progress, **options).summary
     if "dry_run" in found:
-        session.finish(found, tell_plan(found))
+        session.finish(found, format_plan(found))
     else:
-        session.finish(found, tell(found), failed=found["failed"])
+        session.finish(found, format_report(found), failed=found["failed"])
 
 
-def learnt(found: Mapping[str, Any]) -> str:
-    """Return what there is to learn of each image."""
+def format_targets(found: Mapping[str, Any]) -> str:
+    """Return the number of classes or labels, or that targets are numbers."""
     if found["task"] == "regression":
-        return "a number each"
+        return "numbers"
     return f"{len(found['classes'])} {'labels' if found['task'] == 'multilabel' else 'classes'}"
 
 
-def tell(found: Mapping[str, Any]) -> str:
-    """Return what was done, a line a space, and which stage set the pace."""
+def format_report(found: Mapping[str, Any]) -> str:
+    """Return the summary of an extraction: one line per space, and the bottleneck."""
     lines = [
-        f"{found['dataset']}: {found['images']} images, {learnt(found)}, {counts(found['splits'])}",
+        f"{found['dataset']}: {found['images']} images, {format_targets(found)}, {counts(found['splits'])}",
         *(
             f"{space['space']}: {space['feature_dim']} features, {space['computed']} computed, {space['reused']} reused"
             for space in found["spaces"]
@@ -50,16 +50,16 @@ def tell(found: Mapping[str, Any]) -> str:
     return "\n".join([*lines, found["advice"]] if found["advice"] else lines)
 
 
-def tell_plan(found: Mapping[str, Any]) -> str:
-    """Return what would be done, a line a space."""
+def format_plan(found: Mapping[str, Any]) -> str:
+    """Return the summary of a dry run: one line per space, and the expected time."""
     lines = [
         f"{space['space']}: {space['misses']} to compute ({format_size(space['bytes'])}), {space['hits']} there"
         for space in found["spaces"]
     ]
-    took = (
+    estimate = (
         f"{found['seconds_expected']:.0f} s expected ({found['measured_images']} images measured, {found['executor']})"
     )
-    return "\n".join([f"{found['images']} images, {counts(found['splits'])}", *lines, took, "nothing was written"])
+    return "\n".join([f"{found['images']} images, {counts(found['splits'])}", *lines, estimate, "nothing was written"])
 
 
 def counts(splits: dict[str, int]) -> str:

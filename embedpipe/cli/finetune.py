@@ -9,7 +9,7 @@ from typing import Any
 
 import rich_click as click
 
-from embedpipe.cli._build import Session, command, scores
+from embedpipe.cli._build import Session, command, format_scores
 from embedpipe.commands import finetune as finetuning
 from embedpipe.config import read_schedule
 from embedpipe.storage import format_size
@@ -33,7 +33,7 @@ def finetune(session: Session, run: str | None, schedule: str | None, **options:
     lines = [title, _format_source(report["cut"], report["activations"])]
     if report["wise_ft"]:
         lines += [_format_sweep(report["wise_ft"]), ""]
-    lines.append(scores(report["metrics"], report["chosen_on"]))
+    lines.append(format_scores(report["metrics"], report["chosen_on"]))
     if report["best_epoch"] == 0:
         lr = report["options"]["lr"]
         lines.append(f"no epoch is better on val than the starting weights: try --lr {lr / 10:g} instead of {lr:g}")

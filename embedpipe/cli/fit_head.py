@@ -7,7 +7,7 @@ from typing import Any
 
 import rich_click as click
 
-from embedpipe.cli._build import Session, command, scores, worst
+from embedpipe.cli._build import Session, command, format_scores, format_worst_classes
 from embedpipe.commands import fit_head as fitting
 
 
@@ -17,7 +17,11 @@ def fit_head(session: Session, dataset: str | None, **options: Any) -> None:
     report = fitting.fit_head(dataset, **options).report
     parts = [format_ranking(report["ranking"])] if "ranking" in report else []
     parts += [format_blocks(report["blocks"], report["decision"])] if "blocks" in report else []
-    parts += [format_title(report), scores(report["metrics"], report["chosen_on"]), worst(report["worst_classes"])]
+    parts += [
+        format_title(report),
+        format_scores(report["metrics"], report["chosen_on"]),
+        format_worst_classes(report["worst_classes"]),
+    ]
     parts += [format_curve(report["curve"])] if "curve" in report else []
     parts += [format_folds(report["folds"])] if "folds" in report else []
     session.finish(report, "\n".join(part for part in parts if part).rstrip())

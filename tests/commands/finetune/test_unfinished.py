@@ -128,7 +128,9 @@ def test_a_run_of_an_earlier_version_resumes(head: ep.Classifier, name: str, sou
         losses = [[epoch[key] for epoch in tuned.report["epochs"]] for tuned in (resumed, whole)]
         assert losses[0][2:] == pytest.approx(losses[1][2:], rel=1e-3)  # another processor may round otherwise
     for weight, tensor in weights(whole).items():
-        torch.testing.assert_close(weights(resumed)[weight], tensor, rtol=1e-3, atol=1e-4)  # from heads that rounding parts
+        torch.testing.assert_close(
+            weights(resumed)[weight], tensor, rtol=1e-3, atol=1e-4
+        )  # from heads that rounding parts
 
 
 @pytest.mark.parametrize(

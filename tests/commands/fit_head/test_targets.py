@@ -129,7 +129,7 @@ def test_copies_are_leaks_whatever_the_task(run: Run, digits: Path) -> None:
 
 
 def test_numbers(run: Run, digits: Path) -> None:
-    assert "150 images, a number each" in run("extract", digits / "value.csv", *LITE0).out
+    assert "150 images, numbers" in run("extract", digits / "value.csv", *LITE0).out
     fitted = run("fit-head", "--json").data
     assert (fitted["task"], fitted["solver"], fitted["classes"]) == ("regression", "ridge", ["target"])
     assert set(fitted["l2_path"][0]) == {"l2", "val_rmse", "loo_rmse", "objective"}
