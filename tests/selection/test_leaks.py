@@ -135,7 +135,10 @@ def test_accuracy_without_leaks_leaves_them_out(tmp_path: Path, monkeypatch: pyt
     wrong = {"test/red/000.png", "test/blue/000.png", "test/red/copy0.png"}
     with pytest.warns(EmbedpipeWarning, match=r"2 of test \(accuracy without them 0\.7500\)"):
         report = find_leaks(features, scored(features, wrong))
-    assert report["near_skipped"] == "12 training images, at least 20 are needed to estimate how similar different images are"
+    assert (
+        report["near_skipped"]
+        == "12 training images, at least 20 are needed to estimate how similar different images are"
+    )
     assert report["near_duplicates_of_train"] is None
     without = report["accuracy_without_leaks"]["test"]
     assert (without["accuracy"], without["n"]) == (0.75, 8)
