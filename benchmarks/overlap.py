@@ -33,7 +33,7 @@ class Device:
         self.seconds, self.feature_dim = seconds, feature_dim
         self._lock = threading.Lock()
 
-    def __call__(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
+    def __call__(self, shared_model: int, images: np.ndarray) -> list[np.ndarray]:
         with self._lock:
             time.sleep(self.seconds)
         return [np.ones((len(images), self.feature_dim), np.float32)]

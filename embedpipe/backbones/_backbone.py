@@ -230,8 +230,8 @@ def join(backbones: Sequence[Backbone]) -> tuple[list[SharedModel], list[int]]:
 
     Returns
     -------
-    joints : one `SharedModel` per group
-    indices : for each backbone the index of its joint
+    shared_models : one `SharedModel` per group
+    indices : for each backbone the index of its shared model
     """
     groups: dict[tuple[int, object], list[Backbone]] = {}
     keys = []

@@ -218,7 +218,7 @@ def _candidate(settings: InferenceSettings) -> str:
 def _memo_of(runner: Runner, graphs: Path | None) -> Path | None:
     """Return the file of what was measured of these models on this processor, device and precision."""
     settings = runner.settings
-    what = [graph_name(runner.joints), _processor(), count_cores(), settings.device, settings.precision]
+    what = [graph_name(runner.shared_models), _processor(), count_cores(), settings.device, settings.precision]
     return graphs / f"{hashlib.sha256(canonical_json(what).encode()).hexdigest()[:24]}.json" if graphs else None
 
 

@@ -1,6 +1,6 @@
 """Fold batch normalisations into the convolutions before them: in eval mode both are linear.
 
->>> folded = fold(joint)          # the joint itself if there is nothing to fold
+>>> folded = fold(shared_model)          # the shared_model itself if there is nothing to fold
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 SHAPES = ("__get__", "size", "dim", "numel")  # functions that only look at a tensor's shape
 
 
-def fold(joint: SharedModel) -> SharedModel:
-    """Return a copy of a joint without the batch normalisations that directly follow a convolution.
+def fold(shared_model: SharedModel) -> SharedModel:
+    """Return a copy of a shared model without the batch normalisations that directly follow a convolution.
 
     A convolution is left as it is if its output is a requested layer, or has other uses.
     """
-    pairs = find_pairs(joint)
+    pairs = find_pairs(shared_model)
     if not pairs:
-        return joint
-    folded = copy.deepcopy(joint)
+        return shared_model
+    folded = copy.deepcopy(shared_model)
     model = folded.extractor.model
     for conv, norm in pairs:
         before: Any = model.get_submodule(conv)
@@ -41,9 +41,9 @@ def fold(joint: SharedModel) -> SharedModel:
     return folded
 
 
-def find_pairs(joint: SharedModel) -> list[tuple[str, str]]:
+def find_pairs(shared_model: SharedModel) -> list[tuple[str, str]]:
     """Return pairs of a convolution and the batch normalisation that alone uses its output, from a pass on black images."""
-    model = joint.extractor.model
+    model = shared_model.extractor.model
     names = {module: name for name, module in model.named_modules()}
     producers: dict[int, str] = {}  # id of an output -> name of the convolution
     consumers: dict[str, str] = {}
@@ -71,8 +71,8 @@ def find_pairs(joint: SharedModel) -> list[tuple[str, str]]:
         for module in names:
             hooks.enter_context(module.register_forward_pre_hook(enter))
             hooks.enter_context(module.register_forward_hook(leave))
-        joint(joint.example(1))
-    requested = {tap.name for group in joint.groups for tap in group}
+        shared_model(shared_model.example(1))
+    requested = {tap.name for group in shared_model.groups for tap in group}
     return [
         (conv, norm)
         for conv, norm in consumers.items()

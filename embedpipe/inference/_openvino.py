@@ -36,7 +36,7 @@ class OpenVino:
 
     Parameters
     ----------
-    joints : list of SharedModel
+    shared_models : list of SharedModel
     settings : InferenceSettings        batch size: images a call; streams: calls at the same time
     graphs : Path or None     folder of the converted graphs
 
@@ -47,7 +47,7 @@ class OpenVino:
     """
 
     def __init__(
-        self, joints: Sequence[SharedModel], settings: InferenceSettings, *, graphs: Path | None = None
+        self, shared_models: Sequence[SharedModel], settings: InferenceSettings, *, graphs: Path | None = None
     ) -> None:
         if not has_openvino():
             raise UsageError("the executor openvino is not installed", hint="pip install 'embedpipe[openvino]'")
@@ -62,38 +62,38 @@ class OpenVino:
             "EXECUTION_MODE_HINT": "ACCURACY",
         }
         self._compiled = []
-        for joint in joints:
-            graph = _graph(core, joint, graphs)
-            graph.reshape([settings.batch_size, *joint.example(1).shape[1:]])
+        for shared_model in shared_models:
+            graph = _graph(core, shared_model, graphs)
+            graph.reshape([settings.batch_size, *shared_model.example(1).shape[1:]])
             self._compiled.append(core.compile_model(graph, "CPU", options))
         self._own = threading.local()
 
-    def __call__(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
+    def __call__(self, shared_model: int, images: np.ndarray) -> list[np.ndarray]:
         if not hasattr(self._own, "requests"):
             self._own.requests = [compiled.create_infer_request() for compiled in self._compiled]
-        outputs = self._own.requests[joint].infer([images], share_inputs=True)
+        outputs = self._own.requests[shared_model].infer([images], share_inputs=True)
         return [np.array(features) for features in outputs.to_tuple()]
 
 
-def _graph(core: Any, joint: SharedModel, graphs: Path | None) -> Any:
-    """Return the graph of a joint, from its file, or converted and stored.
+def _graph(core: Any, shared_model: SharedModel, graphs: Path | None) -> Any:
+    """Return the graph of a shared_model, from its file, or converted and stored.
 
     It is always read from a file: a graph has other last bits before it is stored and read.
     """
     if graphs is None:
         with TemporaryDirectory() as folder:
-            return _graph(core, joint, Path(folder))
-    stored = graphs / graph_name([joint])
+            return _graph(core, shared_model, Path(folder))
+    stored = graphs / graph_name([shared_model])
     with suppress(RuntimeError, OSError):  # absent or damaged
         graph = core.read_model(stored / "graph.xml")
         os.utime(stored)  # the time of the last use, for `cache gc`
         return graph
-    _convert(joint, stored)
+    _convert(shared_model, stored)
     return core.read_model(stored / "graph.xml")
 
 
-def _convert(joint: SharedModel, folder: Path) -> None:
-    """Convert a joint and store its graph, whole or not at all.
+def _convert(shared_model: SharedModel, folder: Path) -> None:
+    """Convert a shared model and store its graph, whole or not at all.
 
     Raises
     ------
@@ -103,7 +103,7 @@ def _convert(joint: SharedModel, folder: Path) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tracing: shapes become constants, as intended
-        graph = openvino.convert_model(joint.cpu(), example_input=joint.example(2))
+        graph = openvino.convert_model(shared_model.cpu(), example_input=shared_model.example(2))
     shutil.rmtree(folder, ignore_errors=True)  # a damaged graph
     try:
         with atomic_folder(folder, what="graph") as fresh:
@@ -113,10 +113,12 @@ def _convert(joint: SharedModel, folder: Path) -> None:
             raise
 
 
-def graph_name(joints: Sequence[SharedModel]) -> str:
-    """Return the name of the graph of joints: a hash of their specs and the library versions."""
+def graph_name(shared_models: Sequence[SharedModel]) -> str:
+    """Return the name of the graph of shared models: a hash of their specs and the library versions."""
     versions = [_version(library) for library in ("openvino", "torch")]
-    return hashlib.sha256(canonical_json([versions, [joint.spec for joint in joints]]).encode()).hexdigest()[:24]
+    return hashlib.sha256(
+        canonical_json([versions, [shared_model.spec for shared_model in shared_models]]).encode()
+    ).hexdigest()[:24]
 
 
 def _version(library: str) -> str:

@@ -34,8 +34,8 @@ RECENT_CALLS = 512  # whose speed is remembered
 class Executor(Protocol):
     """Runs images through models; safe to call from several threads."""
 
-    def __call__(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
-        """Return float32 (n, D) for each feature of one of the joints.
+    def __call__(self, shared_model: int, images: np.ndarray) -> list[np.ndarray]:
+        """Return float32 (n, D) for each feature of one of the shared models.
 
         Raises
         ------
@@ -68,7 +68,7 @@ class Runner:
 
     Parameters
     ----------
-    session : Executor    instead of the one that `settings` names; its joints are those of `backbones.join`
+    session : Executor    instead of the one that `settings` names; its shared models are those of `backbones.join`
     graphs : Path         folder of the converted graphs
 
     Attributes
@@ -92,12 +92,12 @@ class Runner:
         self.backbones, self.settings = list(backbones), settings
         self.image_s: deque[float] = deque(maxlen=RECENT_CALLS)
         self.decode_s = self.forward_s = self.difference = 0.0
-        self.joints, self._joint = join(backbones)
+        self.shared_models, self._model_of = join(backbones)
         windows = [_window_of(backbone.transform) for backbone in backbones]
         self.windows = list(dict.fromkeys(windows))
         self._window = [self.windows.index(window) for window in windows]
         self._lock, self._parts = threading.Lock(), 1
-        self.session = session or open_executor(self.joints, settings, graphs=graphs)
+        self.session = session or open_executor(self.shared_models, settings, graphs=graphs)
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return float32 (n, D) for each backbone, from one array of n images for each window; n is a multiple of the batch size.
@@ -107,33 +107,35 @@ class Runner:
         MemoryError    the device cannot hold one image
         """
         start = time.monotonic()
-        passes = dict.fromkeys(zip(self._joint, self._window, strict=True))
-        features = {(joint, window): self._in_parts(joint, images[window]) for joint, window in passes}
+        passes = dict.fromkeys(zip(self._model_of, self._window, strict=True))
+        features = {
+            (shared_model, window): self._in_parts(shared_model, images[window]) for shared_model, window in passes
+        }
         with self._lock:
             self.forward_s += time.monotonic() - start
             self.image_s.append((time.monotonic() - start) / len(images[0]))
         return [
-            features[joint, window][self.joints[joint].output_of(backbone)]
-            for backbone, joint, window in zip(self.backbones, self._joint, self._window, strict=True)
+            features[shared_model, window][self.shared_models[shared_model].output_of(backbone)]
+            for backbone, shared_model, window in zip(self.backbones, self._model_of, self._window, strict=True)
         ]
 
-    def _in_parts(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
+    def _in_parts(self, shared_model: int, images: np.ndarray) -> list[np.ndarray]:
         """Run one batch after another, each in as few parts as the device can hold; batches that were halved stay halved."""
         size, parts = self.settings.batch_size, self._parts
         try:
             cuts = range(0, len(images), -(-size // parts))
-            done = [self.session(joint, images[cut : cut + cuts.step]) for cut in cuts]
+            done = [self.session(shared_model, images[cut : cut + cuts.step]) for cut in cuts]
         except MemoryError:
             if parts >= size:
                 raise
             self._parts = 2 * parts
-            return self._in_parts(joint, images)
+            return self._in_parts(shared_model, images)
         return done[0] if len(done) == 1 else [np.concatenate(features) for features in zip(*done, strict=True)]
 
     def examples(self) -> list[np.ndarray]:
         """Return a batch of black images for each window."""
-        of = [self._joint[self._window.index(window)] for window in range(len(self.windows))]
-        return [self.joints[joint].example(self.settings.batch_size).numpy() for joint in of]
+        of = [self._model_of[self._window.index(window)] for window in range(len(self.windows))]
+        return [self.shared_models[shared_model].example(self.settings.batch_size).numpy() for shared_model in of]
 
     def pad(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Append black images to those of each window, up to whole batches: the bits of a row depend on the size of its batch."""
@@ -166,9 +168,11 @@ class Runner:
 
     def _explain(self, number: int, images: Sequence[np.ndarray]) -> list[str]:
         """Return why the features of each image are not finite: the first layer with such an output, or the stored dtype."""
-        joint, batch = self.joints[self._joint[number]], images[self._window[number]]
+        shared_model, batch = self.shared_models[self._model_of[number]], images[self._window[number]]
         plain = self.settings.under("eager")
-        faults = find_faults(joint, lambda: open_executor([joint], plain, folded=False)(0, batch), len(batch))
+        faults = find_faults(
+            shared_model, lambda: open_executor([shared_model], plain, folded=False)(0, batch), len(batch)
+        )
         return [self._reason(faults.get(row)) for row in range(len(batch))]
 
     def _reason(self, layer: str | None) -> str:
@@ -208,17 +212,21 @@ def stream_rows(
 
 
 def open_executor(
-    joints: Sequence[SharedModel], settings: InferenceSettings, *, graphs: Path | None = None, folded: bool = True
+    shared_models: Sequence[SharedModel],
+    settings: InferenceSettings,
+    *,
+    graphs: Path | None = None,
+    folded: bool = True,
 ) -> Executor:
     """Return the executor that `settings` names; `folded` is for those of torch."""
     if settings.executor == "openvino":
-        return OpenVino(joints, settings, graphs=graphs)
+        return OpenVino(shared_models, settings, graphs=graphs)
     from embedpipe.inference._torch import Torch
 
-    return Torch(joints, settings, folded=folded)
+    return Torch(shared_models, settings, folded=folded)
 
 
-def find_faults(joint: SharedModel, run: Callable[[], object], size: int) -> dict[int, str]:
+def find_faults(shared_model: SharedModel, run: Callable[[], object], size: int) -> dict[int, str]:
     """Run a batch of `size` images; return the first layer whose output is not finite, by the index of the image."""
     import torch
 
@@ -232,7 +240,7 @@ def find_faults(joint: SharedModel, run: Callable[[], object], size: int) -> dic
                 faults.setdefault(row, name)
 
     with ExitStack() as hooks:
-        for name, module in joint.extractor.model.named_modules():
+        for name, module in shared_model.extractor.model.named_modules():
             if name:
                 hooks.enter_context(module.register_forward_hook(partial(note, name)))
         run()

@@ -24,29 +24,33 @@ class Torch:
 
     Parameters
     ----------
-    joints : list of SharedModel
+    shared_models : list of SharedModel
     settings : InferenceSettings    bf16 and fp16 by autocast; "compile" compiles during the first call
     folded : bool         in fp32, fold batch normalisations into convolutions
     """
 
-    def __init__(self, joints: Sequence[SharedModel], settings: InferenceSettings, *, folded: bool = True) -> None:
+    def __init__(
+        self, shared_models: Sequence[SharedModel], settings: InferenceSettings, *, folded: bool = True
+    ) -> None:
         self._device, self._kind = settings.device, settings.device.partition(":")[0]
         is_fp32 = settings.precision == "fp32"
         self._dtype = getattr(torch, DTYPES[settings.precision])
         self._memory = torch.channels_last if settings.channels_last else torch.contiguous_format
         if self._kind == "cuda" and is_fp32:  # without TF32, which keeps 10 bits and is the default of cuDNN
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        ready = [fold(joint.cpu()) if folded and is_fp32 else joint for joint in joints]
-        modules = [joint.to(self._device).to(memory_format=self._memory) for joint in ready]
+        ready = [fold(shared_model.cpu()) if folded and is_fp32 else shared_model for shared_model in shared_models]
+        modules = [shared_model.to(self._device).to(memory_format=self._memory) for shared_model in ready]
         compiled = settings.executor == "compile"
         self._modules: list[Any] = [torch.compile(module) if compiled else module for module in modules]
         self._own = threading.local()
 
-    def __call__(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
+    def __call__(self, shared_model: int, images: np.ndarray) -> list[np.ndarray]:
         autocast = torch.autocast(self._kind, self._dtype, enabled=self._dtype is not torch.float32)
         try:
             with torch.inference_mode(), autocast, self._stream():
-                return [features.float().cpu().numpy() for features in self._modules[joint](self._to_device(images))]
+                return [
+                    features.float().cpu().numpy() for features in self._modules[shared_model](self._to_device(images))
+                ]
         except torch.OutOfMemoryError as exc:
             if self._kind == "cuda":
                 torch.cuda.empty_cache()

@@ -22,9 +22,9 @@ from embedpipe.inference._torch import Torch
 BATCH = 4
 NAMES = ("timm:test_resnet", "timm:test_efficientnet", "timm:test_vit", "torchvision:mobilenet_v3_small")
 MAKERS: dict[str, Callable[[list[SharedModel]], Executor]] = {
-    "eager": lambda joints: Torch(joints, InferenceSettings()),
-    "eager, not folded": lambda joints: Torch(joints, InferenceSettings(), folded=False),
-    "openvino": lambda joints: OpenVino(joints, InferenceSettings(batch_size=BATCH, streams=2)),
+    "eager": lambda shared_models: Torch(shared_models, InferenceSettings()),
+    "eager, not folded": lambda shared_models: Torch(shared_models, InferenceSettings(), folded=False),
+    "openvino": lambda shared_models: OpenVino(shared_models, InferenceSettings(batch_size=BATCH, streams=2)),
 }
 
 
@@ -49,8 +49,8 @@ def load(name: str, layer: str | None = None) -> Backbone:
     return backbone
 
 
-def pixels_for(joint: SharedModel, count: int = BATCH) -> np.ndarray:
-    shape = tuple(joint.example(count).shape)
+def pixels_for(shared_model: SharedModel, count: int = BATCH) -> np.ndarray:
+    shape = tuple(shared_model.example(count).shape)
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
 
 
@@ -69,10 +69,10 @@ def largest(found: np.ndarray, expected: np.ndarray) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_features_are_those_of_the_plain_module(name: str, maker: str) -> None:
     backbone = load(name)
-    joints, _ = join([backbone])
-    pixels = pixels_for(joints[0])
+    shared_models, _ = join([backbone])
+    pixels = pixels_for(shared_models[0])
     expected = plain(backbone, pixels)
-    (found,) = MAKERS[maker](joints)(0, pixels)
+    (found,) = MAKERS[maker](shared_models)(0, pixels)
     assert found.dtype == np.float32
     assert largest(found, expected) < 1e-5
 
@@ -80,8 +80,8 @@ def test_features_are_those_of_the_plain_module(name: str, maker: str) -> None:
 @pytest.mark.parametrize("maker", ["eager", "openvino"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_row_does_not_depend_on_its_place_or_its_thread(name: str, maker: str) -> None:
-    joints, _ = join([load(name)])
-    session, pixels = MAKERS[maker](joints), pixels_for(joints[0])
+    shared_models, _ = join([load(name)])
+    session, pixels = MAKERS[maker](shared_models), pixels_for(shared_models[0])
     (first,) = session(0, pixels)
     order = np.array([2, 0, 3, 1])
     with ThreadPoolExecutor(2) as threads:
@@ -94,22 +94,22 @@ def test_a_row_does_not_depend_on_its_place_or_its_thread(name: str, maker: str)
 def test_several_layers_come_from_one_pass(maker: str) -> None:
     last = load("timm:test_resnet")
     backbones = [last, at_layer(last, "layer2"), at_layer(last, "layer4", pool="max")]
-    joints, of = join(backbones)
-    assert (len(joints), of) == (1, [0, 0, 0])
-    pixels, passes = pixels_for(joints[0]), []
+    shared_models, of = join(backbones)
+    assert (len(shared_models), of) == (1, [0, 0, 0])
+    pixels, passes = pixels_for(shared_models[0]), []
     expected = [plain(backbone, pixels) for backbone in backbones]
     last.module.model.register_forward_hook(lambda *_: passes.append(1))
-    found = MAKERS[maker](joints)(0, pixels)
+    found = MAKERS[maker](shared_models)(0, pixels)
     for backbone, one in zip(backbones, expected, strict=True):
-        assert largest(found[joints[0].output_of(backbone)], one) < 1e-5
+        assert largest(found[shared_models[0].output_of(backbone)], one) < 1e-5
 
 
 def test_a_pass_ends_at_the_last_layer_wanted() -> None:
     first = load("timm:test_resnet", "layer1")
-    (joint,), _ = join([first, at_layer(first, "layer2")])
+    (shared_model,), _ = join([first, at_layer(first, "layer2")])
     reached = []
     first.module.model.layer3.register_forward_hook(lambda *_: reached.append(1))  # type: ignore[union-attr]
-    Torch([joint], InferenceSettings(), folded=False)(0, pixels_for(joint))
+    Torch([shared_model], InferenceSettings(), folded=False)(0, pixels_for(shared_model))
     assert not reached
 
 
@@ -119,22 +119,22 @@ def test_backbones_with_another_normalisation_do_not_share_a_pass() -> None:
     one = load("timm:test_resnet")
     assert isinstance(one.transform, Transform)
     other = replace(one, transform=replace(one.transform, mean=(0.1, 0.2, 0.3)))
-    joints, of = join([one, other])
+    shared_models, of = join([one, other])
     assert of == [0, 1]
-    pixels = pixels_for(joints[0])
-    session = Torch(joints, InferenceSettings())
+    pixels = pixels_for(shared_models[0])
+    session = Torch(shared_models, InferenceSettings())
     for n, backbone in enumerate((one, other)):
         assert largest(session(n, pixels)[0], plain(backbone, pixels)) < 1e-5
 
 
 def test_folding_takes_every_norm_that_follows_a_convolution() -> None:
-    (joint,), _ = join([load("timm:test_resnet")])
-    norms = [m for m in joint.extractor.model.modules() if isinstance(m, nn.BatchNorm2d)]
-    folded = fold(joint)
-    assert len(find_pairs(joint)) == len(norms) > 5
+    (shared_model,), _ = join([load("timm:test_resnet")])
+    norms = [m for m in shared_model.extractor.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    folded = fold(shared_model)
+    assert len(find_pairs(shared_model)) == len(norms) > 5
     assert not [m for m in folded.extractor.model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert [
-        m for m in joint.extractor.model.modules() if isinstance(m, nn.BatchNorm2d)
+        m for m in shared_model.extractor.model.modules() if isinstance(m, nn.BatchNorm2d)
     ] == norms  # the model is left alone
 
 
@@ -153,29 +153,29 @@ class Branching(nn.Module):
 
 def test_a_convolution_whose_output_is_used_twice_is_left_alone() -> None:
     backbone = load_backbone(Branching(), transform=Transform((16, 16), 16))
-    (joint,), _ = join([backbone])
-    pixels = pixels_for(joint)
-    assert largest(Torch([joint], InferenceSettings())(0, pixels)[0], plain(backbone, pixels)) < 1e-6
-    assert fold(joint) is joint
+    (shared_model,), _ = join([backbone])
+    pixels = pixels_for(shared_model)
+    assert largest(Torch([shared_model], InferenceSettings())(0, pixels)[0], plain(backbone, pixels)) < 1e-6
+    assert fold(shared_model) is shared_model
 
 
 def test_a_convolution_that_is_the_layer_is_left_alone() -> None:
     backbone = load("timm:test_resnet", "conv1.0")
-    (joint,), _ = join([backbone])
-    pixels = pixels_for(joint)
-    assert largest(Torch([joint], InferenceSettings())(0, pixels)[0], plain(backbone, pixels)) < 1e-6
+    (shared_model,), _ = join([backbone])
+    pixels = pixels_for(shared_model)
+    assert largest(Torch([shared_model], InferenceSettings())(0, pixels)[0], plain(backbone, pixels)) < 1e-6
 
 
 def test_a_kept_graph_is_taken_again_and_a_damaged_one_is_not(tmp_path: Path) -> None:
-    joints, _ = join([load("timm:test_resnet")])
-    pixels = pixels_for(joints[0])
+    shared_models, _ = join([load("timm:test_resnet")])
+    pixels = pixels_for(shared_models[0])
 
     def run() -> np.ndarray:
-        return OpenVino(joints, InferenceSettings(batch_size=BATCH), graphs=tmp_path)(0, pixels)[0]
+        return OpenVino(shared_models, InferenceSettings(batch_size=BATCH), graphs=tmp_path)(0, pixels)[0]
 
     first = run()
     (kept,) = tmp_path.iterdir()
-    assert kept.name == graph_name(joints)
+    assert kept.name == graph_name(shared_models)
     before = (kept / "graph.xml").stat().st_ino
     np.testing.assert_array_equal(run(), first)
     assert (kept / "graph.xml").stat().st_ino == before
@@ -188,4 +188,4 @@ def test_other_weights_are_another_graph() -> None:
     one, _ = join([load_backbone("timm:test_resnet", weights="none")])
     other, _ = join([load_backbone("timm:test_resnet", weights="none", seed=1)])
     layer, _ = join([load_backbone("timm:test_resnet", weights="none", layer="layer3")])
-    assert len({graph_name(joints) for joints in (one, other, layer)}) == 3
+    assert len({graph_name(shared_models) for shared_models in (one, other, layer)}) == 3

@@ -59,7 +59,7 @@ class Stub:
         self.sizes: list[int] = []
         self._device = threading.Lock()
 
-    def __call__(self, joint: int, images: np.ndarray) -> list[np.ndarray]:
+    def __call__(self, shared_model: int, images: np.ndarray) -> list[np.ndarray]:
         with self._device:
             self.sizes.append(len(images))
             if len(images) > self.most:
@@ -95,7 +95,7 @@ def test_views_are_other_pixels_of_the_same_model(backbone: Backbone, items: lis
     assert isinstance(backbone.transform, Transform)
     views = [replace(backbone, transform=replace(backbone.transform, augment="strong", view=n)) for n in (1, 2)]
     runner = Runner([backbone, *views], FORWARD)
-    assert (len(runner.joints), len(runner.windows)) == (1, 3)
+    assert (len(runner.shared_models), len(runner.windows)) == (1, 3)
     stream = list(stream_rows(items, runner))
     found = [rows_by_key(stream, n) for n in range(3)]
     for key, _ in items:
