@@ -19,6 +19,7 @@ from embedpipe.errors import UsageError
 from embedpipe.evaluation import binary_log_loss, score
 from embedpipe.heads._problem import ChunkedFeatures, Float64, PathWeights, Problem
 from embedpipe.heads._standardisation import check_labelled, fold, make_problem, unfold
+from embedpipe.heads.knn import KnnHead
 from embedpipe.heads.linear import LinearHead
 from embedpipe.provenance import nearest
 
@@ -49,10 +50,10 @@ class L2Point:
 
 @dataclass(frozen=True, eq=False)
 class L2Path:
-    """The chosen head, its l2, and all points in rising order of l2."""
+    """The chosen head, its l2, and all points in rising order of l2; a kNN head has neither l2 nor points."""
 
-    head: LinearHead
-    l2: float
+    head: LinearHead | KnnHead
+    l2: float | None
     points: tuple[L2Point, ...]
 
 

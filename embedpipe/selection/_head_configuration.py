@@ -119,8 +119,7 @@ class HeadConfig:
         UsageError    fewer than two classes, or no validation samples to select l2 on
         """
         if self.solver == "knn":
-            head: Any = self._fit_knn(X, y)
-            return L2Path(head, None, ())  # type: ignore[arg-type]
+            return L2Path(self._fit_knn(X, y), None, ())
         return fit_path(X, y, X_val, y_val, l2=self.l2, gram=gram, **self._options(X, y))
 
     def fit(

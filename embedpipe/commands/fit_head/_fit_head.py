@@ -222,8 +222,7 @@ def _fit(features: FeatureSet, config: HeadConfig, *, refit: bool) -> tuple[L2Pa
     path = _select_l2(features, config)
     splits = ("train", "val") if refit else ("train",)
     if refit:
-        refitted: Any = config.fit(*config.arrays(features, *splits), l2=path.l2)
-        path = replace(path, head=refitted)
+        path = replace(path, head=config.fit(*config.arrays(features, *splits), l2=path.l2))
     if len(path.points) > 1:
         _warn_at_edge(path)
     points = [{name: getattr(point, name) for name in POINT_FIELDS[config.task]} for point in path.points]
