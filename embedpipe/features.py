@@ -46,24 +46,24 @@ class FeatureSet:
     space : Space           first space
     backbone : Backbone     what made them, where it is at hand
     summary : dict          what extracting them took (the JSON of `extract`)
-    beside : tuple of Space    further spaces: their columns follow, row by row of the same image
+    extra_spaces : tuple of Space    further spaces, whose columns follow those of `space`
     """
 
     manifest: Manifest
     space: Space
     backbone: Backbone | None = None
     summary: Mapping[str, Any] = field(default_factory=dict)
-    beside: tuple[Space, ...] = ()
+    extra_spaces: tuple[Space, ...] = ()
 
     @property
     def spaces(self) -> tuple[Space, ...]:
         """All spaces in column order."""
-        return (self.space, *self.beside)
+        return (self.space, *self.extra_spaces)
 
     def only(self, spaces: Iterable[Space]) -> FeatureSet:
         """Return the same samples with the columns of some spaces only."""
         first, *others = spaces
-        return replace(self, space=first, beside=tuple(others))
+        return replace(self, space=first, extra_spaces=tuple(others))
 
     def reopened(self, **requested: Any) -> FeatureSet:
         """Return the features that `open_features` finds for the same data set in the same cache."""
@@ -175,7 +175,7 @@ class FeatureSet:
 
     def _read(self, keys: Sequence[bytes]) -> np.ndarray:
         blocks = [view.read(keys).astype(np.float32, copy=False) for view in self._views]
-        return np.hstack(blocks) if self.beside else blocks[0]
+        return np.hstack(blocks) if self.extra_spaces else blocks[0]
 
 
 def open_features(
@@ -215,7 +215,7 @@ def open_features(
     else:
         found = [_only_complete(cache, manifest, next(iter(backbones), None), next(iter(layers), None))]
     first, *others = {space.folder: space for space in found}.values()  # without duplicates
-    features = FeatureSet(manifest, first, beside=tuple(others))
+    features = FeatureSet(manifest, first, extra_spaces=tuple(others))
     for one in features.spaces:
         one.mark_used()
     return features

@@ -15,19 +15,13 @@ import embedpipe as ep
 from embedpipe.selection import HeadConfig
 
 PATH = ("embedpipe.commands.extract", "embedpipe.inference")  # packages that an image passes on its way to a row
-BORDER = {
-    "Manifest",
-    "Sample",
-    "ByteSource",
-    "Batch",
-    "SpaceWriter",
-}  # of other packages: what is read, decoded and written
 NOT_CARRIERS = {
     "Torch": "the executor that wraps a torch module: images in, features out",
     "ExtractionResult": "the result, made after the rows are committed",
     "Uses": "a torch function mode that lives while batch normalisations are folded",
 }
-MOST_TYPES, MOST_HEAD_TYPES, MOST_DICTS = 6, 7, 1
+MOST_TYPES, MOST_HEAD_TYPES, MOST_DICTS, MOST_HEAD_DICTS = 6, 7, 2, 1
+MOST_IN_ALL = 24  # with the classes of other packages that code of the path has in hand
 
 
 def own_class(frame: FrameType) -> type | None:
@@ -46,13 +40,26 @@ def dicts_of_options(frame: FrameType) -> set[tuple[str, ...]]:
     return {tuple(sorted(options))} if isinstance(options, Mapping) and len(options) > 3 else set()
 
 
+def classes_in(frame: FrameType) -> set[str]:
+    """Return the names of our classes among the variables of a frame, and in the beginnings of its lists and dicts."""
+    parts = [
+        part
+        for value in frame.f_locals.values()
+        for part in (list(value)[:3] if isinstance(value, list | tuple) else [value])
+    ]
+    parts += [one for value in parts if isinstance(value, dict) for one in list(value.values())[:1]]
+    return {type(part).__name__ for part in parts if type(part).__module__.startswith("embedpipe.")}
+
+
 def test_extract_passes_few_types(photos: Path, tmp_path: Path) -> None:
-    """Collect the classes of the path that a method is called of, and its dicts of more than three options."""
+    """Collect the classes of the path that a method is called of, all classes that it has in hand, and its option dicts."""
     types: set[type] = set()
+    in_hand: set[str] = set()
     options: set[tuple[str, ...]] = set()
 
     def trace(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and str(frame.f_globals.get("__name__")).startswith(PATH):
+        if event in ("call", "return") and str(frame.f_globals.get("__name__")).startswith(PATH):
+            in_hand.update(classes_in(frame))
             options.update(dicts_of_options(frame))
             if owner := own_class(frame):
                 types.add(owner)
@@ -68,9 +75,13 @@ def test_extract_passes_few_types(photos: Path, tmp_path: Path) -> None:
         threading.setprofile(None)  # type: ignore[arg-type]
     assert features.summary["computed"] == 36
     carriers = {one.__name__ for one in types} - NOT_CARRIERS.keys()
-    print(f"types: {sorted(carriers)}; of other packages: {sorted(BORDER)}; options: {sorted(options)}")
+    print(
+        f"types of the path: {sorted(carriers)}; in hand: {len(in_hand)} {sorted(in_hand)}; options: {sorted(options)}"
+    )
     assert carriers >= {"Runner", "Rows"}
+    assert in_hand >= {"Manifest", "Sample", "ByteSource", "Batch", "SpaceWriter"}
     assert len(carriers) <= MOST_TYPES
+    assert len(in_hand) <= MOST_IN_ALL
     assert len(options) <= MOST_DICTS
 
 
@@ -84,9 +95,7 @@ def test_a_head_passes_few_types(tmp_path: Path) -> None:
 
     def trace(frame: FrameType, event: str, _: Any) -> None:
         if event == "call" and str(frame.f_globals.get("__name__")).startswith("embedpipe."):
-            for value in frame.f_locals.values():
-                parts = value[:3] if isinstance(value, list | tuple) else [value]
-                types.update(type(part).__name__ for part in parts if type(part).__module__.startswith("embedpipe."))
+            types.update(classes_in(frame))
             options.update(dicts_of_options(frame))
 
     sys.setprofile(trace)
@@ -98,4 +107,4 @@ def test_a_head_passes_few_types(tmp_path: Path) -> None:
     print(f"types: {sorted(types)}; options: {sorted(options)}")
     assert types >= {"HeadConfig", "LinearHead"}
     assert len(types) <= MOST_HEAD_TYPES
-    assert len(options) <= MOST_DICTS
+    assert len(options) <= MOST_HEAD_DICTS

@@ -146,22 +146,18 @@ def load_backbone(
     except ValueError as exc:
         hint = "interpolations are bicubic, bilinear, lanczos, nearest, box and hamming"
         raise UsageError(str(exc), hint=hint) from exc
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = library.build(architecture, options=options, pretrained=pretrained)
-    except OSError as exc:
-        hint = "use --weights packaged, --weights FILE or --weights none"
-        raise WeightsUnavailable(f"no network and no stored weights for {full_name}", hint=hint) from exc
+    model = _build_model(source, architecture, options, pretrained=pretrained, seed=seed)
     heads = library.classifiers_of(architecture, model)
-    origin, files = library.origin_of(architecture) if pretrained else (f"none: seed {seed}", ())
-    if weights == "packaged":
+    if pretrained or weights == "none":
+        origin, files = library.origin_of(architecture) if pretrained else (f"none: seed {seed}", ())
+    elif weights == "packaged":
         package = package_for(full_name.partition(".")[0])
-        state = package.read(package.locate(), without(model.state_dict(), heads))
+        files = (package.locate(),)
+        state = package.read(files[0], without(model.state_dict(), heads))
         load_state(model, state, heads=heads, source=package.distribution, name=full_name)
-        canonical, files = replace(canonical, **package.transform), (package.locate(),)
+        canonical = replace(canonical, **package.transform)
         origin = f"packaged: {package.distribution} {version(package.distribution)}"
-    elif weights not in ("pretrained", "none"):
+    else:
         load_state(model, read_weights(Path(weights)), heads=heads, source=str(weights), name=full_name)
         origin, files = f"file: {os.fspath(weights)}", (Path(weights).absolute(),)
     return make_backbone(
@@ -176,6 +172,22 @@ def load_backbone(
         build=options,
         files=files,
     )
+
+
+def _build_model(source: str, architecture: str, options: dict[str, Any], *, pretrained: bool, seed: int) -> nn.Module:
+    """Return a model of a library, with pretrained weights or random ones from a seed.
+
+    Raises
+    ------
+    WeightsUnavailable    no network and no stored weights
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LIBRARIES[source].build(architecture, options=options, pretrained=pretrained)
+    except OSError as exc:
+        hint = "use --weights packaged, --weights FILE or --weights none"
+        raise WeightsUnavailable(f"no network and no stored weights for {source}:{architecture}", hint=hint) from exc
 
 
 def load_model(

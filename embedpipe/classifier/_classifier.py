@@ -45,18 +45,18 @@ class Reference:
     ----------
     spec : dict      the spec of the space: all that shapes a row
     loader : dict    keyword arguments of `load_backbone`; `{"name": folder}` for a saved model
-    beside : tuple of Reference    further spaces, whose columns follow those of this one
+    extra : tuple of Reference    further spaces, whose columns follow those of this one
     """
 
     spec: Mapping[str, Any]
     loader: Mapping[str, Any]
-    beside: tuple[Reference, ...] = ()
+    extra: tuple[Reference, ...] = ()
 
     @classmethod
     def of(cls, spaces: Sequence[Space]) -> Reference:
         """Return the reference to several spaces, whose columns are concatenated."""
         first, *others = (cls(space.spec, space.loader) for space in spaces)
-        return replace(first, beside=tuple(others))
+        return replace(first, extra=tuple(others))
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Reference:
@@ -66,8 +66,8 @@ class Reference:
         ------
         KeyError, TypeError    a field is missing, unknown or of another type
         """
-        beside = tuple(cls(part["spec"], part["loader"]) for part in fields.get("beside", ()))
-        return cls(**{**fields, "beside": beside})
+        own = {name: value for name, value in fields.items() if name != "beside"}
+        return cls(**own, extra=tuple(cls(part["spec"], part["loader"]) for part in fields.get("beside", ())))
 
     @property
     def name(self) -> str:
@@ -76,11 +76,11 @@ class Reference:
     @property
     def parts(self) -> tuple[Reference, ...]:
         """One reference per space, in the order of the columns."""
-        return (replace(self, beside=()), *self.beside)
+        return (replace(self, extra=()), *self.extra)
 
     def to_dict(self) -> dict[str, Any]:
-        beside = {"beside": [part.to_dict() for part in self.beside]} if self.beside else {}
-        return {"spec": dict(self.spec), "loader": dict(self.loader), **beside}
+        extra = {"beside": [part.to_dict() for part in self.extra]} if self.extra else {}
+        return {"spec": dict(self.spec), "loader": dict(self.loader), **extra}
 
     def load(self, folder: Path | None = None) -> Backbone:
         """Return the backbone that computed the features; `folder` is the run that holds a saved model.

@@ -48,7 +48,7 @@ class Ranks:
             dist.all_reduce(flags)
         return bool(flags)
 
-    def tell(self, make: Callable[[], T]) -> T:
+    def broadcast(self, make: Callable[[], T]) -> T:
         """Return on every rank the result of `make` on the first one."""
         results: list[Any] = [make() if self.first else None]
         if self.count > 1:

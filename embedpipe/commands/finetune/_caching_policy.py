@@ -66,7 +66,7 @@ def choose_source(
     dtype = stored["activations"].get("stored_dtype") if stored else None
     try:
         activations = _find_activations(images, options, cache)
-        report = images.ranks.tell(lambda: _cache(network, activations, options, max_bytes, dtype, progress))
+        report = images.ranks.broadcast(lambda: _cache(network, activations, options, max_bytes, dtype, progress))
         if not report["cached"]:
             raise NotCached(report["reason"])
     except NotCached as exc:

@@ -65,7 +65,7 @@ def unfinished_run(
     """
     text = resume if isinstance(resume, str) else None
     is_new = resume is False
-    name = ranks.tell(lambda: new_name(VERB) if is_new else find_unfinished(runs_dir, VERB, text))
+    name = ranks.broadcast(lambda: new_name(VERB) if is_new else find_unfinished(runs_dir, VERB, text))
     with lock_unfinished(runs_dir, name) if ranks.first else nullcontext(unfinished_folder(runs_dir, name)) as folder:
         path = folder / CHECKPOINT
         stored: dict[str, Any] = {"options": options, "state": None, "source": None} if is_new else _read(path, name)

@@ -102,7 +102,7 @@ class PhasedTraining:
 
     def validate(self) -> Score:
         """Return the score of the network in its current state on val, on every rank that of the first."""
-        return self.source.ranks.tell(self._score_val)
+        return self.source.ranks.broadcast(self._score_val)
 
     def _score_val(self) -> Score:
         scored = score_split(self.network, self.source, "val")

@@ -90,7 +90,7 @@ def run_training(
         **_describe(training, unfrozen, trained, sum(plan.epochs for plan in plans)),
     }
     tuned = _save(training, report, runs_dir, started) if ranks.first else None
-    ranks.tell(lambda: "saved")  # the others wait
+    ranks.broadcast(lambda: "saved")  # the others wait
     return tuned or Classifier.load(runs_dir / unfinished.name)
 
 

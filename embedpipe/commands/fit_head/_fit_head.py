@@ -164,7 +164,7 @@ def _check(features: FeatureSet, config: HeadConfig, single_label_options: dict[
     values = {
         "--class-weight": config.class_weight == "balanced",
         **single_label_options,
-        "a head on several layers": features.beside,
+        "a head on several layers": features.extra_spaces,
     }
     check_task(features, *[option for option, value in values.items() if value])
 
@@ -178,7 +178,7 @@ def _select_spaces(features: FeatureSet, config: HeadConfig, *, compare: bool) -
     """
     from embedpipe.selection import select_blocks, select_space
 
-    if not (compare or features.beside):
+    if not (compare or features.extra_spaces):
         return features, {}
     if config.solver == "knn":
         raise UsageError("--solver knn uses one space", hint="name one --layer, or fit a linear head")
