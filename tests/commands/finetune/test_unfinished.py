@@ -119,7 +119,9 @@ def restore(head: ep.Classifier, name: str, **changes: dict[str, Any]) -> None:
 def test_a_run_of_an_earlier_version_resumes(head: ep.Classifier, name: str, source: dict[str, Any]) -> None:
     """It ends with the weights of an uninterrupted run. Its options hold the noise of 0 that was the default."""
     restore(head, name)
-    resumed = ep.finetune(resume=True)
+    steps: list[tuple[str, int, int]] = []
+    resumed = ep.finetune(resume=True, progress=lambda *step: steps.append(step))
+    assert min(done / total for what, done, total in steps if what == "finetune") > 1 / 3  # not from the beginning
     training = {"unfreeze": "none", "epochs": 3, "batch_size": 8, "lr": 1e-2, "head_lr": 0.1, "optimizer": "sgd"}
     whole = ep.finetune(head, **training, **source)
     assert resumed.report["resumed"]
