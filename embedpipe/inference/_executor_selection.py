@@ -121,7 +121,7 @@ def select_executor(
 def choose_executor(records: Records, work: int, streams: int, candidate: str) -> str | None:
     """Return the executor expected to finish `work` images first; None where eager or `candidate` has no record.
 
-    Expected: warm-up + work * seconds an image / streams, with the medians of the last runs, or of the last trials where
+    Expected: warm-up + work * seconds per image / streams, with the medians of the last runs, or of the last trials where
     one of the two has not run yet.
     """
     for kind in ("run_s", "trial_s"):
@@ -140,7 +140,7 @@ def is_trial_worth(eager_s: float, work: int, streams: int, *, warm_up_s: float,
 
     Parameters
     ----------
-    eager_s : float    seconds an image in one stream
+    eager_s : float    seconds per image in one stream
     gain : float       expected share of eager's time that the executor saves
     """
     return work * eager_s / streams * gain > warm_up_s
@@ -149,7 +149,7 @@ def is_trial_worth(eager_s: float, work: int, streams: int, *, warm_up_s: float,
 def measure(
     runners: Sequence[Runner], images: Sequence[np.ndarray], *, rounds: int = ROUNDS, limit_s: float = TRIAL_S
 ) -> list[float]:
-    """Return the seconds an image of each runner with all streams busy: medians of rounds in which they take turns.
+    """Return the seconds per image of each runner with all streams busy: medians of rounds in which they take turns.
 
     No round begins after `limit_s`.
     """

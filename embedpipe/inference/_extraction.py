@@ -46,7 +46,7 @@ REMOVED_EXECUTOR = "fused"
 
 
 def compute_missing(
-    targets: Sequence[FeatureRequest],
+    requests: Sequence[FeatureRequest],
     manifest: Manifest,
     settings: InferenceSettings,
     *,
@@ -68,10 +68,10 @@ def compute_missing(
     CacheBusy        another process writes to one of the spaces
     CacheMismatch    stored rows are computed differently in this environment
     """
-    _discard_removed(targets)
+    _discard_removed(requests)
     groups: dict[str, dict[Path, FeatureRequest]] = defaultdict(dict)  # a space that is requested twice is filled once
-    for target in targets:
-        groups[canonical_json(pins_of(target))][target.space.folder] = target
+    for request in requests:
+        groups[canonical_json(pins_of(request))][request.space.folder] = request
     results: dict[Path, ExtractionResult] = {}
     options: dict[str, Any] = {"progress": progress, "graphs": graphs}
     for group in groups.values():
@@ -79,18 +79,18 @@ def compute_missing(
             list(group.values()), manifest, settings, shard_rows=shard_rows, retry_failed=retry_failed, **options
         )
         results |= zip(group, filled, strict=True)
-    return [results[target.space.folder] for target in targets]
+    return [results[request.space.folder] for request in requests]
 
 
 def estimate_run(
-    targets: Sequence[FeatureRequest], lookups: Sequence[Lookup], manifest: Manifest, settings: InferenceSettings
+    requests: Sequence[FeatureRequest], lookups: Sequence[Lookup], manifest: Manifest, settings: InferenceSettings
 ) -> tuple[float, int, str]:
     """Return the expected seconds of `compute_missing`, the number of images measured, and the executor; nothing is written."""
     images = missing_images(manifest, lookups)
     if not images:
         return 0.0, 0, "none"
     start = time.monotonic()
-    lacking = [target.backbone for target, found in zip(targets, lookups, strict=True) if found.missing]
+    lacking = [request.backbone for request, found in zip(requests, lookups, strict=True) if found.missing]
     runner = select_executor(lacking, settings, images.items(), work=len(images))
     sample = dict(list(images.items())[: MEASURED_BATCHES * runner.settings.batch_size * runner.settings.streams])
     warm = time.monotonic()
@@ -99,19 +99,19 @@ def estimate_run(
     return warm - start + image_s * len(images), len(sample), runner.settings.executor
 
 
-def pins_of(target: FeatureRequest) -> dict[str, Any]:
+def pins_of(request: FeatureRequest) -> dict[str, Any]:
     """Return the pins of a space whose extraction was interrupted; empty elsewhere."""
-    meta = target.space.meta
+    meta = request.space.meta
     return dict(meta.pins or {}) if meta else {}
 
 
-def _discard_removed(targets: Sequence[FeatureRequest]) -> None:
+def _discard_removed(requests: Sequence[FeatureRequest]) -> None:
     """Drop the pending rows of interrupted extractions whose executor was removed: all rows come from one executor."""
-    for target in targets:
-        if pins_of(target).get("executor") == REMOVED_EXECUTOR:
-            target.space.discard_pending()
+    for request in requests:
+        if pins_of(request).get("executor") == REMOVED_EXECUTOR:
+            request.space.discard_pending()
             warnings.warn(
-                f"{target.space.folder.name} was interrupted under --executor {REMOVED_EXECUTOR}, which was removed; "
+                f"{request.space.folder.name} was interrupted under --executor {REMOVED_EXECUTOR}, which was removed; "
                 "its unfinished rows are computed again",
                 EmbedpipeWarning,
                 stacklevel=3,
@@ -119,7 +119,7 @@ def _discard_removed(targets: Sequence[FeatureRequest]) -> None:
 
 
 def _fill_group(
-    targets: Sequence[FeatureRequest],
+    requests: Sequence[FeatureRequest],
     manifest: Manifest,
     settings: InferenceSettings,
     *,
@@ -130,32 +130,32 @@ def _fill_group(
 ) -> list[ExtractionResult]:
     """Fill spaces that have the same pins, or none."""
 
-    def look(target: FeatureRequest) -> Lookup:
-        return look_up(target.space, manifest, splits=target.splits, retry_failed=retry_failed)
+    def look(request: FeatureRequest) -> Lookup:
+        return look_up(request.space, manifest, splits=request.splits, retry_failed=retry_failed)
 
-    pins = pins_of(targets[0])
+    pins = pins_of(requests[0])
     settings = settings.pinned(pins) if pins else settings
-    lookups = [look(target) for target in targets]
+    lookups = [look(request) for request in requests]
     lacking = [n for n, found in enumerate(lookups) if found.missing]
-    runner = _open_runner([targets[n] for n in lacking], missing_images(manifest, lookups), settings, graphs)
+    runner = _open_runner([requests[n] for n in lacking], missing_images(manifest, lookups), settings, graphs)
     settings = runner.settings if runner else settings.definite
     if pins and pins != settings.pins:
         raise CacheMismatch(
             f"this extraction was interrupted under {canonical_json(pins)}, which does not work here",
             hint="continue where it was started, or remove the space (`embedpipe cache ls`, `cache rm`) and start again",
         )
-    records = [_check_environment(*one, manifest, settings, graphs) for one in zip(targets, lookups, strict=True)]
-    transient: list[Transient] = [{} for _ in targets]
+    records = [_check_environment(*one, manifest, settings, graphs) for one in zip(requests, lookups, strict=True)]
+    transient: list[Transient] = [{} for _ in requests]
     writers: dict[int, SpaceWriter] = {}
     with ExitStack() as stack:
-        for n, (target, record) in enumerate(zip(targets, records, strict=True)):
-            if lookups[n].missing or target.space.interrupted:
-                _check_disk(target, len(lookups[n].missing))
-                writers[n] = stack.enter_context(_writer(target, settings, record, shard_rows))
+        for n, (request, record) in enumerate(zip(requests, records, strict=True)):
+            if lookups[n].missing or request.space.interrupted:
+                _check_disk(request, len(lookups[n].missing))
+                writers[n] = stack.enter_context(_writer(request, settings, record, shard_rows))
                 _check_pins(writers[n], settings)
-                lookups[n] = look(target)
+                lookups[n] = look(request)
             elif "probed" in record:
-                with suppress(CacheBusy, StorageError), _writer(target, settings, record, shard_rows) as writer:
+                with suppress(CacheBusy, StorageError), _writer(request, settings, record, shard_rows) as writer:
                     writer.finish()  # else the rows are checked again next time
         busy_s = dict[str, float]()
         if runner:
@@ -169,47 +169,47 @@ def _fill_group(
     bottleneck = max(busy_s, key=busy_s.__getitem__) if any(busy_s.values()) else "none"
     ran = (bottleneck, settings.executor, runner.difference) if runner else ()
     return [
-        summarise(manifest, lookups[n], target.space.view(), transient[n], *ran) for n, target in enumerate(targets)
+        summarise(manifest, lookups[n], request.space.view(), transient[n], *ran) for n, request in enumerate(requests)
     ]
 
 
 def _open_runner(
-    targets: Sequence[FeatureRequest],
+    requests: Sequence[FeatureRequest],
     images: Mapping[bytes, ByteSource],
     settings: InferenceSettings,
     graphs: Path | None,
 ) -> Runner | None:
     """Return a runner for the backbones of spaces that lack rows, None where there are none."""
-    for target in targets:
-        target.space.ensure_free()  # before the executor is chosen, which takes seconds
-    backbones = [target.backbone for target in targets]
-    return select_executor(backbones, settings, images.items(), work=len(images), graphs=graphs) if targets else None
+    for request in requests:
+        request.space.ensure_free()  # before the executor is chosen, which takes seconds
+    backbones = [request.backbone for request in requests]
+    return select_executor(backbones, settings, images.items(), work=len(images), graphs=graphs) if requests else None
 
 
 def _check_environment(
-    target: FeatureRequest, found: Lookup, manifest: Manifest, settings: InferenceSettings, graphs: Path | None
+    request: FeatureRequest, found: Lookup, manifest: Manifest, settings: InferenceSettings, graphs: Path | None
 ) -> dict[str, Any]:
     """Return the record of this environment; where it is new to the space, compute a few stored rows again first."""
-    record = record_environment(settings, target.loader)
-    if is_new(target.space, record, computing=bool(found.missing)):
+    record = record_environment(settings, request.loader)
+    if is_new(request.space, record, computing=bool(found.missing)):
         items = [(key, manifest.byte_source_of(sample)) for key, sample in found.wanted.items() if key in found.view]
-        runner = Runner([target.backbone], settings, graphs=graphs)
-        record["probed"] = check_drift(target.space, found.view, items, runner)
+        runner = Runner([request.backbone], settings, graphs=graphs)
+        record["probed"] = check_drift(request.space, found.view, items, runner)
     return record
 
 
-def _check_disk(target: FeatureRequest, rows: int) -> None:
+def _check_disk(request: FeatureRequest, rows: int) -> None:
     """Raise StorageError if the disk cannot hold the new rows twice: in shards and in the merged file."""
-    space = target.space
+    space = request.space
     stored = space.features_path.stat().st_size if space.features_path.exists() else 0
-    check_free_space(space.folder, 2 * rows * row_bytes(target) + min(stored, 1 << 30))
+    check_free_space(space.folder, 2 * rows * row_bytes(request) + min(stored, 1 << 30))
 
 
 def _writer(
-    target: FeatureRequest, settings: InferenceSettings, record: Mapping[str, Any], shard_rows: int
+    request: FeatureRequest, settings: InferenceSettings, record: Mapping[str, Any], shard_rows: int
 ) -> SpaceWriter:
-    return target.space.writer(
-        feature_dim=target.backbone.feature_dim,
+    return request.space.writer(
+        feature_dim=request.backbone.feature_dim,
         dtype=settings.store_dtype,
         environment=record,
         pins=settings.pins,

@@ -131,7 +131,7 @@ def missing_images(manifest: Manifest, lookups: Iterable[Lookup]) -> dict[bytes,
     return {key: manifest.byte_source_of(sample) for found in lookups for key, sample in found.missing.items()}
 
 
-def row_bytes(target: FeatureRequest) -> int:
+def row_bytes(request: FeatureRequest) -> int:
     """Return the size of a row on the disk in bytes, its key included."""
-    itemsize: int = np.dtype(target.space.spec["stored_dtype"]).itemsize
-    return target.backbone.feature_dim * itemsize + KEY_BYTES
+    itemsize: int = np.dtype(request.space.spec["stored_dtype"]).itemsize
+    return request.backbone.feature_dim * itemsize + KEY_BYTES

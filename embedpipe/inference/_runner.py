@@ -75,7 +75,7 @@ class Runner:
     ----------
     windows : list       the distinct transforms that decoders apply; `__call__` takes an array of images for each
     decode_s, forward_s : float    seconds in decoders and in the executor so far, summed over threads
-    image_s : deque      seconds an image of the last calls
+    image_s : deque      seconds per image of the last calls
     difference : float   from eager torch, of the largest feature, if another executor was compared with it
     """
 

@@ -1,9 +1,9 @@
 """extract: compute the features of images with frozen backbones, once, and store them in the cache.
 
-An image passes through six types of this package and of `inference` between the command and its committed row:
-`SpaceResolver` finds the space of each request, `Target` is a space with its backbone, `Lookup` has the samples without a
-row, `Forward` has the settings of this machine, `Runner` computes, `Rows` are what it returns. The values that other
-packages take and return beside these: `data.Manifest`, `Sample` and `ByteSource`, `images.Batch`, `cache.SpaceWriter`.
+Six types of this package and of `inference` carry an image from the command to its committed row: `SpaceResolver` finds the
+space of each request, `FeatureRequest` is a space with its backbone, `Lookup` has the samples without a row,
+`InferenceSettings` says how this machine computes, `Runner` computes, and `Rows` are its results. Other packages provide
+`Manifest`, `Sample` and `ByteSource` (data), `Batch` (images) and `SpaceWriter` (cache).
 
 >>> features = extract("data/", "timm:resnet18", cache_dir="cache")
 >>> X, y = features.arrays("train")
@@ -89,7 +89,7 @@ def extract(
     store_dtype : str
         Data type of the stored features.
     batch_size : int or auto
-        Images a forward pass; not part of the identity of a feature.
+        Images per forward pass; not part of the identity of a feature.
     device : str
         auto, cpu, cuda, cuda:K or mps; a device that is not available is an error.
     executor : str

@@ -107,7 +107,7 @@ class SpaceResolver:
             space.ensure_free()  # before a model is loaded, which takes seconds
         return (name, None, space, filled) if filled else None
 
-    def target(self, request: Request, settings: InferenceSettings) -> FeatureRequest:
+    def resolve(self, request: Request, settings: InferenceSettings) -> FeatureRequest:
         """Load the backbone of a request and return it with its space."""
         backbone, loader, key = self.load(request), self.loader(request), self.key(request)
         spec = space_spec(backbone, settings.precision, settings.store_dtype, view=request[2])
@@ -146,12 +146,12 @@ def complete_spaces(
     if rest:
         begin_decoding(resolver.settings["workers"], len(manifest.samples))
         settings = resolve_settings(**resolver.settings)
-        targets = [resolver.target(requests[n], settings) for n in rest]
+        feature_requests = [resolver.resolve(requests[n], settings) for n in rest]
         writing |= {"retry_failed": retry_failed, "graphs": resolver.cache.graphs_folder}
-        for n, target, filled in zip(
-            rest, targets, compute_missing(targets, manifest, settings, **writing), strict=True
+        for n, feature_request, filled in zip(
+            rest, feature_requests, compute_missing(feature_requests, manifest, settings, **writing), strict=True
         ):
-            results[n] = (target.backbone.name, target.backbone, target.space, filled)
+            results[n] = (feature_request.backbone.name, feature_request.backbone, feature_request.space, filled)
     return [result for result in results.values() if result]
 
 
@@ -170,14 +170,14 @@ def plan_spaces(
         there = [(space, filled.reused) for _, _, space, filled in filter(None, results)]
         return [(space, space.feature_dim or 0, 0, reused, 0) for space, reused in there], (0.0, 0, "none")
     settings = resolve_settings(**resolver.settings)
-    targets = [resolver.target(request, settings) for request in requests]
-    lookups = [look_up(one.space, manifest, splits=one.splits, retry_failed=retry_failed) for one in targets]
+    feature_requests = [resolver.resolve(request, settings) for request in requests]
+    lookups = [look_up(one.space, manifest, splits=one.splits, retry_failed=retry_failed) for one in feature_requests]
     spaces = []
-    for target, found in zip(targets, lookups, strict=True):
-        missing, width = len(found.missing), target.backbone.feature_dim
+    for feature_request, found in zip(feature_requests, lookups, strict=True):
+        missing, width = len(found.missing), feature_request.backbone.feature_dim
         stored = len(found.wanted) - missing
-        spaces.append((target.space, width, missing, stored, missing * row_bytes(target)))
-    return spaces, estimate_run(targets, lookups, manifest, settings)
+        spaces.append((feature_request.space, width, missing, stored, missing * row_bytes(feature_request)))
+    return spaces, estimate_run(feature_requests, lookups, manifest, settings)
 
 
 def _splits(request: Request) -> tuple[str, ...] | None:

@@ -128,7 +128,7 @@ def load_start(run: Classifier | PathLike | None, runs_dir: Path) -> Classifier:
         )
     if classifier.task != "single":
         raise UsageError(
-            f"{classifier.name} has {classifier.task} targets, expected one class an image to fine-tune on",
+            f"{classifier.name} has {classifier.task} targets, expected one class per image to fine-tune on",
             hint="fit a head on class folders, or on a manifest with a column label",
         )
     layers = [part.spec["layer"] for part in classifier.reference.parts]

@@ -169,7 +169,7 @@ def test_what_needs_one_class_an_image_is_refused_in_a_line(run: Run, digits: Pa
         assert (ended.code, "needs one class per image" in ended.line) == (2, True)
     name = run("fit-head", *layer, "--refit", "--json").data["run"]
     for command, said in (
-        (["finetune", "--unfreeze", "none"], "expected one class an image"),
+        (["finetune", "--unfreeze", "none"], "expected one class per image"),
         (["compare", name, name], "expected single labels"),
         (["evaluate", name, "--confusion", "c.csv"], "have no confusion matrix"),
         (["fit-head", *layer, "--solver", "lbfgs"], "the solver lbfgs does not support"),
