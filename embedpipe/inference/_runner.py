@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections import deque
@@ -96,7 +97,7 @@ class Runner:
         windows = [_window_of(backbone.transform) for backbone in backbones]
         self.windows = list(dict.fromkeys(windows))
         self._window = [self.windows.index(window) for window in windows]
-        self._lock, self._parts = threading.Lock(), 1
+        self._lock, self._explaining, self._parts = threading.Lock(), threading.Lock(), 1
         self.session = session or open_executor(self.shared_models, settings, graphs=graphs)
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -170,9 +171,10 @@ class Runner:
         """Return why the features of each image are not finite: the first layer with such an output, or the stored dtype."""
         shared_model, batch = self.shared_models[self._model_of[number]], images[self._window[number]]
         plain = self.settings.under("eager")
-        faults = find_faults(
-            shared_model, lambda: open_executor([shared_model], plain, folded=False)(0, batch), len(batch)
-        )
+        with self._explaining:
+            copied = copy.deepcopy(shared_model)  # other threads compute with the model itself
+            run = partial(open_executor([copied], plain, folded=False), 0, batch)
+            faults = find_faults(copied, run, len(batch))
         return [self._reason(faults.get(row)) for row in range(len(batch))]
 
     def _reason(self, layer: str | None) -> str:

@@ -102,6 +102,20 @@ def test_views_are_other_pixels_of_the_same_model(backbone: Backbone, items: lis
         assert len({rows[key] for rows in found}) == 3
 
 
+def test_the_search_for_a_fault_leaves_the_model_to_other_threads(
+    backbone: Backbone, items: list[tuple[bytes, Path]]
+) -> None:
+    """It sets hooks and a memory format, and another thread may compute with the model."""
+    with torch.no_grad():
+        backbone.module.model.get_parameter("layer4.0.bn1.weight")[0] = float("nan")
+    runner = Runner([backbone], replace(FORWARD, channels_last=True))
+    model = runner.shared_models[0].extractor.model
+    before = {name: (value.data_ptr(), value.stride()) for name, value in model.named_parameters()}
+    failures = [failure for rows in stream_rows(items, runner) for failure in rows.failures]
+    assert {reason.partition(" is")[0] for _, _, reason in failures} == {"the output of layer 'layer4.0.bn1'"}
+    assert {name: (value.data_ptr(), value.stride()) for name, value in model.named_parameters()} == before
+
+
 def test_a_slow_image_holds_up_no_other(backbone: Backbone, items: list[tuple[bytes, Path]], tmp_path: Path) -> None:
     import os
 
