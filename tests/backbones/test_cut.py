@@ -95,6 +95,15 @@ def check(backbone: Backbone, layer: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_the_second_a_middle_and_the_last_stage_can_be_cut_off(name: str) -> None:
+    backbone = random_backbone(name, MODELS[name])
+    stages = [layer.name for layer in backbone.layers]
+    for layer in dict.fromkeys((stages[1], stages[len(stages) // 2], stages[-1])):
+        check(backbone, layer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
 def test_every_stage_but_the_first_can_be_cut_off(name: str) -> None:
     backbone = random_backbone(name, MODELS[name])
     for layer in backbone.layers[1:]:

@@ -1,8 +1,6 @@
-"""Features are what enters the classifier of the untouched library model: every torchvision model,
-one of each timm family.
+"""Features are what enters the classifier of the untouched library model: one of each family of torchvision and timm.
 
-The reference knows nothing of the package: the library's model, the same weights, plain hooks. The
-slow tier takes all names.
+The reference knows nothing of the package: the library's model, the same weights, plain hooks. The slow tier takes all names.
 """
 
 from __future__ import annotations
@@ -28,12 +26,20 @@ from embedpipe.backbones._trace import MetaWeights
 
 HERE = Path(__file__).parent
 TORCHVISION = [f"torchvision:{name}" for name in models.list_models(module=models)]
+# The smallest of each module of torchvision, and of resnets and regnets one of each kind.
+ONE_OF_EACH = (
+    *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "efficientnet_v2_s", "googlenet", "inception_v3"),
+    *("maxvit_t", "mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_x_400mf", "regnet_y_400mf", "resnet18"),
+    *("resnext50_32x4d", "wide_resnet50_2", "shufflenet_v2_x0_5", "squeezenet1_0", "swin_t", "swin_v2_t", "vgg11"),
+    *("vgg11_bn", "vit_b_32"),
+)
 SMALLEST = dict(line.split() for line in (HERE / "smallest.txt").read_text().splitlines() if line and line[0] != "#")
 CANNOT_WORK = dict(
     line.split(": ", 1) for line in (HERE / "cannot_work.txt").read_text().splitlines() if line and line[0] != "#"
 )
 BIG = 100e6
-A_MINUTE = "torchvision:vit_h_14"  # 630 M parameters at 518 px: its numbers are for the slow tier
+LENGTHY = ("sequencer2d_s", "pnasnet5large", "nasnetalarge", "gemma4_vit_167m")
+SLOW = pytest.mark.slow
 TINY_PX = 64
 LEAST_PX = dict.fromkeys(("inception_v3", "inception_v4", "inception_resnet_v2"), 96)
 AS_PUBLISHED = {
@@ -174,19 +180,29 @@ def check(name: str) -> None:
     (check_numbers if parameters(name) <= BIG else check_structure)(name)
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
-def test_torchvision(name: str) -> None:
-    (check_structure if name == A_MINUTE else check_numbers)(name)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_one_of_each_torchvision_family(name: str) -> None:
+    check_numbers(f"torchvision:{name}")
 
 
 @pytest.mark.slow
-def test_torchvision_largest() -> None:
-    check_numbers(A_MINUTE)
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_every_torchvision_name(name: str) -> None:
+    check_numbers(name)
 
 
-@pytest.mark.parametrize("name", SMALLEST.values())
+@pytest.mark.parametrize("name", [pytest.param(one, marks=SLOW if one in LENGTHY else ()) for one in SMALLEST.values()])
 def test_one_of_each_timm_family(name: str) -> None:
     check(f"timm:{name}")
+
+
+def test_the_list_of_torchvision_families_is_complete() -> None:
+    families = {module_of(name.partition(":")[2]) for name in TORCHVISION}
+    assert families == {module_of(name) for name in ONE_OF_EACH}
+
+
+def module_of(name: str) -> str:
+    return models.get_model_builder(name).__module__
 
 
 def test_the_list_of_families_is_complete() -> None:

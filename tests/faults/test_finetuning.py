@@ -118,7 +118,7 @@ def tuning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tuning]:
 def test_sigkill(tuning: Tuning, full: bool, tally: Tally) -> None:
     """Random SIGKILLs of fine-tunings and of their resumes."""
     chance, number = random.Random(0), 0
-    while tally.trials < (60 if full else 5):
+    while tally.trials < (60 if full else 3):
         folder, number = tuning.copy(f"killed-{number}"), number + 1
         for _ in range(chance.randint(1, 3)):
             trial = tuning.start(folder, *(["--resume"] if tuning.checkpoints(folder) else ()))

@@ -266,7 +266,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 CacheMachine.TestCase.settings = settings(
-    max_examples=tier(25, 500),
+    max_examples=tier(12, 500),
     stateful_step_count=25,
     deadline=None,
     suppress_health_check=list(HealthCheck),

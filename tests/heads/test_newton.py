@@ -118,7 +118,7 @@ def test_every_point_of_a_path_in_float32_is_an_optimum(shape: tuple[int, int, i
 
 
 @pytest.mark.parametrize("labels", [False, True])
-@pytest.mark.parametrize("n_classes", [24, 40])
+@pytest.mark.parametrize("n_classes", [24, pytest.param(40, marks=SLOW)])
 def test_every_point_of_a_path_of_many_classes_or_labels_is_an_optimum(n_classes: int, labels: bool) -> None:
     problem = hard_problem(1000, 48, n_classes, labels=labels)
     objective = BatchedObjective(problem, float64_size=0)

@@ -64,6 +64,7 @@ def check_probabilities(values: np.ndarray, n: int, n_classes: int, task: str = 
         np.testing.assert_allclose(values.sum(axis=1), 1, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore:newton has not converged")  # features of 1e30 that are not standardised
 @given(problems(("single", "single", "multilabel", "regression")))
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_valid_head_or_a_clear_error(
@@ -77,8 +78,9 @@ def test_a_valid_head_or_a_clear_error(
         check_probabilities(again.predict_proba(X), len(X), len(config.classes), config.task)
 
 
+@pytest.mark.filterwarnings("ignore:newton has not converged")  # features of 1e30 that are not standardised
 @given(problems(), st.integers(2, 4))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_valid_folds_and_curves_or_a_clear_error(
     problem: tuple[HeadConfig, np.ndarray, np.ndarray, np.ndarray, np.ndarray], folds: int
 ) -> None:

@@ -104,7 +104,8 @@ def test_the_command_extracts_what_is_lacking_and_keeps_the_splits(run: Run, pho
     assert "extracting" not in again.err
     assert "advice: " in again.out
     assert data["evidence"]["knn"] == ep.advise(epochs=1).evidence.knn
-    for line in data["commands"] + [words for one in data["alternatives"] for words in one["commands"]]:
+    lines = data["commands"] + [line for one in data["alternatives"] for line in one["commands"]]
+    for line in dict.fromkeys(lines):
         program, *words = shlex.split(line)
         assert program == "embedpipe"
         ended = run(*words, "--json") if words[0] != "advise" else None
