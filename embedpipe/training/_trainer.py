@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -14,15 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from embedpipe.errors import Stopped
 from embedpipe.training._plan import Epoch, Plan, Score, Trained
 from embedpipe.training._ranks import Ranks
-from embedpipe.training._state import (
-    Average,
-    delay_signals,
-    load_tensors,
-    moving_state,
-    random_state,
-    set_modes,
-    set_random_state,
-)
+from embedpipe.training._state import Average, delay_signals, load_tensors, moving_state, random_state, set_random_state
 from embedpipe.training._steps import Batch, NotFinite, Stepper, make_optimizer
 
 WARM_UP = 0.1  # share of all steps with a rising learning rate
@@ -135,10 +128,14 @@ class Trainer:
         """Take the remaining steps of this epoch, and yield the number of all steps done."""
         if self.epoch == 0 or len(self.losses) >= self.steps:
             return
-        set_modes(self.network, self.keep_eval)
-        grouped = islice(_grouped(batches(self.epoch), self.plan.accumulate), len(self.losses), self.steps)
+        self.network.train()
+        for module in self.keep_eval:
+            module.eval()
+        stream = iter(batches(self.epoch))
+        groups = iter(lambda: list(islice(stream, self.plan.accumulate)), [])
+        remaining = islice(groups, len(self.losses), self.steps)
         # until no rank has a group: unreadable images may make the part of one rank shorter
-        while not self.diverged and self.stepper.ranks.any(bool(group := next(grouped, []))):
+        while not self.diverged and self.stepper.ranks.any(bool(group := next(remaining, []))):
             with delay_signals():
                 self._step(group)
             if not self.diverged:
@@ -184,7 +181,7 @@ class Trainer:
             "epoch": self.epoch,
             "losses": self.losses,
             "seconds": time.monotonic() - self.begun,
-            "history": [epoch.to_dict() for epoch in self.history],
+            "history": [asdict(epoch) for epoch in self.history],
             "moving": moving_state(self.network, self.keep_eval),
             "best": self.best,
             "found": (self.best_rank, self.best_epoch, self.best_of),
@@ -212,11 +209,6 @@ class Trainer:
         self.history = [Epoch(**epoch) for epoch in state["history"]]
         self.begun = time.monotonic() - state["seconds"]
         set_random_state(state["random"])
-
-
-def _grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    stream = iter(batches)
-    return iter(lambda: list(islice(stream, size)), [])
 
 
 def _warm_up_cosine(total: int) -> Callable[[int], float]:
