@@ -23,7 +23,7 @@ from embedpipe.cache import Cache, KeyIndex, Space
 from embedpipe.classifier._scoring import Scored, answer, report_scores, write_scored
 from embedpipe.data import ByteSource, Failure
 from embedpipe.errors import DecodeError, EmbedpipeError, ModelMismatch, UsageError
-from embedpipe.features import PENULTIMATE, loader_of
+from embedpipe.features import LAYER_FIELDS, PENULTIMATE, loader_of, model_fields
 from embedpipe.inference import Progress, Rows, Runner, resolve_settings, space_name, space_spec, stream_rows
 from embedpipe.provenance import differing_fields, environment
 from embedpipe.runs import RunFolder, find_run, read_run
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from embedpipe.backbones import Backbone
     from embedpipe.features import FeatureSet
     from embedpipe.heads import KnnHead, LinearHead
-
-LAYER_FIELDS = ("layer", "pool")  # the fields of a spec that say where in the model the features are taken
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class Reference:
 
     def is_of(self, backbone: Backbone) -> bool:
         """Return True if the features come from this model, at any layer."""
-        return all(self.spec.get(name) == value for name, value in backbone.spec.items() if name not in LAYER_FIELDS)
+        return model_fields(backbone.spec).items() <= self.spec.items()
 
     def taken_from(self, backbone: Backbone) -> Backbone:
         """Return the backbone of the same model at the layer of these features; the two share the model."""
@@ -124,15 +122,6 @@ class Reference:
                 fields=[difference.field for difference in differing],
             )
         return backbone
-
-
-@dataclass(frozen=True)
-class Probabilities:
-    """Probabilities `values` float64 (N, C) of the images at `paths`, and the images that failed."""
-
-    paths: list[str]
-    values: np.ndarray
-    failed: tuple[Failure, ...]
 
 
 @dataclass(frozen=True)
@@ -200,11 +189,10 @@ class Classifier:
         """
         if isinstance(paths, str | os.PathLike):
             raise UsageError(f"got the path {str(paths)!r}, expected a list of paths", hint="put it into brackets")
-        result = classify(self, [Path(path) for path in paths])
-        if result.failed:
-            first = result.failed[0]
-            raise DecodeError(f"{first.path}: {first.reason}", hint="leave the file out", path=first.path)
-        return result.values
+        _, probabilities, failed = classify(self, [Path(path) for path in paths])
+        if failed:
+            raise DecodeError(f"{failed[0].path}: {failed[0].reason}", hint="leave the file out", path=failed[0].path)
+        return probabilities
 
     def predict(self, paths: Sequence[PathLike]) -> list[str]:
         """Return the prediction for each image file: the most probable class; labels joined by "|"; the number as text."""
@@ -246,12 +234,14 @@ def classify(
     workers: int | str = "auto",
     strict: bool = False,
     progress: Progress | None = None,
-) -> Probabilities:
+) -> tuple[list[str], np.ndarray, tuple[Failure, ...]]:
     """Return the probabilities of image files, in their order; rows in the cache are not computed again.
 
     Returns
     -------
-    Probabilities    of the files that can be read; the others are in `failed`
+    paths : list of str                n files that can be read
+    probabilities : float64 (n, C)     of these files
+    failed : tuple of Failure          the other files
 
     Raises
     ------
@@ -280,21 +270,19 @@ def classify(
         file, (_, reason) = next(iter(failed.items()))
         raise EmbedpipeError(f"{file}: {reason}", hint="repair or remove it")
     good = [file for file in files if file not in failed]
-    values = np.empty((0, len(classifier.classes)))
+    probabilities = np.empty((0, len(classifier.classes)))
     if good:
         blocks = [np.stack([one[keys[file]] for file in good]).astype(np.float32) for one in rows]
-        values = classifier.head.predict_proba(np.hstack(blocks))
-    return Probabilities(
-        [str(file) for file in good], values, tuple(Failure(str(file), *reason) for file, reason in failed.items())
-    )
+        probabilities = classifier.head.predict_proba(np.hstack(blocks))
+    failures = tuple(Failure(str(file), *reason) for file, reason in failed.items())
+    return [str(file) for file in good], probabilities, failures
 
 
 def _cached_rows(reference: Reference, cache: Cache | None, keys: Iterable[bytes]) -> dict[bytes, np.ndarray]:
     """Return the rows in the space of a reference, by key."""
     if cache is None:
         return {}
-    spec = dict(reference.spec)
-    space = cache.open_space(spec, name=space_name(spec))
+    space = cache.open_space(reference.spec, name=space_name(reference.spec))
     space.mark_used()
     view = space.view()
     known = list(dict.fromkeys(key for key in keys if key in view))

@@ -11,9 +11,9 @@ import warnings
 from typing import Any
 
 from embedpipe.backbones import describe_layers
-from embedpipe.cache import Cache, Space
+from embedpipe.cache import Cache
 from embedpipe.errors import EmbedpipeWarning, UsageError
-from embedpipe.features import PENULTIMATE, FeatureSet, loader_of, open_features
+from embedpipe.features import PENULTIMATE, FeatureSet, loader_of, model_fields, open_features
 from embedpipe.inference import Progress
 from embedpipe.selection import check_classes, check_labelled, check_task
 
@@ -48,15 +48,10 @@ def open_layers(
     return _siblings(features)
 
 
-def is_sibling(one: Space, other: Space) -> bool:
-    """Return True if two spaces are layers of the same model, with the same transform."""
-    first, second = ({k: v for k, v in s.spec.items() if k not in ("layer", "pool")} for s in (one, other))
-    return first == second
-
-
 def _siblings(features: FeatureSet) -> FeatureSet:
-    every = features.reopened(every=True)
-    layers = {s.spec["layer"]: s for s in every.spaces if is_sibling(s, features.space)}
+    """Return the features of all cached layers of the same model, with the same transform."""
+    every, model = features.reopened(every=True), model_fields(features.space.spec)
+    layers = {s.spec["layer"]: s for s in every.spaces if model_fields(s.spec) == model}
     return every.only(layers.values())
 
 

@@ -1,9 +1,9 @@
 """Cached activations at a cut: the frozen layers run once per image and view instead of once per epoch.
 
->>> activations = ActivationCache(cut_backbone(backbone, unfrozen), images, cache, views=0)
+>>> activations = ActivationCache(*cut_backbone(backbone, unfrozen), images, cache, views=0)
 >>> activations.fill("float16", progress=None)
 >>> x, y = next(activations.source("float16").training_batches(1))
->>> network.backbone = activations.cut.tail
+>>> network.backbone = activations.tail
 """
 
 from __future__ import annotations
@@ -25,34 +25,15 @@ from embedpipe.images import Transform
 from embedpipe.inference import FeatureRequest, Progress, compute_missing, resolve_settings, space_name, space_spec
 
 
-class IdentityTail(nn.Module):
-    """The tail of a cut behind the last layer; it holds the model so that the state dict stays complete."""
+def cut_backbone(backbone: Backbone, unfrozen: Sequence[str]) -> tuple[Backbone, nn.Module, str, tuple[int, ...]]:
+    """Cut a backbone before the first of its unfrozen parameters.
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
-@dataclass(frozen=True)
-class CutBackbone:
-    """A backbone, cut between its frozen and its trainable layers.
-
+    Returns
+    -------
     trunk : Backbone     images -> activation, flattened
     tail : nn.Module     activation (N, *shape) -> features (N, D)
     layer : str          the layer that takes the activation; "head" where only the head is trained
-    """
-
-    trunk: Backbone
-    tail: nn.Module
-    layer: str
-    shape: tuple[int, ...]
-
-
-def cut_backbone(backbone: Backbone, unfrozen: Sequence[str]) -> CutBackbone:
-    """Cut a backbone before the first of its unfrozen parameters.
+    shape : tuple of int
 
     Raises
     ------
@@ -60,18 +41,24 @@ def cut_backbone(backbone: Backbone, unfrozen: Sequence[str]) -> CutBackbone:
     """
     cut = cut_before(backbone, unfrozen)
     if cut is None:
-        return CutBackbone(backbone, IdentityTail(backbone.module.model), "head", (backbone.feature_dim,))
-    return CutBackbone(trunk_backbone(backbone, cut), cut.tail, cut.layer, cut.shape)
+        tail = nn.Identity()
+        tail.add_module("model", backbone.module.model)  # so that the state dict stays complete
+        return backbone, tail, "head", (backbone.feature_dim,)
+    return trunk_backbone(backbone, cut), cut.tail, cut.layer, cut.shape
 
 
 @dataclass(frozen=True)
 class ActivationCache:
     """The spaces that hold a data set's activations at a cut.
 
-    views : int    augmented views of each training image; 0: the image without augmentation
+    trunk, tail, layer, shape    of the cut, as `cut_backbone` returns them
+    views : int                  augmented views of each training image; 0: the image without augmentation
     """
 
-    cut: CutBackbone
+    trunk: Backbone
+    tail: nn.Module
+    layer: str
+    shape: tuple[int, ...]
     images: ImageSource
     cache: Cache
     views: int
@@ -87,11 +74,11 @@ class ActivationCache:
         return [*(self._target(dtype, ("train",), view) for view in views), self._target("float32", ("val", "test"), 0)]
 
     def _target(self, dtype: str, splits: tuple[str, ...], view: int) -> FeatureRequest:
-        trunk, images = self.cut.trunk, self.images
+        trunk, images = self.trunk, self.images
         if view and isinstance(t := images.view_transform(view), Transform):
             trunk = replace(trunk, transform=t, spec={**trunk.spec, "transform": t.to_dict()})
         spec = space_spec(trunk, "fp32", dtype, view=view)
-        loader = images.features.loader if self.cut.layer == "head" and not view else {}
+        loader = images.features.loader if self.layer == "head" and not view else {}
         return FeatureRequest(self.cache.open_space(spec, name=space_name(spec)), trunk, loader, splits)
 
     def fill(self, dtype: str, progress: Progress | None) -> dict[str, int]:
@@ -114,8 +101,8 @@ class ActivationCache:
         """Return the filled spaces as a source of batches."""
         images, spaces = self.images, [target.space for target in self.targets(dtype)]
         *views, held_out = (FeatureSet(images.features.manifest, space) for space in spaces)
-        shared = (images.features, images.forward, images.ranks, images.seed, images.augment)
-        return ActivationSource(*shared, self.cut.shape, tuple(views) or (held_out,), held_out)
+        shared = (images.features, images.forward, images.ranks, images.seed)
+        return ActivationSource(*shared, self.shape, tuple(views) or (held_out,), held_out)
 
 
 @dataclass(frozen=True)

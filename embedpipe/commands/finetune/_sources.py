@@ -37,14 +37,12 @@ class TrainingSource(ABC):
 
     features : FeatureSet    the data set: samples, labels and classes
     forward : InferenceSettings        device, number of decoding processes, and batch size of one rank
-    augment : str            augmentation of training images
     """
 
     features: FeatureSet
     forward: InferenceSettings
     ranks: Ranks
     seed: int
-    augment: str
 
     @abstractmethod
     def samples(self, split: str) -> tuple[Sample, ...]:
@@ -78,8 +76,12 @@ class TrainingSource(ABC):
 
 @dataclass(frozen=True)
 class ImageSource(TrainingSource):
-    """The images of a data set, transformed as the backbone expects them."""
+    """The images of a data set, transformed as the backbone expects them.
 
+    augment : str    augmentation of training images
+    """
+
+    augment: str
     backbone: Backbone
 
     def samples(self, split: str) -> tuple[Sample, ...]:
