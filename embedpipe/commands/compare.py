@@ -137,7 +137,13 @@ def compare(
         raise UsageError(f"got {len(runs)} run, expected at least 2", hint="see `embedpipe compare --help`")
     read = [_read(run, Path(runs_dir)) for run in runs]
     first = read[0]
-    _check_classes(first, read[1:])
+    for other in read[1:]:
+        unmatched = sorted(set(other.classes) ^ set(first.classes))
+        if unmatched:
+            raise UsageError(
+                f"only one of {first.name} and {other.name} has the class {unmatched[0]!r}, expected the same classes",
+                hint="compare runs that were fitted on the same classes",
+            )
     chosen = _split_of(read) if split == "auto" else split
     by = "content" if all(one.key for run in read for one in run.predictions) else "path"
     tables = [run.of(chosen, by) for run in read]
@@ -202,20 +208,9 @@ def _cka(first: RunToCompare, other: RunToCompare, keys: Sequence[str], cache_di
     return found if found == found else None
 
 
-def _check_classes(first: RunToCompare, others: Sequence[RunToCompare]) -> None:
-    for other in others:
-        unmatched = sorted(set(other.classes) ^ set(first.classes))
-        if unmatched:
-            raise UsageError(
-                f"only one of {first.name} and {other.name} has the class {unmatched[0]!r}, expected the same classes",
-                hint="compare runs that were fitted on the same classes",
-            )
-
-
 def _split_of(runs: Sequence[RunToCompare]) -> str:
     """Return "test", or "val" with a warning if a run has no test split."""
-    found = {run.name: {one.split for one in run.predictions} for run in runs}
-    without_test = [name for name, splits in found.items() if "test" not in splits]
+    without_test = [run.name for run in runs if all(one.split != "test" for one in run.predictions)]
     if not without_test:
         return "test"
     warnings.warn(f"{without_test[0]} has no test split; the runs are compared on val", EmbedpipeWarning, stacklevel=3)

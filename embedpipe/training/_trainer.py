@@ -109,7 +109,7 @@ class Trainer:
     def __init__(self, stepper: Stepper, *, steps: int, keep_eval: Sequence[nn.Module]) -> None:
         self.network, self.plan, self.optimizer = stepper.network, stepper.plan, stepper.optimizer
         self.stepper, self.steps, self.keep_eval = stepper, steps, keep_eval
-        self.schedule = LambdaLR(self.optimizer, _warm_up_cosine(self.plan.epochs * steps))
+        self.schedule = LambdaLR(self.optimizer, lambda step: _warm_up_cosine(step, self.plan.epochs * steps))
         ema = self.plan.ema
         self.average = Average(moving_state(self.network, keep_eval), ema) if ema else None
         self.history: list[Epoch] = []
@@ -211,12 +211,9 @@ class Trainer:
         set_random_state(state["random"])
 
 
-def _warm_up_cosine(total: int) -> Callable[[int], float]:
+def _warm_up_cosine(step: int, total: int) -> float:
+    """Return the factor of the learning rate at one of `total` steps."""
     warm = max(1, round(WARM_UP * total))
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
-
-    return factor
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))

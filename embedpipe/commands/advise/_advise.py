@@ -97,18 +97,16 @@ def advise(
     from embedpipe.commands.advise._decision import decide
     from embedpipe.commands.advise._measurement import measure
     from embedpipe.commands.advise._preparation import open_layers
-    from embedpipe.features import FeatureSet
+    from embedpipe.features import FeatureSet, open_features
     from embedpipe.runs import new_run
 
     if epochs < 1:
         raise UsageError(f"--epochs {epochs}, expected 1 or more")
-    cache, runs, module = Cache(Path(cache_dir)), Path(runs_dir), None
     if isinstance(dataset, FeatureSet):
-        cache, module = dataset.cache, dataset.backbone
-        space = space or dataset.space.folder.name
-        dataset = dataset.dataset
-    features = open_layers(cache, dataset, space=space, backbone=backbone, progress=progress)
-    features = replace(features, backbone=module)
+        features = dataset.reopened(space=space or dataset.space.folder.name, backbone=backbone)
+    else:
+        features = open_features(Cache(Path(cache_dir)), dataset, space=space, backbone=backbone)
+    features, runs = open_layers(features, progress), Path(runs_dir)
     evidence = measure(features, seed=seed)
     options = tuple(
         replace(

@@ -126,23 +126,24 @@ class ActivationSource(TrainingSource):
     def training_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         samples, (order, generator) = self.samples("train"), self.shuffle(epoch)
         drawn = torch.randint(len(self.views), (len(samples),), generator=generator).numpy()
-        for start in range(0, len(order), self.forward.batch_size):
-            positions = order[start : start + self.forward.batch_size]
-            batch = [samples[k] for k in positions]
-            yield self._read(batch, drawn[positions], self.views), self.labels(batch)
+        for activations, batch in self._batches([samples[k] for k in order], drawn[order], self.views):
+            yield activations, self.labels(batch)
 
     def evaluation_batches(self, split: str) -> Iterator[tuple[Tensor, Sequence[Sample]]]:
-        samples, size = self.samples(split), self.forward.batch_size
-        for start in range(0, len(samples), size):
-            batch = samples[start : start + size]
-            yield self._read(batch, np.zeros(len(batch), np.int64), (self.held_out,)), batch
+        samples = self.samples(split)
+        return self._batches(samples, np.zeros(len(samples), np.int64), (self.held_out,))
 
-    def _read(self, samples: Sequence[Sample], drawn: np.ndarray, views: Sequence[FeatureSet]) -> Tensor:
-        """Return activations float32 (n, *shape) on the device, sample k from the view `drawn[k]`, drawn int64 (n,)."""
-        rows = np.empty((len(samples), *self.shape), np.float32)
-        for number in np.unique(drawn).tolist():
-            selected = np.flatnonzero(drawn == number)
-            rows[selected] = views[number].read(tuple(samples[k] for k in selected.tolist())).reshape(-1, *self.shape)
-        activations = torch.from_numpy(rows).to(self.forward.device)
-        is_map = activations.ndim == 4
-        return activations.contiguous(memory_format=torch.channels_last) if is_map else activations
+    def _batches(
+        self, samples: Sequence[Sample], drawn: np.ndarray, views: Sequence[FeatureSet]
+    ) -> Iterator[tuple[Tensor, Sequence[Sample]]]:
+        """Yield activations float32 (n, *shape) on the device and their samples, sample k from the view `drawn[k]`."""
+        size = self.forward.batch_size
+        for start in range(0, len(samples), size):
+            batch, numbers = samples[start : start + size], drawn[start : start + size]
+            rows = np.empty((len(batch), *self.shape), np.float32)
+            for number in np.unique(numbers).tolist():
+                selected = np.flatnonzero(numbers == number)
+                rows[selected] = views[number].read(tuple(batch[k] for k in selected)).reshape(-1, *self.shape)
+            activations = torch.from_numpy(rows).to(self.forward.device)
+            is_map = activations.ndim == 4
+            yield activations.contiguous(memory_format=torch.channels_last) if is_map else activations, batch

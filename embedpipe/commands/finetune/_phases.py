@@ -113,7 +113,7 @@ class PhasedTraining:
         """Return the weight float32 (C,) of each class in the loss, None for equal ones."""
         if self.unfinished.options["class_weight"] == "none":
             return None
-        y = self.source.labels(self.source.samples("train")).cpu().numpy()
+        y = self.source.features.manifest.targets(self.source.samples("train"))
         weight = class_weights(y, len(self.source.features.classes))
         return torch.as_tensor(weight, dtype=torch.float32, device=self.source.forward.device)
 

@@ -63,8 +63,7 @@ class TrainingSource(ABC):
 
     def labels(self, samples: Sequence[Sample]) -> Tensor:
         """Return class indices int64 (n,) on the device."""
-        index = {name: number for number, name in enumerate(self.features.classes)}
-        return torch.tensor([index[sample.label or ""] for sample in samples], device=self.forward.device)
+        return torch.from_numpy(self.features.manifest.targets(samples)).to(self.forward.device)
 
     def shuffle(self, epoch: int) -> tuple[list[int], torch.Generator]:
         """Return this rank's positions in the train split for one epoch, and the generator that drew them."""
