@@ -277,8 +277,9 @@ def _probability_of(row: np.ndarray, y: Any, task: str) -> float | None:
 
 
 def _predicted(row: Mapping[str, Any]) -> Predicted:
-    texts, probability = [row[name] for name in COLUMNS[:4]], row.get("probability_of_label")
-    if None in texts:
+    probability = row.get("probability_of_label")
+    path, split, label, predicted = texts = [row[name] for name in COLUMNS[:4]]
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError("a truncated line")
     known = float(probability) if probability else None
-    return Predicted(*texts, key=row.get("key") or "", probability_of_label=known)
+    return Predicted(path, split, label, predicted, row.get("key") or "", known)

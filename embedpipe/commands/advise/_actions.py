@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -102,7 +101,8 @@ def verify_advice(
     """
     settings: dict[str, Any] = {"cache_dir": features.cache.root, "runs_dir": runs_dir, "seed": seed}
 
-    fit = partial(fit_head, **settings)
+    def fit(features: FeatureSet) -> Classifier:
+        return fit_head(features, **settings)
 
     def run(option: Option) -> Classifier:
         if option.action.startswith("finetune"):

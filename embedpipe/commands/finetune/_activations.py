@@ -143,7 +143,7 @@ class ActivationSource(TrainingSource):
             rows = np.empty((len(batch), *self.shape), np.float32)
             for number in np.unique(numbers).tolist():
                 selected = np.flatnonzero(numbers == number)
-                rows[selected] = views[number].read(tuple(batch[k] for k in selected)).reshape(-1, *self.shape)
+                rows[selected] = views[number].read(tuple(batch[k] for k in selected.tolist())).reshape(-1, *self.shape)
             activations = torch.from_numpy(rows).to(self.forward.device)
             is_map = activations.ndim == 4
             yield activations.contiguous(memory_format=torch.channels_last) if is_map else activations, batch
