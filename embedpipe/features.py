@@ -90,6 +90,11 @@ class FeatureSet:
         return self.manifest.classes
 
     @property
+    def layers(self) -> tuple[str, ...]:
+        """Layer of the model that each space holds."""
+        return tuple(space.spec["layer"] for space in self.spaces)
+
+    @property
     def widths(self) -> tuple[int, ...]:
         """Number of columns of each space."""
         return tuple(space.feature_dim or 0 for space in self.spaces)

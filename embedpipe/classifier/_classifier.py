@@ -80,6 +80,10 @@ class Reference:
         extra = {"beside": [part.to_dict() for part in self.extra]} if self.extra else {}
         return {"spec": dict(self.spec), "loader": dict(self.loader), **extra}
 
+    def space(self, cache: Cache) -> Space:
+        """Return the space of the features in a cache, whether or not it exists there."""
+        return cache.open_space(self.spec, name=space_name(self.spec))
+
     def load(self, folder: Path | None = None) -> Backbone:
         """Return the backbone that computed the features; `folder` is the run that holds a saved model.
 
@@ -248,13 +252,13 @@ def classify(
     EmbedpipeError    `strict`, and an image failed
     """
     keys: dict[ByteSource | Path, bytes] = {}
-    failed: dict[ByteSource | Path, tuple[str, str]] = {}
+    failed: dict[ByteSource | Path, Failure] = {}
     with closing(KeyIndex()) as index:
         for file in files:
             try:
                 keys[file] = index.key_of(file)
             except OSError as exc:
-                failed[file] = ("read", exc.strerror or str(exc))
+                failed[file] = Failure(str(file), "read", exc.strerror or str(exc))
     rows = [_cached_rows(part, cache, keys.values()) for part in classifier.reference.parts]
     unknown = {key: file for file, key in keys.items() if any(key not in one for one in rows)}
     machine = {"device": device, "batch_size": batch_size, "workers": workers}
@@ -262,27 +266,26 @@ def classify(
     for number, batch in _computed_rows(classifier, unknown, rows, **machine):
         rows[number] |= zip(batch.keys, batch.features, strict=True)
         reasons = {key: (stage, reason) for key, stage, reason in batch.failures}
-        failed |= {file: reasons[key] for file, key in keys.items() if key in reasons}
+        failed |= {file: Failure(str(file), *reasons[key]) for file, key in keys.items() if key in reasons}
         done |= {*batch.keys, *reasons}
         if progress:
             progress("predict", len(done), len(unknown))
     if strict and failed:
-        file, (_, reason) = next(iter(failed.items()))
-        raise EmbedpipeError(f"{file}: {reason}", hint="repair or remove it")
+        first = next(iter(failed.values()))
+        raise EmbedpipeError(f"{first.path}: {first.reason}", hint="repair or remove it")
     good = [file for file in files if file not in failed]
     probabilities = np.empty((0, len(classifier.classes)))
     if good:
         blocks = [np.stack([one[keys[file]] for file in good]).astype(np.float32) for one in rows]
         probabilities = classifier.head.predict_proba(np.hstack(blocks))
-    failures = tuple(Failure(str(file), *reason) for file, reason in failed.items())
-    return [str(file) for file in good], probabilities, failures
+    return [str(file) for file in good], probabilities, tuple(failed.values())
 
 
 def _cached_rows(reference: Reference, cache: Cache | None, keys: Iterable[bytes]) -> dict[bytes, np.ndarray]:
     """Return the rows in the space of a reference, by key."""
     if cache is None:
         return {}
-    space = cache.open_space(reference.spec, name=space_name(reference.spec))
+    space = reference.space(cache)
     space.mark_used()
     view = space.view()
     known = list(dict.fromkeys(key for key in keys if key in view))

@@ -177,12 +177,10 @@ def _cka(first: Classifier, other: Classifier, keys: Sequence[str], cache_dir: P
     """Return the CKA of the features of two runs on the images (hexadecimal keys) whose features the cache has for both."""
     from embedpipe.cache import Cache
     from embedpipe.evaluation import linear_cka
-    from embedpipe.inference import space_name
 
     if first.reference.extra or other.reference.extra:
         return None
-    cache, specs = Cache(cache_dir), (first.reference.spec, other.reference.spec)
-    views = [cache.open_space(spec, name=space_name(spec)).view() for spec in specs]
+    views = [run.reference.space(Cache(cache_dir)).view() for run in (first, other)]
     both = [key for key in map(bytes.fromhex, keys) if all(key in view for view in views)]
     if len(both) < MIN_CKA_IMAGES:
         return None

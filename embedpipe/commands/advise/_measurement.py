@@ -159,9 +159,8 @@ class CrossValidated:
 
     def compare(self, last: CrossValidated) -> HeadEvidence:
         """Return the accuracy of these heads, also relative to heads on the last layer."""
-        layers, dim = tuple(space.spec["layer"] for space in self.features.spaces), self.features.feature_dim
-        difference = Difference.of(self.correct, last.correct)
-        return HeadEvidence(layers, dim, float(self.config.l2), self.accuracy, difference, self.seconds)
+        features, l2, difference = self.features, float(self.config.l2), Difference.of(self.correct, last.correct)
+        return HeadEvidence(features.layers, features.feature_dim, l2, self.accuracy, difference, self.seconds)
 
     def refit(self, fit: Callable[..., KnnHead | LinearHead], *, share: float = 1.0, seed: int) -> Int64:
         """Return the out-of-fold predictions int64 (N,) of heads that are fitted on a share of each class."""

@@ -31,8 +31,8 @@ def open_layers(features: FeatureSet, progress: Progress | None = None) -> Featu
     if "val" not in features.splits:
         raise UsageError(f"{name} has no validation samples", hint="add val/ images, or extract again")
     model = features.loader.get("name")
-    cached = {space.spec["layer"] for space in _siblings(features).spaces}
     every = [*(layer.name for layer in (describe_layers(model) if model else ())), PENULTIMATE]
+    cached = _siblings(features).layers
     missing = [layer for layer in every if layer not in cached]
     if missing and not model:
         raise UsageError(

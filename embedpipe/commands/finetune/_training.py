@@ -25,7 +25,7 @@ from embedpipe.commands.finetune._sources import ImageSource, score_split
 from embedpipe.errors import ModelMismatch, UsageError
 from embedpipe.features import PENULTIMATE, FeatureSet
 from embedpipe.heads import LinearHead
-from embedpipe.inference import Progress, resolve_settings, space_name, space_spec
+from embedpipe.inference import Progress, resolve_settings, space_spec
 from embedpipe.runs import latest_run, new_run
 from embedpipe.storage import PathLike
 from embedpipe.training import Plan, Ranks, Trained
@@ -143,8 +143,7 @@ def load_start(run: Classifier | PathLike | None, runs_dir: Path) -> Classifier:
 
 def _open_features(classifier: Classifier, cache: Cache) -> FeatureSet:
     """Return the cached features that the head was fitted on."""
-    spec = classifier.reference.spec
-    features = FeatureSet(cache.read_dataset(classifier.dataset), cache.open_space(spec, name=space_name(spec)))
+    features = FeatureSet(cache.read_dataset(classifier.dataset), classifier.reference.space(cache))
     if not {"train", "val"} <= set(features.splits):
         raise UsageError(
             f"{features.dataset} has features of {', '.join(features.splits) or 'no split'} in {features.space.folder}, "
