@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 COPIES = 3  # of the features while a head is fitted: as read, standardised, and in bfloat16
 PENULTIMATE = "penultimate"  # the default layer: the input of the classifier
+LAYER_FIELDS = ("layer", "pool")  # of a spec: where in the model the features are taken
 REMOVED_OPTIONS = ("pixels",)  # of `extract`; recorded in spaces and runs
 
 
@@ -67,8 +68,12 @@ class FeatureSet:
 
     def reopened(self, **requested: Any) -> FeatureSet:
         """Return the features that `open_features` finds for the same data set in the same cache."""
-        cache = Cache(self.space.folder.parent.parent)
-        return replace(open_features(cache, self.dataset, **requested), backbone=self.backbone)
+        return replace(open_features(self.cache, self.dataset, **requested), backbone=self.backbone)
+
+    @property
+    def cache(self) -> Cache:
+        """The cache that holds the rows."""
+        return Cache(self.space.folder.parent.parent)
 
     @property
     def dataset(self) -> str:
@@ -83,6 +88,11 @@ class FeatureSet:
     @property
     def classes(self) -> tuple[str, ...]:
         return self.manifest.classes
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layer of the model that each space holds."""
+        return tuple(space.spec["layer"] for space in self.spaces)
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -311,6 +321,11 @@ def extract_command(spec: Mapping[str, Any], loader: Mapping[str, Any], sources:
     sources : sequence of str
         Data sets, as `extract` takes them.
     """
+    return shlex.join(["embedpipe", "extract", *sources, *extract_flags(spec, loader)])
+
+
+def extract_flags(spec: Mapping[str, Any], loader: Mapping[str, Any]) -> list[str]:
+    """Return the options of `extract` that compute the rows of a space, without those that have their default."""
     from embedpipe.backbones import load_backbone
 
     usual = {name: one.default for name, one in inspect.signature(load_backbone).parameters.items()}
@@ -318,8 +333,7 @@ def extract_command(spec: Mapping[str, Any], loader: Mapping[str, Any], sources:
     options = {**loader, "precision": spec["precision"], "store_dtype": spec["stored_dtype"]}
     options = {k: v for k, v in options.items() if v != usual.get(k) and k not in REMOVED_OPTIONS}
     options = {"backbone": options.pop("name", None), **options, "layer": options.pop("layer", None)}
-    flags = [part for k, v in options.items() if v for part in (f"--{k.replace('_', '-')}", str(v))]
-    return shlex.join(["embedpipe", "extract", *sources, *flags])
+    return [part for k, v in options.items() if v for part in (f"--{k.replace('_', '-')}", str(v))]
 
 
 def loader_of(spec: Mapping[str, Any], loader: Mapping[str, Any]) -> dict[str, Any]:
@@ -367,8 +381,13 @@ def _by_model(spaces: Sequence[Space]) -> list[list[Space]]:
     """Return the spaces of each model: those whose specs differ in the layer and its pooling only."""
     models: dict[str, list[Space]] = defaultdict(list)
     for space in spaces:
-        models[canonical_json({k: v for k, v in space.spec.items() if k not in ("layer", "pool")})].append(space)
+        models[canonical_json(model_fields(space.spec))].append(space)
     return list(models.values())
+
+
+def model_fields(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a spec without the layer and its pooling; it is the same for all spaces of one model."""
+    return {name: value for name, value in spec.items() if name not in LAYER_FIELDS}
 
 
 def _in_model_order(spaces: Sequence[Space]) -> list[Space]:

@@ -23,7 +23,7 @@ from embedpipe.cache import Cache, KeyIndex, Space
 from embedpipe.classifier._scoring import Scored, answer, report_scores, write_scored
 from embedpipe.data import ByteSource, Failure
 from embedpipe.errors import DecodeError, EmbedpipeError, ModelMismatch, UsageError
-from embedpipe.features import PENULTIMATE, loader_of
+from embedpipe.features import LAYER_FIELDS, PENULTIMATE, loader_of, model_fields
 from embedpipe.inference import Progress, Rows, Runner, resolve_settings, space_name, space_spec, stream_rows
 from embedpipe.provenance import differing_fields, environment
 from embedpipe.runs import RunFolder, find_run, read_run
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from embedpipe.backbones import Backbone
     from embedpipe.features import FeatureSet
     from embedpipe.heads import KnnHead, LinearHead
-
-LAYER_FIELDS = ("layer", "pool")  # the fields of a spec that say where in the model the features are taken
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,10 @@ class Reference:
         extra = {"beside": [part.to_dict() for part in self.extra]} if self.extra else {}
         return {"spec": dict(self.spec), "loader": dict(self.loader), **extra}
 
+    def space(self, cache: Cache) -> Space:
+        """Return the space of the features in a cache, whether or not it exists there."""
+        return cache.open_space(self.spec, name=space_name(self.spec))
+
     def load(self, folder: Path | None = None) -> Backbone:
         """Return the backbone that computed the features; `folder` is the run that holds a saved model.
 
@@ -103,7 +105,7 @@ class Reference:
 
     def is_of(self, backbone: Backbone) -> bool:
         """Return True if the features come from this model, at any layer."""
-        return all(self.spec.get(name) == value for name, value in backbone.spec.items() if name not in LAYER_FIELDS)
+        return model_fields(backbone.spec).items() <= self.spec.items()
 
     def taken_from(self, backbone: Backbone) -> Backbone:
         """Return the backbone of the same model at the layer of these features; the two share the model."""
@@ -124,15 +126,6 @@ class Reference:
                 fields=[difference.field for difference in differing],
             )
         return backbone
-
-
-@dataclass(frozen=True)
-class Probabilities:
-    """Probabilities `values` float64 (N, C) of the images at `paths`, and the images that failed."""
-
-    paths: list[str]
-    values: np.ndarray
-    failed: tuple[Failure, ...]
 
 
 @dataclass(frozen=True)
@@ -200,11 +193,10 @@ class Classifier:
         """
         if isinstance(paths, str | os.PathLike):
             raise UsageError(f"got the path {str(paths)!r}, expected a list of paths", hint="put it into brackets")
-        result = classify(self, [Path(path) for path in paths])
-        if result.failed:
-            first = result.failed[0]
-            raise DecodeError(f"{first.path}: {first.reason}", hint="leave the file out", path=first.path)
-        return result.values
+        _, probabilities, failed = classify(self, [Path(path) for path in paths])
+        if failed:
+            raise DecodeError(f"{failed[0].path}: {failed[0].reason}", hint="leave the file out", path=failed[0].path)
+        return probabilities
 
     def predict(self, paths: Sequence[PathLike]) -> list[str]:
         """Return the prediction for each image file: the most probable class; labels joined by "|"; the number as text."""
@@ -246,25 +238,27 @@ def classify(
     workers: int | str = "auto",
     strict: bool = False,
     progress: Progress | None = None,
-) -> Probabilities:
+) -> tuple[list[str], np.ndarray, tuple[Failure, ...]]:
     """Return the probabilities of image files, in their order; rows in the cache are not computed again.
 
     Returns
     -------
-    Probabilities    of the files that can be read; the others are in `failed`
+    paths : list of str                n files that can be read
+    probabilities : float64 (n, C)     of these files
+    failed : tuple of Failure          the other files
 
     Raises
     ------
     EmbedpipeError    `strict`, and an image failed
     """
     keys: dict[ByteSource | Path, bytes] = {}
-    failed: dict[ByteSource | Path, tuple[str, str]] = {}
+    failed: dict[ByteSource | Path, Failure] = {}
     with closing(KeyIndex()) as index:
         for file in files:
             try:
                 keys[file] = index.key_of(file)
             except OSError as exc:
-                failed[file] = ("read", exc.strerror or str(exc))
+                failed[file] = Failure(str(file), "read", exc.strerror or str(exc))
     rows = [_cached_rows(part, cache, keys.values()) for part in classifier.reference.parts]
     unknown = {key: file for file, key in keys.items() if any(key not in one for one in rows)}
     machine = {"device": device, "batch_size": batch_size, "workers": workers}
@@ -272,29 +266,26 @@ def classify(
     for number, batch in _computed_rows(classifier, unknown, rows, **machine):
         rows[number] |= zip(batch.keys, batch.features, strict=True)
         reasons = {key: (stage, reason) for key, stage, reason in batch.failures}
-        failed |= {file: reasons[key] for file, key in keys.items() if key in reasons}
+        failed |= {file: Failure(str(file), *reasons[key]) for file, key in keys.items() if key in reasons}
         done |= {*batch.keys, *reasons}
         if progress:
             progress("predict", len(done), len(unknown))
     if strict and failed:
-        file, (_, reason) = next(iter(failed.items()))
-        raise EmbedpipeError(f"{file}: {reason}", hint="repair or remove it")
+        first = next(iter(failed.values()))
+        raise EmbedpipeError(f"{first.path}: {first.reason}", hint="repair or remove it")
     good = [file for file in files if file not in failed]
-    values = np.empty((0, len(classifier.classes)))
+    probabilities = np.empty((0, len(classifier.classes)))
     if good:
         blocks = [np.stack([one[keys[file]] for file in good]).astype(np.float32) for one in rows]
-        values = classifier.head.predict_proba(np.hstack(blocks))
-    return Probabilities(
-        [str(file) for file in good], values, tuple(Failure(str(file), *reason) for file, reason in failed.items())
-    )
+        probabilities = classifier.head.predict_proba(np.hstack(blocks))
+    return [str(file) for file in good], probabilities, tuple(failed.values())
 
 
 def _cached_rows(reference: Reference, cache: Cache | None, keys: Iterable[bytes]) -> dict[bytes, np.ndarray]:
     """Return the rows in the space of a reference, by key."""
     if cache is None:
         return {}
-    spec = dict(reference.spec)
-    space = cache.open_space(spec, name=space_name(spec))
+    space = reference.space(cache)
     space.mark_used()
     view = space.view()
     known = list(dict.fromkeys(key for key in keys if key in view))

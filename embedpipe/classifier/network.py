@@ -40,16 +40,13 @@ class Network(nn.Module):
         return logits
 
     @contextmanager
-    def checkpointing(self, name: str, *, wanted: bool) -> Iterator[None]:
-        """Recompute activations in the backward pass within the block if `wanted`.
+    def checkpointing(self, name: str) -> Iterator[None]:
+        """Recompute activations in the backward pass within the block.
 
         Raises
         ------
         UsageError    the model, called `name`, does not support it
         """
-        if not wanted:
-            yield
-            return
         model: Any = self.backbone.model
         try:
             model.set_grad_checkpointing(enable=True)

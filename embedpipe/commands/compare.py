@@ -8,7 +8,6 @@ which they disagree decide which run is better.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -87,28 +86,6 @@ class Comparison:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class RunToCompare:
-    """A run to compare: name, classes, the split it was selected on, predictions, and the spec of its features."""
-
-    name: str
-    classes: tuple[str, ...]
-    chosen_on: str | None
-    predictions: tuple[Predicted, ...]
-    spec: Mapping[str, Any] | None = None
-
-    def of(self, split: str, by: str) -> dict[SampleId, Predicted]:
-        """Return the predictions of a split by sample id."""
-        seen: Counter[tuple[str, str]] = Counter()
-        found = {}
-        for one in self.predictions:
-            if one.split == split:
-                name = (one.key if by == "content" else one.path, one.label)
-                found[(*name, seen[name])] = one
-                seen[name] += 1
-        return found
-
-
 def compare(
     runs: Sequence[Classifier | PathLike],
     *,
@@ -135,15 +112,22 @@ def compare(
     """
     if len(runs) < 2:
         raise UsageError(f"got {len(runs)} run, expected at least 2", hint="see `embedpipe compare --help`")
-    read = [_read(run, Path(runs_dir)) for run in runs]
-    first = read[0]
-    _check_classes(first, read[1:])
-    chosen = _split_of(read) if split == "auto" else split
-    by = "content" if all(one.key for run in read for one in run.predictions) else "path"
-    tables = [run.of(chosen, by) for run in read]
+    classifiers, predictions = zip(*(_load(run, runs_dir) for run in runs), strict=True)
+    first = classifiers[0]
+    for other in classifiers[1:]:
+        unmatched = sorted(set(other.classes) ^ set(first.classes))
+        if unmatched:
+            raise UsageError(
+                f"only one of {first.name} and {other.name} has the class {unmatched[0]!r}, expected the same classes",
+                hint="compare runs that were fitted on the same classes",
+            )
+    names = [classifier.name for classifier in classifiers]
+    chosen = _select_split(names, predictions) if split == "auto" else split
+    by = "content" if all(one.key for found in predictions for one in found) else "path"
+    tables = [_by_sample(found, chosen, by) for found in predictions]
     common = [sample for sample in tables[0] if all(sample in table for table in tables)]
     if not common:
-        counts = " and ".join(f"{run.name} {len(table)}" for run, table in zip(read, tables, strict=True))
+        counts = " and ".join(f"{name} {len(table)}" for name, table in zip(names, tables, strict=True))
         raise UsageError(
             f"the runs have no common sample in {chosen}, by {by} and label: {counts}",
             hint="compare runs that were fitted on the same data set, or name another --split",
@@ -152,49 +136,51 @@ def compare(
     if len(common) < most:
         warnings.warn(f"{len(common)} of {most} images of {chosen} are in all runs", EmbedpipeWarning, stacklevel=2)
     outcomes = [_outcomes(table, common) for table in tables]
-    compared = [_compared(run, len(table), *one) for run, table, one in zip(read, tables, outcomes, strict=True)]
+    compared = [_compared(name, len(table), *one) for name, table, one in zip(names, tables, outcomes, strict=True)]
     keys = list(dict.fromkeys(name for name, _, _ in common)) if by == "content" else []
     pairs = [
-        _pair((first.name, run.name), outcomes[0], one, cka=_cka(first, run, keys, Path(cache_dir)))
-        for run, one in zip(read[1:], outcomes[1:], strict=True)
+        _pair((first.name, other.name), outcomes[0], one, cka=_cka(first, other, keys, Path(cache_dir)))
+        for other, one in zip(classifiers[1:], outcomes[1:], strict=True)
     ]
-    tuned = tuple(run.name for run in read if run.chosen_on == chosen)
+    tuned = tuple(one.name for one in classifiers if one.report.get("chosen_on") == chosen)
     return Comparison(chosen, len(common), by, tuple(compared), tuple(pairs), tuned)
 
 
-def _read(run: Classifier | PathLike, runs_dir: Path) -> RunToCompare:
-    from embedpipe.classifier import read_predictions
-    from embedpipe.runs import find_run, read_run
+def _load(run: Classifier | PathLike, runs_dir: PathLike) -> tuple[Classifier, list[Predicted]]:
+    """Return the classifier of a run and its predictions."""
+    from embedpipe.classifier import Classifier, read_predictions
 
-    folder = find_run(runs_dir, run) if isinstance(run, str | os.PathLike) else run.folder
-    if folder is None:
+    classifier = Classifier.of(run, runs_dir)
+    if classifier.folder is None:
         raise UsageError("got a classifier without a run folder, expected one returned by fit_head or finetune")
-    record = read_run(folder)
-    report = record.get("report")
-    if not isinstance(report, Mapping) or not isinstance(report.get("classes"), list):
-        raise UsageError(f"{folder.name} is a run of {record['verb']}", hint="name runs of fit-head or finetune")
-    if report.get("task", "single") != "single":
+    if classifier.task != "single":
         raise UsageError(
-            f"{folder.name} is a run of {report['task']} targets, expected single labels",
+            f"{classifier.name} is a run of {classifier.task} targets, expected single labels",
             hint="compare the metrics and intervals in their run.json",
         )
-    reference = record.get("reference") or {}
-    spec = None if reference.get("beside") else reference.get("spec")
-    return RunToCompare(
-        folder.name, tuple(report["classes"]), report.get("chosen_on"), tuple(read_predictions(folder)), spec
-    )
+    return classifier, read_predictions(classifier.folder)
 
 
-def _cka(first: RunToCompare, other: RunToCompare, keys: Sequence[str], cache_dir: Path) -> float | None:
+def _by_sample(predictions: Sequence[Predicted], split: str, by: str) -> dict[SampleId, Predicted]:
+    """Return the predictions of a split by sample id."""
+    seen: Counter[tuple[str, str]] = Counter()
+    found = {}
+    for one in predictions:
+        if one.split == split:
+            name = (one.key if by == "content" else one.path, one.label)
+            found[(*name, seen[name])] = one
+            seen[name] += 1
+    return found
+
+
+def _cka(first: Classifier, other: Classifier, keys: Sequence[str], cache_dir: Path) -> float | None:
     """Return the CKA of the features of two runs on the images (hexadecimal keys) whose features the cache has for both."""
     from embedpipe.cache import Cache
     from embedpipe.evaluation import linear_cka
-    from embedpipe.inference import space_name
 
-    if first.spec is None or other.spec is None:
+    if first.reference.extra or other.reference.extra:
         return None
-    cache = Cache(cache_dir)
-    views = [cache.open_space(spec, name=space_name(spec)).view() for spec in (first.spec, other.spec)]
+    views = [run.reference.space(Cache(cache_dir)).view() for run in (first, other)]
     both = [key for key in map(bytes.fromhex, keys) if all(key in view for view in views)]
     if len(both) < MIN_CKA_IMAGES:
         return None
@@ -202,24 +188,13 @@ def _cka(first: RunToCompare, other: RunToCompare, keys: Sequence[str], cache_di
     return found if found == found else None
 
 
-def _check_classes(first: RunToCompare, others: Sequence[RunToCompare]) -> None:
-    for other in others:
-        unmatched = sorted(set(other.classes) ^ set(first.classes))
-        if unmatched:
-            raise UsageError(
-                f"only one of {first.name} and {other.name} has the class {unmatched[0]!r}, expected the same classes",
-                hint="compare runs that were fitted on the same classes",
-            )
-
-
-def _split_of(runs: Sequence[RunToCompare]) -> str:
+def _select_split(names: Sequence[str], predictions: Sequence[Sequence[Predicted]]) -> str:
     """Return "test", or "val" with a warning if a run has no test split."""
-    found = {run.name: {one.split for one in run.predictions} for run in runs}
-    without_test = [name for name, splits in found.items() if "test" not in splits]
-    if not without_test:
-        return "test"
-    warnings.warn(f"{without_test[0]} has no test split; the runs are compared on val", EmbedpipeWarning, stacklevel=3)
-    return "val"
+    for name, found in zip(names, predictions, strict=True):
+        if all(one.split != "test" for one in found):
+            warnings.warn(f"{name} has no test split; the runs are compared on val", EmbedpipeWarning, stacklevel=3)
+            return "val"
+    return "test"
 
 
 def _outcomes(table: Mapping[SampleId, Predicted], common: Sequence[SampleId]) -> Outcomes:
@@ -234,12 +209,12 @@ def _outcomes(table: Mapping[SampleId, Predicted], common: Sequence[SampleId]) -
     return right, -np.log(np.clip(true, MIN_PROBABILITY, 1.0)) if len(true) == len(found) else None
 
 
-def _compared(run: RunToCompare, n_split: int, right: np.ndarray, losses: np.ndarray | None) -> Compared:
+def _compared(run: str, n_split: int, right: np.ndarray, losses: np.ndarray | None) -> Compared:
     from embedpipe.evaluation import mean_interval, wilson_interval
 
     correct, n = int(right.sum()), len(right)
     loss, interval = (None, None) if losses is None else (float(losses.mean()), mean_interval(losses))
-    return Compared(run.name, correct / n, list(wilson_interval(correct, n)), loss, interval, n_split)
+    return Compared(run, correct / n, list(wilson_interval(correct, n)), loss, interval, n_split)
 
 
 def _pair(names: tuple[str, str], first: Outcomes, other: Outcomes, *, cka: float | None) -> Pair:

@@ -116,14 +116,13 @@ def evaluate(
         split = "test" if data is None else "all"
     samples = [s for s in manifest.samples if s.label is not None and split in ("all", s.split)]
     _check(manifest, run, [s.label or "" for s in samples], split)
-    files = {str(manifest.byte_source_of(s)): s for s in samples}
+    files = {manifest.byte_source_of(s): s for s in samples}
     machine: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers, "progress": progress}
-    result = classify(
-        run, list(dict.fromkeys(manifest.byte_source_of(s) for s in samples)), cache=cache, strict=strict, **machine
-    )
-    scored = Scored(tuple(files[path] for path in result.paths), result.values, run.task)
+    paths, probabilities, unread = classify(run, list(files), cache=cache, strict=strict, **machine)
+    by_path = {str(file): s for file, s in files.items()}
+    scored = Scored(tuple(by_path[path] for path in paths), probabilities, run.task)
     matrix = confusion_of(scored, run.classes) if run.task == "single" else None
-    scores, failed = scored.metrics(run.classes), (*manifest.unreadable, *result.failed)
+    scores, failed = scored.metrics(run.classes), (*manifest.unreadable, *unread)
     chosen_on = run.report.get("chosen_on") if data is None else None
     if data is not None:
         _warn_about_training_images(run, cache, scored.samples)

@@ -122,9 +122,7 @@ def predict(
 
     run = Classifier.of(run, runs_dir)
     machine: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers, "progress": progress}
-    result = classify(run, list_images(images), cache=Cache(Path(cache_dir)), strict=strict, **machine)
-    predictions = [
-        Prediction(path, run.classes, values, run.task)
-        for path, values in zip(result.paths, result.values, strict=True)
-    ]
-    return Predictions(predictions, result.failed, run.task)
+    found = classify(run, list_images(images), cache=Cache(Path(cache_dir)), strict=strict, **machine)
+    paths, probabilities, failed = found
+    rows = zip(paths, probabilities, strict=True)
+    return Predictions([Prediction(path, run.classes, row, run.task) for path, row in rows], failed, run.task)

@@ -216,9 +216,7 @@ def verify_cache(
 def _select(cache: Cache, names: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the spaces and data sets that `names` refer to; all of them if there are no names."""
     spaces, datasets = cache.space_names(), cache.datasets()
-    if not names:
-        return spaces, datasets
-    found = [cache.find(name) for name in names]
+    found = [cache.find(name) for name in names] or [*spaces, *datasets]
     return [name for name in found if name in spaces], [name for name in found if name in datasets]
 
 

@@ -183,7 +183,7 @@ def _describe_blocks(
     decision = {
         "chosen": "last" if winner is last else "blocks",
         "last": {"layer": last.features.space.spec["layer"], **last.to_dict()},
-        "blocks": {"layers": [space.spec["layer"] for space in blocks.features.spaces], **blocks.to_dict()},
+        "blocks": {"layers": list(blocks.features.layers), **blocks.to_dict()},
         "gain": gain,
         "gain_ci95": interval,
     }

@@ -1,7 +1,7 @@
 """Ranks: the processes that torchrun started. Gradients are summed after the backward pass, so that each rank may use
 as many micro-batches as its memory requires.
 
->>> with joined() as ranks:
+>>> with join_process_group() as ranks:
 ...     train(..., ranks=ranks)
 """
 
@@ -44,8 +44,7 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Return True if `flag` is True on any rank."""
         flags = torch.tensor([int(flag)])
-        if self.count > 1:
-            dist.all_reduce(flags)
+        self.add([flags])
         return bool(flags)
 
     def broadcast(self, make: Callable[[], T]) -> T:

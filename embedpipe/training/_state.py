@@ -31,13 +31,6 @@ def delay_signals() -> Iterator[None]:
             signal.raise_signal(late)
 
 
-def set_modes(network: nn.Module, keep_eval: Sequence[nn.Module]) -> None:
-    """Put the network into train mode, and `keep_eval` into eval mode."""
-    network.train()
-    for module in keep_eval:
-        module.eval()
-
-
 def moving_names(network: nn.Module, keep_eval: Sequence[nn.Module]) -> set[str]:
     """Return the names in the state dict that training may change: trainable parameters, and buffers of modules in train mode."""
     names = {name for name, p in network.named_parameters() if p.requires_grad}
@@ -91,8 +84,7 @@ class Average:
 
 def random_state() -> dict[str, Any]:
     """Return the state of torch's random number generators, on the CPU and on every cuda device."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:

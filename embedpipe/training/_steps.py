@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning
 from embedpipe.training._plan import Plan
@@ -99,6 +98,7 @@ class Stepper:
         self.device = self.parameters[0].device.type
         self.scaler = torch.amp.GradScaler(self.device, enabled=plan.precision == "fp16")
         self.mix = mixer(plan, n_classes)
+        self.loss = nn.CrossEntropyLoss(class_weight, label_smoothing=plan.label_smoothing, reduction="sum")
         self.micro: int | None = None
         anchored = [p for g in optimizer.param_groups if g.get("anchored") for p in g["params"]] if plan.l2_sp else []
         self.anchors = [(parameter, parameter.detach().clone()) for parameter in anchored]
@@ -142,7 +142,7 @@ class Stepper:
             for images, y in self._pieces(batches):
                 with precision:
                     logits = self.network(images).float()
-                loss = self._loss(logits, y) / total
+                loss = self.loss(logits, y) / total
                 torch.autograd.backward(self.scaler.scale(loss))
                 whole += loss.detach()
         except torch.OutOfMemoryError:
@@ -161,10 +161,6 @@ class Stepper:
         for images, y in batches:
             size = self.micro or len(y)
             yield from zip(torch.split(images, size), torch.split(y, size), strict=True)
-
-    def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        smoothing = self.plan.label_smoothing
-        return F.cross_entropy(logits, y, weight=self.class_weight, label_smoothing=smoothing, reduction="sum")
 
     def _weight_of(self, y: Tensor) -> Tensor | int:
         """Return the denominator of the mean: the count of images, or the sum of the class weights of unmixed labels."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -14,15 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from embedpipe.errors import Stopped
 from embedpipe.training._plan import Epoch, Plan, Score, Trained
 from embedpipe.training._ranks import Ranks
-from embedpipe.training._state import (
-    Average,
-    delay_signals,
-    load_tensors,
-    moving_state,
-    random_state,
-    set_modes,
-    set_random_state,
-)
+from embedpipe.training._state import Average, delay_signals, load_tensors, moving_state, random_state, set_random_state
 from embedpipe.training._steps import Batch, NotFinite, Stepper, make_optimizer
 
 WARM_UP = 0.1  # share of all steps with a rising learning rate
@@ -116,7 +109,7 @@ class Trainer:
     def __init__(self, stepper: Stepper, *, steps: int, keep_eval: Sequence[nn.Module]) -> None:
         self.network, self.plan, self.optimizer = stepper.network, stepper.plan, stepper.optimizer
         self.stepper, self.steps, self.keep_eval = stepper, steps, keep_eval
-        self.schedule = LambdaLR(self.optimizer, _warm_up_cosine(self.plan.epochs * steps))
+        self.schedule = LambdaLR(self.optimizer, lambda step: _warm_up_cosine(step, self.plan.epochs * steps))
         ema = self.plan.ema
         self.average = Average(moving_state(self.network, keep_eval), ema) if ema else None
         self.history: list[Epoch] = []
@@ -135,10 +128,14 @@ class Trainer:
         """Take the remaining steps of this epoch, and yield the number of all steps done."""
         if self.epoch == 0 or len(self.losses) >= self.steps:
             return
-        set_modes(self.network, self.keep_eval)
-        grouped = islice(_grouped(batches(self.epoch), self.plan.accumulate), len(self.losses), self.steps)
+        self.network.train()
+        for module in self.keep_eval:
+            module.eval()
+        stream = iter(batches(self.epoch))
+        groups = iter(lambda: list(islice(stream, self.plan.accumulate)), [])
+        remaining = islice(groups, len(self.losses), self.steps)
         # until no rank has a group: unreadable images may make the part of one rank shorter
-        while not self.diverged and self.stepper.ranks.any(bool(group := next(grouped, []))):
+        while not self.diverged and self.stepper.ranks.any(bool(group := next(remaining, []))):
             with delay_signals():
                 self._step(group)
             if not self.diverged:
@@ -184,7 +181,7 @@ class Trainer:
             "epoch": self.epoch,
             "losses": self.losses,
             "seconds": time.monotonic() - self.begun,
-            "history": [epoch.to_dict() for epoch in self.history],
+            "history": [asdict(epoch) for epoch in self.history],
             "moving": moving_state(self.network, self.keep_eval),
             "best": self.best,
             "found": (self.best_rank, self.best_epoch, self.best_of),
@@ -214,17 +211,9 @@ class Trainer:
         set_random_state(state["random"])
 
 
-def _grouped(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
-    stream = iter(batches)
-    return iter(lambda: list(islice(stream, size)), [])
-
-
-def _warm_up_cosine(total: int) -> Callable[[int], float]:
+def _warm_up_cosine(step: int, total: int) -> float:
+    """Return the factor of the learning rate at one of `total` steps."""
     warm = max(1, round(WARM_UP * total))
-
-    def factor(step: int) -> float:
-        if step < warm:
-            return (step + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
-
-    return factor
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))

@@ -20,22 +20,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from embedpipe.cache import Cache
 from embedpipe.classifier import Classifier, Reference, read_predictions
 from embedpipe.commands.advise._decision import Option
 from embedpipe.commands.advise._measurement import Evidence, select_samples
-from embedpipe.commands.advise._preparation import is_sibling
 from embedpipe.commands.compare import Pair, compare
 from embedpipe.commands.finetune import finetune
 from embedpipe.commands.fit_head import fit_head
 from embedpipe.evaluation import wilson_interval
-from embedpipe.features import FeatureSet, feature_spaces
+from embedpipe.features import FeatureSet, extract_flags, feature_spaces, model_fields
 
 if TYPE_CHECKING:
     from embedpipe.inference import Progress
 
-EXTRACT_DEFAULTS = {"weights": "pretrained", "pool": "auto", "seed": 0}
-NO_FLAGS = ("layer", "name", "pixels")
 FULL_BATCH, LEAST_BATCH, STEPS = 32, 8, 32
 # The rate for all layers: at 1e-3 the loss on scattered digits rose tenfold, and no epoch was better than the head.
 SMALL_RATE = 2e-4
@@ -45,14 +41,15 @@ def format_commands(
     option: Option, features: FeatureSet, evidence: Evidence, epochs: int, runs_dir: Path
 ) -> tuple[str, ...]:
     """Return the command lines that carry out an option."""
-    cache_dir = features.space.folder.parent.parent
-    cache_flags = [] if str(cache_dir) == "cache" else ["--cache-dir", str(cache_dir)]
+    cache_dir = str(features.cache.root)
+    cache_flags = [] if cache_dir == "cache" else ["--cache-dir", cache_dir]
     folders = cache_flags + ([] if str(runs_dir) == "runs" else ["--runs-dir", str(runs_dir)])
     data = [features.dataset, *folders]
     last_layer = _space_flags(features, evidence.last.layers)
     if option.action.startswith("fix-") or option.action == "more-data":  # manual work, then the same steps again
         sources = [source.absolute for source in features.manifest.sources]
-        lines = [["extract", *sources, *_loader_flags(features), *cache_flags], ["advise", *data]]
+        flags = extract_flags(features.space.spec, {**features.loader, "layer": None})
+        lines = [["extract", *sources, *flags, *cache_flags], ["advise", *data]]
         lines = lines if option.action == "more-data" else [["audit", *data, *last_layer], *lines]
     elif option.action.startswith("finetune"):
         training = {"epochs": epochs, **_training_options(option, evidence.n_train)}
@@ -65,20 +62,13 @@ def format_commands(
 
 def _space_flags(features: FeatureSet, layers: tuple[str, ...]) -> list[str]:
     """Return --backbone and --layer, or --space where these match other spaces of the cache too."""
-    own, cache = features.space, Cache(features.space.folder.parent.parent)
-    names = [Reference.of([space]).name for space in feature_spaces(cache) if not is_sibling(space, own)]
-    name = Reference.of([own]).name
+    name, model = Reference.of([features.space]).name, model_fields(features.space.spec)
+    others = [space for space in feature_spaces(features.cache) if model_fields(space.spec) != model]
+    names = [Reference.of([space]).name for space in others]
     if name in names:
         folders = [space.folder.name for space in features.spaces if space.spec["layer"] in layers]
         return [word for folder in folders for word in ("--space", folder)]
     return ["--backbone", name, *(word for layer in layers for word in ("--layer", layer))]
-
-
-def _loader_flags(features: FeatureSet) -> list[str]:
-    """Return the options of `extract` that do not have their default."""
-    loader = features.loader
-    changed = {k: v for k, v in loader.items() if k not in NO_FLAGS and v and v != EXTRACT_DEFAULTS.get(k)}
-    return _flags({"backbone": loader["name"], **changed} if loader.get("name") else changed)
 
 
 def _flags(options: dict[str, object]) -> list[str]:
@@ -109,7 +99,7 @@ def verify_advice(
         split, n, tried : [{action, layers, run, accuracy, accuracy_ci95, minutes, difference, difference_ci95 (to the
         recommended one)}], right, why
     """
-    settings: dict[str, Any] = {"cache_dir": features.space.folder.parent.parent, "runs_dir": runs_dir, "seed": seed}
+    settings: dict[str, Any] = {"cache_dir": features.cache.root, "runs_dir": runs_dir, "seed": seed}
 
     def fit(features: FeatureSet) -> Classifier:
         return fit_head(features, **settings)

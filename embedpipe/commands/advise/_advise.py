@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +49,7 @@ class Advice:
             "dataset": self.dataset,
             "backbone": self.backbone,
             **self.chosen.to_dict(),
-            "evidence": self.evidence.to_dict(),
+            "evidence": asdict(self.evidence),
             "alternatives": [option.to_dict() for option in self.alternatives],
             "notes": [NOTE_VERIFIED if self.verify else NOTE, NOTE_COST],
             "verify": self.verify,
@@ -91,23 +91,22 @@ def advise(
     NonFiniteFeatures    NaN or inf in the features
     """
     from embedpipe.cache import Cache
+    from embedpipe.classifier import Reference
     from embedpipe.commands.advise._actions import format_commands, verify_advice
     from embedpipe.commands.advise._cost import estimate_minutes
     from embedpipe.commands.advise._decision import decide
     from embedpipe.commands.advise._measurement import measure
     from embedpipe.commands.advise._preparation import open_layers
-    from embedpipe.features import FeatureSet
+    from embedpipe.features import FeatureSet, open_features
     from embedpipe.runs import new_run
 
     if epochs < 1:
         raise UsageError(f"--epochs {epochs}, expected 1 or more")
-    cache, runs, module = Cache(Path(cache_dir)), Path(runs_dir), None
     if isinstance(dataset, FeatureSet):
-        cache, module = Cache(dataset.space.folder.parent.parent), dataset.backbone
-        space = space or dataset.space.folder.name
-        dataset = dataset.dataset
-    features = open_layers(cache, dataset, space=space, backbone=backbone, progress=progress)
-    features = replace(features, backbone=module)
+        features = dataset.reopened(space=space or dataset.space.folder.name, backbone=backbone)
+    else:
+        features = open_features(Cache(Path(cache_dir)), dataset, space=space, backbone=backbone)
+    features, runs = open_layers(features, progress), Path(runs_dir)
     evidence = measure(features, seed=seed)
     options = tuple(
         replace(
@@ -120,9 +119,8 @@ def advise(
     result = None
     if verify:
         result = verify_advice(options, features, evidence, epochs=epochs, runs_dir=runs, seed=seed, progress=progress)
-    spec = features.space.spec
+    name = Reference.of([features.space]).name
     with new_run(runs, "advise") as run:
-        name = f"{spec['source']}:{spec['architecture']}"
         advice = Advice(run.final.name, features.dataset, name, options[0], evidence, options[1:], result)
         run.write_json("advice.json", advice.to_dict())
         run.write_json("run.json", {"verb": "advise", "dataset": features.dataset, "report": advice.to_dict()})

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -130,9 +130,6 @@ class Evidence:
         accuracy = max(self.best.accuracy, self.several.accuracy)
         return wilson_interval(round(accuracy * self.n_judged), self.n_judged)[0] > self.chance
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, eq=False)
 class CrossValidated:
@@ -162,13 +159,8 @@ class CrossValidated:
 
     def compare(self, last: CrossValidated) -> HeadEvidence:
         """Return the accuracy of these heads, also relative to heads on the last layer."""
-        layers = tuple(space.spec["layer"] for space in self.features.spaces)
-        difference, dim, l2 = (
-            Difference.of(self.correct, last.correct),
-            self.features.feature_dim,
-            float(self.config.l2),
-        )
-        return HeadEvidence(layers, dim, l2, self.accuracy, difference, self.seconds)
+        features, l2, difference = self.features, float(self.config.l2), Difference.of(self.correct, last.correct)
+        return HeadEvidence(features.layers, features.feature_dim, l2, self.accuracy, difference, self.seconds)
 
     def refit(self, fit: Callable[..., KnnHead | LinearHead], *, share: float = 1.0, seed: int) -> Int64:
         """Return the out-of-fold predictions int64 (N,) of heads that are fitted on a share of each class."""

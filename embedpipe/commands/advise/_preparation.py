@@ -1,6 +1,6 @@
 """Open the cached layers of the model that a data set was extracted with, and extract missing ones.
 
->>> features = open_layers(Cache(Path("cache")), "pets")
+>>> features = open_layers(open_features(Cache(Path("cache")), "pets"))
 >>> [space.spec["layer"] for space in features.spaces][-1]
 'penultimate'
 """
@@ -11,23 +11,19 @@ import warnings
 from typing import Any
 
 from embedpipe.backbones import describe_layers
-from embedpipe.cache import Cache, Space
 from embedpipe.errors import EmbedpipeWarning, UsageError
-from embedpipe.features import PENULTIMATE, FeatureSet, loader_of, open_features
+from embedpipe.features import PENULTIMATE, FeatureSet, loader_of, model_fields
 from embedpipe.inference import Progress
 from embedpipe.selection import check_classes, check_labelled, check_task
 
 
-def open_layers(
-    cache: Cache, dataset: str | None, *, space: str | None, backbone: str | None, progress: Progress | None = None
-) -> FeatureSet:
-    """Return the features of all layers of one model, in its order.
+def open_layers(features: FeatureSet, progress: Progress | None = None) -> FeatureSet:
+    """Return the features of all layers of the model of `features`, in its order.
 
     Raises
     ------
-    UsageError    nothing extracted, no labels, one class, no val, or a layer is missing and the backbone has no name
+    UsageError    no labels, one class, no val, or a layer is missing and the backbone has no name
     """
-    features = open_features(cache, dataset, space=space, backbone=backbone)
     check_labelled(features)
     check_task(features, "advise")
     check_classes(features)
@@ -35,8 +31,8 @@ def open_layers(
     if "val" not in features.splits:
         raise UsageError(f"{name} has no validation samples", hint="add val/ images, or extract again")
     model = features.loader.get("name")
-    cached = {space.spec["layer"] for space in _siblings(features).spaces}
     every = [*(layer.name for layer in (describe_layers(model) if model else ())), PENULTIMATE]
+    cached = _siblings(features).layers
     missing = [layer for layer in every if layer not in cached]
     if missing and not model:
         raise UsageError(
@@ -44,23 +40,18 @@ def open_layers(
             hint=f"extract with layer=({PENULTIMATE!r}, 'all')",
         )
     if missing:
-        _extract(cache, features, missing, progress)
+        _extract(features, missing, progress)
     return _siblings(features)
 
 
-def is_sibling(one: Space, other: Space) -> bool:
-    """Return True if two spaces are layers of the same model, with the same transform."""
-    first, second = ({k: v for k, v in s.spec.items() if k not in ("layer", "pool")} for s in (one, other))
-    return first == second
-
-
 def _siblings(features: FeatureSet) -> FeatureSet:
-    every = features.reopened(every=True)
-    layers = {s.spec["layer"]: s for s in every.spaces if is_sibling(s, features.space)}
+    """Return the features of all cached layers of the same model, with the same transform."""
+    every, model = features.reopened(every=True), model_fields(features.space.spec)
+    layers = {s.spec["layer"]: s for s in every.spaces if model_fields(s.spec) == model}
     return every.only(layers.values())
 
 
-def _extract(cache: Cache, features: FeatureSet, missing: list[str], progress: Progress | None) -> None:
+def _extract(features: FeatureSet, missing: list[str], progress: Progress | None) -> None:
     """Fill the spaces of all layers in one pass; the sample table with its splits is not changed."""
     from embedpipe.commands.extract import extract
 
@@ -68,7 +59,7 @@ def _extract(cache: Cache, features: FeatureSet, missing: list[str], progress: P
     warnings.warn(
         f"{count}: extracting all layers of {features.manifest.name} in one pass", EmbedpipeWarning, stacklevel=4
     )
-    spec = features.space.spec
+    spec, cache = features.space.spec, features.cache
     options: dict[str, Any] = {k: v for k, v in loader_of(spec, features.loader).items() if k != "layer"}
     settings = {"precision": spec["precision"], "store_dtype": spec["stored_dtype"], "layer": (PENULTIMATE, "all")}
     sources = [source.absolute for source in features.manifest.sources]

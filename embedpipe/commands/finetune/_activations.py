@@ -1,9 +1,9 @@
 """Cached activations at a cut: the frozen layers run once per image and view instead of once per epoch.
 
->>> activations = ActivationCache(cut_backbone(backbone, unfrozen), images, cache, views=0)
+>>> activations = ActivationCache(*cut_backbone(backbone, unfrozen), images, cache, views=0)
 >>> activations.fill("float16", progress=None)
 >>> x, y = next(activations.source("float16").training_batches(1))
->>> network.backbone = activations.cut.tail
+>>> network.backbone = activations.tail
 """
 
 from __future__ import annotations
@@ -25,34 +25,15 @@ from embedpipe.images import Transform
 from embedpipe.inference import FeatureRequest, Progress, compute_missing, resolve_settings, space_name, space_spec
 
 
-class IdentityTail(nn.Module):
-    """The tail of a cut behind the last layer; it holds the model so that the state dict stays complete."""
+def cut_backbone(backbone: Backbone, unfrozen: Sequence[str]) -> tuple[Backbone, nn.Module, str, tuple[int, ...]]:
+    """Cut a backbone before the first of its unfrozen parameters.
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
-@dataclass(frozen=True)
-class CutBackbone:
-    """A backbone, cut between its frozen and its trainable layers.
-
+    Returns
+    -------
     trunk : Backbone     images -> activation, flattened
     tail : nn.Module     activation (N, *shape) -> features (N, D)
     layer : str          the layer that takes the activation; "head" where only the head is trained
-    """
-
-    trunk: Backbone
-    tail: nn.Module
-    layer: str
-    shape: tuple[int, ...]
-
-
-def cut_backbone(backbone: Backbone, unfrozen: Sequence[str]) -> CutBackbone:
-    """Cut a backbone before the first of its unfrozen parameters.
+    shape : tuple of int
 
     Raises
     ------
@@ -60,18 +41,24 @@ def cut_backbone(backbone: Backbone, unfrozen: Sequence[str]) -> CutBackbone:
     """
     cut = cut_before(backbone, unfrozen)
     if cut is None:
-        return CutBackbone(backbone, IdentityTail(backbone.module.model), "head", (backbone.feature_dim,))
-    return CutBackbone(trunk_backbone(backbone, cut), cut.tail, cut.layer, cut.shape)
+        tail = nn.Identity()
+        tail.add_module("model", backbone.module.model)  # so that the state dict stays complete
+        return backbone, tail, "head", (backbone.feature_dim,)
+    return trunk_backbone(backbone, cut), cut.tail, cut.layer, cut.shape
 
 
 @dataclass(frozen=True)
 class ActivationCache:
     """The spaces that hold a data set's activations at a cut.
 
-    views : int    augmented views of each training image; 0: the image without augmentation
+    trunk, tail, layer, shape    of the cut, as `cut_backbone` returns them
+    views : int                  augmented views of each training image; 0: the image without augmentation
     """
 
-    cut: CutBackbone
+    trunk: Backbone
+    tail: nn.Module
+    layer: str
+    shape: tuple[int, ...]
     images: ImageSource
     cache: Cache
     views: int
@@ -87,11 +74,11 @@ class ActivationCache:
         return [*(self._target(dtype, ("train",), view) for view in views), self._target("float32", ("val", "test"), 0)]
 
     def _target(self, dtype: str, splits: tuple[str, ...], view: int) -> FeatureRequest:
-        trunk, images = self.cut.trunk, self.images
+        trunk, images = self.trunk, self.images
         if view and isinstance(t := images.view_transform(view), Transform):
             trunk = replace(trunk, transform=t, spec={**trunk.spec, "transform": t.to_dict()})
         spec = space_spec(trunk, "fp32", dtype, view=view)
-        loader = images.features.loader if self.cut.layer == "head" and not view else {}
+        loader = images.features.loader if self.layer == "head" and not view else {}
         return FeatureRequest(self.cache.open_space(spec, name=space_name(spec)), trunk, loader, splits)
 
     def fill(self, dtype: str, progress: Progress | None) -> dict[str, int]:
@@ -114,8 +101,8 @@ class ActivationCache:
         """Return the filled spaces as a source of batches."""
         images, spaces = self.images, [target.space for target in self.targets(dtype)]
         *views, held_out = (FeatureSet(images.features.manifest, space) for space in spaces)
-        shared = (images.features, images.forward, images.ranks, images.seed, images.augment)
-        return ActivationSource(*shared, self.cut.shape, tuple(views) or (held_out,), held_out)
+        shared = (images.features, images.forward, images.ranks, images.seed)
+        return ActivationSource(*shared, self.shape, tuple(views) or (held_out,), held_out)
 
 
 @dataclass(frozen=True)
@@ -139,23 +126,24 @@ class ActivationSource(TrainingSource):
     def training_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         samples, (order, generator) = self.samples("train"), self.shuffle(epoch)
         drawn = torch.randint(len(self.views), (len(samples),), generator=generator).numpy()
-        for start in range(0, len(order), self.forward.batch_size):
-            positions = order[start : start + self.forward.batch_size]
-            batch = [samples[k] for k in positions]
-            yield self._read(batch, drawn[positions], self.views), self.labels(batch)
+        for activations, batch in self._batches([samples[k] for k in order], drawn[order], self.views):
+            yield activations, self.labels(batch)
 
     def evaluation_batches(self, split: str) -> Iterator[tuple[Tensor, Sequence[Sample]]]:
-        samples, size = self.samples(split), self.forward.batch_size
-        for start in range(0, len(samples), size):
-            batch = samples[start : start + size]
-            yield self._read(batch, np.zeros(len(batch), np.int64), (self.held_out,)), batch
+        samples = self.samples(split)
+        return self._batches(samples, np.zeros(len(samples), np.int64), (self.held_out,))
 
-    def _read(self, samples: Sequence[Sample], drawn: np.ndarray, views: Sequence[FeatureSet]) -> Tensor:
-        """Return activations float32 (n, *shape) on the device, sample k from the view `drawn[k]`, drawn int64 (n,)."""
-        rows = np.empty((len(samples), *self.shape), np.float32)
-        for number in np.unique(drawn).tolist():
-            selected = np.flatnonzero(drawn == number)
-            rows[selected] = views[number].read(tuple(samples[k] for k in selected.tolist())).reshape(-1, *self.shape)
-        activations = torch.from_numpy(rows).to(self.forward.device)
-        is_map = activations.ndim == 4
-        return activations.contiguous(memory_format=torch.channels_last) if is_map else activations
+    def _batches(
+        self, samples: Sequence[Sample], drawn: np.ndarray, views: Sequence[FeatureSet]
+    ) -> Iterator[tuple[Tensor, Sequence[Sample]]]:
+        """Yield activations float32 (n, *shape) on the device and their samples, sample k from the view `drawn[k]`."""
+        size = self.forward.batch_size
+        for start in range(0, len(samples), size):
+            batch, numbers = samples[start : start + size], drawn[start : start + size]
+            rows = np.empty((len(batch), *self.shape), np.float32)
+            for number in np.unique(numbers).tolist():
+                selected = np.flatnonzero(numbers == number)
+                rows[selected] = views[number].read(tuple(batch[k] for k in selected.tolist())).reshape(-1, *self.shape)
+            activations = torch.from_numpy(rows).to(self.forward.device)
+            is_map = activations.ndim == 4
+            yield activations.contiguous(memory_format=torch.channels_last) if is_map else activations, batch

@@ -73,8 +73,8 @@ def choose_source(
         if options["cache_activations"] == "on":
             raise UsageError(f"cannot cache activations: {exc}", hint="leave out --cache-activations on") from exc
         return images, dict(stored or {"cut": None, "activations": {**NOTHING_CACHED, "reason": str(exc)}})
-    network.backbone = activations.cut.tail
-    return activations.source(report["stored_dtype"]), {"cut": activations.cut.layer, "activations": report}
+    network.backbone = activations.tail
+    return activations.source(report["stored_dtype"]), {"cut": activations.layer, "activations": report}
 
 
 def _find_activations(images: ImageSource, options: Mapping[str, Any], cache: Cache) -> ActivationCache:
@@ -89,7 +89,7 @@ def _find_activations(images: ImageSource, options: Mapping[str, Any], cache: Ca
     patterns = [pattern for phase in phases_of(options) for pattern in phase["unfreeze"]]
     unfrozen = unfreeze_parameters(images.backbone, patterns)
     try:
-        return ActivationCache(cut_backbone(images.backbone, unfrozen), images, cache, views)
+        return ActivationCache(*cut_backbone(images.backbone, unfrozen), images, cache, views)
     except UsageError as exc:
         raise NotCached(exc.message) from exc
 
@@ -107,7 +107,7 @@ def _cache(
     Train is stored in float16 where that changes no prediction and hardly any logit.
     """
     drift, is_small = _float16_error(network, activations)
-    dtype = dtype or ("float16" if is_small and activations.cut.layer != "head" else "float32")
+    dtype = dtype or ("float16" if is_small and activations.layer != "head" else "float32")
     try:
         missing = _check_space(activations, dtype, max_bytes)
         is_forced = options["cache_activations"] == "on"
@@ -121,12 +121,11 @@ def _cache(
 
 def _float16_error(network: Network, activations: ActivationCache) -> tuple[float, bool]:
     """Return the largest change of a logit by float16 activations, and whether float16 is accurate enough."""
-    cut = activations.cut
     pairs = []
     with torch.inference_mode():
         for images, _ in activations.images.probe:
-            exact = cut.trunk.module(images).reshape(-1, *cut.shape)
-            pairs.append([network.head(cut.tail(one)) for one in (exact, exact.half().float())])
+            exact = activations.trunk.module(images).reshape(-1, *activations.shape)
+            pairs.append([network.head(activations.tail(one)) for one in (exact, exact.half().float())])
     logits, rounded = (torch.cat(part) for part in zip(*pairs, strict=True))
     error = float((rounded - logits).abs().nan_to_num(torch.inf).max())
     is_same = torch.equal(rounded.argmax(1), logits.argmax(1))
@@ -174,7 +173,7 @@ def _two_digits(value: float) -> str:
 def _time_trunk(activations: ActivationCache) -> float:
     """Return the seconds per image that the trunk takes for the first batch of the probe, the faster of two passes."""
     images, _ = activations.images.probe[0]
-    trunk = activations.cut.trunk.module
+    trunk = activations.trunk.module
     with torch.inference_mode():
         return min(timeit.repeat(lambda: float(trunk(images).sum()), number=1, repeat=2)) / len(images)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class CompletedPhases:
         return CompletedPhases(self.phase + 1, self.history + new, best, names, {**self.moved, **moved})
 
     def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "history": [epoch.to_dict() for epoch in self.history]}
+        return {**vars(self), "history": [asdict(epoch) for epoch in self.history]}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> CompletedPhases:
@@ -113,7 +113,7 @@ class PhasedTraining:
         """Return the weight float32 (C,) of each class in the loss, None for equal ones."""
         if self.unfinished.options["class_weight"] == "none":
             return None
-        y = self.source.labels(self.source.samples("train")).cpu().numpy()
+        y = self.source.features.manifest.targets(self.source.samples("train"))
         weight = class_weights(y, len(self.source.features.classes))
         return torch.as_tensor(weight, dtype=torch.float32, device=self.source.forward.device)
 

@@ -37,14 +37,12 @@ class TrainingSource(ABC):
 
     features : FeatureSet    the data set: samples, labels and classes
     forward : InferenceSettings        device, number of decoding processes, and batch size of one rank
-    augment : str            augmentation of training images
     """
 
     features: FeatureSet
     forward: InferenceSettings
     ranks: Ranks
     seed: int
-    augment: str
 
     @abstractmethod
     def samples(self, split: str) -> tuple[Sample, ...]:
@@ -65,8 +63,7 @@ class TrainingSource(ABC):
 
     def labels(self, samples: Sequence[Sample]) -> Tensor:
         """Return class indices int64 (n,) on the device."""
-        index = {name: number for number, name in enumerate(self.features.classes)}
-        return torch.tensor([index[sample.label or ""] for sample in samples], device=self.forward.device)
+        return torch.from_numpy(self.features.manifest.targets(samples)).to(self.forward.device)
 
     def shuffle(self, epoch: int) -> tuple[list[int], torch.Generator]:
         """Return this rank's positions in the train split for one epoch, and the generator that drew them."""
@@ -78,8 +75,12 @@ class TrainingSource(ABC):
 
 @dataclass(frozen=True)
 class ImageSource(TrainingSource):
-    """The images of a data set, transformed as the backbone expects them."""
+    """The images of a data set, transformed as the backbone expects them.
 
+    augment : str    augmentation of training images
+    """
+
+    augment: str
     backbone: Backbone
 
     def samples(self, split: str) -> tuple[Sample, ...]:

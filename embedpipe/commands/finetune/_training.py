@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from embedpipe.commands.finetune._sources import ImageSource, score_split
 from embedpipe.errors import ModelMismatch, UsageError
 from embedpipe.features import PENULTIMATE, FeatureSet
 from embedpipe.heads import LinearHead
-from embedpipe.inference import Progress, resolve_settings, space_name, space_spec
+from embedpipe.inference import Progress, resolve_settings, space_spec
 from embedpipe.runs import latest_run, new_run
 from embedpipe.storage import PathLike
 from embedpipe.training import Plan, Ranks, Trained
@@ -77,7 +78,7 @@ def run_training(
     training = PhasedTraining(network, backbone, source, replace(unfinished, source=source_report), progress)
     mode = options["wise_ft"]
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()} if mode else {}
-    with network.checkpointing(backbone.name, wanted=options["grad_checkpointing"]):
+    with network.checkpointing(backbone.name) if options["grad_checkpointing"] else nullcontext():
         trained, unfrozen = training.run()
         wise_ft = _interpolate_weights(training, before, keep_best=mode == "auto") if mode else None
     report = {
@@ -142,12 +143,10 @@ def load_start(run: Classifier | PathLike | None, runs_dir: Path) -> Classifier:
 
 def _open_features(classifier: Classifier, cache: Cache) -> FeatureSet:
     """Return the cached features that the head was fitted on."""
-    spec = dict(classifier.reference.spec)
-    space = cache.open_space(spec, name=space_name(spec))
-    features = FeatureSet(cache.read_dataset(classifier.dataset), space)
+    features = FeatureSet(cache.read_dataset(classifier.dataset), classifier.reference.space(cache))
     if not {"train", "val"} <= set(features.splits):
         raise UsageError(
-            f"{features.dataset} has features of {', '.join(features.splits) or 'no split'} in {space.folder}, "
+            f"{features.dataset} has features of {', '.join(features.splits) or 'no split'} in {features.space.folder}, "
             "expected train and val",
             hint="name the cache with --cache-dir, or extract again",
         )
@@ -224,7 +223,7 @@ def _describe(training: PhasedTraining, unfrozen: Sequence[str], trained: Traine
         "unfrozen": list(unfrozen),
         "trainable_parameters": trainable,
         "frozen_parameters": sum(sizes.values()) - trainable,
-        "epochs": [epoch.to_dict() for epoch in trained.history],
+        "epochs": [asdict(epoch) for epoch in trained.history],
         "best_epoch": trained.best_epoch,
         "best_of": trained.best_of,
         "stopped": trained.diverged or ("patience" if len(trained.history) <= epochs else None),
