@@ -116,20 +116,17 @@ def evaluate(
         split = "test" if data is None else "all"
     samples = [s for s in manifest.samples if s.label is not None and split in ("all", s.split)]
     _check(manifest, run, [s.label or "" for s in samples], split)
-    files = {str(manifest.byte_source_of(s)): s for s in samples}
+    files = {manifest.byte_source_of(s): s for s in samples}
     machine: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers, "progress": progress}
-    result = classify(
-        run, list(dict.fromkeys(manifest.byte_source_of(s) for s in samples)), cache=cache, strict=strict, **machine
-    )
-    scored = Scored(tuple(files[path] for path in result.paths), result.values, run.task)
+    result = classify(run, list(files), cache=cache, strict=strict, **machine)
+    by_path = {str(file): sample for file, sample in files.items()}
+    scored = Scored(tuple(by_path[path] for path in result.paths), result.values, run.task)
     matrix = confusion_of(scored, run.classes) if run.task == "single" else None
     scores, failed = scored.metrics(run.classes), (*manifest.unreadable, *result.failed)
-    chosen_on = run.report.get("chosen_on") if data is None else None
+    chosen_on = split if data is None and split == run.report.get("chosen_on") else None
     if data is not None:
         _warn_about_training_images(run, cache, scored.samples)
-    evaluation = Evaluation(
-        run.name, split, scores, matrix, run.classes, failed, chosen_on if chosen_on == split else None, run.task
-    )
+    evaluation = Evaluation(run.name, split, scores, matrix, run.classes, failed, chosen_on, run.task)
     if confusion:
         write_atomic(Path(confusion), evaluation.confusion_csv().encode("utf-8", "surrogateescape"))
     return evaluation
