@@ -74,9 +74,8 @@ def check_value(option: Option, value: Any) -> Any:
     except ValidationError as exc:
         expected = "; or ".join(dict.fromkeys(error["msg"][:1].lower() + error["msg"][1:] for error in exc.errors()))
         flag = "--" + option.name.replace("_", "-")
-        raise UsageError(
-            f"{flag}: found {_shorten(repr(value))}; {expected}", option=option.name, value=value
-        ) from None
+        message = f"{flag}: found {_shorten(repr(value))}; {expected}"
+        raise UsageError(message, option=option.name, value=value) from None
 
 
 def read_config(

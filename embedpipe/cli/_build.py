@@ -12,7 +12,6 @@ function and prints the result:
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
@@ -101,8 +100,11 @@ class Session:
 
 def print_envelope(*, data: Mapping[str, Any] | None = None, error: EmbedpipeError | None = None) -> None:
     """Print the JSON object that is the last line of stdout."""
-    body = {"error": {"code": error.code, "message": error.message, "hint": error.hint}} if error else {}
-    body |= {} if data is None else {"data": data}
+    body: dict[str, Any] = {}
+    if error:
+        body["error"] = {"code": error.code, "message": error.message, "hint": error.hint}
+    if data is not None:
+        body["data"] = data
     click.echo(json.dumps({"schema": 1, "command": " ".join(COMMAND), "ok": not error, **body, "warnings": WARNINGS}))
 
 
@@ -267,8 +269,8 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     shared, sections = read_config(Path(value), repeatable)
     tree: dict[str, Any] = dict(shared)
     for name, section in sections.items():
-        *groups, leaf = name.split()
-        functools.reduce(lambda level, group: level.setdefault(group, {}), groups, tree)[leaf] = section
+        group, _, leaf = name.rpartition(" ")
+        (tree.setdefault(group, {}) if group else tree)[leaf] = section
     for context in reversed(_with_parents(ctx)[:-1]):
         tree = {**shared, **tree.get(context.info_name or "", {})}
     ctx.default_map = tree

@@ -168,16 +168,12 @@ def _check(manifest: Manifest, run: Classifier, labels: list[str], split: str) -
             hint=f"found {', '.join(manifest.splits) or 'no split'}; name one with --split, or give labelled DATA",
         )
     if manifest.task != run.task:
-        raise UsageError(
-            f"{manifest.name} has {manifest.task} targets, but {run.name} was fitted on {run.task} targets",
-            hint="evaluate on data with the label column that the head was fitted on",
-        )
+        message = f"{manifest.name} has {manifest.task} targets, but {run.name} was fitted on {run.task} targets"
+        raise UsageError(message, hint="evaluate on data with the label column that the head was fitted on")
     unknown = sorted({name for label in labels for name in label_names(label, run.task)} - set(run.classes))
     if unknown:
-        raise UsageError(
-            f"{manifest.name} has the class {unknown[0]!r}, expected {_list_classes(run.classes)}",
-            hint="evaluate on images of these classes",
-        )
+        message = f"{manifest.name} has the class {unknown[0]!r}, expected {_list_classes(run.classes)}"
+        raise UsageError(message, hint="evaluate on images of these classes")
 
 
 def _list_classes(classes: Sequence[str]) -> str:

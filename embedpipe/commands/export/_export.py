@@ -77,10 +77,8 @@ def export(
     if os.path.lexists(folder):
         raise UsageError(f"{folder} exists already", hint="name another folder with --output, or remove it")
     if not isinstance(run.head, LinearHead):
-        raise UsageError(
-            f"{run.name} has a kNN head, expected a linear one to export",
-            hint="run `embedpipe fit-head` without --solver knn",
-        )
+        hint = "run `embedpipe fit-head` without --solver knn"
+        raise UsageError(f"{run.name} has a kNN head, expected a linear one to export", hint=hint)
     images, checked_on = read_images(run, Cache(Path(cache_dir)))
     with atomic_folder(folder) as temporary:
         writer.write(run.backbones, run.head, temporary)

@@ -170,10 +170,8 @@ def _select_spaces(features: FeatureSet, config: HeadConfig, *, compare: bool) -
     if config.solver == "knn":
         raise UsageError("--solver knn uses one space", hint="name one --layer, or fit a linear head")
     if "val" not in features.splits:
-        raise UsageError(
-            f"{features.manifest.name} has no validation samples to select layers on",
-            hint="name one --layer, or add val/ images",
-        )
+        hint = "name one --layer, or add val/ images"
+        raise UsageError(f"{features.manifest.name} has no validation samples to select layers on", hint=hint)
 
     def fit(part: FeatureSet) -> L2Path:
         return _select_l2(part, replace(config, widths=part.widths))
@@ -189,9 +187,8 @@ def _select_l2(features: FeatureSet, config: HeadConfig) -> L2Path:
     UsageError    there is no val split, and l2 is to be selected on it
     """
     if config.needs_validation and "val" not in features.splits:
-        raise UsageError(
-            f"{features.manifest.name} has no validation samples to select l2 on", hint="set --l2, or add val/ images"
-        )
+        hint = "set --l2, or add val/ images"
+        raise UsageError(f"{features.manifest.name} has no validation samples to select l2 on", hint=hint)
     return config.select(*config.arrays(features, "train"), *config.arrays(features, "val"))
 
 
