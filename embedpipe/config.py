@@ -74,9 +74,8 @@ def check_value(option: Option, value: Any) -> Any:
     except ValidationError as exc:
         expected = "; or ".join(dict.fromkeys(error["msg"][:1].lower() + error["msg"][1:] for error in exc.errors()))
         flag = "--" + option.name.replace("_", "-")
-        raise UsageError(
-            f"{flag}: found {_shorten(repr(value))}; {expected}", option=option.name, value=value
-        ) from None
+        message = f"{flag}: found {_shorten(repr(value))}; {expected}"
+        raise UsageError(message, option=option.name, value=value) from None
 
 
 def read_config(
@@ -112,19 +111,16 @@ def read_config(
     if not isinstance(settings, dict):
         raise UsageError(f"--config {path}: expected keys and values, found {type(settings).__name__}")
     shared = dict.fromkeys(SHARED, False)
-    top = {key: value for key, value in settings.items() if key not in commands}
-    sections = {}
-    for command in (key for key in settings if key in commands):
-        section = settings[command]
+    sections = {command: settings.pop(command) for command in commands if command in settings}
+    for command, section in sections.items():
         if not isinstance(section, dict):
             raise UsageError(f"--config {path}: {command} expected keys and values, found {_shorten(repr(section))}")
-        where = f" under {command}"
-        sections[command] = _texts(f"--config {path}", section, {**commands[command], **shared}, where=where)
-    return _texts(f"--config {path}", top, shared, others=commands), sections
+        sections[command] = _texts(path, section, {**commands[command], **shared}, where=f" under {command}")
+    return _texts(path, settings, shared, others=commands), sections
 
 
 def _texts(
-    source: str, settings: Mapping[Any, Any], known: Mapping[str, bool], *, where: str = "", others: Iterable[str] = ()
+    path: Path, settings: Mapping[Any, Any], known: Mapping[str, bool], *, where: str = "", others: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Return settings as the texts that flags would have, so that both are converted alike; those without a value are left out.
 
@@ -136,12 +132,12 @@ def _texts(
         name = str(key).replace("-", "_")
         if name not in known:
             hint = suggest(str(key), [*known, *others])
-            raise UsageError(f"{source}: unknown key {_shorten(repr(key))}{where}", hint=hint)
+            raise UsageError(f"--config {path}: unknown key {_shorten(repr(key))}{where}", hint=hint)
         values = value if isinstance(value, list) and known[name] else [value]
         if value is None:
             continue
         if not all(isinstance(item, str | int | float) for item in values):
-            raise UsageError(f"{source}: {key}{where} is {_shorten(repr(value))}, expected text or a number")
+            raise UsageError(f"--config {path}: {key}{where} is {_shorten(repr(value))}, expected text or a number")
         texts[name] = [str(item) for item in values] if known[name] else str(value)
     return texts
 

@@ -147,10 +147,8 @@ class FeatureSet:
         UsageError    no such split
         """
         if split is not None and split not in self.splits:
-            raise UsageError(
-                f"no split {split!r} with features in {self.manifest.name}",
-                hint=f"found {', '.join(self.splits) or 'no features at all'}",
-            )
+            hint = f"found {', '.join(self.splits) or 'no features at all'}"
+            raise UsageError(f"no split {split!r} with features in {self.manifest.name}", hint=hint)
         samples = self._rows_of(split)
         return self.read(samples), self.manifest.targets(samples)
 
@@ -179,8 +177,6 @@ class FeatureSet:
 
     def read(self, samples: tuple[Sample, ...]) -> np.ndarray:
         """Return features float32 (N, D) of samples with a row."""
-        if not samples:
-            return np.empty((0, self.feature_dim), np.float32)
         return self._read([sample.key for sample in samples])
 
     def _read(self, keys: Sequence[bytes]) -> np.ndarray:
@@ -236,18 +232,22 @@ def _as_tuple(names: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _only_complete(cache: Cache, manifest: Manifest, backbone: str | None, layer: str | None) -> Space:
-    complete = [space for space in _spaces_of(cache, backbone, layer) if _is_complete(manifest, space)]
+    spaces = _spaces_of(cache, backbone)
+    complete = [one for one in spaces if layer in (None, one.spec["layer"]) and _is_complete(manifest, one)]
     if complete:
         return _pick(cache, manifest, complete)
-    siblings = [space for space in _spaces_of(cache, backbone) if _is_complete(manifest, space)]
+    siblings = [space for space in spaces if _is_complete(manifest, space)]
     if layer and siblings:
         raise _missing_layer(manifest, siblings[0], layer)
     names = [(kind, name) for kind, name in (("backbone", backbone), ("layer", layer)) if name]
     request, flags = " and ".join(map(" ".join, names)), "".join(f" --{kind} {name}" for kind, name in names)
-    raise UsageError(
-        f"no space holds the features of every image of {manifest.name}{request and f' with {request}'}",
-        hint=f"run `embedpipe extract {manifest.sources[0].argument}{flags}`",
-    )
+    raise _none_complete(manifest, request and f" with {request}", flags)
+
+
+def _none_complete(manifest: Manifest, request: str, flags: str) -> UsageError:
+    """Return the error for a request, such as " with layer layer4", that no space fulfils; `flags` extract what it lacks."""
+    message = f"no space holds the features of every image of {manifest.name}{request}"
+    return UsageError(message, hint=f"run `embedpipe extract {manifest.sources[0].argument}{flags}`")
 
 
 def _pick(cache: Cache, manifest: Manifest, spaces: Sequence[Space]) -> Space:
@@ -262,13 +262,11 @@ def _pick(cache: Cache, manifest: Manifest, spaces: Sequence[Space]) -> Space:
 
 def _every(cache: Cache, manifest: Manifest, backbones: Sequence[str], layers: Sequence[str]) -> list[Space]:
     """Return all complete spaces that match, grouped by model and in model order."""
-    named = [space for space in _spaces_of(cache, backbones, layers) if not space.spec["view"]]
+    clean = [space for space in _spaces_of(cache, *backbones) if not space.spec["view"]]
+    named = [space for space in clean if not layers or space.spec["layer"] in layers]
     complete = [space for space in named if _is_complete(manifest, space)]
     if not complete:
-        raise UsageError(
-            f"no space holds the features of every image of {manifest.name}",
-            hint=f"run `embedpipe extract {manifest.sources[0].argument} --layer all`",
-        )
+        raise _none_complete(manifest, "", " --layer all")
     return [one for spaces in _by_model(complete) for one in _in_model_order(spaces)]
 
 
@@ -304,11 +302,8 @@ def _missing_layer(manifest: Manifest, space: Space, layer: str) -> UsageError:
     count = FeatureSet(manifest, space).missing if same else len(manifest.samples)
     sources = [source.argument for source in manifest.sources]
     command = extract_command(space.spec, {**space.loader, "layer": layer}, sources)
-    return UsageError(
-        f"{count} of {len(manifest.samples)} images of {manifest.name} have no features of the layer {layer}",
-        hint=f"run `{command}`",
-        layer=layer,
-    )
+    message = f"{count} of {len(manifest.samples)} images of {manifest.name} have no features of the layer {layer}"
+    return UsageError(message, hint=f"run `{command}`", layer=layer)
 
 
 def extract_command(spec: Mapping[str, Any], loader: Mapping[str, Any], sources: Sequence[str] = ("DATA",)) -> str:
@@ -367,14 +362,11 @@ def feature_spaces(cache: Cache) -> list[Space]:
     return [one for one in cache.spaces() if "cut" not in one.spec]
 
 
-def _spaces_of(
-    cache: Cache, backbone: str | Sequence[str] | None, layer: str | Sequence[str] | None = None
-) -> list[Space]:
-    """Return the spaces of features of one or several backbones and layers; default: of any."""
-    backbones, layers = {*_as_tuple(backbone)}, _as_tuple(layer)
+def _spaces_of(cache: Cache, *backbones: str | None) -> list[Space]:
+    """Return the spaces of features of some backbones; of all for None and by default."""
     names = [(space, f"{space.spec['source']}:{space.spec['architecture']}") for space in feature_spaces(cache)]
-    named = [space for space, name in names if not backbones or backbones & {name, name.removeprefix("timm:")}]
-    return [space for space in named if not layers or space.spec["layer"] in layers]
+    asked = {*backbones} - {None}
+    return [space for space, name in names if not asked or asked & {name, name.removeprefix("timm:")}]
 
 
 def _by_model(spaces: Sequence[Space]) -> list[list[Space]]:

@@ -191,14 +191,11 @@ def find_run(runs_dir: Path, text: PathLike) -> Path:
         return hits[0]
     if hits:
         shown = ", ".join(p.name for p in hits[-3:])
-        raise UsageError(
-            f"{text!r} is ambiguous: it matches {len(hits)} runs, among them {shown}", hint="use a longer prefix"
-        )
+        message = f"{text!r} is ambiguous: it matches {len(hits)} runs, among them {shown}"
+        raise UsageError(message, hint="use a longer prefix")
     close = nearest(text, [p.name for p in runs]) or [p.name for p in runs[-3:]]
-    raise UsageError(
-        f"no run {text!r} in {runs_dir}",
-        hint=f"did you mean {', '.join(close)}?" if close else "run `embedpipe fit-head` first",
-    )
+    hint = f"did you mean {', '.join(close)}?" if close else "run `embedpipe fit-head` first"
+    raise UsageError(f"no run {text!r} in {runs_dir}", hint=hint)
 
 
 def latest_run(runs_dir: Path, verb: str, accept: Callable[[dict[str, Any]], bool] = lambda _: True) -> Path:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import rich_click as click
 
-from embedpipe.cli._build import COMMAND, WARNINGS, CommandGroup, describe_error, print_envelope, shared_options
+from embedpipe.cli._build import COMMAND, WARNINGS, CommandGroup, print_envelope, shared_options
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, Interrupted, Stopped, StorageError, UsageError
 
 # fmt: off
@@ -25,10 +25,6 @@ COMMANDS = (
     "layers", "demo",
 )
 # fmt: on
-HELP = """Cache the features of a frozen backbone once, train heads on them in seconds, fine-tune from there.
-
-Example: `embedpipe extract data/ && embedpipe fit-head && embedpipe predict RUN new/`
-"""
 
 
 class Commands(CommandGroup):
@@ -45,14 +41,21 @@ class Commands(CommandGroup):
         return command
 
 
-def _group() -> click.Group:
-    group = Commands(
-        name="embedpipe",
-        help=HELP,
-        params=[*shared_options()],
-        context_settings={"auto_envvar_prefix": "EMBEDPIPE", "help_option_names": ["-h", "--help"]},
-    )
-    return click.version_option(package_name="embedpipe", message="embedpipe %(version)s")(group)
+class Defect(EmbedpipeError):
+    """An exception that no command should raise; it is shown with its traceback."""
+
+
+@click.version_option(package_name="embedpipe", message="embedpipe %(version)s")
+@click.group(
+    cls=Commands,
+    params=[*shared_options()],
+    context_settings={"auto_envvar_prefix": "EMBEDPIPE", "help_option_names": ["-h", "--help"]},
+)
+def embedpipe(**_: Any) -> None:
+    """Cache the features of a frozen backbone once, train heads on them in seconds, fine-tune from there.
+
+    Example: `embedpipe extract data/ && embedpipe fit-head && embedpipe predict RUN new/`
+    """
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -64,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     _show_warnings("-v" in arguments or "--verbose" in arguments)
     COMMAND.clear()
     try:
-        sys.exit(_group().main(args=arguments, prog_name="embedpipe", standalone_mode=False) or 0)
+        sys.exit(embedpipe.main(args=arguments, prog_name="embedpipe", standalone_mode=False) or 0)
     except (Exception, KeyboardInterrupt) as exc:  # noqa: BLE001  # every error becomes an exit code
         if isinstance(exc, Stopped | Interrupted | KeyboardInterrupt | click.Abort):
             for number in (signal.SIGTERM, signal.SIGINT):  # a later signal must not change the exit code
@@ -106,30 +109,28 @@ def _show_warnings(verbose: bool) -> None:
 
 def _report(exc: BaseException, as_json: bool) -> int:
     """Print an error on one line of stderr, and in the JSON envelope; return its exit code."""
-    exit_code, error = _describe(exc)
+    error = _as_error(exc)
     if as_json:
         with contextlib.suppress(OSError):
-            print_envelope(" ".join(COMMAND), error=error)
-    if error["code"] == "Defect":
+            print_envelope(error=error)
+    if isinstance(error, Defect):
         traceback.print_exception(exc)
-    line = f"{error['message']}; {error['hint']}" if error["hint"] else error["message"]
     with contextlib.suppress(OSError):
-        click.echo(f"error: {' '.join(line.split())}", err=True)
-    return exit_code
+        click.echo(f"error: {' '.join(str(error).split())}", err=True)
+    return error.exit_code
 
 
-def _describe(exc: BaseException) -> tuple[int, dict[str, str]]:
-    """Return the exit code of an exception, and its code, message and hint."""
+def _as_error(exc: BaseException) -> EmbedpipeError:
+    """Return an exception as an error of embedpipe, which has an exit code, a message and a hint."""
     if isinstance(exc, click.Abort | KeyboardInterrupt):
-        exc = Interrupted("interrupted; finished work is committed", hint="run the same command to continue")
-    elif isinstance(exc, click.ClickException):
+        return Interrupted("interrupted; finished work is committed", hint="run the same command to continue")
+    if isinstance(exc, click.ClickException):
         context = getattr(exc, "ctx", None)
         hint = f"see `{context.command_path} --help`" if context else ""
-        exc = UsageError(exc.format_message().rstrip("."), hint=hint)
-    elif isinstance(exc, OSError) and not isinstance(exc, EmbedpipeError):
-        message = f"{exc.filename or 'input/output'}: {exc.strerror or exc}"
-        exc = StorageError(message, hint="check the disk and the permissions")
+        return UsageError(exc.format_message().rstrip("."), hint=hint)
     if isinstance(exc, EmbedpipeError):
-        return exc.exit_code, describe_error(exc)
-    message = f"{type(exc).__name__}: {exc}"
-    return 1, {"code": "Defect", "message": message, "hint": "please report this with the lines above"}
+        return exc
+    if isinstance(exc, OSError):
+        message = f"{exc.filename or 'input/output'}: {exc.strerror or exc}"
+        return StorageError(message, hint="check the disk and the permissions")
+    return Defect(f"{type(exc).__name__}: {exc}", hint="please report this with the lines above")

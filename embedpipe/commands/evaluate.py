@@ -119,16 +119,14 @@ def evaluate(
     files = {manifest.byte_source_of(s): s for s in samples}
     machine: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers, "progress": progress}
     paths, probabilities, unread = classify(run, list(files), cache=cache, strict=strict, **machine)
-    by_path = {str(file): s for file, s in files.items()}
+    by_path = {str(file): sample for file, sample in files.items()}
     scored = Scored(tuple(by_path[path] for path in paths), probabilities, run.task)
     matrix = confusion_of(scored, run.classes) if run.task == "single" else None
     scores, failed = scored.metrics(run.classes), (*manifest.unreadable, *unread)
-    chosen_on = run.report.get("chosen_on") if data is None else None
+    chosen_on = split if data is None and split == run.report.get("chosen_on") else None
     if data is not None:
         _warn_about_training_images(run, cache, scored.samples)
-    evaluation = Evaluation(
-        run.name, split, scores, matrix, run.classes, failed, chosen_on if chosen_on == split else None, run.task
-    )
+    evaluation = Evaluation(run.name, split, scores, matrix, run.classes, failed, chosen_on, run.task)
     if confusion:
         write_atomic(Path(confusion), evaluation.confusion_csv().encode("utf-8", "surrogateescape"))
     return evaluation
@@ -170,16 +168,12 @@ def _check(manifest: Manifest, run: Classifier, labels: list[str], split: str) -
             hint=f"found {', '.join(manifest.splits) or 'no split'}; name one with --split, or give labelled DATA",
         )
     if manifest.task != run.task:
-        raise UsageError(
-            f"{manifest.name} has {manifest.task} targets, but {run.name} was fitted on {run.task} targets",
-            hint="evaluate on data with the label column that the head was fitted on",
-        )
+        message = f"{manifest.name} has {manifest.task} targets, but {run.name} was fitted on {run.task} targets"
+        raise UsageError(message, hint="evaluate on data with the label column that the head was fitted on")
     unknown = sorted({name for label in labels for name in label_names(label, run.task)} - set(run.classes))
     if unknown:
-        raise UsageError(
-            f"{manifest.name} has the class {unknown[0]!r}, expected {_list_classes(run.classes)}",
-            hint="evaluate on images of these classes",
-        )
+        message = f"{manifest.name} has the class {unknown[0]!r}, expected {_list_classes(run.classes)}"
+        raise UsageError(message, hint="evaluate on images of these classes")
 
 
 def _list_classes(classes: Sequence[str]) -> str:

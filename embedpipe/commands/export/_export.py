@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,9 +38,6 @@ class Exported:
     checked_on: str
     images: int
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "files": list(self.files)}
-
 
 def export(
     run: Classifier | PathLike,
@@ -68,21 +65,20 @@ def export(
     """
     from embedpipe.cache import Cache
     from embedpipe.classifier import Classifier
-    from embedpipe.commands.export._formats import FORMATS, check_logits, read_images
+    from embedpipe.commands.export._formats import FORMATS, check_logits, check_onnx, read_images
     from embedpipe.heads import LinearHead
     from embedpipe.storage import atomic_folder
 
     writer = FORMATS[format]
-    writer.check_installed()
+    if format == "onnx":
+        check_onnx()
     run = Classifier.of(run, runs_dir)
     folder = Path(output or f"{run.folder.name if run.folder else 'classifier'}-{format}").absolute()
     if os.path.lexists(folder):
         raise UsageError(f"{folder} exists already", hint="name another folder with --output, or remove it")
     if not isinstance(run.head, LinearHead):
-        raise UsageError(
-            f"{run.name} has a kNN head, expected a linear one to export",
-            hint="run `embedpipe fit-head` without --solver knn",
-        )
+        hint = "run `embedpipe fit-head` without --solver knn"
+        raise UsageError(f"{run.name} has a kNN head, expected a linear one to export", hint=hint)
     images, checked_on = read_images(run, Cache(Path(cache_dir)))
     with atomic_folder(folder) as temporary:
         writer.write(run.backbones, run.head, temporary)

@@ -35,11 +35,10 @@ Logits = Callable[[Tensor], np.ndarray]
 
 @dataclass(frozen=True)
 class Format:
-    """Functions that write a model into a folder, open it, and check that the libraries for it are installed."""
+    """Functions that write a model into a folder and open it."""
 
     write: Callable[[Sequence[Backbone], LinearHead, Path], None]
     open: Callable[[Path], Logits]
-    check_installed: Callable[[], None] = lambda: None
 
 
 class JointBackbone(nn.Module):
@@ -120,6 +119,7 @@ def open_program(folder: Path) -> Logits:
 
 
 def check_onnx() -> None:
+    """Raise UsageError if a library for ONNX is missing."""
     missing = [name for name in ONNX_LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"--format onnx needs {', '.join(missing)}", hint="pip install 'embedpipe[onnx]'")
@@ -159,7 +159,7 @@ def open_graph(folder: Path) -> Logits:
 FORMATS = {
     "timm": Format(write_model, open_model),
     "torch": Format(write_program, open_program),
-    "onnx": Format(write_graph, open_graph, check_onnx),
+    "onnx": Format(write_graph, open_graph),
 }
 
 

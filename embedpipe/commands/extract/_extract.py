@@ -186,8 +186,5 @@ def _read(data: PathLike | Sequence[PathLike], index: KeyIndex, **options: Any) 
 def _refusal(summary: Mapping[str, Any]) -> EmbedpipeError:
     failed = summary["failed"]
     first = f"first {failed[0]['path']}: {failed[0]['reason']}"
-    return EmbedpipeError(
-        f"{len(failed)} of {summary['images']} images failed, {first}",
-        hint="repair or remove them, or run without --strict",
-        failed=failed,
-    )
+    message = f"{len(failed)} of {summary['images']} images failed, {first}"
+    return EmbedpipeError(message, hint="repair or remove them, or run without --strict", failed=failed)

@@ -6,29 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from embedpipe import inference
 from embedpipe.cache import Cache, KeyIndex, Space
 from embedpipe.errors import UsageError
 from embedpipe.features import PENULTIMATE
-from embedpipe.inference import (
-    ExtractionResult,
-    FeatureRequest,
-    InferenceSettings,
-    begin_decoding,
-    compute_missing,
-    estimate_run,
-    look_up,
-    lookup_layers,
-    lookup_spec,
-    record_environment,
-    resolve_settings,
-    reuse_space,
-    row_bytes,
-    space_name,
-    space_spec,
-    spec_key,
-    store_layers,
-    store_spec,
-)
+from embedpipe.inference import ExtractionResult, FeatureRequest, InferenceSettings
 
 if TYPE_CHECKING:
     from embedpipe.backbones import Backbone
@@ -75,12 +57,12 @@ class SpaceResolver:
     def stages(self, request: Request) -> tuple[str, ...]:
         """Return the names of the stages of a model."""
         key = self.key(request)
-        layers = lookup_layers(self.index, key) if key else None
+        layers = inference.lookup_layers(self.index, key) if key else None
         if layers is None:
             backbone = self.load((request[0], None, request[2]))
             layers = tuple(layer.name for layer in backbone.layers)
             if key:
-                store_layers(self.index, key, backbone)
+                inference.store_layers(self.index, key, backbone)
         return layers
 
     def loader(self, request: Request) -> dict[str, Any]:
@@ -92,28 +74,32 @@ class SpaceResolver:
         """Return the key of a request in the memo of specs, None for a backbone that was passed as an object."""
         loader, view = self.loader(request), request[2]
         views = {"augment": self.augment, "view": view} if view else {}
-        return spec_key({**loader, **views}, self.settings) if loader else None
+        return inference.spec_key({**loader, **views}, self.settings) if loader else None
 
     def reuse(self, request: Request, manifest: Manifest, *, retry_failed: bool) -> Result | None:
         """Return the space of a request if it has every row already, None if a model has to be loaded to know."""
         key = self.key(request)
-        stored = lookup_spec(self.index, key) if key else None
+        stored = inference.lookup_spec(self.index, key) if key else None
         if stored is None:
             return None
         name, spec, record = stored
-        space = self.cache.open_space(spec, name=space_name(spec))
-        filled = reuse_space(space, manifest, record, splits=_splits(request), retry_failed=retry_failed)
+        space = self.space_of(spec)
+        filled = inference.reuse_space(space, manifest, record, splits=_splits(request), retry_failed=retry_failed)
         if filled is None:
             space.ensure_free()  # before a model is loaded, which takes seconds
         return (name, None, space, filled) if filled else None
 
+    def space_of(self, spec: Mapping[str, Any]) -> Space:
+        """Return the space of a spec, whether or not it exists."""
+        return self.cache.open_space(spec, name=inference.space_name(spec))
+
     def resolve(self, request: Request, settings: InferenceSettings) -> FeatureRequest:
         """Load the backbone of a request and return it with its space."""
         backbone, loader, key = self.load(request), self.loader(request), self.key(request)
-        spec = space_spec(backbone, settings.precision, settings.store_dtype, view=request[2])
+        spec = inference.space_spec(backbone, settings.precision, settings.store_dtype, view=request[2])
         if key:
-            store_spec(self.index, key, backbone, spec, record_environment(settings, loader))
-        return FeatureRequest(self.cache.open_space(spec, name=space_name(spec)), backbone, loader, _splits(request))
+            inference.store_spec(self.index, key, backbone, spec, inference.record_environment(settings, loader))
+        return FeatureRequest(self.space_of(spec), backbone, loader, _splits(request))
 
     def load(self, request: Request) -> Backbone:
         """Return the backbone of a request; requests of one name share the model."""
@@ -130,9 +116,8 @@ class SpaceResolver:
         if not view:
             return backbone
         if not isinstance(backbone.transform, Transform):
-            raise UsageError(
-                "--views of a backbone with a transform of your own", hint="use an embedpipe.images.Transform"
-            )
+            hint = "use an embedpipe.images.Transform"
+            raise UsageError("--views of a backbone with a transform of your own", hint=hint)
         transform = replace(backbone.transform, augment=self.augment, seed=self.options["seed"], view=view)
         return replace(backbone, transform=transform, spec={**backbone.spec, "transform": transform.to_dict()})
 
@@ -141,18 +126,17 @@ def complete_spaces(
     resolver: SpaceResolver, requests: Sequence[Request], manifest: Manifest, *, retry_failed: bool, **writing: Any
 ) -> list[Result]:
     """Return the space of each request with all its rows; models are loaded only for spaces that lack some."""
-    results = {n: resolver.reuse(one, manifest, retry_failed=retry_failed) for n, one in enumerate(requests)}
-    rest = [n for n, result in results.items() if result is None]
+    results = [resolver.reuse(request, manifest, retry_failed=retry_failed) for request in requests]
+    rest = [n for n, result in enumerate(results) if result is None]
     if rest:
-        begin_decoding(resolver.settings["workers"], len(manifest.samples))
-        settings = resolve_settings(**resolver.settings)
+        inference.begin_decoding(resolver.settings["workers"], len(manifest.samples))
+        settings = inference.resolve_settings(**resolver.settings)
         feature_requests = [resolver.resolve(requests[n], settings) for n in rest]
         writing |= {"retry_failed": retry_failed, "graphs": resolver.cache.graphs_folder}
-        for n, feature_request, filled in zip(
-            rest, feature_requests, compute_missing(feature_requests, manifest, settings, **writing), strict=True
-        ):
-            results[n] = (feature_request.backbone.name, feature_request.backbone, feature_request.space, filled)
-    return [result for result in results.values() if result]
+        filled = inference.compute_missing(feature_requests, manifest, settings, **writing)
+        for n, one, extracted in zip(rest, feature_requests, filled, strict=True):
+            results[n] = (one.backbone.name, one.backbone, one.space, extracted)
+    return [result for result in results if result]
 
 
 def plan_spaces(
@@ -167,17 +151,17 @@ def plan_spaces(
     """
     results = [resolver.reuse(request, manifest, retry_failed=retry_failed) for request in requests]
     if all(results):
-        there = [(space, filled.reused) for _, _, space, filled in filter(None, results)]
-        return [(space, space.feature_dim or 0, 0, reused, 0) for space, reused in there], (0.0, 0, "none")
-    settings = resolve_settings(**resolver.settings)
+        there = [(space, space.feature_dim or 0, 0, filled.reused, 0) for *_, space, filled in filter(None, results)]
+        return there, (0.0, 0, "none")
+    settings = inference.resolve_settings(**resolver.settings)
     feature_requests = [resolver.resolve(request, settings) for request in requests]
-    lookups = [look_up(one.space, manifest, splits=one.splits, retry_failed=retry_failed) for one in feature_requests]
-    spaces = []
-    for feature_request, found in zip(feature_requests, lookups, strict=True):
-        missing, width = len(found.missing), feature_request.backbone.feature_dim
-        stored = len(found.wanted) - missing
-        spaces.append((feature_request.space, width, missing, stored, missing * row_bytes(feature_request)))
-    return spaces, estimate_run(feature_requests, lookups, manifest, settings)
+    lookups, spaces = [], []
+    for one in feature_requests:
+        found = inference.look_up(one.space, manifest, splits=one.splits, retry_failed=retry_failed)
+        lookups.append(found)
+        missing, stored = len(found.missing), len(found.wanted) - len(found.missing)
+        spaces.append((one.space, one.backbone.feature_dim, missing, stored, missing * inference.row_bytes(one)))
+    return spaces, inference.estimate_run(feature_requests, lookups, manifest, settings)
 
 
 def _splits(request: Request) -> tuple[str, ...] | None:

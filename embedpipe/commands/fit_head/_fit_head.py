@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from embedpipe.commands.fit_head._plot import draw_path
 from embedpipe.errors import EmbedpipeWarning, UsageError
+from embedpipe.storage import BYTES, PathLike, parse_amount
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from embedpipe.classifier import Classifier, Scored
     from embedpipe.features import FeatureSet
-    from embedpipe.heads import ChunkedFeatures, L2Path
+    from embedpipe.heads import L2Path
     from embedpipe.selection import HeadConfig
 
-PathLike = str | os.PathLike[str]
 LOCATIONS = ("features", "cache_dir", "runs_dir")  # arguments that do not shape a head
 POINT_FIELDS = {  # of l2_path, by task
     "single": ("l2", "val_accuracy", "objective"),
@@ -106,8 +104,7 @@ def fit_head(
     options = {name: value for name, value in locals().items() if name not in LOCATIONS}
     from embedpipe.classifier import Classifier, Reference, calibrated, save_run
     from embedpipe.runs import new_run
-    from embedpipe.selection import HeadConfig, find_leaks, learning_curve, parse_shots
-    from embedpipe.storage import BYTES, parse_amount
+    from embedpipe.selection import HeadConfig, check_knn_options, check_task, find_leaks, learning_curve, parse_shots
 
     start = time.monotonic()
     curve_points = parse_shots(shots)
@@ -115,8 +112,11 @@ def fit_head(
     features = _open(features, Path(cache_dir), space=space, backbone=backbone, layer=layer, every=compare_layers)
     task = features.manifest.task
     config = HeadConfig(features.classes, solver, l2, standardize, class_weight, features.widths, max_bytes, task)
-    single = {"--shots": curve_points, "--folds": folds, "--calibrate": calibrate, "--compare-layers": compare_layers}
-    _check(features, config, single)
+    check_knn_options(config)
+    single: dict[str, Any] = {"--class-weight": class_weight == "balanced", "--shots": curve_points, "--folds": folds}
+    single |= {"--calibrate": calibrate, "--compare-layers": compare_layers}
+    single["a head on several layers"] = features.extra_spaces
+    check_task(features, *[option for option, value in single.items() if value])
     features, selection = _select_spaces(features, config, compare=compare_layers)
     config = replace(config, widths=features.widths)
     path, report = _fit(features, config, refit=refit)
@@ -156,19 +156,6 @@ def _open(features: FeatureSet | PathLike | None, cache_dir: Path, **requested: 
     return features
 
 
-def _check(features: FeatureSet, config: HeadConfig, single_label_options: dict[str, Any]) -> None:
-    """Refuse options that the solver or the task does not support."""
-    from embedpipe.selection import check_knn_options, check_task
-
-    check_knn_options(config)
-    values = {
-        "--class-weight": config.class_weight == "balanced",
-        **single_label_options,
-        "a head on several layers": features.extra_spaces,
-    }
-    check_task(features, *[option for option, value in values.items() if value])
-
-
 def _select_spaces(features: FeatureSet, config: HeadConfig, *, compare: bool) -> tuple[FeatureSet, dict[str, Any]]:
     """Return the features of the spaces that score best on val, and the report of the selection.
 
@@ -183,10 +170,8 @@ def _select_spaces(features: FeatureSet, config: HeadConfig, *, compare: bool) -
     if config.solver == "knn":
         raise UsageError("--solver knn uses one space", hint="name one --layer, or fit a linear head")
     if "val" not in features.splits:
-        raise UsageError(
-            f"{features.manifest.name} has no validation samples to select layers on",
-            hint="name one --layer, or add val/ images",
-        )
+        hint = "name one --layer, or add val/ images"
+        raise UsageError(f"{features.manifest.name} has no validation samples to select layers on", hint=hint)
 
     def fit(part: FeatureSet) -> L2Path:
         return _select_l2(part, replace(config, widths=part.widths))
@@ -195,26 +180,16 @@ def _select_spaces(features: FeatureSet, config: HeadConfig, *, compare: bool) -
 
 
 def _select_l2(features: FeatureSet, config: HeadConfig) -> L2Path:
-    """Fit heads on train and select l2 on val."""
-    return config.select(*config.arrays(features, "train"), *_validation_arrays(features, config))
-
-
-def _validation_arrays(features: FeatureSet, config: HeadConfig) -> tuple[np.ndarray | ChunkedFeatures, np.ndarray]:
-    """Return X and y of val, with no rows if there is no val split.
+    """Fit heads on train and select l2 on val.
 
     Raises
     ------
     UsageError    there is no val split, and l2 is to be selected on it
     """
-    import numpy as np
-
-    if "val" in features.splits:
-        return config.arrays(features, "val")
-    if config.needs_validation:
-        raise UsageError(
-            f"{features.manifest.name} has no validation samples to select l2 on", hint="set --l2, or add val/ images"
-        )
-    return np.empty((0, features.feature_dim), np.float32), np.empty(0, np.int64)
+    if config.needs_validation and "val" not in features.splits:
+        hint = "set --l2, or add val/ images"
+        raise UsageError(f"{features.manifest.name} has no validation samples to select l2 on", hint=hint)
+    return config.select(*config.arrays(features, "train"), *config.arrays(features, "val"))
 
 
 def _fit(features: FeatureSet, config: HeadConfig, *, refit: bool) -> tuple[L2Path, dict[str, Any]]:
