@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from embedpipe.errors import UsageError
 from embedpipe.evaluation import binary_log_loss, score
 from embedpipe.heads._problem import ChunkedFeatures, Float64, PathWeights, Problem
-from embedpipe.heads._standardisation import check_labelled, fold, make_problem, unfold
+from embedpipe.heads._standardisation import check_labelled, fold, make_problem
 from embedpipe.heads.knn import KnnHead
 from embedpipe.heads.linear import LinearHead
 from embedpipe.provenance import nearest
@@ -27,7 +27,7 @@ L2_GRID: tuple[float, ...] = tuple(float(l2) for l2 in np.logspace(-6, 2, 45))
 SOLVERS = ("newton", "lbfgs", "sklearn", "ridge")
 # of each task; the first is the default
 TASK_SOLVERS = {"single": SOLVERS, "multilabel": ("newton", "ridge"), "regression": ("ridge",)}
-SolvePath = Callable[[Sequence[float], tuple[Float64, Float64] | None], PathWeights]
+SolvePath = Callable[[Sequence[float]], PathWeights]
 Polish = Callable[[Float64, Float64, float], PathWeights]
 
 
@@ -65,8 +65,6 @@ def fit_linear(
     l2: float,
     task: str = "single",
     solver: str = "auto",
-    standardize: bool = True,
-    warm_start: LinearHead | None = None,
     **options: Any,
 ) -> LinearHead:
     """Minimise mean cross-entropy + l2/2 * ||W||^2 (bias free) on standardised features.
@@ -83,8 +81,7 @@ def fit_linear(
     l2 : float > 0                          on the mean loss; scikit-learn's C = 1 / (N * l2)
     task : str                              single, multilabel or regression
     solver : str                            auto, newton, lbfgs, sklearn or ridge
-    standardize : bool
-    warm_start : LinearHead, optional       of the same classes and width
+    standardize : bool, optional            whether features are scaled to unit variance; the default
     sample_weight : float (N,), optional    not negative, divided by its sum
     widths : sequence of int, optional      of blocks of features side by side that weigh the same (`block_scales`)
     memory_bytes : int                      that the solver may use besides X, which may be `ChunkedFeatures`
@@ -98,10 +95,9 @@ def fit_linear(
     Source: Bishop, PRML 4.3.4.
     """
     [value], name = _check_l2s([l2]), _check_solver(solver, task, chunked=isinstance(X, ChunkedFeatures))
-    problem = make_problem(X, y, classes=classes, task=task, standardize=standardize, **options)
+    problem = make_problem(X, y, classes=classes, task=task, **options)
     solve_path, _ = _prepare_solver(name, problem)
-    solution = solve_path([value], unfold(problem, warm_start) if warm_start else None)
-    return _make_heads(problem, name, [value], *solution)[0]
+    return _make_heads(problem, name, [value], *solve_path([value]))[0]
 
 
 def fit_path(
@@ -114,7 +110,6 @@ def fit_path(
     l2: float | str = "auto",
     task: str = "single",
     solver: str = "auto",
-    standardize: bool = True,
     grid: Sequence[float] = L2_GRID,
     **options: Any,
 ) -> L2Path:
@@ -134,9 +129,9 @@ def fit_path(
         raise UsageError(
             "no validation samples, expected some to choose l2 on", hint="give one l2 as a number, or keep a val split"
         )
-    problem = make_problem(X, y, classes=classes, task=task, standardize=standardize, **options)
+    problem = make_problem(X, y, classes=classes, task=task, **options)
     solve_path, polish = _prepare_solver(name, problem, is_path=len(l2s) > 1)
-    weights, biases, extra = solve_path(l2s, None)
+    weights, biases, extra = solve_path(l2s)
     heads = _make_heads(problem, name, l2s, weights, biases, extra)
     points = [_validate(head, validation) for head in heads]
     best = max(range(len(points)), key=lambda i: _rank(points[i]))

@@ -25,12 +25,10 @@ MAX_ITERATIONS, HISTORY = 1000, 20
 CONTINUATION = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # of larger l2 that lead to a small one
 
 
-def solve_path(
-    objective: BatchedObjective, l2s: Sequence[float], start: tuple[Float64, Float64] | None = None
-) -> PathWeights:
+def solve_path(objective: BatchedObjective, l2s: Sequence[float]) -> PathWeights:
     """Minimise the objective for every l2, in falling order."""
-    W, b = objective.enter(*start) if start else objective.start
-    larger = [] if start else [l2 for l2 in CONTINUATION if l2 > l2s[0]]
+    W, b = objective.start
+    larger = [l2 for l2 in CONTINUATION if l2 > l2s[0]]
     optima = []
     for l2 in [*larger, *l2s]:
         at = minimise(objective, objective.evaluate(torch.tensor([l2], dtype=torch.float64), W, b))

@@ -26,15 +26,13 @@ import torch
 from torch import Tensor
 
 from embedpipe.heads._batched_objective import BatchedObjective, Iterates, Weights
-from embedpipe.heads._conjugate_gradients import MAX_PRODUCTS, inner, newton_direction
+from embedpipe.heads._conjugate_gradients import inner, newton_direction
 from embedpipe.heads._extrapolation import extrapolate
 from embedpipe.heads._problem import Float64, PathWeights
 
 TOLERANCE = 4e-7  # of the gap
-POLISHED_TOLERANCE = (
-    1e-13  # of the gap after `polish`: the weights are then within 1e-6 of the optimum, as float32 stores them
-)
-POLISHING_STEPS, POLISHING_PRODUCTS = 6, 60
+# of the gap after `polish`: the weights are then within 1e-6 of the optimum, as float32 stores them
+POLISHED_TOLERANCE, POLISHING_STEPS = 1e-13, 6
 MAX_STEPS, MAX_BACKTRACKS = 100, 40
 BATCH = 12  # problems at most
 STRIDES = (11, 5, 2, 1)  # passes over the path
@@ -49,22 +47,13 @@ CONTINUE_BELOW, CONTINUE_FROM, CONTINUE_FACTOR, LOOSE_TOLERANCE = 1e-4, 1e-2, 5.
 def solve_path(
     objective: BatchedObjective,
     l2s: Sequence[float],
-    start: tuple[Float64, Float64] | None = None,
     *,
     continue_below: float = CONTINUE_BELOW,
     max_steps: int = MAX_STEPS,
 ) -> PathWeights:
-    """Minimise the objective for every l2, in falling order.
-
-    Parameters
-    ----------
-    start : W (K, D) and b (K,)    ignored if its objective is above that of zero weights
-    """
+    """Minimise the objective for every l2, in falling order."""
     W, b = objective.start
-    many = objective.n_logits >= MANY_CLASSES
-    if start and _value(objective, l2s[0], *objective.enter(*start)) < _value(objective, l2s[0], W, b):
-        W, b = objective.enter(*start)
-    elif many and l2s[0] <= continue_below:
+    if objective.n_logits >= MANY_CLASSES and l2s[0] <= continue_below:
         larger = [CONTINUE_FROM]
         while larger[-1] / CONTINUE_FACTOR > l2s[0]:
             larger.append(larger[-1] / CONTINUE_FACTOR)
@@ -76,20 +65,9 @@ def solve_path(
 
 def polish(objective: BatchedObjective, weight: Float64, bias: Float64, l2: float) -> PathWeights:
     """Return a solution nearer to the optimum than weights (K, D) and bias (K,), so that it does not depend on the path."""
-    at = minimise(
-        objective,
-        [l2],
-        *objective.enter(weight, bias),
-        tolerance=POLISHED_TOLERANCE,
-        max_steps=POLISHING_STEPS,
-        max_products=POLISHING_PRODUCTS,
-        bfloat16=False,
-    )
+    W, b = objective.enter(weight, bias)
+    at = minimise(objective, [l2], W, b, tolerance=POLISHED_TOLERANCE, max_steps=POLISHING_STEPS, bfloat16=False)
     return *objective.leave(at.W, at.b), {}
-
-
-def _value(objective: BatchedObjective, l2: float, W: Tensor, b: Tensor) -> float:
-    return float(objective.evaluate(torch.tensor([l2], dtype=torch.float64), W, b).objective)
 
 
 def _solve(
@@ -130,7 +108,6 @@ def minimise(
     *,
     tolerance: float = TOLERANCE,
     max_steps: int = MAX_STEPS,
-    max_products: int = MAX_PRODUCTS,
     bfloat16: bool = True,
 ) -> Iterates:
     """Minimise the objective for L values of l2 from W (L, K, D), b (L, K).
@@ -147,7 +124,7 @@ def minimise(
         if not is_open.any():
             return best
         at, unfinished, gap = at[is_open], unfinished[is_open], at.gap[is_open]
-        direction = newton_direction(objective, at, tolerance=tolerance, max_products=max_products, bfloat16=bfloat16)
+        direction = newton_direction(objective, at, tolerance=tolerance, bfloat16=bfloat16)
         convert = _to_float32 if _rounding_is_negligible(objective, at, tolerance) else torch.clone
         at, moved = line_search(objective, at, direction, convert, tolerance)
         better = (gap > TOLERANCE) | (at.gap < gap)  # near the optimum a lower objective may have a larger gap

@@ -6,7 +6,7 @@ on standardised features x_i (D,), with sample weights s_i that sum to 1 and a f
 logit: K = C classes, or K = 1 for two classes, whose head has the rows -w/2 and +w/2, or K = C independent labels, whose
 cross-entropies are summed.
 
-A solver is a function ``solve_path(problem, l2s, start)`` for falling l2s. It returns weights (L, K, D), biases (L, K) and, by
+A solver is a function ``solve_path(problem, l2s)`` for falling l2s. It returns weights (L, K, D), biases (L, K) and, by
 name, values (L,) that the solver provides in addition: ``objective`` if it minimises another one, ``loo_accuracy``, ``loo_rmse``.
 
 >>> weights, biases, extra = solve_path(Problem(X, y, sample_weight, n_classes=10), [1e-3])

@@ -28,8 +28,8 @@ FACTOR_SAMPLES = 5000  # at most, on which the factor is fitted
 MAX_FACTOR = 1e3
 
 
-def solve_path(problem: Problem, l2s: Sequence[float], start: tuple[Float64, Float64] | None = None) -> PathWeights:
-    """Minimise the squared error for every l2; `start` is not used."""
+def solve_path(problem: Problem, l2s: Sequence[float]) -> PathWeights:
+    """Minimise the squared error for every l2."""
     reduced, basis = project_rows(problem)
     mean, covariance, cross = reduced.moments or _measure_moments(reduced)
     spectrum, Q = np.linalg.eigh(covariance)

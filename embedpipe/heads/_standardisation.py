@@ -108,26 +108,6 @@ def fold(problem: Problem, weight: Float64, bias: Float64, provenance: dict[str,
     return LinearHead(raw, raw_bias.astype(dtype), problem.classes, provenance, problem.task)
 
 
-def unfold(problem: Problem, head: LinearHead) -> tuple[Float64, Float64]:
-    """Return the weights (K, D) and bias (K,) of a head on standardised features, the inverse of `fold`.
-
-    Raises
-    ------
-    UsageError    a head of other classes or another width
-    """
-    width = len(problem.mean)
-    if (head.task, head.classes) != (problem.task, problem.classes) or head.feature_dim != width:
-        raise UsageError(
-            f"warm_start has {len(head.classes)} classes and {head.feature_dim} features, "
-            f"expected the same {len(problem.classes)} classes and {width} features"
-        )
-    raw = head.weight[problem.present].astype(np.float64)
-    weight, bias = raw * problem.std, head.bias[problem.present] + raw @ problem.mean
-    if problem.n_logits < len(problem.present):
-        return weight[1:] - weight[:1], bias[1:] - bias[:1]
-    return weight, bias
-
-
 def _measure_scale(X: Float32 | ChunkedFeatures, widths: Sequence[int], standardize: bool) -> tuple[Any, Any]:
     """Return what to subtract from the features and what to multiply them by, (D,).
 

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 from embedpipe.errors import NonFiniteFeatures, UsageError
 from embedpipe.evaluation import score
-from embedpipe.heads import LinearHead, class_weights, fit_linear, fit_path, objective
+from embedpipe.heads import class_weights, fit_linear, fit_path, objective
 
 TEN = tuple("0123456789")
 X_DIGITS, Y_DIGITS = load_digits(return_X_y=True)
@@ -146,7 +146,6 @@ def test_a_bad_feature_names_its_row(value: float) -> None:
         ({"solver": "lbfsg"}, "did you mean 'lbfgs'"),
         ({"sample_weight": -np.ones(30)}, "not negative"),
         ({"sample_weight": np.zeros(30)}, "training samples: 0"),
-        ({"warm_start": LinearHead(np.ones((3, 4)), np.zeros(3), TEN[:3])}, "4 features"),
     ],
 )
 def test_wrong_arguments_are_told(change: dict[str, object], found: str) -> None:
