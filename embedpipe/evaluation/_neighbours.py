@@ -138,7 +138,7 @@ def _volume(probability: float) -> float:
     return float(-np.expm1(np.log1p(-min(probability, 0.5)) / (K - 1)))
 
 
-def unit_rows(X: Float32) -> Float32:
+def unit_rows(X: NDArray[np.floating]) -> Float32:
     """Scale rows to unit length, float32; a zero row stays zero."""
     norm = np.linalg.norm(X, axis=1, keepdims=True)
     return np.asarray(X / np.where(norm > 0, norm, 1), dtype=np.float32)

@@ -54,7 +54,5 @@ def _choose_nodes(l2: float, falling: list[float]) -> list[float]:
 
 def _lagrange(nodes: np.ndarray) -> np.ndarray:
     """Return the value at 0 of the Lagrange basis polynomial of each node."""
-    difference, towards = nodes[:, None] - nodes, np.repeat(-nodes[None], len(nodes), axis=0)
-    np.fill_diagonal(difference, 1.0)
-    np.fill_diagonal(towards, 1.0)
-    return np.asarray((towards / difference).prod(axis=1))
+    others = [np.delete(nodes, index) for index in range(len(nodes))]
+    return np.array([np.prod(other / (other - node)) for node, other in zip(nodes, others, strict=True)])

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from embedpipe.errors import UsageError
 from embedpipe.evaluation import binary_log_loss, score
-from embedpipe.heads._problem import ChunkedFeatures, Float64, PathWeights, Problem
+from embedpipe.heads._problem import ChunkedFeatures, Features, Float64, PathWeights, Problem
 from embedpipe.heads._standardisation import check_labelled, fold, make_problem
 from embedpipe.heads.knn import KnnHead
 from embedpipe.heads.linear import LinearHead
@@ -41,8 +42,8 @@ class L2Point:
 
     l2: float
     objective: float
-    val_accuracy: float | None
-    val_log_loss: float | None
+    val_accuracy: float | None = None
+    val_log_loss: float | None = None
     loo_accuracy: float | None = None
     val_rmse: float | None = None
     loo_rmse: float | None = None
@@ -58,7 +59,7 @@ class L2Path:
 
 
 def fit_linear(
-    X: ArrayLike | ChunkedFeatures,
+    X: Features,
     y: ArrayLike,
     *,
     classes: Sequence[str],
@@ -101,9 +102,9 @@ def fit_linear(
 
 
 def fit_path(
-    X: ArrayLike | ChunkedFeatures,
+    X: Features,
     y: ArrayLike,
-    X_val: ArrayLike | ChunkedFeatures | None,
+    X_val: Features | None,
     y_val: ArrayLike | None,
     *,
     classes: Sequence[str],
@@ -165,21 +166,13 @@ def _check_solver(name: str, task: str, *, chunked: bool) -> str:
 
 def _prepare_solver(name: str, problem: Problem, *, is_path: bool = False) -> tuple[SolvePath, Polish | None]:
     """Return a solver of the problem, and a function that improves one of its solutions; imports torch or scikit-learn."""
-    if name in ("newton", "lbfgs"):
-        from embedpipe.heads import _lbfgs, _newton
+    if name == "newton":
+        from embedpipe.heads import _newton
         from embedpipe.heads._batched_objective import BatchedObjective, has_native_bfloat16
 
-        objective = BatchedObjective(problem, bfloat16=is_path and name == "newton" and has_native_bfloat16())
-        if name == "lbfgs":
-            return partial(_lbfgs.solve_path, objective), None
+        objective = BatchedObjective(problem, bfloat16=is_path and has_native_bfloat16())
         return partial(_newton.solve_path, objective), partial(_newton.polish, objective)
-    if name == "sklearn":
-        from embedpipe.heads import _sklearn
-
-        return partial(_sklearn.solve_path, problem), None
-    from embedpipe.heads import _ridge
-
-    return partial(_ridge.solve_path, problem), None
+    return partial(import_module(f"embedpipe.heads._{name}").solve_path, problem), None
 
 
 def _check_l2s(l2s: Sequence[Any]) -> list[float]:
@@ -201,17 +194,13 @@ def _make_heads(
         values = {name: float(column[index]) for name, column in extra.items()}
         objective = values.pop("objective") if "objective" in values else problem.objective(weight, bias, l2)
         provenance = {"solver": solver, "l2": l2, "objective": objective, **problem.provenance, **values}
-        if "loo_rmse" in values:
-            provenance["loo_rmse"] *= problem.y_std
         heads.append(fold(problem, weight, bias, provenance))
     return heads
 
 
 def _validate(head: LinearHead, validation: tuple[Any, Any] | None) -> L2Point:
-    fitted = head.provenance
-    point = L2Point(
-        fitted["l2"], fitted["objective"], None, None, fitted.get("loo_accuracy"), loo_rmse=fitted.get("loo_rmse")
-    )
+    fitted: dict[str, Any] = {field.name: head.provenance.get(field.name) for field in fields(L2Point)}
+    point = L2Point(**fitted)
     if validation is None:
         return point
     X, y = validation

@@ -76,7 +76,7 @@ def _leave_one_out(
     Returns
     -------
     leave-one-out scores of the rows with the rising indices `sample`, float32 (L, n, K); mean squared error of all rows, float64
-    (L,); and their leave-one-out accuracy, or RMSE of numbers, float64 (L,)
+    (L,); and their leave-one-out accuracy, or RMSE of numbers in their unit, float64 (L,)
     """
     many = shrinkage.shape[1]
     left_out = np.empty((many, len(sample), rotated.shape[1]), dtype=np.float32)
@@ -93,7 +93,7 @@ def _leave_one_out(
             without = targets - residual / np.maximum(1 - leverage[:, number], 1e-9)[:, None]
             scores[number] += weight @ _score_rows(problem, rows, without)
             left_out[number, in_block] = without[sample[in_block] - rows.start]
-    return left_out, errors, np.sqrt(scores) if problem.numeric else scores
+    return left_out, errors, problem.y_std * np.sqrt(scores) if problem.numeric else scores
 
 
 def _fit_factor(problem: Problem, rows: Int64, scores: Float32) -> float:

@@ -20,6 +20,7 @@ from embedpipe.heads._gram import Gram
 from embedpipe.heads._problem import (
     MEMORY_BYTES,
     ChunkedFeatures,
+    Features,
     Float32,
     Float64,
     Int64,
@@ -40,7 +41,7 @@ ABSENT_MARGIN = 20.0  # of a logit below the winner; e^-20 = 2e-9
 
 
 def make_problem(
-    X: ArrayLike | ChunkedFeatures,
+    X: Features,
     y: ArrayLike,
     *,
     classes: Sequence[str],
@@ -108,7 +109,7 @@ def fold(problem: Problem, weight: Float64, bias: Float64, provenance: dict[str,
     return LinearHead(raw, raw_bias.astype(dtype), problem.classes, provenance, problem.task)
 
 
-def _measure_scale(X: Float32 | ChunkedFeatures, widths: Sequence[int], standardize: bool) -> tuple[Any, Any]:
+def _measure_scale(X: Features, widths: Sequence[int], standardize: bool) -> tuple[Any, Any]:
     """Return what to subtract from the features and what to multiply them by, (D,).
 
     float32 is as fast as memory; float64 if float32 would overflow.
@@ -184,7 +185,7 @@ _MAKE_TARGETS: dict[str, Callable[[Any, Float64], dict[str, Any]]] = {
 }
 
 
-def _mean_and_std(X: Float32 | ChunkedFeatures) -> tuple[Float64, Float64]:
+def _mean_and_std(X: Features) -> tuple[Float64, Float64]:
     """Return mean and std of every feature, float64 (D,)."""
     mean = feature_means(X)
     squares = sum(np.square(X[rows] - mean).sum(axis=0) for rows in blocks(X))
@@ -207,9 +208,7 @@ def class_weights(y: ArrayLike, n_classes: int) -> Float64:
     return np.asarray(np.divide(total, counts, out=np.zeros(n_classes), where=counts > 0))
 
 
-def check_labelled(
-    X: ArrayLike | ChunkedFeatures, y: ArrayLike, n_classes: int, task: str = "single"
-) -> tuple[Any, Any]:
+def check_labelled(X: Features, y: ArrayLike, n_classes: int, task: str = "single") -> tuple[Any, Any]:
     """Return checked features float32 (N, D), or `ChunkedFeatures`, and targets of the dtype of the task.
 
     Returns
