@@ -106,12 +106,12 @@ def kth_distance(X: Float32) -> Float64:
     return np.asarray(np.sqrt(np.maximum(0, distance)))
 
 
-def find_outliers(distances: Float64) -> dict[int, float]:
-    """Return find_outliers rows, whose k-th neighbour is beyond the limit, with the ratio of its distance to the limit.
+def find_outliers(X: Float32) -> dict[int, float]:
+    """Return the rows of X (n, D) whose k-th neighbour is beyond a limit, with the ratio of its distance to the limit.
 
     Source: Iglewicz, Hoaglin, How to Detect and Handle Outliers (1993).
     """
-    logs = np.log(np.maximum(distances, np.finfo(np.float64).tiny))
+    logs = np.log(np.maximum(kth_distance(X), np.finfo(np.float64).tiny))
     middle = np.median(logs)
     limit = middle + OUTLIER_SCORE * STD_PER_MAD * np.median(np.abs(logs - middle))
     return {int(row): float(np.exp(logs[row] - limit)) for row in np.flatnonzero(logs > limit)}

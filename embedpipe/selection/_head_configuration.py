@@ -18,7 +18,7 @@ from embedpipe.data import label_names
 from embedpipe.errors import EmbedpipeWarning, UsageError
 from embedpipe.heads import (
     MEMORY_BYTES,
-    ChunkedFeatures,
+    Features,
     Gram,
     KnnHead,
     L2Path,
@@ -80,7 +80,7 @@ class HeadConfig:
     def _max_bytes(self) -> float:
         return math.inf if self.solver == "knn" else self.max_bytes
 
-    def arrays(self, features: FeatureSet, *splits: str) -> tuple[Array | ChunkedFeatures, Array]:
+    def arrays(self, features: FeatureSet, *splits: str) -> tuple[Features, Array]:
         """Return X (N, D) and y (N,) or (N, C) of the labelled images of some splits."""
         return features.labelled(*splits, max_bytes=self._max_bytes)
 
@@ -88,20 +88,12 @@ class HeadConfig:
         """Return the features (N, D) of samples."""
         return features.rows(samples, max_bytes=self._max_bytes)
 
-    def gram(self, X: Array | ChunkedFeatures, y: Array, *, origin: Array | None = None) -> Gram | None:
+    def gram(self, X: Features, y: Array, *, origin: Array | None = None) -> Gram | None:
         """Return the Gram matrix that several ridge fits share, or None where no fit uses one."""
         used = self.solver == "ridge" and self.task == "single" and self.class_weight == "none"
         return Gram.from_rows(X, y, len(self.classes), origin) if used and len(self.widths) < 2 else None
 
-    def select(
-        self,
-        X: Array | ChunkedFeatures,
-        y: Array,
-        X_val: Array | ChunkedFeatures,
-        y_val: Array,
-        *,
-        gram: Gram | None = None,
-    ) -> L2Path:
+    def select(self, X: Features, y: Array, X_val: Features, y_val: Array, *, gram: Gram | None = None) -> L2Path:
         """Fit a head for each l2 on X, y and select the one that scores best on X_val, y_val.
 
         Parameters
@@ -122,20 +114,18 @@ class HeadConfig:
             return L2Path(self._fit_knn(X, y), None, ())
         return fit_path(X, y, X_val, y_val, l2=self.l2, gram=gram, **self._options(X, y))
 
-    def fit(
-        self, X: Array | ChunkedFeatures, y: Array, *, l2: float | None, gram: Gram | None = None
-    ) -> LinearHead | KnnHead:
+    def fit(self, X: Features, y: Array, *, l2: float | None, gram: Gram | None = None) -> LinearHead | KnnHead:
         """Fit a head on X, y with a fixed l2."""
         if self.solver == "knn" or l2 is None:
             return self._fit_knn(X, y)
         return fit_linear(X, y, l2=l2, gram=gram, **self._options(X, y))
 
-    def _fit_knn(self, X: Array | ChunkedFeatures, y: Array) -> KnnHead:
+    def _fit_knn(self, X: Features, y: Array) -> KnnHead:
         if self.task != "single":
             raise UsageError(f"the solver knn does not support {self.task} targets", hint="leave out --solver knn")
         return fit_knn(X[:], y, classes=self.classes)
 
-    def _options(self, X: Array | ChunkedFeatures, y: Array) -> dict[str, Any]:
+    def _options(self, X: Features, y: Array) -> dict[str, Any]:
         return {
             "classes": self.classes,
             "task": self.task,

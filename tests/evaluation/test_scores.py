@@ -12,17 +12,15 @@ from sklearn import metrics as reference
 
 from embedpipe.errors import UsageError
 from embedpipe.evaluation import (
-    balanced_accuracy,
-    balanced_accuracy_interval,
     confusion_matrix,
     expected_calibration_error,
-    macro_f1_interval,
     mean_interval,
     per_class,
     score,
     score_fully,
     wilson_interval,
 )
+from embedpipe.evaluation._scores import balanced_accuracy, balanced_accuracy_interval, macro_f1_interval
 
 
 def guesses(n: int, n_classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
