@@ -133,6 +133,7 @@ class BatchedObjective:
         bytes_each = self.n * self.n_logits * self.dtype.itemsize
         # number of problems whose probabilities fit in memory, those of an iterate and of the next one
         self._max_stored: int = problem.memory_bytes // 4 // bytes_each
+        self.max_batch = max(1, self._max_stored)  # problems that are solved together
 
     @property
     def start(self) -> Weights:
@@ -149,11 +150,6 @@ class BatchedObjective:
         """Return weights (L, K, D) and biases (L, K) as those of the problem."""
         weight = W.numpy() if self._row_basis is None else W.numpy() @ self._row_basis.T
         return weight, b.numpy() - weight @ self._centre
-
-    @property
-    def max_batch(self) -> int:
-        """Number of problems that are solved together: as many as have their probabilities in memory."""
-        return max(1, self._max_stored)
 
     def evaluate(self, l2: Tensor, W: Tensor, b: Tensor) -> Iterates:
         """Return the objective and its gradient for l2 (L,), W (L, K, D) and b (L, K), float64."""

@@ -180,8 +180,6 @@ def _check_l2s(l2s: Sequence[Any]) -> list[float]:
     for l2 in l2s:
         if not (isinstance(l2, int | float | np.number) and math.isfinite(l2) and l2 > 0):
             raise UsageError(f"l2 = {l2!r}, expected a positive number")
-    if not len(l2s):
-        raise UsageError("no l2, expected a positive number")
     return sorted({float(l2) for l2 in l2s}, reverse=True)
 
 

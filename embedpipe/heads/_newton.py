@@ -44,21 +44,15 @@ DISTANT = 1.0  # a gap from which one step is not expected to reach the optimum
 CONTINUE_BELOW, CONTINUE_FROM, CONTINUE_FACTOR, LOOSE_TOLERANCE = 1e-4, 1e-2, 5.0, 0.1
 
 
-def solve_path(
-    objective: BatchedObjective,
-    l2s: Sequence[float],
-    *,
-    continue_below: float = CONTINUE_BELOW,
-    max_steps: int = MAX_STEPS,
-) -> PathWeights:
+def solve_path(objective: BatchedObjective, l2s: Sequence[float]) -> PathWeights:
     """Minimise the objective for every l2, in falling order."""
     W, b = objective.start
-    if objective.n_logits >= MANY_CLASSES and l2s[0] <= continue_below:
+    if objective.n_logits >= MANY_CLASSES and l2s[0] <= CONTINUE_BELOW:
         larger = [CONTINUE_FROM]
         while larger[-1] / CONTINUE_FACTOR > l2s[0]:
             larger.append(larger[-1] / CONTINUE_FACTOR)
         W, b = extrapolate(l2s[0], _solve(objective, larger, W, b, tolerance=LOOSE_TOLERANCE))
-    optima = _solve(objective, l2s, W, b, max_steps=max_steps)
+    optima = _solve(objective, l2s, W, b)
     weight, bias = (torch.stack(parts) for parts in zip(*(optima[l2] for l2 in l2s), strict=True))
     return *objective.leave(weight, bias), {}
 
@@ -71,13 +65,7 @@ def polish(objective: BatchedObjective, weight: Float64, bias: Float64, l2: floa
 
 
 def _solve(
-    objective: BatchedObjective,
-    l2s: Sequence[float],
-    W: Tensor,
-    b: Tensor,
-    *,
-    tolerance: float = TOLERANCE,
-    max_steps: int = MAX_STEPS,
+    objective: BatchedObjective, l2s: Sequence[float], W: Tensor, b: Tensor, *, tolerance: float = TOLERANCE
 ) -> dict[float, Weights]:
     """Return the optimum W (K, D), b (K,) of each l2; the first batch starts from W (1, K, D), b (1, K)."""
     optima: dict[float, Weights] = {}
@@ -85,7 +73,7 @@ def _solve(
         values = [l2s[number] for number in batch]
         starts = [extrapolate(l2, optima) if optima else (W, b) for l2 in values]
         start_W, start_b = (torch.cat(parts) for parts in zip(*starts, strict=True))
-        at = minimise(objective, values, start_W, start_b, tolerance=tolerance, max_steps=max_steps)
+        at = minimise(objective, values, start_W, start_b, tolerance=tolerance)
         optima.update(zip(values, zip(at.W, at.b, strict=True), strict=True))
     return optima
 

@@ -201,18 +201,16 @@ def affine(X: Features, weight: NDArray[np.floating], bias: NDArray[np.floating]
     return out
 
 
-def blocks(
-    X: Any, *, rows: int | None = None, row_numbers: int = 0, max_numbers: int = MAX_BLOCK_NUMBERS
-) -> Iterator[slice]:
+def blocks(X: Any, *, rows: int | None = None, row_numbers: int = 0) -> Iterator[slice]:
     """Cut the rows of X (N, D) into slices of about BLOCK_NUMBERS features.
 
     Parameters
     ----------
     rows : int, optional    number of rows, if not all N
-    row_numbers : int       numbers that are computed from each row, of which a block has at most `max_numbers`
+    row_numbers : int       numbers that are computed from each row, of which a block has at most MAX_BLOCK_NUMBERS
     """
     n = len(X) if rows is None else rows
-    size = min(BLOCK_ROWS, max(256, BLOCK_NUMBERS // X.shape[1]), max(1, max_numbers // max(1, row_numbers)))
+    size = min(BLOCK_ROWS, max(256, BLOCK_NUMBERS // X.shape[1]), max(1, MAX_BLOCK_NUMBERS // max(1, row_numbers)))
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 

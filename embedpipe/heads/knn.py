@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from embedpipe.errors import UsageError
 from embedpipe.evaluation import unit_rows
 from embedpipe.heads._files import entry, read_head, save_head
-from embedpipe.heads._problem import MAX_BLOCK_NUMBERS, Float32, Float64, Int64, blocks
+from embedpipe.heads._problem import Float32, Float64, Int64, blocks
 from embedpipe.heads._standardisation import check_labelled
 from embedpipe.heads.linear import check_width
 
@@ -51,14 +51,11 @@ class KnnHead:
     def feature_dim(self) -> int:
         return int(self.features.shape[1])
 
-    def predict_proba(self, X: ArrayLike, *, max_numbers: int = MAX_BLOCK_NUMBERS) -> Float64:
-        """Return the shares of the votes, float64 (N, C), whose rows sum to 1.
-
-        max_numbers : int    cosines that are in memory at a time
-        """
+    def predict_proba(self, X: ArrayLike) -> Float64:
+        """Return the shares of the votes, float64 (N, C), whose rows sum to 1."""
         queries = check_width(X, self.feature_dim)
         shares = np.zeros((len(queries), len(self.classes)))
-        for rows in blocks(queries, row_numbers=len(self.features), max_numbers=max_numbers):
+        for rows in blocks(queries, row_numbers=len(self.features)):
             cosine = unit_rows(queries[rows].astype(np.float64)) @ self.features.T
             near = np.argpartition(-cosine, self.k - 1, axis=1)[:, : self.k]
             score = np.take_along_axis(cosine, near, axis=1).astype(np.float64) / self.temperature

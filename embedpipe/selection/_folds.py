@@ -57,8 +57,8 @@ def predict_out_of_fold(
     index = {name: number for number, name in enumerate(config.classes)}
     y = np.array([index[s.label or ""] for s in samples], dtype=np.int64)
     groups = connected_components(samples)
-    fold, probabilities, l2 = cross_fit(config.rows(features, samples), y, groups, config, folds=folds, seed=seed)
-    return OutOfFold(samples, y, fold, probabilities, l2)
+    X = config.rows(features, samples)
+    return OutOfFold(samples, y, *cross_fit(X, y, groups, config, folds=folds, seed=seed))
 
 
 def cross_fit(

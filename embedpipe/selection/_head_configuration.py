@@ -66,6 +66,19 @@ class HeadConfig:
         if self.class_weight not in CLASS_WEIGHTS:
             raise UsageError(f"class_weight is {self.class_weight!r}, expected {' or '.join(CLASS_WEIGHTS)}")
 
+    def check_knn_options(self) -> None:
+        """Raise UsageError for options that a kNN head does not use."""
+        unused = {
+            "--l2": self.l2 != "auto",
+            "--class-weight": self.class_weight != "none",
+            "--no-standardize": not self.standardize,
+        }
+        if self.solver == "knn" and any(unused.values()):
+            option = next(name for name, is_set in unused.items() if is_set)
+            raise UsageError(
+                f"--solver knn does not use {option}", hint=f"leave out {option}, or choose another solver"
+            )
+
     @property
     def selects_l2(self) -> bool:
         """Whether l2 is selected from the grid."""
@@ -76,17 +89,13 @@ class HeadConfig:
         """Whether selecting l2 needs validation samples; ridge and regression can use leave-one-out scores instead."""
         return self.selects_l2 and self.solver != "ridge" and self.task != "regression"
 
-    @property
-    def _max_bytes(self) -> float:
-        return math.inf if self.solver == "knn" else self.max_bytes
-
     def arrays(self, features: FeatureSet, *splits: str) -> tuple[Features, Array]:
         """Return X (N, D) and y (N,) or (N, C) of the labelled images of some splits."""
-        return features.labelled(*splits, max_bytes=self._max_bytes)
+        return features.labelled(*splits, max_bytes=self.max_bytes)
 
     def rows(self, features: FeatureSet, samples: tuple[Sample, ...]) -> Any:
         """Return the features (N, D) of samples."""
-        return features.rows(samples, max_bytes=self._max_bytes)
+        return features.rows(samples, max_bytes=self.max_bytes)
 
     def gram(self, X: Features, y: Array, *, origin: Array | None = None) -> Gram | None:
         """Return the Gram matrix that several ridge fits share, or None where no fit uses one."""
@@ -160,18 +169,6 @@ def check_task(features: FeatureSet, *options: str) -> None:
             f"{features.manifest.name} has {features.manifest.task} targets, but {options[0]} needs one class per image",
             hint=f"leave out {options[0]}",
         )
-
-
-def check_knn_options(config: HeadConfig) -> None:
-    """Raise UsageError for options that a kNN head does not use."""
-    unused = {
-        "--l2": config.l2 != "auto",
-        "--class-weight": config.class_weight != "none",
-        "--no-standardize": not config.standardize,
-    }
-    if config.solver == "knn" and any(unused.values()):
-        option = next(name for name, is_set in unused.items() if is_set)
-        raise UsageError(f"--solver knn does not use {option}", hint=f"leave out {option}, or choose another solver")
 
 
 def check_classes(features: FeatureSet) -> None:

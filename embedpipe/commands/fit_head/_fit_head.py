@@ -158,9 +158,9 @@ def _open(features: FeatureSet | PathLike | None, cache_dir: Path, **requested: 
 
 def _check(features: FeatureSet, config: HeadConfig, single_label_options: dict[str, Any]) -> None:
     """Refuse options that the solver or the task does not support."""
-    from embedpipe.selection import check_knn_options, check_task
+    from embedpipe.selection import check_task
 
-    check_knn_options(config)
+    config.check_knn_options()
     values = {
         "--class-weight": config.class_weight == "balanced",
         **single_label_options,
