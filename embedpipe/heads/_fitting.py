@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from embedpipe.errors import UsageError
-from embedpipe.evaluation import binary_log_loss, score
+from embedpipe.evaluation import binary_log_loss, log_loss
 from embedpipe.heads._problem import ChunkedFeatures, Features, Float64, PathWeights, Problem
 from embedpipe.heads._standardisation import check_labelled, fold, make_problem
 from embedpipe.heads.knn import KnnHead
@@ -207,8 +207,8 @@ def _validate(head: LinearHead, validation: tuple[Any, Any] | None) -> L2Point:
         return replace(point, val_rmse=float(np.sqrt(np.mean((predicted[:, 0] - y) ** 2))))
     if head.task == "multilabel":
         return replace(point, val_log_loss=binary_log_loss(predicted, y))
-    scores = score(predicted, y)
-    return replace(point, val_accuracy=scores["accuracy"], val_log_loss=scores["log_loss"])
+    accuracy = float(np.mean(predicted.argmax(axis=1) == y))
+    return replace(point, val_accuracy=accuracy, val_log_loss=log_loss(predicted, y))
 
 
 def _rank(point: L2Point) -> tuple[float, float, float]:

@@ -19,7 +19,7 @@ Source: Nocedal and Wright, Numerical Optimization, 7.1 (line search Newton-CG).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -68,24 +68,18 @@ def _solve(
     objective: BatchedObjective, l2s: Sequence[float], W: Tensor, b: Tensor, *, tolerance: float = TOLERANCE
 ) -> dict[float, Weights]:
     """Return the optimum W (K, D), b (K,) of each l2; the first batch starts from W (1, K, D), b (1, K)."""
-    optima: dict[float, Weights] = {}
-    for batch in _batches(len(l2s), objective):
-        values = [l2s[number] for number in batch]
-        starts = [extrapolate(l2, optima) if optima else (W, b) for l2 in values]
-        start_W, start_b = (torch.cat(parts) for parts in zip(*starts, strict=True))
-        at = minimise(objective, values, start_W, start_b, tolerance=tolerance)
-        optima.update(zip(values, zip(at.W, at.b, strict=True), strict=True))
-    return optima
-
-
-def _batches(n: int, objective: BatchedObjective) -> Iterator[list[int]]:
-    """Yield the positions on the path that are solved together, in the order of the passes."""
     few = objective.n_logits < MANY_CLASSES
-    size, done = min(BATCH, objective.max_batch) if few else 1, set[int]()
+    size = min(BATCH, objective.max_batch) if few else 1
+    optima: dict[float, Weights] = {}
     for stride in STRIDES if few else (1,):
-        todo = sorted({*range(0, n, stride), n - 1} - done)
-        done |= set(todo)
-        yield from (todo[first : first + size] for first in range(0, len(todo), size))
+        todo = [l2 for l2 in dict.fromkeys([*l2s[::stride], l2s[-1]]) if l2 not in optima]
+        for first in range(0, len(todo), size):
+            batch = todo[first : first + size]
+            starts = [extrapolate(l2, optima) if optima else (W, b) for l2 in batch]
+            start_W, start_b = (torch.cat(parts) for parts in zip(*starts, strict=True))
+            at = minimise(objective, batch, start_W, start_b, tolerance=tolerance)
+            optima.update(zip(batch, zip(at.W, at.b, strict=True), strict=True))
+    return optima
 
 
 def minimise(

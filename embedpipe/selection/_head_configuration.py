@@ -120,19 +120,16 @@ class HeadConfig:
         UsageError    fewer than two classes, or no validation samples to select l2 on
         """
         if self.solver == "knn":
-            return L2Path(self._fit_knn(X, y), None, ())
+            return L2Path(self.fit(X, y, l2=None), None, ())
         return fit_path(X, y, X_val, y_val, l2=self.l2, gram=gram, **self._options(X, y))
 
     def fit(self, X: Features, y: Array, *, l2: float | None, gram: Gram | None = None) -> LinearHead | KnnHead:
-        """Fit a head on X, y with a fixed l2."""
+        """Fit a head on X, y with a fixed l2; None for kNN."""
         if self.solver == "knn" or l2 is None:
-            return self._fit_knn(X, y)
+            if self.task != "single":
+                raise UsageError(f"the solver knn does not support {self.task} targets", hint="leave out --solver knn")
+            return fit_knn(X[:], y, classes=self.classes)
         return fit_linear(X, y, l2=l2, gram=gram, **self._options(X, y))
-
-    def _fit_knn(self, X: Features, y: Array) -> KnnHead:
-        if self.task != "single":
-            raise UsageError(f"the solver knn does not support {self.task} targets", hint="leave out --solver knn")
-        return fit_knn(X[:], y, classes=self.classes)
 
     def _options(self, X: Features, y: Array) -> dict[str, Any]:
         return {

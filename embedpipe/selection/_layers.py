@@ -162,9 +162,8 @@ def _describe_blocks(
     candidates: Sequence[Candidate], winner: Candidate, *, last: Candidate, blocks: Candidate
 ) -> dict[str, Any]:
     chosen = [space.folder for space in winner.features.spaces]
-    scales = (
-        dict(zip(chosen, block_scale_factors(winner.features.widths).tolist(), strict=True)) if len(chosen) > 1 else {}
-    )
+    factors = block_scale_factors(winner.features.widths).tolist() if len(chosen) > 1 else [None]
+    scales = dict(zip(chosen, factors, strict=True))
     rows = [
         {**candidate.describe(), "scale": scales.get(folder), "chosen": folder in chosen}
         for candidate, folder in ((one, one.features.space.folder) for one in candidates)

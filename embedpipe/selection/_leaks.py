@@ -108,9 +108,7 @@ def _first_by(samples: Sequence[Sample], field: str) -> dict[Any, Sample]:
     return {getattr(sample, field): sample for sample in reversed(samples)}
 
 
-def find_near(
-    features: FeatureSet, *, max_bytes: float = math.inf
-) -> tuple[tuple[Leak, ...], float | None, str | None]:
+def find_near(features: FeatureSet, *, max_bytes: float = math.inf) -> tuple[list[Leak], float | None, str | None]:
     """Return the images of val and test whose features nearly equal those of a training image with other file content.
 
     The similarity is the cosine of the features, centred by the mean of train.
@@ -126,7 +124,7 @@ def find_near(
     if not features.fits(max_bytes):
         skipped = "the features exceed --max-memory"
     if skipped or not others:
-        return (), None, skipped
+        return [], None, skipped
     X = features.read(train)
     mean = X.mean(axis=0, dtype=np.float64).astype(np.float32)
     base = unit_rows(X - mean)
@@ -136,7 +134,7 @@ def find_near(
     rows = np.flatnonzero(found.copies(ratio))
     rows = rows[np.argsort(found.first[rows], kind="stable")]
     similarity = found.similarity
-    leaks = tuple(Leak(others[i], train[found.nearest[i]], "near", float(similarity[i])) for i in rows)
+    leaks = [Leak(others[i], train[found.nearest[i]], "near", float(similarity[i])) for i in rows]
     return leaks, ratio, None
 
 
@@ -172,10 +170,9 @@ def _count(leaks: Sequence[Leak], twin_split: str, splits: Sequence[str]) -> dic
 def _score_without(scored: Scored, classes: Sequence[str], leaked: set[Sample]) -> dict[str, Any]:
     """Return the main metric of the samples that are not leaked, with its interval."""
     kept = [row for row, sample in enumerate(scored.samples) if sample not in leaked]
-    name, samples = MAIN_METRIC[scored.task], tuple(scored.samples[row] for row in kept)
-    metrics = (
-        replace(scored, samples=samples, probabilities=scored.probabilities[kept]).metrics(classes) if kept else {}
-    )
+    samples = tuple(scored.samples[row] for row in kept)
+    rest = replace(scored, samples=samples, probabilities=scored.probabilities[kept])
+    metrics, name = rest.metrics(classes) if kept else {}, MAIN_METRIC[scored.task]
     return {name: metrics.get(name), f"{name}_ci95": metrics.get(f"{name}_ci95"), "n": len(kept)}
 
 
