@@ -85,7 +85,7 @@ def fit_linear(
     standardize : bool, optional            whether features are scaled to unit variance; the default
     sample_weight : float (N,), optional    not negative, divided by its sum
     widths : sequence of int, optional      of blocks of features side by side that weigh the same (`block_scales`)
-    memory_bytes : int                      that the solver may use besides X, which may be `ChunkedFeatures`
+    memory_bytes : float                    that the solver may use besides X, which may be `ChunkedFeatures`; 1 GiB at most
     gram : Gram, optional                   of X and y, for `ridge` with single labels without weights
 
     Raises

@@ -49,7 +49,7 @@ def make_problem(
     standardize: bool = True,
     sample_weight: ArrayLike | None = None,
     widths: Sequence[int] = (),
-    memory_bytes: int = MEMORY_BYTES,
+    memory_bytes: float = MEMORY_BYTES,
     gram: Gram | None = None,
 ) -> Problem:
     """Check and standardise training data; `fit_linear` describes the parameters.
@@ -76,7 +76,7 @@ def make_problem(
         features if used.all() else select_rows(features, np.flatnonzero(used)),
         sample_weight=weights[used] / weights[used].sum(),
         n_classes=len(targets["present"]),
-        memory_bytes=memory_bytes,
+        memory_bytes=int(min(memory_bytes, MEMORY_BYTES)),
         moments=gram.moments(mean, inverse, targets["present"]) if gram and sample_weight is None else None,
         mean=mean.astype(np.float64),
         std=1 / inverse.astype(np.float64),

@@ -133,7 +133,9 @@ def assign_folds(y: Int64, group: Int64, *, folds: int, seed: int) -> Int64:
     ------
     UsageError    fewer than 2 folds, or fewer groups than folds
     """
-    members = _members(group)
+    by_group = np.argsort(group, kind="stable")
+    _, starts = np.unique(group[by_group], return_index=True)
+    members = np.split(by_group, starts[1:]) if len(by_group) else []  # the rows of each group
     if not 2 <= folds <= len(members):
         raise UsageError(
             f"{folds} folds of {len(members)} separate images (copies and groups stay together), "
@@ -152,10 +154,3 @@ def assign_folds(y: Int64, group: Int64, *, folds: int, seed: int) -> Int64:
         totals[best] += len(rows)
         fold[rows] = best
     return fold
-
-
-def _members(group: Int64) -> list[Int64]:
-    """Return the rows of each group."""
-    order = np.argsort(group, kind="stable")
-    _, starts = np.unique(group[order], return_index=True)
-    return np.split(order, starts[1:]) if len(order) else []

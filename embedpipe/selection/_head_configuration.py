@@ -16,18 +16,7 @@ from numpy.typing import NDArray
 
 from embedpipe.data import label_names
 from embedpipe.errors import EmbedpipeWarning, UsageError
-from embedpipe.heads import (
-    MEMORY_BYTES,
-    Features,
-    Gram,
-    KnnHead,
-    L2Path,
-    LinearHead,
-    class_weights,
-    fit_knn,
-    fit_linear,
-    fit_path,
-)
+from embedpipe.heads import Features, Gram, KnnHead, L2Path, LinearHead, class_weights, fit_knn, fit_linear, fit_path
 
 if TYPE_CHECKING:
     from embedpipe.data import Sample
@@ -139,7 +128,7 @@ class HeadConfig:
             "standardize": self.standardize,
             "widths": self.widths or (X.shape[1],),
             "sample_weight": class_weights(y, len(self.classes))[y] if self.class_weight == "balanced" else None,
-            "memory_bytes": int(min(MEMORY_BYTES, max(1.0, self.max_bytes / 4))),
+            "memory_bytes": max(1.0, self.max_bytes / 4),
         }
 
 
