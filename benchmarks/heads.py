@@ -122,16 +122,17 @@ def scikit_learn(
         patch_sklearn(verbose=False)
     from sklearn.linear_model import LogisticRegression
 
-    from embedpipe.heads import objective
+    from embedpipe.heads._problem import Problem
 
     X, y = features(*shape)
+    problem = Problem(X, y, np.full(len(y), 1 / len(y)), shape[2])
     model = LogisticRegression(max_iter=ITERATIONS, warm_start=warm, tol=tol)
     seconds, objectives = [], []
     for l2 in l2s:
         start = time.process_time()
         model.set_params(C=1 / (len(y) * l2)).fit(X, y)
         seconds.append(time.process_time() - start)
-        objectives.append(objective(model.coef_, model.intercept_, X, y, l2=l2))
+        objectives.append(problem.objective(model.coef_, model.intercept_, l2))
     return {"cpu_s": sum(seconds), "each_s": seconds, "l2": list(l2s), "objectives": objectives}
 
 

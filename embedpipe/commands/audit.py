@@ -158,7 +158,7 @@ def _search(features: FeatureSet, samples: tuple[Sample, ...]) -> tuple[list[tup
     """Return near copies and outliers among different images; none, with a warning, for too few or too many images."""
     import numpy as np
 
-    from embedpipe.evaluation import MIN_ROWS, copy_ratio, find_neighbours, find_outliers, kth_distance, unit_rows
+    from embedpipe.evaluation import MIN_ROWS, copy_ratio, find_neighbours, find_outliers, unit_rows
 
     n, dim = len(samples), features.feature_dim
     if n < MIN_ROWS or n * n * dim > MAX_PRODUCTS:
@@ -170,4 +170,4 @@ def _search(features: FeatureSet, samples: tuple[Sample, ...]) -> tuple[list[tup
     X = X - X.mean(axis=0, dtype=np.float64).astype(np.float32)
     unit = unit_rows(X)
     found = find_neighbours(unit, unit, own=np.arange(n))
-    return list(found.pairs(copy_ratio(found, n))), find_outliers(kth_distance(X))
+    return list(found.pairs(copy_ratio(found, n))), find_outliers(X)

@@ -201,12 +201,12 @@ def _outcomes(table: Mapping[SampleId, Predicted], common: Sequence[SampleId]) -
     """Return whether each common sample is predicted correctly, bool (n,), and the losses, float64 (n,), if the run has them."""
     import numpy as np
 
-    from embedpipe.evaluation import MIN_PROBABILITY
+    from embedpipe.evaluation import negative_log
 
     found = [table[sample] for sample in common]
     right = np.array([one.predicted == one.label for one in found])
     true = [one.probability_of_label for one in found if one.probability_of_label is not None]
-    return right, -np.log(np.clip(true, MIN_PROBABILITY, 1.0)) if len(true) == len(found) else None
+    return right, negative_log(true) if len(true) == len(found) else None
 
 
 def _compared(run: str, n_split: int, right: np.ndarray, losses: np.ndarray | None) -> Compared:

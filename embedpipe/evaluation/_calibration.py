@@ -17,10 +17,8 @@ TOLERANCE = 1e-10  # of the derivative of the loss
 TINY = float(np.finfo(np.float64).tiny)
 
 
-def expected_calibration_error(
-    confidence: NDArray[np.float64], correct: NDArray[np.bool_], *, bins: int = ECE_BINS
-) -> float:
-    """Return the mean gap between confidence and accuracy over equal-width bins (a, b].
+def expected_calibration_error(confidence: NDArray[np.float64], correct: NDArray[np.bool_]) -> float:
+    """Return the mean gap between confidence and accuracy over ECE_BINS equal-width bins (a, b].
 
     Parameters
     ----------
@@ -29,7 +27,7 @@ def expected_calibration_error(
 
     Source: Guo et al., ICML 2017, equation 3.
     """
-    gaps = np.bincount(_bin(confidence, bins), weights=confidence - correct, minlength=bins)
+    gaps = np.bincount(_bin(confidence), weights=confidence - correct)
     return float(np.abs(gaps).sum() / len(confidence))
 
 
@@ -40,7 +38,7 @@ def reliability(probabilities: ArrayLike, y: ArrayLike) -> list[dict[str, Any]]:
     """
     table = np.asarray(probabilities, dtype=np.float64)
     confidence, correct = table.max(axis=1), table.argmax(axis=1) == np.asarray(y)
-    bin_ = _bin(confidence, ECE_BINS)
+    bin_ = _bin(confidence)
     counts = np.bincount(bin_, minlength=ECE_BINS).tolist()
     sums = [np.bincount(bin_, weights=values, minlength=ECE_BINS).tolist() for values in (confidence, correct)]
     return [
@@ -91,8 +89,8 @@ def fit_temperature(probabilities: ArrayLike, y: ArrayLike) -> float:
     return float(1 / brentq(slope, low, high, xtol=1e-13))
 
 
-def _bin(confidence: NDArray[np.float64], bins: int) -> NDArray[np.int64]:
-    return np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
+def _bin(confidence: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.clip(np.ceil(confidence * ECE_BINS).astype(np.int64) - 1, 0, ECE_BINS - 1)
 
 
 def _logits(probabilities: ArrayLike) -> NDArray[np.float64]:

@@ -23,18 +23,15 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
 
     Source: Brown, Cai, DasGupta, Statistical Science 16 (2001), section 3.1.1.
     """
-    from scipy.stats import binomtest
-
-    interval = binomtest(correct, n).proportion_ci(method="wilson")
-    p = correct / n
-    return min(p, max(0.0, float(interval.low))), max(p, min(1.0, float(interval.high)))  # rounding must not exclude p
+    return proportion_interval(correct / n, n)
 
 
-def _wilson(p: float, n: float) -> tuple[float, float]:
-    """Return Wilson's interval of a proportion p of n samples, where n need not be an integer."""
+def proportion_interval(p: float, n: float) -> tuple[float, float]:
+    """Return the Wilson score interval of a proportion p of n samples, where n need not be an integer."""
     shrink = 1 + Z * Z / n
     centre, half = p + Z * Z / (2 * n), Z * sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    return min(p, max(0.0, (centre - half) / shrink)), max(p, min(1.0, (centre + half) / shrink))
+    low, high = (centre - half) / shrink, (centre + half) / shrink
+    return min(p, max(0.0, low)), max(p, min(1.0, high))  # rounding must not exclude p
 
 
 def effective_interval(value: float, variance: float, n: float) -> tuple[float, float]:
@@ -52,7 +49,7 @@ def effective_interval(value: float, variance: float, n: float) -> tuple[float, 
     """
     inside = 0 < value < 1 and variance > 0
     effective = value * (1 - value) / variance if inside else n
-    return _wilson(value, effective)
+    return proportion_interval(value, effective)
 
 
 def mean_interval(values: ArrayLike, *, low: float = -np.inf, high: float = np.inf) -> list[float] | None:

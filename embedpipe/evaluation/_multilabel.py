@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from embedpipe.errors import UsageError
-from embedpipe.evaluation._intervals import _wilson, wilson_interval
-from embedpipe.evaluation._scores import MIN_PROBABILITY
+from embedpipe.evaluation._intervals import proportion_interval, wilson_interval
+from embedpipe.evaluation._scores import negative_log
 
 THRESHOLD = 0.5
 
@@ -63,7 +63,7 @@ def score_multilabel(probabilities: ArrayLike, Y: ArrayLike) -> dict[str, Any]:
 def binary_log_loss(probabilities: ArrayLike, Y: ArrayLike) -> float:
     """Return the mean binary cross-entropy over images and labels, for probabilities and 0 or 1, both (N, C)."""
     table, truth = np.asarray(probabilities, dtype=np.float64), np.asarray(Y, dtype=bool)
-    return float(-np.log(np.maximum(np.where(truth, table, 1 - table), MIN_PROBABILITY)).mean())
+    return float(negative_log(np.where(truth, table, 1 - table)).mean())
 
 
 def mean_average_precision(
@@ -84,7 +84,7 @@ def mean_average_precision(
     effective = classes**2 / float(np.sum(1 / truth.sum(axis=0)))
     if variance > 0 and 0 < centre < 1:
         effective = min(effective, centre * (1 - centre) / variance)
-    return value, list(_wilson(centre, effective))
+    return value, list(proportion_interval(centre, effective))
 
 
 def average_precision(scores: NDArray[np.float64], y: NDArray[np.bool_]) -> tuple[float, NDArray[np.float64]]:

@@ -106,12 +106,12 @@ def kth_distance(X: Float32) -> Float64:
     return np.asarray(np.sqrt(np.maximum(0, distance)))
 
 
-def find_outliers(distances: Float64) -> dict[int, float]:
-    """Return find_outliers rows, whose k-th neighbour is beyond the limit, with the ratio of its distance to the limit.
+def find_outliers(X: Float32) -> dict[int, float]:
+    """Return the rows of X (n, D) whose k-th neighbour is beyond a limit, with the ratio of its distance to the limit.
 
     Source: Iglewicz, Hoaglin, How to Detect and Handle Outliers (1993).
     """
-    logs = np.log(np.maximum(distances, np.finfo(np.float64).tiny))
+    logs = np.log(np.maximum(kth_distance(X), np.finfo(np.float64).tiny))
     middle = np.median(logs)
     limit = middle + OUTLIER_SCORE * STD_PER_MAD * np.median(np.abs(logs - middle))
     return {int(row): float(np.exp(logs[row] - limit)) for row in np.flatnonzero(logs > limit)}
@@ -138,7 +138,7 @@ def _volume(probability: float) -> float:
     return float(-np.expm1(np.log1p(-min(probability, 0.5)) / (K - 1)))
 
 
-def unit_rows(X: Float32) -> Float32:
+def unit_rows(X: NDArray[np.floating]) -> Float32:
     """Scale rows to unit length, float32; a zero row stays zero."""
     norm = np.linalg.norm(X, axis=1, keepdims=True)
     return np.asarray(X / np.where(norm > 0, norm, 1), dtype=np.float32)

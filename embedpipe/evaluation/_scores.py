@@ -127,8 +127,13 @@ def log_loss(probabilities: NDArray[np.float64], y: NDArray[np.int64]) -> float:
 
 
 def losses(probabilities: NDArray[np.float64], y: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Return the negative log probability of each true class, float64 (N,), in nats; finite also for probability 0."""
-    return np.abs(np.log(np.clip(probabilities[np.arange(len(y)), y], MIN_PROBABILITY, 1.0)))
+    """Return the negative log probability of each true class, float64 (N,), in nats."""
+    return negative_log(probabilities[np.arange(len(y)), y])
+
+
+def negative_log(probabilities: ArrayLike) -> NDArray[np.float64]:
+    """Return -log p, in nats; finite also for probability 0."""
+    return np.asarray(np.abs(np.log(np.clip(probabilities, MIN_PROBABILITY, 1.0))))
 
 
 def top_k_accuracy(probabilities: NDArray[np.float64], y: NDArray[np.int64], k: int) -> float:

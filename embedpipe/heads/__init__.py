@@ -1,6 +1,6 @@
 """Heads: from features (N, D) and labels (N,) to class probabilities, labels or numbers.
 
-All linear heads minimise one `objective`, mean cross-entropy + l2/2 * ||W||^2 on standardised features with a free bias, by any
+All linear heads minimise one objective, mean cross-entropy + l2/2 * ||W||^2 on standardised features with a free bias, by any
 of the solvers; `ridge` minimises the squared error. torch and scikit-learn are imported when a solver runs.
 
 >>> path = fit_path(X, y, X_val, y_val, classes=("cat", "dog"))
@@ -17,7 +17,7 @@ from embedpipe.errors import ModelMismatch
 from embedpipe.heads._files import read_record
 from embedpipe.heads._fitting import L2_GRID, SOLVERS, L2Path, L2Point, fit_linear, fit_path
 from embedpipe.heads._gram import Gram
-from embedpipe.heads._problem import MEMORY_BYTES, ChunkedFeatures, objective, select_rows
+from embedpipe.heads._problem import ChunkedFeatures, Features, Float64, Int64, select_rows
 from embedpipe.heads._standardisation import block_scale_factors, class_weights
 from embedpipe.heads.knn import KnnHead, fit_knn
 from embedpipe.heads.linear import LinearHead

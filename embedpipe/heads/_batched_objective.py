@@ -40,7 +40,7 @@ BLOCK_LOGITS, BLOCK_BYTES = 2**18, 2**23  # of a block of rows, which should fit
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 512, 4096
 CHUNK_ROWS = 512  # of a block that is read from disk
 GROUP_LOGITS = 256  # columns of logits that are processed together
-MAX_CORRECTED = 23  # logits whose Hessians are each corrected in the preconditioner
+MAX_CORRECTED = 23  # logits up to which `subspace_hessian` corrects the preconditioner; its cost grows with their cube
 PROBE_ROWS = 1024  # sampled rows that estimate the curvature
 COVARIANCE_ROWS = 16  # times D: sampled rows that estimate the covariance
 SOFTPLUS_THRESHOLD = 40  # above which log(1 + e^z) = z; e^89 overflows float32
@@ -115,22 +115,14 @@ class BatchedObjective:
     bfloat16 : bool       whether Hessian-vector products may multiply in bfloat16; see `has_native_bfloat16`. They do where X and
                           its rotated copy fit in memory
     float64_size : int    number of features N * D up to which all is computed in float64
-    max_corrected : int   number of logits up to which `subspace_hessian` pays: its cost grows with their cube
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        *,
-        bfloat16: bool = False,
-        float64_size: int = FLOAT64_SIZE,
-        max_corrected: int = MAX_CORRECTED,
-    ) -> None:
+    def __init__(self, problem: Problem, *, bfloat16: bool = False, float64_size: int = FLOAT64_SIZE) -> None:
         centred, self._centre = centre_features(problem)
         self.problem, self._row_basis = project_rows(centred)
         self.n, self.width = self.problem.X.shape
         self.n_logits = problem.n_logits
-        self.is_corrected = self.n_logits <= max_corrected
+        self.is_corrected = self.n_logits <= MAX_CORRECTED
         is_small = self.n * self.width <= float64_size
         self._X = self.problem.X[:].astype(np.float64) if is_small else self.problem.X
         self.dtype = torch.float64 if is_small else torch.float32
@@ -141,6 +133,7 @@ class BatchedObjective:
         bytes_each = self.n * self.n_logits * self.dtype.itemsize
         # number of problems whose probabilities fit in memory, those of an iterate and of the next one
         self._max_stored: int = problem.memory_bytes // 4 // bytes_each
+        self.max_batch = max(1, self._max_stored)  # problems that are solved together
 
     @property
     def start(self) -> Weights:
@@ -157,11 +150,6 @@ class BatchedObjective:
         """Return weights (L, K, D) and biases (L, K) as those of the problem."""
         weight = W.numpy() if self._row_basis is None else W.numpy() @ self._row_basis.T
         return weight, b.numpy() - weight @ self._centre
-
-    @property
-    def max_batch(self) -> int:
-        """Number of problems that are solved together: as many as have their probabilities in memory."""
-        return max(1, self._max_stored)
 
     def evaluate(self, l2: Tensor, W: Tensor, b: Tensor) -> Iterates:
         """Return the objective and its gradient for l2 (L,), W (L, K, D) and b (L, K), float64."""

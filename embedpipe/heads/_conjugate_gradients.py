@@ -27,26 +27,18 @@ from torch import Tensor
 
 from embedpipe.heads._batched_objective import BatchedObjective, Iterates, Weights
 
-MAX_PRODUCTS = 60
+MAX_PRODUCTS = 60  # Hessian-vector products for one direction
 FORCING = 0.2  # largest share of the gap bound that the residual may leave; less near the optimum
 RESIDUAL = 0.2  # of the tolerance that ends Newton's method
 
 
-def newton_direction(
-    objective: BatchedObjective,
-    at: Iterates,
-    *,
-    tolerance: float,
-    max_products: int = MAX_PRODUCTS,
-    bfloat16: bool = False,
-) -> Weights:
+def newton_direction(objective: BatchedObjective, at: Iterates, *, tolerance: float, bfloat16: bool = False) -> Weights:
     """Return Newton directions dW (L, K, D) and db (L, K), float64.
 
     Parameters
     ----------
-    tolerance : float      of the gap, where Newton's method ends
-    max_products : int     Hessian-vector products at most
-    bfloat16 : bool        whether these may be in bfloat16
+    tolerance : float    of the gap, where Newton's method ends
+    bfloat16 : bool      whether Hessian-vector products may be in bfloat16
     """
     initial = at.gap_bound(at.grad_W, at.grad_b)
     target = torch.maximum(RESIDUAL * tolerance * at.objective, initial * (0.3 * at.gap).clamp(max=FORCING))
@@ -57,7 +49,7 @@ def newton_direction(
         return V.double(), c.double()
     dW, db = torch.zeros_like(V), torch.zeros_like(c)
     size, active = inner(residual_W, residual_b, V, c), torch.arange(len(V))
-    for _ in range(max_products):
+    for _ in range(MAX_PRODUCTS):
         hess_V, hess_c = objective.hessian_product(at[active], V[active], c[active], bfloat16=bfloat16)
         hess_V, hess_c = objective.centre_logits(hess_V, hess_c)
         bend = inner(V[active], c[active], hess_V, hess_c)

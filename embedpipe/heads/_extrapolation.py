@@ -30,7 +30,10 @@ def extrapolate(l2: float, optima: Mapping[float, tuple[Tensor, Tensor]]) -> tup
     optima : mapping of l2 to W (K, D) and b (K,)    at least one
     """
     nodes = _choose_nodes(l2, sorted(optima, reverse=True))
-    share = torch.from_numpy(_lagrange(np.array([math.log(node / l2) for node in nodes])))
+    distances = np.array([math.log(node / l2) for node in nodes])
+    others = [np.delete(distances, index) for index in range(len(nodes))]
+    # the value at l2 of the Lagrange basis polynomial of each node
+    share = torch.tensor([np.prod(other / (other - own)) for own, other in zip(distances, others, strict=True)])
     return tuple(
         torch.tensordot(share, torch.stack(part), 1)[None] for part in zip(*map(optima.get, nodes), strict=True)
     )
@@ -50,11 +53,3 @@ def _choose_nodes(l2: float, falling: list[float]) -> list[float]:
     nodes = [*above[-side:], *below[:side]] if inside else [*above[-MAX_BEYOND:], *below[:1]]
     nearest = [*above[-2:], *below[:2]] if inside else [*above[-1:], *below[:1]]
     return [node for node in nodes if node in nearest or abs(math.log(node / l2)) <= MAX_DISTANCE]
-
-
-def _lagrange(nodes: np.ndarray) -> np.ndarray:
-    """Return the value at 0 of the Lagrange basis polynomial of each node."""
-    difference, towards = nodes[:, None] - nodes, np.repeat(-nodes[None], len(nodes), axis=0)
-    np.fill_diagonal(difference, 1.0)
-    np.fill_diagonal(towards, 1.0)
-    return np.asarray((towards / difference).prod(axis=1))

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from embedpipe.errors import UsageError
-from embedpipe.evaluation import binary_log_loss, score
-from embedpipe.heads._problem import ChunkedFeatures, Float64, PathWeights, Problem
-from embedpipe.heads._standardisation import check_labelled, fold, make_problem, unfold
+from embedpipe.evaluation import binary_log_loss, log_loss
+from embedpipe.heads._problem import ChunkedFeatures, Features, Float64, PathWeights, Problem
+from embedpipe.heads._standardisation import check_labelled, fold, make_problem
 from embedpipe.heads.knn import KnnHead
 from embedpipe.heads.linear import LinearHead
 from embedpipe.provenance import nearest
@@ -27,7 +28,7 @@ L2_GRID: tuple[float, ...] = tuple(float(l2) for l2 in np.logspace(-6, 2, 45))
 SOLVERS = ("newton", "lbfgs", "sklearn", "ridge")
 # of each task; the first is the default
 TASK_SOLVERS = {"single": SOLVERS, "multilabel": ("newton", "ridge"), "regression": ("ridge",)}
-SolvePath = Callable[[Sequence[float], tuple[Float64, Float64] | None], PathWeights]
+SolvePath = Callable[[Sequence[float]], PathWeights]
 Polish = Callable[[Float64, Float64, float], PathWeights]
 
 
@@ -41,8 +42,8 @@ class L2Point:
 
     l2: float
     objective: float
-    val_accuracy: float | None
-    val_log_loss: float | None
+    val_accuracy: float | None = None
+    val_log_loss: float | None = None
     loo_accuracy: float | None = None
     val_rmse: float | None = None
     loo_rmse: float | None = None
@@ -58,15 +59,13 @@ class L2Path:
 
 
 def fit_linear(
-    X: ArrayLike | ChunkedFeatures,
+    X: Features,
     y: ArrayLike,
     *,
     classes: Sequence[str],
     l2: float,
     task: str = "single",
     solver: str = "auto",
-    standardize: bool = True,
-    warm_start: LinearHead | None = None,
     **options: Any,
 ) -> LinearHead:
     """Minimise mean cross-entropy + l2/2 * ||W||^2 (bias free) on standardised features.
@@ -83,11 +82,10 @@ def fit_linear(
     l2 : float > 0                          on the mean loss; scikit-learn's C = 1 / (N * l2)
     task : str                              single, multilabel or regression
     solver : str                            auto, newton, lbfgs, sklearn or ridge
-    standardize : bool
-    warm_start : LinearHead, optional       of the same classes and width
+    standardize : bool, optional            whether features are scaled to unit variance; the default
     sample_weight : float (N,), optional    not negative, divided by its sum
     widths : sequence of int, optional      of blocks of features side by side that weigh the same (`block_scales`)
-    memory_bytes : int                      that the solver may use besides X, which may be `ChunkedFeatures`
+    memory_bytes : float                    that the solver may use besides X, which may be `ChunkedFeatures`; 1 GiB at most
     gram : Gram, optional                   of X and y, for `ridge` with single labels without weights
 
     Raises
@@ -98,23 +96,21 @@ def fit_linear(
     Source: Bishop, PRML 4.3.4.
     """
     [value], name = _check_l2s([l2]), _check_solver(solver, task, chunked=isinstance(X, ChunkedFeatures))
-    problem = make_problem(X, y, classes=classes, task=task, standardize=standardize, **options)
+    problem = make_problem(X, y, classes=classes, task=task, **options)
     solve_path, _ = _prepare_solver(name, problem)
-    solution = solve_path([value], unfold(problem, warm_start) if warm_start else None)
-    return _make_heads(problem, name, [value], *solution)[0]
+    return _make_heads(problem, name, [value], *solve_path([value]))[0]
 
 
 def fit_path(
-    X: ArrayLike | ChunkedFeatures,
+    X: Features,
     y: ArrayLike,
-    X_val: ArrayLike | ChunkedFeatures | None,
+    X_val: Features | None,
     y_val: ArrayLike | None,
     *,
     classes: Sequence[str],
     l2: float | str = "auto",
     task: str = "single",
     solver: str = "auto",
-    standardize: bool = True,
     grid: Sequence[float] = L2_GRID,
     **options: Any,
 ) -> L2Path:
@@ -134,9 +130,9 @@ def fit_path(
         raise UsageError(
             "no validation samples, expected some to choose l2 on", hint="give one l2 as a number, or keep a val split"
         )
-    problem = make_problem(X, y, classes=classes, task=task, standardize=standardize, **options)
+    problem = make_problem(X, y, classes=classes, task=task, **options)
     solve_path, polish = _prepare_solver(name, problem, is_path=len(l2s) > 1)
-    weights, biases, extra = solve_path(l2s, None)
+    weights, biases, extra = solve_path(l2s)
     heads = _make_heads(problem, name, l2s, weights, biases, extra)
     points = [_validate(head, validation) for head in heads]
     best = max(range(len(points)), key=lambda i: _rank(points[i]))
@@ -170,21 +166,13 @@ def _check_solver(name: str, task: str, *, chunked: bool) -> str:
 
 def _prepare_solver(name: str, problem: Problem, *, is_path: bool = False) -> tuple[SolvePath, Polish | None]:
     """Return a solver of the problem, and a function that improves one of its solutions; imports torch or scikit-learn."""
-    if name in ("newton", "lbfgs"):
-        from embedpipe.heads import _lbfgs, _newton
+    if name == "newton":
+        from embedpipe.heads import _newton
         from embedpipe.heads._batched_objective import BatchedObjective, has_native_bfloat16
 
-        objective = BatchedObjective(problem, bfloat16=is_path and name == "newton" and has_native_bfloat16())
-        if name == "lbfgs":
-            return partial(_lbfgs.solve_path, objective), None
+        objective = BatchedObjective(problem, bfloat16=is_path and has_native_bfloat16())
         return partial(_newton.solve_path, objective), partial(_newton.polish, objective)
-    if name == "sklearn":
-        from embedpipe.heads import _sklearn
-
-        return partial(_sklearn.solve_path, problem), None
-    from embedpipe.heads import _ridge
-
-    return partial(_ridge.solve_path, problem), None
+    return partial(import_module(f"embedpipe.heads._{name}").solve_path, problem), None
 
 
 def _check_l2s(l2s: Sequence[Any]) -> list[float]:
@@ -192,8 +180,6 @@ def _check_l2s(l2s: Sequence[Any]) -> list[float]:
     for l2 in l2s:
         if not (isinstance(l2, int | float | np.number) and math.isfinite(l2) and l2 > 0):
             raise UsageError(f"l2 = {l2!r}, expected a positive number")
-    if not len(l2s):
-        raise UsageError("no l2, expected a positive number")
     return sorted({float(l2) for l2 in l2s}, reverse=True)
 
 
@@ -206,17 +192,13 @@ def _make_heads(
         values = {name: float(column[index]) for name, column in extra.items()}
         objective = values.pop("objective") if "objective" in values else problem.objective(weight, bias, l2)
         provenance = {"solver": solver, "l2": l2, "objective": objective, **problem.provenance, **values}
-        if "loo_rmse" in values:
-            provenance["loo_rmse"] *= problem.y_std
         heads.append(fold(problem, weight, bias, provenance))
     return heads
 
 
 def _validate(head: LinearHead, validation: tuple[Any, Any] | None) -> L2Point:
-    fitted = head.provenance
-    point = L2Point(
-        fitted["l2"], fitted["objective"], None, None, fitted.get("loo_accuracy"), loo_rmse=fitted.get("loo_rmse")
-    )
+    fitted: dict[str, Any] = {field.name: head.provenance.get(field.name) for field in fields(L2Point)}
+    point = L2Point(**fitted)
     if validation is None:
         return point
     X, y = validation
@@ -225,8 +207,8 @@ def _validate(head: LinearHead, validation: tuple[Any, Any] | None) -> L2Point:
         return replace(point, val_rmse=float(np.sqrt(np.mean((predicted[:, 0] - y) ** 2))))
     if head.task == "multilabel":
         return replace(point, val_log_loss=binary_log_loss(predicted, y))
-    scores = score(predicted, y)
-    return replace(point, val_accuracy=scores["accuracy"], val_log_loss=scores["log_loss"])
+    accuracy = float(np.mean(predicted.argmax(axis=1) == y))
+    return replace(point, val_accuracy=accuracy, val_log_loss=log_loss(predicted, y))
 
 
 def _rank(point: L2Point) -> tuple[float, float, float]:

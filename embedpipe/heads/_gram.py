@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from embedpipe.heads._problem import ChunkedFeatures, Float32, Float64, Int64, blocks, feature_means
+from embedpipe.heads._problem import Features, Float64, Int64, blocks, feature_means
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Gram:
     products: Float64
 
     @classmethod
-    def from_rows(cls, X: Float32 | ChunkedFeatures, y: Int64, n_classes: int, origin: Float64 | None = None) -> Gram:
+    def from_rows(cls, X: Features, y: Int64, n_classes: int, origin: Float64 | None = None) -> Gram:
         """Sum over features (N, D) and class indices (N,); Grams to be subtracted need one origin, by default the mean."""
         width = X.shape[1]
         origin = feature_means(X) if origin is None else origin

@@ -5,7 +5,7 @@ diagonal of the preconditioner of `newton`, curvature * eigenvalue + l2. The ite
 
 Source: Liu and Nocedal, On the limited memory BFGS method, Math. Program. 45 (1989).
 
->>> weight, bias, _ = solve_path(BatchedObjective(problem), [1e-3])
+>>> weight, bias, _ = solve_path(problem, [1e-3])
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ import torch
 from scipy.optimize import minimize
 
 from embedpipe.heads._batched_objective import BatchedObjective, Iterates
-from embedpipe.heads._problem import Float64, PathWeights
+from embedpipe.heads._problem import Float64, PathWeights, Problem
 
 TOLERANCE = 1e-5  # of the gap
 MAX_ITERATIONS, HISTORY = 1000, 20
 CONTINUATION = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # of larger l2 that lead to a small one
 
 
-def solve_path(
-    objective: BatchedObjective, l2s: Sequence[float], start: tuple[Float64, Float64] | None = None
-) -> PathWeights:
+def solve_path(problem: Problem, l2s: Sequence[float]) -> PathWeights:
     """Minimise the objective for every l2, in falling order."""
-    W, b = objective.enter(*start) if start else objective.start
-    larger = [] if start else [l2 for l2 in CONTINUATION if l2 > l2s[0]]
+    objective = BatchedObjective(problem)
+    W, b = objective.start
+    larger = [l2 for l2 in CONTINUATION if l2 > l2s[0]]
     optima = []
     for l2 in [*larger, *l2s]:
         at = minimise(objective, objective.evaluate(torch.tensor([l2], dtype=torch.float64), W, b))

@@ -19,22 +19,20 @@ Source: Nocedal and Wright, Numerical Optimization, 7.1 (line search Newton-CG).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from embedpipe.heads._batched_objective import BatchedObjective, Iterates, Weights
-from embedpipe.heads._conjugate_gradients import MAX_PRODUCTS, inner, newton_direction
+from embedpipe.heads._conjugate_gradients import inner, newton_direction
 from embedpipe.heads._extrapolation import extrapolate
 from embedpipe.heads._problem import Float64, PathWeights
 
 TOLERANCE = 4e-7  # of the gap
-POLISHED_TOLERANCE = (
-    1e-13  # of the gap after `polish`: the weights are then within 1e-6 of the optimum, as float32 stores them
-)
-POLISHING_STEPS, POLISHING_PRODUCTS = 6, 60
+# of the gap after `polish`: the weights are then within 1e-6 of the optimum, as float32 stores them
+POLISHED_TOLERANCE, POLISHING_STEPS = 1e-13, 6
 MAX_STEPS, MAX_BACKTRACKS = 100, 40
 BATCH = 12  # problems at most
 STRIDES = (11, 5, 2, 1)  # passes over the path
@@ -46,80 +44,42 @@ DISTANT = 1.0  # a gap from which one step is not expected to reach the optimum
 CONTINUE_BELOW, CONTINUE_FROM, CONTINUE_FACTOR, LOOSE_TOLERANCE = 1e-4, 1e-2, 5.0, 0.1
 
 
-def solve_path(
-    objective: BatchedObjective,
-    l2s: Sequence[float],
-    start: tuple[Float64, Float64] | None = None,
-    *,
-    continue_below: float = CONTINUE_BELOW,
-    max_steps: int = MAX_STEPS,
-) -> PathWeights:
-    """Minimise the objective for every l2, in falling order.
-
-    Parameters
-    ----------
-    start : W (K, D) and b (K,)    ignored if its objective is above that of zero weights
-    """
+def solve_path(objective: BatchedObjective, l2s: Sequence[float]) -> PathWeights:
+    """Minimise the objective for every l2, in falling order."""
     W, b = objective.start
-    many = objective.n_logits >= MANY_CLASSES
-    if start and _value(objective, l2s[0], *objective.enter(*start)) < _value(objective, l2s[0], W, b):
-        W, b = objective.enter(*start)
-    elif many and l2s[0] <= continue_below:
+    if objective.n_logits >= MANY_CLASSES and l2s[0] <= CONTINUE_BELOW:
         larger = [CONTINUE_FROM]
         while larger[-1] / CONTINUE_FACTOR > l2s[0]:
             larger.append(larger[-1] / CONTINUE_FACTOR)
         W, b = extrapolate(l2s[0], _solve(objective, larger, W, b, tolerance=LOOSE_TOLERANCE))
-    optima = _solve(objective, l2s, W, b, max_steps=max_steps)
+    optima = _solve(objective, l2s, W, b)
     weight, bias = (torch.stack(parts) for parts in zip(*(optima[l2] for l2 in l2s), strict=True))
     return *objective.leave(weight, bias), {}
 
 
 def polish(objective: BatchedObjective, weight: Float64, bias: Float64, l2: float) -> PathWeights:
     """Return a solution nearer to the optimum than weights (K, D) and bias (K,), so that it does not depend on the path."""
-    at = minimise(
-        objective,
-        [l2],
-        *objective.enter(weight, bias),
-        tolerance=POLISHED_TOLERANCE,
-        max_steps=POLISHING_STEPS,
-        max_products=POLISHING_PRODUCTS,
-        bfloat16=False,
-    )
+    W, b = objective.enter(weight, bias)
+    at = minimise(objective, [l2], W, b, tolerance=POLISHED_TOLERANCE, max_steps=POLISHING_STEPS, bfloat16=False)
     return *objective.leave(at.W, at.b), {}
 
 
-def _value(objective: BatchedObjective, l2: float, W: Tensor, b: Tensor) -> float:
-    return float(objective.evaluate(torch.tensor([l2], dtype=torch.float64), W, b).objective)
-
-
 def _solve(
-    objective: BatchedObjective,
-    l2s: Sequence[float],
-    W: Tensor,
-    b: Tensor,
-    *,
-    tolerance: float = TOLERANCE,
-    max_steps: int = MAX_STEPS,
+    objective: BatchedObjective, l2s: Sequence[float], W: Tensor, b: Tensor, *, tolerance: float = TOLERANCE
 ) -> dict[float, Weights]:
     """Return the optimum W (K, D), b (K,) of each l2; the first batch starts from W (1, K, D), b (1, K)."""
-    optima: dict[float, Weights] = {}
-    for batch in _batches(len(l2s), objective):
-        values = [l2s[number] for number in batch]
-        starts = [extrapolate(l2, optima) if optima else (W, b) for l2 in values]
-        start_W, start_b = (torch.cat(parts) for parts in zip(*starts, strict=True))
-        at = minimise(objective, values, start_W, start_b, tolerance=tolerance, max_steps=max_steps)
-        optima.update(zip(values, zip(at.W, at.b, strict=True), strict=True))
-    return optima
-
-
-def _batches(n: int, objective: BatchedObjective) -> Iterator[list[int]]:
-    """Yield the positions on the path that are solved together, in the order of the passes."""
     few = objective.n_logits < MANY_CLASSES
-    size, done = min(BATCH, objective.max_batch) if few else 1, set[int]()
+    size = min(BATCH, objective.max_batch) if few else 1
+    optima: dict[float, Weights] = {}
     for stride in STRIDES if few else (1,):
-        todo = sorted({*range(0, n, stride), n - 1} - done)
-        done |= set(todo)
-        yield from (todo[first : first + size] for first in range(0, len(todo), size))
+        todo = [l2 for l2 in dict.fromkeys([*l2s[::stride], l2s[-1]]) if l2 not in optima]
+        for first in range(0, len(todo), size):
+            batch = todo[first : first + size]
+            starts = [extrapolate(l2, optima) if optima else (W, b) for l2 in batch]
+            start_W, start_b = (torch.cat(parts) for parts in zip(*starts, strict=True))
+            at = minimise(objective, batch, start_W, start_b, tolerance=tolerance)
+            optima.update(zip(batch, zip(at.W, at.b, strict=True), strict=True))
+    return optima
 
 
 def minimise(
@@ -130,7 +90,6 @@ def minimise(
     *,
     tolerance: float = TOLERANCE,
     max_steps: int = MAX_STEPS,
-    max_products: int = MAX_PRODUCTS,
     bfloat16: bool = True,
 ) -> Iterates:
     """Minimise the objective for L values of l2 from W (L, K, D), b (L, K).
@@ -147,7 +106,7 @@ def minimise(
         if not is_open.any():
             return best
         at, unfinished, gap = at[is_open], unfinished[is_open], at.gap[is_open]
-        direction = newton_direction(objective, at, tolerance=tolerance, max_products=max_products, bfloat16=bfloat16)
+        direction = newton_direction(objective, at, tolerance=tolerance, bfloat16=bfloat16)
         convert = _to_float32 if _rounding_is_negligible(objective, at, tolerance) else torch.clone
         at, moved = line_search(objective, at, direction, convert, tolerance)
         better = (gap > TOLERANCE) | (at.gap < gap)  # near the optimum a lower objective may have a larger gap

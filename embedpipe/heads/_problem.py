@@ -6,7 +6,7 @@ on standardised features x_i (D,), with sample weights s_i that sum to 1 and a f
 logit: K = C classes, or K = 1 for two classes, whose head has the rows -w/2 and +w/2, or K = C independent labels, whose
 cross-entropies are summed.
 
-A solver is a function ``solve_path(problem, l2s, start)`` for falling l2s. It returns weights (L, K, D), biases (L, K) and, by
+A solver is a function ``solve_path(problem, l2s)`` for falling l2s. It returns weights (L, K, D), biases (L, K) and, by
 name, values (L,) that the solver provides in addition: ``objective`` if it minimises another one, ``loo_accuracy``, ``loo_rmse``.
 
 >>> weights, biases, extra = solve_path(Problem(X, y, sample_weight, n_classes=10), [1e-3])
@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -56,12 +56,12 @@ class ChunkedFeatures:
     def __getitem__(self, rows: Any) -> Float32:
         return self.read(rows)
 
-    def map(self, transform: Callable[[Float32], Float32], rows: Int64 | None = None) -> ChunkedFeatures:
-        """Return the transformed features, of all rows or of those with the indices (n,)."""
-        n = len(self) if rows is None else len(rows)
-        return ChunkedFeatures(
-            (n, self.shape[1]), lambda part: transform(self.read(part if rows is None else rows[part]))
-        )
+    def map(self, transform: Callable[[Float32], Float32]) -> ChunkedFeatures:
+        """Return the transformed features."""
+        return ChunkedFeatures(self.shape, lambda rows: transform(self.read(rows)))
+
+
+Features = NDArray[Any] | ChunkedFeatures  # float32 (N, D)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +87,7 @@ class Problem:
     provenance : dict                    how the features were standardised
     """
 
-    X: Float32 | ChunkedFeatures
+    X: Features
     y: Int64 | Float64
     sample_weight: Float64
     n_classes: int
@@ -130,8 +130,9 @@ class Problem:
         return np.zeros((len(bias), self.X.shape[1])), bias
 
     def objective(self, weight: Float64, bias: Float64, l2: float) -> float:
-        """Return the objective of weights (K, D) and bias (K,)."""
-        return objective(weight, bias, self.X, self.y, l2=l2, sample_weight=self.sample_weight)
+        """Return the objective of weights (K, D) and bias (K,), in float64."""
+        losses = cross_entropy(affine(self.X, weight, bias), self.y.astype(np.int64, copy=False))
+        return float(np.average(losses, weights=self.sample_weight) + l2 / 2 * np.sum(weight * weight))
 
 
 def centre_features(problem: Problem) -> tuple[Problem, Float64]:
@@ -145,22 +146,17 @@ def centre_features(problem: Problem) -> tuple[Problem, Float64]:
     variance = weights @ np.square(x - mean) / weights.sum()
     if not mean @ mean > OFF_CENTRE * variance.sum():
         return problem, np.zeros_like(mean)
-
-    def centre(x: Float32) -> Float32:
-        return np.asarray(x - mean, dtype=np.float32)
-
-    return replace(problem, X=map_features(problem.X, centre, problem.memory_bytes // 2), moments=None), mean
+    X = map_features(problem.X, lambda x: (x - mean).astype(np.float32), problem.memory_bytes // 2)
+    return replace(problem, X=X, moments=None), mean
 
 
-def feature_means(X: Float32 | ChunkedFeatures) -> Float64:
+def feature_means(X: Features) -> Float64:
     """Return the mean of every feature, float64 (D,); 0 if there are no rows."""
     total = sum((X[rows].sum(axis=0, dtype=np.float64) for rows in blocks(X)), np.zeros(X.shape[1]))
     return np.asarray(total / max(1, len(X)))
 
 
-def map_features(
-    X: Float32 | ChunkedFeatures, transform: Callable[[Float32], Float32], max_bytes: float
-) -> Float32 | ChunkedFeatures:
+def map_features(X: Features, transform: Callable[[Float32], Float32], max_bytes: float) -> Features:
     """Return transformed features (N, D): a copy up to `max_bytes`, otherwise transformed again whenever they are read."""
     if isinstance(X, ChunkedFeatures):
         return X.map(transform)
@@ -183,33 +179,6 @@ def project_rows(problem: Problem) -> tuple[Problem, Float64 | None]:
     return replace(problem, X=np.ascontiguousarray(triangle.T), moments=None), basis
 
 
-def objective(
-    weight: ArrayLike,
-    bias: ArrayLike,
-    X: ArrayLike | ChunkedFeatures,
-    y: ArrayLike,
-    *,
-    l2: float,
-    sample_weight: ArrayLike | None = None,
-) -> float:
-    """Return weighted mean cross-entropy + l2/2 * ||W||^2 in float64; for several labels their cross-entropies are summed.
-
-    Parameters
-    ----------
-    weight : float (K, D)    on standardised features; K = 1: the logit of class 1 of two
-    bias : float (K,)
-    X : float (N, D)         standardised features
-    y : int (N,) or (N, K)   class index, or 0 and 1 for each of K labels
-    l2 : float
-    sample_weight : float (N,), optional    divided by its sum
-    """
-    W, b = np.asarray(weight, dtype=np.float64), np.asarray(bias, dtype=np.float64)
-    logits = affine(X if isinstance(X, ChunkedFeatures) else np.asarray(X), W, b)
-    losses = cross_entropy(logits, np.asarray(y, dtype=np.int64))
-    weights = None if sample_weight is None else np.asarray(sample_weight)
-    return float(np.average(losses, weights=weights) + l2 / 2 * np.sum(W * W))
-
-
 def cross_entropy(logits: Float64, y: Int64) -> Float64:
     """Return the cross-entropy of each row, float64 (N,), of logits (N, K): independent ones if y is (N, K) or K = 1."""
     if y.ndim == 2 or logits.shape[1] == 1:
@@ -223,9 +192,7 @@ def log_normaliser(logits: Float64) -> Float64:
     return np.asarray(top + np.log(np.exp(logits - top[:, None]).sum(axis=1)))
 
 
-def affine(
-    X: NDArray[np.floating] | ChunkedFeatures, weight: NDArray[np.floating], bias: NDArray[np.floating]
-) -> Float64:
+def affine(X: Features, weight: NDArray[np.floating], bias: NDArray[np.floating]) -> Float64:
     """Return X W' + b in float64 (N, K), block by block, so that X may be a memory map."""
     out = np.empty((len(X), len(weight)))
     W = weight.astype(np.float64).T
@@ -234,21 +201,21 @@ def affine(
     return out
 
 
-def blocks(
-    X: Any, *, rows: int | None = None, row_numbers: int = 0, max_numbers: int = MAX_BLOCK_NUMBERS
-) -> Iterator[slice]:
+def blocks(X: Any, *, rows: int | None = None, row_numbers: int = 0) -> Iterator[slice]:
     """Cut the rows of X (N, D) into slices of about BLOCK_NUMBERS features.
 
     Parameters
     ----------
     rows : int, optional    number of rows, if not all N
-    row_numbers : int       numbers that are computed from each row, of which a block has at most `max_numbers`
+    row_numbers : int       numbers that are computed from each row, of which a block has at most MAX_BLOCK_NUMBERS
     """
     n = len(X) if rows is None else rows
-    size = min(BLOCK_ROWS, max(256, BLOCK_NUMBERS // X.shape[1]), max(1, max_numbers // max(1, row_numbers)))
+    size = min(BLOCK_ROWS, max(256, BLOCK_NUMBERS // X.shape[1]), max(1, MAX_BLOCK_NUMBERS // max(1, row_numbers)))
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
-def select_rows(X: NDArray[Any] | ChunkedFeatures, rows: Int64) -> Any:
+def select_rows(X: Features, rows: Int64) -> Any:
     """Return the rows of features with the indices (n,); `ChunkedFeatures` features stay unread."""
-    return X.map(lambda x: x, rows) if isinstance(X, ChunkedFeatures) else X[rows]
+    if isinstance(X, ChunkedFeatures):
+        return ChunkedFeatures((len(rows), X.shape[1]), lambda part: X.read(rows[part]))
+    return X[rows]

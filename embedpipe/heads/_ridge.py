@@ -28,8 +28,8 @@ FACTOR_SAMPLES = 5000  # at most, on which the factor is fitted
 MAX_FACTOR = 1e3
 
 
-def solve_path(problem: Problem, l2s: Sequence[float], start: tuple[Float64, Float64] | None = None) -> PathWeights:
-    """Minimise the squared error for every l2; `start` is not used."""
+def solve_path(problem: Problem, l2s: Sequence[float]) -> PathWeights:
+    """Minimise the squared error for every l2."""
     reduced, basis = project_rows(problem)
     mean, covariance, cross = reduced.moments or _measure_moments(reduced)
     spectrum, Q = np.linalg.eigh(covariance)
@@ -76,7 +76,7 @@ def _leave_one_out(
     Returns
     -------
     leave-one-out scores of the rows with the rising indices `sample`, float32 (L, n, K); mean squared error of all rows, float64
-    (L,); and their leave-one-out accuracy, or RMSE of numbers, float64 (L,)
+    (L,); and their leave-one-out accuracy, or RMSE of numbers in their unit, float64 (L,)
     """
     many = shrinkage.shape[1]
     left_out = np.empty((many, len(sample), rotated.shape[1]), dtype=np.float32)
@@ -93,7 +93,7 @@ def _leave_one_out(
             without = targets - residual / np.maximum(1 - leverage[:, number], 1e-9)[:, None]
             scores[number] += weight @ _score_rows(problem, rows, without)
             left_out[number, in_block] = without[sample[in_block] - rows.start]
-    return left_out, errors, np.sqrt(scores) if problem.numeric else scores
+    return left_out, errors, problem.y_std * np.sqrt(scores) if problem.numeric else scores
 
 
 def _fit_factor(problem: Problem, rows: Int64, scores: Float32) -> float:

@@ -10,16 +10,16 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from embedpipe.heads._problem import Float64, PathWeights, Problem
+from embedpipe.heads._problem import PathWeights, Problem
 
 GRADIENT_TOLERANCE, MAX_ITERATIONS = 1e-8, 20_000
 
 
-def solve_path(problem: Problem, l2s: Sequence[float], start: tuple[Float64, Float64] | None = None) -> PathWeights:
+def solve_path(problem: Problem, l2s: Sequence[float]) -> PathWeights:
     """Minimise the objective for every l2, in falling order, each from the optimum before."""
     mean = problem.sample_weight @ problem.X[:]
     X = problem.X[:] - mean  # float64; centring speeds convergence up and changes nothing else, as the bias is free
-    weight, bias = start or problem.start
+    weight, bias = problem.start
     weights, biases = [], []
     for l2 in l2s:
         model = LogisticRegression(C=1 / l2, tol=GRADIENT_TOLERANCE, max_iter=MAX_ITERATIONS, warm_start=True)

@@ -20,6 +20,7 @@ from embedpipe.heads._gram import Gram
 from embedpipe.heads._problem import (
     MEMORY_BYTES,
     ChunkedFeatures,
+    Features,
     Float32,
     Float64,
     Int64,
@@ -40,7 +41,7 @@ ABSENT_MARGIN = 20.0  # of a logit below the winner; e^-20 = 2e-9
 
 
 def make_problem(
-    X: ArrayLike | ChunkedFeatures,
+    X: Features,
     y: ArrayLike,
     *,
     classes: Sequence[str],
@@ -48,7 +49,7 @@ def make_problem(
     standardize: bool = True,
     sample_weight: ArrayLike | None = None,
     widths: Sequence[int] = (),
-    memory_bytes: int = MEMORY_BYTES,
+    memory_bytes: float = MEMORY_BYTES,
     gram: Gram | None = None,
 ) -> Problem:
     """Check and standardise training data; `fit_linear` describes the parameters.
@@ -75,7 +76,7 @@ def make_problem(
         features if used.all() else select_rows(features, np.flatnonzero(used)),
         sample_weight=weights[used] / weights[used].sum(),
         n_classes=len(targets["present"]),
-        memory_bytes=memory_bytes,
+        memory_bytes=int(min(memory_bytes, MEMORY_BYTES)),
         moments=gram.moments(mean, inverse, targets["present"]) if gram and sample_weight is None else None,
         mean=mean.astype(np.float64),
         std=1 / inverse.astype(np.float64),
@@ -108,27 +109,7 @@ def fold(problem: Problem, weight: Float64, bias: Float64, provenance: dict[str,
     return LinearHead(raw, raw_bias.astype(dtype), problem.classes, provenance, problem.task)
 
 
-def unfold(problem: Problem, head: LinearHead) -> tuple[Float64, Float64]:
-    """Return the weights (K, D) and bias (K,) of a head on standardised features, the inverse of `fold`.
-
-    Raises
-    ------
-    UsageError    a head of other classes or another width
-    """
-    width = len(problem.mean)
-    if (head.task, head.classes) != (problem.task, problem.classes) or head.feature_dim != width:
-        raise UsageError(
-            f"warm_start has {len(head.classes)} classes and {head.feature_dim} features, "
-            f"expected the same {len(problem.classes)} classes and {width} features"
-        )
-    raw = head.weight[problem.present].astype(np.float64)
-    weight, bias = raw * problem.std, head.bias[problem.present] + raw @ problem.mean
-    if problem.n_logits < len(problem.present):
-        return weight[1:] - weight[:1], bias[1:] - bias[:1]
-    return weight, bias
-
-
-def _measure_scale(X: Float32 | ChunkedFeatures, widths: Sequence[int], standardize: bool) -> tuple[Any, Any]:
+def _measure_scale(X: Features, widths: Sequence[int], standardize: bool) -> tuple[Any, Any]:
     """Return what to subtract from the features and what to multiply them by, (D,).
 
     float32 is as fast as memory; float64 if float32 would overflow.
@@ -204,7 +185,7 @@ _MAKE_TARGETS: dict[str, Callable[[Any, Float64], dict[str, Any]]] = {
 }
 
 
-def _mean_and_std(X: Float32 | ChunkedFeatures) -> tuple[Float64, Float64]:
+def _mean_and_std(X: Features) -> tuple[Float64, Float64]:
     """Return mean and std of every feature, float64 (D,)."""
     mean = feature_means(X)
     squares = sum(np.square(X[rows] - mean).sum(axis=0) for rows in blocks(X))
@@ -227,9 +208,7 @@ def class_weights(y: ArrayLike, n_classes: int) -> Float64:
     return np.asarray(np.divide(total, counts, out=np.zeros(n_classes), where=counts > 0))
 
 
-def check_labelled(
-    X: ArrayLike | ChunkedFeatures, y: ArrayLike, n_classes: int, task: str = "single"
-) -> tuple[Any, Any]:
+def check_labelled(X: Features, y: ArrayLike, n_classes: int, task: str = "single") -> tuple[Any, Any]:
     """Return checked features float32 (N, D), or `ChunkedFeatures`, and targets of the dtype of the task.
 
     Returns

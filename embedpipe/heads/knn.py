@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from embedpipe.errors import UsageError
+from embedpipe.evaluation import unit_rows
 from embedpipe.heads._files import entry, read_head, save_head
-from embedpipe.heads._problem import MAX_BLOCK_NUMBERS, Float32, Float64, Int64, blocks
+from embedpipe.heads._problem import Float32, Float64, Int64, blocks
 from embedpipe.heads._standardisation import check_labelled
 from embedpipe.heads.linear import check_width
 
@@ -50,15 +51,12 @@ class KnnHead:
     def feature_dim(self) -> int:
         return int(self.features.shape[1])
 
-    def predict_proba(self, X: ArrayLike, *, max_numbers: int = MAX_BLOCK_NUMBERS) -> Float64:
-        """Return the shares of the votes, float64 (N, C), whose rows sum to 1.
-
-        max_numbers : int    cosines that are in memory at a time
-        """
+    def predict_proba(self, X: ArrayLike) -> Float64:
+        """Return the shares of the votes, float64 (N, C), whose rows sum to 1."""
         queries = check_width(X, self.feature_dim)
         shares = np.zeros((len(queries), len(self.classes)))
-        for rows in blocks(queries, row_numbers=len(self.features), max_numbers=max_numbers):
-            cosine = unit_rows(queries[rows]) @ self.features.T
+        for rows in blocks(queries, row_numbers=len(self.features)):
+            cosine = unit_rows(queries[rows].astype(np.float64)) @ self.features.T
             near = np.argpartition(-cosine, self.k - 1, axis=1)[:, : self.k]
             score = np.take_along_axis(cosine, near, axis=1).astype(np.float64) / self.temperature
             vote = np.exp(score - score.max(axis=1, keepdims=True))
@@ -90,7 +88,7 @@ class KnnHead:
         return cls(arrays["features"], arrays["labels"], classes, k, temperature, provenance)
 
 
-def fit_knn(X: ArrayLike, y: ArrayLike, *, classes: tuple[str, ...], k: int = 20, temperature: float = 0.07) -> KnnHead:
+def fit_knn(X: Float32, y: ArrayLike, *, classes: tuple[str, ...], k: int = 20, temperature: float = 0.07) -> KnnHead:
     """Return a head that holds the training features (N, D) and labels (N,); k is at most N.
 
     Raises
@@ -103,10 +101,4 @@ def fit_knn(X: ArrayLike, y: ArrayLike, *, classes: tuple[str, ...], k: int = 20
         raise UsageError(f"k = {k}, temperature = {temperature} on {len(labels)} samples, expected all positive")
     provenance = {"solver": "knn", "n_train": len(labels)}
     k = min(k, len(labels))
-    return KnnHead(unit_rows(features), labels, tuple(classes), k, temperature, provenance)
-
-
-def unit_rows(X: Float32) -> Float32:
-    """Scale rows to unit length; a zero row stays zero."""
-    norm = np.linalg.norm(X.astype(np.float64), axis=1, keepdims=True)
-    return np.asarray(X / np.where(norm > 0, norm, 1), dtype=np.float32)
+    return KnnHead(unit_rows(features.astype(np.float64)), labels, tuple(classes), k, temperature, provenance)

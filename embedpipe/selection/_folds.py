@@ -10,21 +10,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from embedpipe.data import Sample, connected_components
 from embedpipe.errors import UsageError
-from embedpipe.heads import ChunkedFeatures, Gram, select_rows
+from embedpipe.heads import Features, Float64, Gram, Int64, select_rows
 
 if TYPE_CHECKING:
     from embedpipe.features import FeatureSet
     from embedpipe.selection._head_configuration import HeadConfig
-
-Float64 = NDArray[np.float64]
-Int64 = NDArray[np.int64]
 
 INNER_FOLDS = 5  # one of these folds of a training part selects l2
 
@@ -61,18 +57,12 @@ def predict_out_of_fold(
     index = {name: number for number, name in enumerate(config.classes)}
     y = np.array([index[s.label or ""] for s in samples], dtype=np.int64)
     groups = connected_components(samples)
-    fold, probabilities, l2 = cross_fit(config.rows(features, samples), y, groups, config, folds=folds, seed=seed)
-    return OutOfFold(samples, y, fold, probabilities, l2)
+    X = config.rows(features, samples)
+    return OutOfFold(samples, y, *cross_fit(X, y, groups, config, folds=folds, seed=seed))
 
 
 def cross_fit(
-    X: NDArray[Any] | ChunkedFeatures,
-    y: Int64,
-    groups: Sequence[Hashable],
-    config: HeadConfig,
-    *,
-    folds: int,
-    seed: int,
+    X: Features, y: Int64, groups: Sequence[Hashable], config: HeadConfig, *, folds: int, seed: int
 ) -> tuple[Int64, Float64, list[float | None]]:
     """Predict each fold with a head fitted on the other folds.
 
@@ -94,7 +84,8 @@ def cross_fit(
 
     Source: Varma and Simon, BMC Bioinformatics 7:91 (2006).
     """
-    group = _number(groups)
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
+    group = np.array([numbers[name] for name in groups], dtype=np.int64)
     fold = assign_folds(y, group, folds=folds, seed=seed)
     probabilities = np.empty((len(y), len(config.classes)))
     selected: list[float | None] = []
@@ -109,14 +100,8 @@ def cross_fit(
     return fold, probabilities, selected
 
 
-def _number(groups: Sequence[Hashable]) -> Int64:
-    """Return the number of each row's group, int64 (N,), in order of appearance."""
-    numbers: dict[Hashable, int] = {}
-    return np.array([numbers.setdefault(name, len(numbers)) for name in groups], dtype=np.int64)
-
-
 def _select_l2(
-    X: NDArray[Any] | ChunkedFeatures, y: Int64, group: Int64, config: HeadConfig, *, seed: int, gram: Gram | None
+    X: Features, y: Int64, group: Int64, config: HeadConfig, *, seed: int, gram: Gram | None
 ) -> float | None:
     """Return the l2 that scores best on an inner fold of a training part."""
     if not config.selects_l2:
@@ -128,7 +113,7 @@ def _select_l2(
     return config.select(select_rows(X, rest), y[rest], X_held_out, y[held_out], gram=gram).l2
 
 
-def _subtract(gram: Gram | None, X: NDArray[Any] | ChunkedFeatures, y: Int64, config: HeadConfig) -> Gram | None:
+def _subtract(gram: Gram | None, X: Features, y: Int64, config: HeadConfig) -> Gram | None:
     """Return a Gram matrix without the rows X, y, or None where there is none."""
     part = gram and config.gram(X, y, origin=gram.origin)
     return gram - part if gram and part else None
@@ -148,7 +133,9 @@ def assign_folds(y: Int64, group: Int64, *, folds: int, seed: int) -> Int64:
     ------
     UsageError    fewer than 2 folds, or fewer groups than folds
     """
-    members = _members(group)
+    by_group = np.argsort(group, kind="stable")
+    _, starts = np.unique(group[by_group], return_index=True)
+    members = np.split(by_group, starts[1:]) if len(by_group) else []  # the rows of each group
     if not 2 <= folds <= len(members):
         raise UsageError(
             f"{folds} folds of {len(members)} separate images (copies and groups stay together), "
@@ -161,19 +148,9 @@ def assign_folds(y: Int64, group: Int64, *, folds: int, seed: int) -> Int64:
     fold = np.empty(len(y), np.int64)
     for rows in sorted((members[index] for index in order), key=len, reverse=True):
         labels = Counter(y[rows].tolist())
-
-        def load(number: int, labels: Counter[int] = labels) -> tuple[int, int]:
-            return sum(count * counts[number][label] for label, count in labels.items()), totals[number]
-
-        best = min(range(folds), key=load)
+        overlap = [sum(n * count[label] for label, n in labels.items()) for count in counts]
+        best = min(range(folds), key=lambda number: (overlap[number], totals[number]))
         counts[best].update(labels)
         totals[best] += len(rows)
         fold[rows] = best
     return fold
-
-
-def _members(group: Int64) -> list[Int64]:
-    """Return the rows of each group."""
-    order = np.argsort(group, kind="stable")
-    _, starts = np.unique(group[order], return_index=True)
-    return np.split(order, starts[1:]) if len(order) else []

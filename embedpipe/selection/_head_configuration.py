@@ -16,18 +16,7 @@ from numpy.typing import NDArray
 
 from embedpipe.data import label_names
 from embedpipe.errors import EmbedpipeWarning, UsageError
-from embedpipe.heads import (
-    MEMORY_BYTES,
-    ChunkedFeatures,
-    Gram,
-    KnnHead,
-    L2Path,
-    LinearHead,
-    class_weights,
-    fit_knn,
-    fit_linear,
-    fit_path,
-)
+from embedpipe.heads import Features, Gram, KnnHead, L2Path, LinearHead, class_weights, fit_knn, fit_linear, fit_path
 
 if TYPE_CHECKING:
     from embedpipe.data import Sample
@@ -66,6 +55,19 @@ class HeadConfig:
         if self.class_weight not in CLASS_WEIGHTS:
             raise UsageError(f"class_weight is {self.class_weight!r}, expected {' or '.join(CLASS_WEIGHTS)}")
 
+    def check_knn_options(self) -> None:
+        """Raise UsageError for options that a kNN head does not use."""
+        unused = {
+            "--l2": self.l2 != "auto",
+            "--class-weight": self.class_weight != "none",
+            "--no-standardize": not self.standardize,
+        }
+        if self.solver == "knn" and any(unused.values()):
+            option = next(name for name, is_set in unused.items() if is_set)
+            raise UsageError(
+                f"--solver knn does not use {option}", hint=f"leave out {option}, or choose another solver"
+            )
+
     @property
     def selects_l2(self) -> bool:
         """Whether l2 is selected from the grid."""
@@ -76,32 +78,20 @@ class HeadConfig:
         """Whether selecting l2 needs validation samples; ridge and regression can use leave-one-out scores instead."""
         return self.selects_l2 and self.solver != "ridge" and self.task != "regression"
 
-    @property
-    def _max_bytes(self) -> float:
-        return math.inf if self.solver == "knn" else self.max_bytes
-
-    def arrays(self, features: FeatureSet, *splits: str) -> tuple[Array | ChunkedFeatures, Array]:
+    def arrays(self, features: FeatureSet, *splits: str) -> tuple[Features, Array]:
         """Return X (N, D) and y (N,) or (N, C) of the labelled images of some splits."""
-        return features.labelled(*splits, max_bytes=self._max_bytes)
+        return features.labelled(*splits, max_bytes=self.max_bytes)
 
     def rows(self, features: FeatureSet, samples: tuple[Sample, ...]) -> Any:
         """Return the features (N, D) of samples."""
-        return features.rows(samples, max_bytes=self._max_bytes)
+        return features.rows(samples, max_bytes=self.max_bytes)
 
-    def gram(self, X: Array | ChunkedFeatures, y: Array, *, origin: Array | None = None) -> Gram | None:
+    def gram(self, X: Features, y: Array, *, origin: Array | None = None) -> Gram | None:
         """Return the Gram matrix that several ridge fits share, or None where no fit uses one."""
         used = self.solver == "ridge" and self.task == "single" and self.class_weight == "none"
         return Gram.from_rows(X, y, len(self.classes), origin) if used and len(self.widths) < 2 else None
 
-    def select(
-        self,
-        X: Array | ChunkedFeatures,
-        y: Array,
-        X_val: Array | ChunkedFeatures,
-        y_val: Array,
-        *,
-        gram: Gram | None = None,
-    ) -> L2Path:
+    def select(self, X: Features, y: Array, X_val: Features, y_val: Array, *, gram: Gram | None = None) -> L2Path:
         """Fit a head for each l2 on X, y and select the one that scores best on X_val, y_val.
 
         Parameters
@@ -119,23 +109,18 @@ class HeadConfig:
         UsageError    fewer than two classes, or no validation samples to select l2 on
         """
         if self.solver == "knn":
-            return L2Path(self._fit_knn(X, y), None, ())
+            return L2Path(self.fit(X, y, l2=None), None, ())
         return fit_path(X, y, X_val, y_val, l2=self.l2, gram=gram, **self._options(X, y))
 
-    def fit(
-        self, X: Array | ChunkedFeatures, y: Array, *, l2: float | None, gram: Gram | None = None
-    ) -> LinearHead | KnnHead:
-        """Fit a head on X, y with a fixed l2."""
+    def fit(self, X: Features, y: Array, *, l2: float | None, gram: Gram | None = None) -> LinearHead | KnnHead:
+        """Fit a head on X, y with a fixed l2; None for kNN."""
         if self.solver == "knn" or l2 is None:
-            return self._fit_knn(X, y)
+            if self.task != "single":
+                raise UsageError(f"the solver knn does not support {self.task} targets", hint="leave out --solver knn")
+            return fit_knn(X[:], y, classes=self.classes)
         return fit_linear(X, y, l2=l2, gram=gram, **self._options(X, y))
 
-    def _fit_knn(self, X: Array | ChunkedFeatures, y: Array) -> KnnHead:
-        if self.task != "single":
-            raise UsageError(f"the solver knn does not support {self.task} targets", hint="leave out --solver knn")
-        return fit_knn(X[:], y, classes=self.classes)
-
-    def _options(self, X: Array | ChunkedFeatures, y: Array) -> dict[str, Any]:
+    def _options(self, X: Features, y: Array) -> dict[str, Any]:
         return {
             "classes": self.classes,
             "task": self.task,
@@ -143,7 +128,7 @@ class HeadConfig:
             "standardize": self.standardize,
             "widths": self.widths or (X.shape[1],),
             "sample_weight": class_weights(y, len(self.classes))[y] if self.class_weight == "balanced" else None,
-            "memory_bytes": int(min(MEMORY_BYTES, max(1.0, self.max_bytes / 4))),
+            "memory_bytes": max(1.0, self.max_bytes / 4),
         }
 
 
@@ -170,18 +155,6 @@ def check_task(features: FeatureSet, *options: str) -> None:
             f"{features.manifest.name} has {features.manifest.task} targets, but {options[0]} needs one class per image",
             hint=f"leave out {options[0]}",
         )
-
-
-def check_knn_options(config: HeadConfig) -> None:
-    """Raise UsageError for options that a kNN head does not use."""
-    unused = {
-        "--l2": config.l2 != "auto",
-        "--class-weight": config.class_weight != "none",
-        "--no-standardize": not config.standardize,
-    }
-    if config.solver == "knn" and any(unused.values()):
-        option = next(name for name, is_set in unused.items() if is_set)
-        raise UsageError(f"--solver knn does not use {option}", hint=f"leave out {option}, or choose another solver")
 
 
 def check_classes(features: FeatureSet) -> None:

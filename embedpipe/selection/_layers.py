@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -32,28 +31,18 @@ Fit = Callable[[FeatureSet], L2Path]
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A head fitted on some spaces, with its predictions on val.
+    """A head fitted on some spaces, and how it predicts val.
 
     features : FeatureSet    of these spaces
-    path : Path
-    probabilities : float64 (n, C)
-    y : int64 (n,)
+    path : L2Path
+    correct : bool (n,)      whether each prediction is correct
+    losses : float64 (n,)    negative log probability of the true class
     """
 
     features: FeatureSet
     path: L2Path
-    probabilities: NDArray[np.float64]
-    y: NDArray[np.int64]
-
-    @cached_property
-    def correct(self) -> NDArray[np.bool_]:
-        """Whether each prediction is correct, bool (n,)."""
-        return np.asarray(self.probabilities.argmax(axis=1) == self.y)
-
-    @cached_property
-    def losses(self) -> NDArray[np.float64]:
-        """Negative log probability of the true class, float64 (n,)."""
-        return losses(self.probabilities, self.y)
+    correct: NDArray[np.bool_]
+    losses: NDArray[np.float64]
 
     @property
     def score(self) -> tuple[float, float]:
@@ -85,7 +74,8 @@ def _evaluate(features: FeatureSet, fit: Fit) -> Candidate:
     """Fit a head on all columns of `features` and predict val."""
     path = fit(features)
     X, y = features.arrays("val")
-    return Candidate(features, path, path.head.predict_proba(X), y)
+    probabilities = path.head.predict_proba(X)
+    return Candidate(features, path, probabilities.argmax(axis=1) == y, losses(probabilities, y))
 
 
 def _evaluate_each(features: FeatureSet, fit: Fit) -> list[Candidate]:
@@ -172,9 +162,8 @@ def _describe_blocks(
     candidates: Sequence[Candidate], winner: Candidate, *, last: Candidate, blocks: Candidate
 ) -> dict[str, Any]:
     chosen = [space.folder for space in winner.features.spaces]
-    scales = (
-        dict(zip(chosen, block_scale_factors(winner.features.widths).tolist(), strict=True)) if len(chosen) > 1 else {}
-    )
+    factors = block_scale_factors(winner.features.widths).tolist() if len(chosen) > 1 else [None]
+    scales = dict(zip(chosen, factors, strict=True))
     rows = [
         {**candidate.describe(), "scale": scales.get(folder), "chosen": folder in chosen}
         for candidate, folder in ((one, one.features.space.folder) for one in candidates)

@@ -44,19 +44,6 @@ class Leak:
     similarity: float | None = None
 
 
-@dataclass(frozen=True)
-class NearCopies:
-    """Result of a search for near copies.
-
-    ratio : float or None    threshold that was used (`evaluation.copy_ratio`)
-    skipped : str or None    why there was no search
-    """
-
-    leaks: tuple[Leak, ...] = ()
-    ratio: float | None = None
-    skipped: str | None = None
-
-
 def find_leaks(features: FeatureSet, scored: Mapping[str, Scored], *, max_bytes: float = math.inf) -> dict[str, Any]:
     """Report images of val and test that are in an earlier split, and the scores without them; warn if there are any.
 
@@ -79,9 +66,9 @@ def find_leaks(features: FeatureSet, scored: Mapping[str, Scored], *, max_bytes:
         pairs : [{path, split, kind, twin, similarity}], the first 20
     """
     exact = find_exact(features.samples())
-    near = find_near(features, max_bytes=max_bytes)
+    near, ratio, skipped = find_near(features, max_bytes=max_bytes)
     groups = find_groups(features.samples())
-    found = (*exact, *near.leaks, *group_leaks(features.samples()))
+    found = (*exact, *near, *group_leaks(features.samples()))
     leaked = {leak.sample for leak in found}
     others = [split for split in features.splits if split in SPLIT_ORDER[1:]]
     later = {split: predictions for split, predictions in scored.items() if split in SPLIT_ORDER[1:]}
@@ -90,9 +77,9 @@ def find_leaks(features: FeatureSet, scored: Mapping[str, Scored], *, max_bytes:
     report = {
         "duplicates_of_train": _count(exact, "train", others),
         "duplicates_of_val": _count(exact, "val", [split for split in others if split == "test"]),
-        "near_duplicates_of_train": None if near.skipped else _count(near.leaks, "train", others),
-        "near_ratio": near.ratio,
-        "near_skipped": near.skipped,
+        "near_duplicates_of_train": None if skipped else _count(near, "train", others),
+        "near_ratio": ratio,
+        "near_skipped": skipped,
         "groups_across_splits": len(groups),
         "groups": [{"group": name, "splits": dict(counts)} for name, counts in list(groups.items())[:REPORTED]],
         "leaked": {split: sum(sample.split == split for sample in leaked) for split in others},
@@ -121,10 +108,14 @@ def _first_by(samples: Sequence[Sample], field: str) -> dict[Any, Sample]:
     return {getattr(sample, field): sample for sample in reversed(samples)}
 
 
-def find_near(features: FeatureSet, *, max_bytes: float = math.inf) -> NearCopies:
+def find_near(features: FeatureSet, *, max_bytes: float = math.inf) -> tuple[list[Leak], float | None, str | None]:
     """Return the images of val and test whose features nearly equal those of a training image with other file content.
 
-    The similarity is the cosine of the features, centred by the mean of train. The threshold is `evaluation.copy_ratio`.
+    The similarity is the cosine of the features, centred by the mean of train.
+
+    Returns
+    -------
+    leaks; the threshold that was used (`evaluation.copy_ratio`), or None; and why there was no search, or None
     """
     train = features.samples("train")
     known = {sample.key for sample in train}
@@ -133,7 +124,7 @@ def find_near(features: FeatureSet, *, max_bytes: float = math.inf) -> NearCopie
     if not features.fits(max_bytes):
         skipped = "the features exceed --max-memory"
     if skipped or not others:
-        return NearCopies(skipped=skipped)
+        return [], None, skipped
     X = features.read(train)
     mean = X.mean(axis=0, dtype=np.float64).astype(np.float32)
     base = unit_rows(X - mean)
@@ -143,8 +134,8 @@ def find_near(features: FeatureSet, *, max_bytes: float = math.inf) -> NearCopie
     rows = np.flatnonzero(found.copies(ratio))
     rows = rows[np.argsort(found.first[rows], kind="stable")]
     similarity = found.similarity
-    leaks = tuple(Leak(others[i], train[found.nearest[i]], "near", float(similarity[i])) for i in rows)
-    return NearCopies(leaks, ratio)
+    leaks = [Leak(others[i], train[found.nearest[i]], "near", float(similarity[i])) for i in rows]
+    return leaks, ratio, None
 
 
 def _reason_to_skip(n_train: int, n_others: int, dim: int) -> str | None:
@@ -179,10 +170,9 @@ def _count(leaks: Sequence[Leak], twin_split: str, splits: Sequence[str]) -> dic
 def _score_without(scored: Scored, classes: Sequence[str], leaked: set[Sample]) -> dict[str, Any]:
     """Return the main metric of the samples that are not leaked, with its interval."""
     kept = [row for row, sample in enumerate(scored.samples) if sample not in leaked]
-    name, samples = MAIN_METRIC[scored.task], tuple(scored.samples[row] for row in kept)
-    metrics = (
-        replace(scored, samples=samples, probabilities=scored.probabilities[kept]).metrics(classes) if kept else {}
-    )
+    samples = tuple(scored.samples[row] for row in kept)
+    rest = replace(scored, samples=samples, probabilities=scored.probabilities[kept])
+    metrics, name = rest.metrics(classes) if kept else {}, MAIN_METRIC[scored.task]
     return {name: metrics.get(name), f"{name}_ci95": metrics.get(f"{name}_ci95"), "n": len(kept)}
 
 

@@ -10,17 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from embedpipe.errors import EmbedpipeWarning, UsageError
-from embedpipe.heads import ChunkedFeatures, select_rows
+from embedpipe.heads import Features, Int64, select_rows
 
 if TYPE_CHECKING:
     from embedpipe.selection._head_configuration import HeadConfig
 
-Int64 = NDArray[np.int64]
 Shots = int | float  # images per class, or a share of them
-Labelled = tuple[NDArray[Any] | ChunkedFeatures, Int64]  # X float32 (N, D), y int64 (N,)
+Labelled = tuple[Features, Int64]  # X float32 (N, D), y int64 (N,)
 
 
 def parse_shots(shots: str | int | Sequence[str | int]) -> dict[str | int, Shots]:
@@ -129,7 +127,7 @@ def mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
     return {"accuracy": mean, "accuracy_ci95": [max(0.0, mean - half), min(1.0, mean + half)]}
 
 
-def _accuracy(head: Any, X: NDArray[Any] | ChunkedFeatures, y: Int64) -> float:
+def _accuracy(head: Any, X: Features, y: Int64) -> float:
     return float(np.mean(head.predict_proba(X).argmax(axis=1) == y))
 
 

@@ -7,14 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from embedpipe.evaluation import (
-    balanced_accuracy_interval,
-    macro_f1_interval,
-    mean_interval,
-    paired_interval,
-    wilson_interval,
-)
+from embedpipe.evaluation import mean_interval, paired_interval, wilson_interval
 from embedpipe.evaluation._multilabel import mean_average_precision
+from embedpipe.evaluation._scores import balanced_accuracy_interval, macro_f1_interval
 
 REPEATS = 5000
 Interval = Sequence[float] | None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from embedpipe.evaluation import FALSE_ALARMS, K, copy_ratio, find_neighbours, kth_distance, unit_rows
+from embedpipe.evaluation import copy_ratio, find_neighbours, unit_rows
+from embedpipe.evaluation._neighbours import FALSE_ALARMS, K, kth_distance
 
 
 def rows(n: int, dim: int, seed: int = 0, latent: int | None = None) -> np.ndarray:

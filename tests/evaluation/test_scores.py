@@ -12,17 +12,15 @@ from sklearn import metrics as reference
 
 from embedpipe.errors import UsageError
 from embedpipe.evaluation import (
-    balanced_accuracy,
-    balanced_accuracy_interval,
     confusion_matrix,
     expected_calibration_error,
-    macro_f1_interval,
     mean_interval,
     per_class,
     score,
     score_fully,
     wilson_interval,
 )
+from embedpipe.evaluation._scores import balanced_accuracy, balanced_accuracy_interval, macro_f1_interval
 
 
 def guesses(n: int, n_classes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -146,10 +144,10 @@ def test_ece_by_hand() -> None:
     confidence = np.array([0.6, 0.6, 0.9, 0.9, 0.9, 0.9])
     correct = np.array([True, False, True, True, True, True])
     # bin of 0.6: |0.6 - 0.5|, a third of the samples; bin of 0.9: |0.9 - 1|, two thirds
-    assert expected_calibration_error(confidence, correct, bins=10) == pytest.approx(0.1)
+    assert expected_calibration_error(confidence, correct) == pytest.approx(0.1)
     assert expected_calibration_error(np.ones(4), np.ones(4, dtype=bool)) == 0
-    edge = expected_calibration_error(np.array([0.42, 0.5]), np.array([True, False]), bins=10)
-    assert edge == pytest.approx(0.04)  # one bin, (0.4, 0.5]: |0.92 - 1| / 2
+    edge = expected_calibration_error(np.array([0.42, 7 / 15]), np.array([True, False]))
+    assert edge == pytest.approx((1 - 0.42 - 7 / 15) / 2)  # one bin, (6/15, 7/15]
 
 
 def test_calibrated_probabilities_have_a_small_ece_and_sharpened_ones_a_large() -> None:

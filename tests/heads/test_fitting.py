@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits
 
 from embedpipe.errors import NonFiniteFeatures, UsageError
 from embedpipe.evaluation import score
-from embedpipe.heads import LinearHead, class_weights, fit_linear, fit_path, objective
+from embedpipe.heads import class_weights, fit_linear, fit_path
+from embedpipe.heads._problem import Problem
 
 TEN = tuple("0123456789")
 X_DIGITS, Y_DIGITS = load_digits(return_X_y=True)
@@ -56,26 +57,30 @@ def test_one_l2_needs_no_validation_and_a_grid_does() -> None:
 
 def test_objective_counts_the_penalty_on_weights_and_not_on_the_bias() -> None:
     X, y = small()
+    problem = Problem(X, y, np.full(30, 1 / 30), 3)
     weight, bias = np.ones((3, 5)), np.array([5.0, 0.0, 0.0])
-    plain = objective(weight, bias, X, y, l2=0.0)
-    assert objective(weight, bias, X, y, l2=2.0) == pytest.approx(plain + 15)
-    assert objective(0 * weight, 0 * bias, X, y, l2=1.0) == pytest.approx(np.log(3))
+    plain = problem.objective(weight, bias, 0.0)
+    assert problem.objective(weight, bias, 2.0) == pytest.approx(plain + 15)
+    assert problem.objective(0 * weight, 0 * bias, 1.0) == pytest.approx(np.log(3))
 
 
 def test_objective_of_one_logit_is_that_of_its_two_rows() -> None:
     X, y = small(2)
     w, b = np.random.default_rng(3).normal(size=(1, 5)), np.array([0.3])
-    one = objective(w, b, X, y, l2=0.1)
-    two = objective(np.vstack([-w / 2, w / 2]), np.array([-0.15, 0.15]), X, y, l2=0.2)
+    problem = Problem(X, y, np.full(30, 1 / 30), 2)
+    one = problem.objective(w, b, 0.1)
+    two = problem.objective(np.vstack([-w / 2, w / 2]), np.array([-0.15, 0.15]), 0.2)
     assert one == pytest.approx(two)
 
 
 def test_objective_divides_sample_weights_by_their_sum() -> None:
     X, y = small()
-    weight, bias, weights = np.eye(3, 5), np.zeros(3), np.arange(30.0)
-    once = objective(weight, bias, X, y, l2=0.1, sample_weight=weights)
-    assert objective(weight, bias, X, y, l2=0.1, sample_weight=9 * weights) == pytest.approx(once)
-    assert once != pytest.approx(objective(weight, bias, X, y, l2=0.1))
+    once, again, even = (
+        Problem(X, y, weights, 3).objective(np.eye(3, 5), np.zeros(3), 0.1)
+        for weights in (np.arange(30.0), 9 * np.arange(30.0), np.ones(30))
+    )
+    assert again == pytest.approx(once)
+    assert once != pytest.approx(even)
 
 
 def test_standardiser_is_folded_in() -> None:
@@ -146,7 +151,6 @@ def test_a_bad_feature_names_its_row(value: float) -> None:
         ({"solver": "lbfsg"}, "did you mean 'lbfgs'"),
         ({"sample_weight": -np.ones(30)}, "not negative"),
         ({"sample_weight": np.zeros(30)}, "training samples: 0"),
-        ({"warm_start": LinearHead(np.ones((3, 4)), np.zeros(3), TEN[:3])}, "4 features"),
     ],
 )
 def test_wrong_arguments_are_told(change: dict[str, object], found: str) -> None:

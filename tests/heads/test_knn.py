@@ -7,7 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from embedpipe.errors import NonFiniteFeatures, UsageError
 from embedpipe.heads import fit_knn
-from embedpipe.heads._problem import blocks
+from embedpipe.heads._problem import MAX_BLOCK_NUMBERS, blocks
 
 X, Y = load_digits(return_X_y=True)
 TEN = tuple("0123456789")
@@ -49,6 +49,7 @@ def test_wrong_arguments_are_told() -> None:
 
 def test_few_queries_are_compared_at_a_time_with_many_training_images() -> None:
     head = fit_knn(X[:600], Y[:600], classes=TEN)
-    whole = head.predict_proba(X[600:800])
-    np.testing.assert_allclose(head.predict_proba(X[600:800], max_numbers=7 * 600), whole, atol=1e-6)
-    assert max(rows.stop - rows.start for rows in blocks(X[600:800], row_numbers=600, max_numbers=7 * 600)) == 7
+    parts = [head.predict_proba(X[start : start + 7]) for start in range(600, 800, 7)]
+    np.testing.assert_allclose(np.vstack(parts)[:200], head.predict_proba(X[600:800]), atol=1e-6)
+    many = MAX_BLOCK_NUMBERS // 7
+    assert max(rows.stop - rows.start for rows in blocks(X[600:800], row_numbers=many)) == 7

@@ -122,17 +122,6 @@ def test_sample_weights_are_repetitions_whatever_their_sum(solver: str, name: st
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("name", ["two classes, N > D", "three classes"])
-def test_a_warm_start_ends_where_a_cold_one_does(solver: str, name: str) -> None:
-    start = fitted(solver, DATA[name], 1e-1)
-    warm = fitted(solver, DATA[name], 1e-3, warm_start=start)
-    cold = fitted(solver, DATA[name], 1e-3)
-    assert warm.provenance["objective"] == pytest.approx(cold.provenance["objective"], rel=1e-4)
-    again = fitted(solver, DATA[name], 1e-3, warm_start=cold)
-    np.testing.assert_allclose(again.logits(DATA[name][0]), cold.logits(DATA[name][0]), atol=0.05)
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
 def test_features_that_are_not_centred_cost_no_accuracy_without_standardising(solver: str) -> None:
     X, y = clusters(150, 20, 3)
     near = fitted(solver, (X, y), 1e-2, standardize=False)

@@ -45,8 +45,8 @@ def write_textures(folder: Path) -> Path:
 
 def answers(right: list[int], confidence: float = 0.9) -> Candidate:
     """A stand-in of n answers to class 0 of two, right or wrong, all as sure."""
-    p = np.where(right, confidence, 1 - confidence)
-    return Candidate(None, None, np.stack([p, 1 - p], axis=1), np.zeros(len(right), np.int64))  # type: ignore[arg-type]
+    correct = np.array(right, dtype=bool)
+    return Candidate(None, None, correct, -np.log(np.where(correct, confidence, 1 - confidence)))  # type: ignore[arg-type]
 
 
 def test_a_gain_within_noise_is_none() -> None:

@@ -245,8 +245,8 @@ def find_wrong(y: Int64, predictions: Sequence[Int64], heads: CrossValidated) ->
 def find_copies(features: FeatureSet) -> list[Sample]:
     """Return the val and test images that are also in an earlier split: by content, by last-layer features, or by group."""
     samples = [sample for sample in features.samples() if sample.split in SPLIT_ORDER]
-    near = find_near(features.only(features.spaces[-1:]))
-    leaks = (*find_exact(samples), *near.leaks, *group_leaks(samples))
+    near, _, _ = find_near(features.only(features.spaces[-1:]))
+    leaks = (*find_exact(samples), *near, *group_leaks(samples))
     return sorted({leak.sample for leak in leaks}, key=lambda sample: sample.path)
 
 

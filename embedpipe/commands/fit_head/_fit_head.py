@@ -104,7 +104,7 @@ def fit_head(
     options = {name: value for name, value in locals().items() if name not in LOCATIONS}
     from embedpipe.classifier import Classifier, Reference, calibrated, save_run
     from embedpipe.runs import new_run
-    from embedpipe.selection import HeadConfig, check_knn_options, check_task, find_leaks, learning_curve, parse_shots
+    from embedpipe.selection import HeadConfig, check_task, find_leaks, learning_curve, parse_shots
 
     start = time.monotonic()
     curve_points = parse_shots(shots)
@@ -112,7 +112,7 @@ def fit_head(
     features = _open(features, Path(cache_dir), space=space, backbone=backbone, layer=layer, every=compare_layers)
     task = features.manifest.task
     config = HeadConfig(features.classes, solver, l2, standardize, class_weight, features.widths, max_bytes, task)
-    check_knn_options(config)
+    config.check_knn_options()
     single: dict[str, Any] = {"--class-weight": class_weight == "balanced", "--shots": curve_points, "--folds": folds}
     single |= {"--calibrate": calibrate, "--compare-layers": compare_layers}
     single["a head on several layers"] = features.extra_spaces
