@@ -155,11 +155,10 @@ def at_layer(backbone: Backbone, layer: str | None, *, pool: str = "auto") -> Ba
 
 def trunk_backbone(backbone: Backbone, cut: Cut) -> Backbone:
     """Return the trunk of a cut as a backbone: its feature is the activation, flattened, and its spec names the cut."""
+    hook = FeatureHook(cut.layer, Pooling("none", "map"), at_input=True)
     return replace(
         backbone,
-        module=FeatureExtractor(
-            backbone.module.model, [FeatureHook(cut.layer, Pooling("none", "map"), at_input=True)]
-        ).eval(),
+        module=FeatureExtractor(backbone.module.model, [hook]).eval(),
         feature_dim=math.prod(cut.shape),
         spec={**backbone.spec, "layer": f"into {cut.layer}", "pool": "none", "cut": cut.layer},
     )
@@ -260,10 +259,8 @@ def describe_transform(transform: Images) -> Any:
         return transform.to_dict()
     text = repr(transform)
     if " at 0x" in text:
-        raise UsageError(
-            f"the transform does not describe itself: {text}",
-            hint="give it a to_dict() that names all that shapes a pixel, or use images.Transform",
-        )
+        hint = "give it a to_dict() that names all that shapes a pixel, or use images.Transform"
+        raise UsageError(f"the transform does not describe itself: {text}", hint=hint)
     return text
 
 
@@ -295,18 +292,14 @@ def _trace_or_raise(model: nn.Module, image_size: tuple[int, int], name: str) ->
     """Return the model's trace, or raise a UsageError if it refuses images of this size."""
     height, width = image_size
     if height * width > MAX_PIXELS:
-        raise UsageError(
-            f"images of {height} x {width}, expected at most {MAX_PIXELS} pixels", hint="give a smaller --image-size"
-        )
+        message = f"images of {height} x {width}, expected at most {MAX_PIXELS} pixels"
+        raise UsageError(message, hint="give a smaller --image-size")
     try:
         return trace_model(model, image_size)
     except FORWARD_ERRORS as exc:
         reason = str(exc).partition("\n")[0]
-        raise UsageError(
-            f"{name} refuses images of {height} x {width}: {reason}",
-            hint="use the model's own --image-size",
-            image_size=image_size,
-        ) from exc
+        message = f"{name} refuses images of {height} x {width}: {reason}"
+        raise UsageError(message, hint="use the model's own --image-size") from exc
 
 
 def find_stages(model: nn.Module, trace: Trace) -> tuple[Layer, ...]:
@@ -329,11 +322,8 @@ def find_stages(model: nn.Module, trace: Trace) -> tuple[Layer, ...]:
 def _children(modules: dict[str, nn.Module], trace: Trace, prefix: str) -> list[str]:
     """Return the child modules that run and hold a weight matrix or kernel."""
     names = [f"{prefix}.{name}".lstrip(".") for name, _ in modules[prefix].named_children()]
-    return [
-        n
-        for n in names
-        if n in modules and trace.start_below(n) is not None and any(p.ndim > 1 for p in modules[n].parameters())
-    ]
+    running = [name for name in names if name in modules and trace.start_below(name) is not None]
+    return [name for name in running if any(parameter.ndim > 1 for parameter in modules[name].parameters())]
 
 
 def _count(module: nn.Module) -> int:

@@ -109,14 +109,14 @@ def cut_at(whole: FeatureExtractor, trace: Trace, layer: str, *, name: str) -> C
     """
     if trace.start_below(layer) is None or not layer:
         hint = layer_hint(layer, filter(None, trace.modules))
-        raise UsageError(f"no layer {layer!r} runs in {name}", hint=hint, layer=layer)
+        raise UsageError(f"no layer {layer!r} runs in {name}", hint=hint)
     if layer not in trace.modules:  # a list of modules has no input; its first module has
         layer = min((known for known in trace.modules if is_below(known, layer)), key=trace.start_of)
     try:
         return _split(whole, layer, *_run_passes(whole, trace.image_size))
     except _CannotCut as exc:
         hint = "cut before the block that holds it, or earlier"
-        raise UsageError(f"{name} cannot be cut before {layer}: {exc}", hint=hint, layer=layer) from exc
+        raise UsageError(f"{name} cannot be cut before {layer}: {exc}", hint=hint) from exc
 
 
 def cut_latest(whole: FeatureExtractor, trace: Trace, unfrozen: Sequence[str], *, name: str) -> Cut:
@@ -135,11 +135,8 @@ def cut_latest(whole: FeatureExtractor, trace: Trace, unfrozen: Sequence[str], *
             return _split(whole, layer, calls, passes, parameters)
         except _CannotCut as exc:
             reasons.append(f"; before {layer} {exc}")
-    raise UsageError(
-        f"{name} cannot be cut so that {owner or 'its own parameters'} runs after it{''.join(reasons[:1])}",
-        hint="unfreeze later layers, or do without cached activations",
-        tried=len(reasons),
-    )
+    message = f"{name} cannot be cut so that {owner or 'its own parameters'} runs after it{''.join(reasons[:1])}"
+    raise UsageError(message, hint="unfreeze later layers, or do without cached activations")
 
 
 def _candidates(trace: Trace, owner: str) -> list[str]:

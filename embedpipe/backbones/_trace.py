@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from embedpipe.provenance import nearest
 
@@ -101,14 +102,8 @@ def layer_hint(name: str, known: Iterable[str]) -> str:
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """Return the first tensor in nested tuples, lists and mappings."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if not isinstance(output, (tuple, list)):
-        return None
-    return next((tensor for part in output if (tensor := first_tensor(part)) is not None), None)
+    """Return the first tensor in nested tuples, lists and dictionaries."""
+    return next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
 
 
 def trace_model(model: nn.Module, image_size: tuple[int, int]) -> Trace:

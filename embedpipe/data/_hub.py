@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from embedpipe.data._folder import SPLIT_NAMES, drop_incomplete
-from embedpipe.data._labels import label_of_cells
+from embedpipe.data._labels import class_label, label_of_cells
 from embedpipe.data._parquet import bytes_of_cell
 from embedpipe.data._source import HUB, Listing, Row, Source, parse_hub
 from embedpipe.data._tables import cell_texts
@@ -51,21 +51,12 @@ def _rows(source: Source, split: str, dataset: Any) -> Iterator[Row]:
     candidates = ("label", "class", *(classes if len(classes) == 1 else ()), "labels", "target")
     column = next((name for name in candidates if name in features), None)
     kind = column if column in ("labels", "target") and column not in classes else "label"
-    names = getattr(getattr(features.get(column), "feature", features.get(column)), "names", None)
+    names = getattr(getattr(features.get(column), "feature", features.get(column)), "names", ())
     split_name = SPLIT_NAMES.get(split.partition("[")[0].lower(), "")
     for n, value in enumerate(dataset[column][:] if column else [None] * len(dataset)):
         at = f"{source.argument}, row {n} of {split}"
-        label, task = label_of_cells(cell_texts([(kind, _class_names(value, names))], at), at)
-        yield Row(split, label, split_name, None, f"row {n} {images[0]}", task)
-
-
-def _class_names(value: Any, names: list[str] | None) -> Any:
-    """Return a value with class names for class numbers; -1 is no label."""
-    if not names or value is None:
-        return value
-    if isinstance(value, list):
-        return [names[number] for number in value if number >= 0]
-    return names[value] if value >= 0 else None
+        label, task = label_of_cells(cell_texts([(kind, value)], at), at)
+        yield Row(split, class_label(label, task, names), split_name, None, f"row {n} {images[0]}", task)
 
 
 @lru_cache(16)

@@ -12,7 +12,7 @@ A label is stored as text; `Manifest.targets` encodes it as numbers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from embedpipe.errors import UsageError
 
@@ -55,6 +55,24 @@ def label_of_cells(cells: Mapping[str, str], at: str) -> tuple[str | None, str]:
     if task == "regression" and text:
         _check_number(text, at)
     return text or None, task
+
+
+def class_label(label: str | None, task: str, classes: Sequence[str]) -> str | None:
+    """Return a label with class names for class numbers, unless `classes` is empty; -1 is no label.
+
+    Raises
+    ------
+    UsageError    a number without a name
+    """
+    if label is None or not classes or task == "regression":
+        return label
+    numbers = [number for number in label_names(label, task) if number != "-1"]
+    for number in numbers:
+        if not number.isdigit() or int(number) >= len(classes):
+            hint = "write the file again with numbers of its class names"
+            raise UsageError(f"found the label {number!r}, expected 0 to {len(classes) - 1}", hint=hint)
+    names = [classes[int(number)] for number in numbers]
+    return join_names(names) if task == "multilabel" else next(iter(names), None)
 
 
 def _check_number(text: str, at: str) -> None:

@@ -185,8 +185,9 @@ def _check_listings(listings: Sequence[Listing], split_by: str) -> None:
                 hint="extract them one by one" + (", or split by hash" if field == "split" else ""),
             )
     for listing in listings if split_by in ("folder", "column") else ():
-        kind = "column" if listing.source.has_columns else "folder"
-        if kind != split_by or not listing.rows[0].split:
+        source = listing.source
+        has_columns = source.is_hub or (source.has_files and suffix_of(source.argument) != ".tar")
+        if has_columns != (split_by == "column") or not listing.rows[0].split:
             hint = "expected the folders train/ val/ test/, or a table with a split column"
             raise UsageError(f"{listing.source.argument!r} has no splits by {split_by}", hint=hint)
 

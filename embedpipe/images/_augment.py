@@ -15,10 +15,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 AUGMENTS = ("flip", "standard", "strong")
 AREA = (0.35, 1.0)  # share of the image that a random crop keeps
-RATIO, ERASED_RATIO = (
-    (3 / 4, 4 / 3),
-    (0.3, 3.3),
-)  # width to height of a crop and of an erased part, relative to the image's
+RATIO, ERASED_RATIO = (3 / 4, 4 / 3), (0.3, 3.3)  # width to height of a crop and of an erased part, over the image's
 MAGNITUDE, OPERATIONS = 0.3, 2  # of RandAugment: 9 of 30
 ERASED, ERASED_AREA = 0.25, (0.02, 0.33)  # probability that a part is erased, and its share of the image
 GREY = (124, 116, 104)

@@ -130,9 +130,8 @@ def _loaded(
     ready: SimpleQueue[tuple[int, Key, Future[Timed]]] = SimpleQueue()
     waiting: list[tuple[int, Key, Future[Timed]]] = []  # a heap by number
     submitted = yielded = 0
-    decoding = ThreadPoolExecutor(
-        decoders.count, thread_name_prefix="decode"
-    )  # both start no thread before their first task
+    # both start no thread before their first task
+    decoding = ThreadPoolExecutor(decoders.count, thread_name_prefix="decode")
     reading = ThreadPoolExecutor(max(READERS, decoders.count), thread_name_prefix="read")
 
     def submit(number: int, key: Key, item: ByteSource | Path) -> None:

@@ -23,4 +23,4 @@ from embedpipe.inference._lookup import (
 from embedpipe.inference._openvino import has_openvino
 from embedpipe.inference._runner import Rows, Runner, stream_rows
 from embedpipe.inference._settings import InferenceSettings, begin_decoding, resolve_settings
-from embedpipe.inference._spec_memo import lookup_layers, lookup_spec, spec_key, store_layers, store_spec
+from embedpipe.inference._spec_memo import recall, remember, spec_key

@@ -11,7 +11,6 @@ runs choose by it. The features of another executor are compared with those of e
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import platform
 import time
@@ -33,7 +32,7 @@ from embedpipe.images import image_batches
 from embedpipe.inference._openvino import graph_name, has_openvino
 from embedpipe.inference._runner import Runner
 from embedpipe.inference._settings import FIRST_BATCH, InferenceSettings, count_cores, torch_threads
-from embedpipe.provenance import canonical_json
+from embedpipe.provenance import fingerprint
 from embedpipe.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -219,7 +218,7 @@ def _memo_of(runner: Runner, graphs: Path | None) -> Path | None:
     """Return the file of what was measured of these models on this processor, device and precision."""
     settings = runner.settings
     what = [graph_name(runner.shared_models), _processor(), count_cores(), settings.device, settings.precision]
-    return graphs / f"{hashlib.sha256(canonical_json(what).encode()).hexdigest()[:24]}.json" if graphs else None
+    return graphs / f"{fingerprint(what)[:24]}.json" if graphs else None
 
 
 @functools.cache

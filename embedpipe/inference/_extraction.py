@@ -73,12 +73,10 @@ def compute_missing(
     for request in requests:
         groups[canonical_json(pins_of(request))][request.space.folder] = request
     results: dict[Path, ExtractionResult] = {}
-    options: dict[str, Any] = {"progress": progress, "graphs": graphs}
+    options: dict[str, Any] = {"shard_rows": shard_rows, "retry_failed": retry_failed}
+    options |= {"progress": progress, "graphs": graphs}
     for group in groups.values():
-        filled = _fill_group(
-            list(group.values()), manifest, settings, shard_rows=shard_rows, retry_failed=retry_failed, **options
-        )
-        results |= zip(group, filled, strict=True)
+        results |= zip(group, _fill_group(list(group.values()), manifest, settings, **options), strict=True)
     return [results[request.space.folder] for request in requests]
 
 
@@ -152,7 +150,8 @@ def _fill_group(
             if lookups[n].missing or request.space.interrupted:
                 _check_disk(request, len(lookups[n].missing))
                 writers[n] = stack.enter_context(_writer(request, settings, record, shard_rows))
-                _check_pins(writers[n], settings)
+                if writers[n].pins != settings.pins:  # of a process that began, and was interrupted, meanwhile
+                    raise CacheBusy("another process has just written to this space", hint="run the same command again")
                 lookups[n] = look(request)
             elif "probed" in record:
                 with suppress(CacheBusy, StorageError), _writer(request, settings, record, shard_rows) as writer:
@@ -215,12 +214,6 @@ def _writer(
         pins=settings.pins,
         shard_rows=shard_rows,
     )
-
-
-def _check_pins(writer: SpaceWriter, settings: InferenceSettings) -> None:
-    """Raise CacheBusy if another process started to fill the space, and was interrupted, since its pins were read."""
-    if writer.pins != settings.pins:
-        raise CacheBusy("another process has just written to this space", hint="run the same command again")
 
 
 def _compute(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -10,7 +9,6 @@ import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -19,7 +17,7 @@ import numpy as np
 
 from embedpipe.errors import StorageError, UsageError
 from embedpipe.inference._settings import InferenceSettings
-from embedpipe.provenance import canonical_json
+from embedpipe.provenance import fingerprint, library_version
 from embedpipe.storage import atomic_folder
 
 if TYPE_CHECKING:
@@ -115,13 +113,5 @@ def _convert(shared_model: SharedModel, folder: Path) -> None:
 
 def graph_name(shared_models: Sequence[SharedModel]) -> str:
     """Return the name of the graph of shared models: a hash of their specs and the library versions."""
-    versions = [_version(library) for library in ("openvino", "torch")]
-    return hashlib.sha256(
-        canonical_json([versions, [shared_model.spec for shared_model in shared_models]]).encode()
-    ).hexdigest()[:24]
-
-
-def _version(library: str) -> str:
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version(library)
-    return "absent"
+    versions = [library_version(library) for library in ("openvino", "torch")]
+    return fingerprint([versions, [shared_model.spec for shared_model in shared_models]])[:24]

@@ -17,17 +17,15 @@ from embedpipe.inference import (
     compute_missing,
     estimate_run,
     look_up,
-    lookup_layers,
-    lookup_spec,
+    recall,
     record_environment,
+    remember,
     resolve_settings,
     reuse_space,
     row_bytes,
     space_name,
     space_spec,
     spec_key,
-    store_layers,
-    store_spec,
 )
 
 if TYPE_CHECKING:
@@ -75,13 +73,12 @@ class SpaceResolver:
     def stages(self, request: Request) -> tuple[str, ...]:
         """Return the names of the stages of a model."""
         key = self.key(request)
-        layers = lookup_layers(self.index, key) if key else None
-        if layers is None:
+        known = recall(self.index, key)
+        if known is None:
             backbone = self.load((request[0], None, request[2]))
-            layers = tuple(layer.name for layer in backbone.layers)
-            if key:
-                store_layers(self.index, key, backbone)
-        return layers
+            known = {"layers": [layer.name for layer in backbone.layers]}
+            remember(self.index, key, backbone, **known)
+        return tuple(known["layers"])
 
     def loader(self, request: Request) -> dict[str, Any]:
         """Return the recorded arguments of `load_backbone`; empty for a backbone that was passed as an object."""
@@ -96,23 +93,21 @@ class SpaceResolver:
 
     def reuse(self, request: Request, manifest: Manifest, *, retry_failed: bool) -> Result | None:
         """Return the space of a request if it has every row already, None if a model has to be loaded to know."""
-        key = self.key(request)
-        stored = lookup_spec(self.index, key) if key else None
-        if stored is None:
+        known = recall(self.index, self.key(request))
+        if known is None:
             return None
-        name, spec, record = stored
-        space = self.cache.open_space(spec, name=space_name(spec))
-        filled = reuse_space(space, manifest, record, splits=_splits(request), retry_failed=retry_failed)
+        space = self.cache.open_space(known["spec"], name=space_name(known["spec"]))
+        filled = reuse_space(space, manifest, known["record"], splits=_splits(request), retry_failed=retry_failed)
         if filled is None:
             space.ensure_free()  # before a model is loaded, which takes seconds
-        return (name, None, space, filled) if filled else None
+        return (known["name"], None, space, filled) if filled else None
 
     def resolve(self, request: Request, settings: InferenceSettings) -> FeatureRequest:
         """Load the backbone of a request and return it with its space."""
-        backbone, loader, key = self.load(request), self.loader(request), self.key(request)
+        backbone, loader = self.load(request), self.loader(request)
         spec = space_spec(backbone, settings.precision, settings.store_dtype, view=request[2])
-        if key:
-            store_spec(self.index, key, backbone, spec, record_environment(settings, loader))
+        record = record_environment(settings, loader)
+        remember(self.index, self.key(request), backbone, name=backbone.name, spec=spec, record=record)
         return FeatureRequest(self.cache.open_space(spec, name=space_name(spec)), backbone, loader, _splits(request))
 
     def load(self, request: Request) -> Backbone:
