@@ -3,7 +3,7 @@
 What executors took is recorded beside the converted graphs, for each model, processor, device and precision, and later
 runs choose by it. The features of another executor are compared with those of eager torch before it is used.
 
->>> runner = select_executor([backbone], settings, items, work=3000, graphs=cache.graphs_folder)
+>>> runner = select_executor([backbone], settings, items, work=3000)
 >>> runner.settings.executor, runner.settings.batch_size
 ('openvino', 2)
 """
@@ -60,7 +60,6 @@ def select_executor(
     items: Iterable[tuple[bytes, ByteSource | Path]],
     *,
     work: int,
-    graphs: Path | None = None,
     agreement: float = AGREEMENT,
 ) -> Runner:
     """Return a runner whose executor and batch size are chosen; `settings` may leave them open ("auto" and 0).
@@ -72,7 +71,6 @@ def select_executor(
     ----------
     items : iterable of (key, place)    images to measure with; only the first batch is read
     work : int                          number of images to compute
-    graphs : Path or None               folder of the converted graphs and of the measurements
     agreement : float                   largest allowed difference from eager, as a share of the largest feature
 
     Raises
@@ -87,7 +85,7 @@ def select_executor(
             hint="leave out one of them",
         )
     eager = Runner(backbones, settings.under("eager"))
-    memo, name, trial = _memo_of(eager, graphs), settings.executor, False
+    memo, name, trial = _memo_of(eager), settings.executor, False
     sample = functools.cache(functools.partial(_sample, eager, items))
     if name == "auto":
         name, trial = _choose(eager, read_records(memo), sample, work)
@@ -95,7 +93,7 @@ def select_executor(
         return eager
     start = time.monotonic()
     try:
-        other = Runner(backbones, settings.under(name), graphs=graphs)
+        other = Runner(backbones, settings.under(name))
         other.difference = largest_difference(_call(eager, sample()), _call(other, sample()))
     except EmbedpipeError:
         raise
@@ -162,10 +160,10 @@ def measure(
     return [median(rounds_s) for rounds_s in seconds]
 
 
-def record_run(runner: Runner, graphs: Path | None) -> None:
+def record_run(runner: Runner) -> None:
     """Record the speed of a run that has computed enough images; later runs choose their executor by it."""
     if len(runner.image_s) >= LEAST_CALLS:
-        record(_memo_of(runner, graphs), runner.settings.executor, "run_s", median(runner.image_s))
+        record(_memo_of(runner), runner.settings.executor, "run_s", median(runner.image_s))
 
 
 def record(memo: Path | None, executor: str, kind: str, seconds: float) -> None:
@@ -214,11 +212,11 @@ def _candidate(settings: InferenceSettings) -> str:
     return "openvino" if has_openvino() and (settings.device, settings.precision) == ("cpu", "fp32") else "eager"
 
 
-def _memo_of(runner: Runner, graphs: Path | None) -> Path | None:
+def _memo_of(runner: Runner) -> Path | None:
     """Return the file of what was measured of these models on this processor, device and precision."""
     settings = runner.settings
     what = [graph_name(runner.shared_models), _processor(), count_cores(), settings.device, settings.precision]
-    return graphs / f"{fingerprint(what)[:24]}.json" if graphs else None
+    return settings.graphs / f"{fingerprint(what)[:24]}.json" if settings.graphs else None
 
 
 @functools.cache

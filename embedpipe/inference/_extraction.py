@@ -53,14 +53,12 @@ def compute_missing(
     shard_rows: int = 1024,
     retry_failed: bool = False,
     progress: Progress | None = None,
-    graphs: Path | None = None,
 ) -> list[ExtractionResult]:
     """Compute the rows of `manifest` that spaces lack, with one decode for all, and commit them shard by shard.
 
     Parameters
     ----------
     settings : InferenceSettings    the pins of a space whose extraction was interrupted replace them
-    graphs : Path         folder of the converted graphs
 
     Raises
     ------
@@ -73,8 +71,7 @@ def compute_missing(
     for request in requests:
         groups[canonical_json(pins_of(request))][request.space.folder] = request
     results: dict[Path, ExtractionResult] = {}
-    options: dict[str, Any] = {"shard_rows": shard_rows, "retry_failed": retry_failed}
-    options |= {"progress": progress, "graphs": graphs}
+    options: dict[str, Any] = {"shard_rows": shard_rows, "retry_failed": retry_failed, "progress": progress}
     for group in groups.values():
         results |= zip(group, _fill_group(list(group.values()), manifest, settings, **options), strict=True)
     return [results[request.space.folder] for request in requests]
@@ -124,7 +121,6 @@ def _fill_group(
     shard_rows: int,
     retry_failed: bool,
     progress: Progress | None,
-    graphs: Path | None,
 ) -> list[ExtractionResult]:
     """Fill spaces that have the same pins, or none."""
 
@@ -135,14 +131,14 @@ def _fill_group(
     settings = settings.pinned(pins) if pins else settings
     lookups = [look(request) for request in requests]
     lacking = [n for n, found in enumerate(lookups) if found.missing]
-    runner = _open_runner([requests[n] for n in lacking], missing_images(manifest, lookups), settings, graphs)
+    runner = _open_runner([requests[n] for n in lacking], missing_images(manifest, lookups), settings)
     settings = runner.settings if runner else settings.definite
     if pins and pins != settings.pins:
         raise CacheMismatch(
             f"this extraction was interrupted under {canonical_json(pins)}, which does not work here",
             hint="continue where it was started, or remove the space (`embedpipe cache ls`, `cache rm`) and start again",
         )
-    records = [_check_environment(*one, manifest, settings, graphs) for one in zip(requests, lookups, strict=True)]
+    records = [_check_environment(*one, manifest, settings) for one in zip(requests, lookups, strict=True)]
     transient: list[Transient] = [{} for _ in requests]
     writers: dict[int, SpaceWriter] = {}
     with ExitStack() as stack:
@@ -162,7 +158,7 @@ def _fill_group(
                 writers[n].forget_failures([key for key in lookups[n].missing if key in lookups[n].view.failures])
             commits = [functools.partial(_commit, writers[n], transient[n]) for n in lacking]
             missing = [lookups[n].missing for n in lacking]
-            busy_s = _compute(runner, missing, commits, manifest, progress=progress, graphs=graphs)
+            busy_s = _compute(runner, missing, commits, manifest, progress)
         for writer in writers.values():
             writer.finish()
     bottleneck = max(busy_s, key=busy_s.__getitem__) if any(busy_s.values()) else "none"
@@ -173,27 +169,23 @@ def _fill_group(
 
 
 def _open_runner(
-    requests: Sequence[FeatureRequest],
-    images: Mapping[bytes, ByteSource],
-    settings: InferenceSettings,
-    graphs: Path | None,
+    requests: Sequence[FeatureRequest], images: Mapping[bytes, ByteSource], settings: InferenceSettings
 ) -> Runner | None:
     """Return a runner for the backbones of spaces that lack rows, None where there are none."""
     for request in requests:
         request.space.ensure_free()  # before the executor is chosen, which takes seconds
     backbones = [request.backbone for request in requests]
-    return select_executor(backbones, settings, images.items(), work=len(images), graphs=graphs) if requests else None
+    return select_executor(backbones, settings, images.items(), work=len(images)) if requests else None
 
 
 def _check_environment(
-    request: FeatureRequest, found: Lookup, manifest: Manifest, settings: InferenceSettings, graphs: Path | None
+    request: FeatureRequest, found: Lookup, manifest: Manifest, settings: InferenceSettings
 ) -> dict[str, Any]:
     """Return the record of this environment; where it is new to the space, compute a few stored rows again first."""
     record = record_environment(settings, request.loader)
     if is_new(request.space, record, computing=bool(found.missing)):
         items = [(key, manifest.byte_source_of(sample)) for key, sample in found.wanted.items() if key in found.view]
-        runner = Runner([request.backbone], settings, graphs=graphs)
-        record["probed"] = check_drift(request.space, found.view, items, runner)
+        record["probed"] = check_drift(request.space, found.view, items, Runner([request.backbone], settings))
     return record
 
 
@@ -221,9 +213,7 @@ def _compute(
     missing: Sequence[Mapping[bytes, Sample]],
     commits: Sequence[Callable[[Rows], float]],
     manifest: Manifest,
-    *,
     progress: Progress | None,
-    graphs: Path | None,
 ) -> dict[str, float]:
     """Compute and commit the missing rows of each backbone of a runner; return the seconds of each stage per thread.
 
@@ -239,9 +229,9 @@ def _compute(
     report, busy_s = _reporter(progress, len(lackers)), dict.fromkeys(("decode", "forward", "commit"), 0.0)
     for backbones, items in passes.items():
         whole = len(backbones) == len(missing)
-        part = runner if whole else Runner([runner.backbones[n] for n in backbones], runner.settings, graphs=graphs)
+        part = runner if whole else Runner([runner.backbones[n] for n in backbones], runner.settings)
         busy_s["commit"] += _stream(part, items, [commits[n] for n in backbones], report)
-        record_run(part, graphs)
+        record_run(part)
         busy_s["decode"] += part.decode_s / part.settings.workers
         busy_s["forward"] += part.forward_s / part.settings.streams
     return busy_s

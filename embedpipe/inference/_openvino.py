@@ -35,8 +35,7 @@ class OpenVino:
     Parameters
     ----------
     shared_models : list of SharedModel
-    settings : InferenceSettings        batch size: images a call; streams: calls at the same time
-    graphs : Path or None     folder of the converted graphs
+    settings : InferenceSettings        batch size: images a call; streams: calls at the same time; graphs
 
     Raises
     ------
@@ -44,9 +43,7 @@ class OpenVino:
     RuntimeError  OpenVINO cannot convert a model
     """
 
-    def __init__(
-        self, shared_models: Sequence[SharedModel], settings: InferenceSettings, *, graphs: Path | None = None
-    ) -> None:
+    def __init__(self, shared_models: Sequence[SharedModel], settings: InferenceSettings) -> None:
         if not has_openvino():
             raise UsageError("the executor openvino is not installed", hint="pip install 'embedpipe[openvino]'")
         import openvino
@@ -61,7 +58,7 @@ class OpenVino:
         }
         self._compiled = []
         for shared_model in shared_models:
-            graph = _graph(core, shared_model, graphs)
+            graph = _graph(core, shared_model, settings.graphs)
             graph.reshape([settings.batch_size, *shared_model.example(1).shape[1:]])
             self._compiled.append(core.compile_model(graph, "CPU", options))
         self._own = threading.local()

@@ -70,7 +70,6 @@ class Runner:
     Parameters
     ----------
     session : Executor    instead of the one that `settings` names; its shared models are those of `backbones.join`
-    graphs : Path         folder of the converted graphs
 
     Attributes
     ----------
@@ -81,12 +80,7 @@ class Runner:
     """
 
     def __init__(
-        self,
-        backbones: Sequence[Backbone],
-        settings: InferenceSettings,
-        *,
-        session: Executor | None = None,
-        graphs: Path | None = None,
+        self, backbones: Sequence[Backbone], settings: InferenceSettings, *, session: Executor | None = None
     ) -> None:
         from embedpipe.backbones import join
 
@@ -98,7 +92,7 @@ class Runner:
         self.windows = list(dict.fromkeys(windows))
         self._window = [self.windows.index(window) for window in windows]
         self._lock, self._explaining, self._parts = threading.Lock(), threading.Lock(), 1
-        self.session = session or open_executor(self.shared_models, settings, graphs=graphs)
+        self.session = session or open_executor(self.shared_models, settings)
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return float32 (n, D) for each backbone, from one array of n images for each window; n is a multiple of the batch size.
@@ -214,15 +208,11 @@ def stream_rows(
 
 
 def open_executor(
-    shared_models: Sequence[SharedModel],
-    settings: InferenceSettings,
-    *,
-    graphs: Path | None = None,
-    folded: bool = True,
+    shared_models: Sequence[SharedModel], settings: InferenceSettings, *, folded: bool = True
 ) -> Executor:
     """Return the executor that `settings` names; `folded` is for those of torch."""
     if settings.executor == "openvino":
-        return OpenVino(shared_models, settings, graphs=graphs)
+        return OpenVino(shared_models, settings)
     from embedpipe.inference._torch import Torch
 
     return Torch(shared_models, settings, folded=folded)

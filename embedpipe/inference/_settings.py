@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from embedpipe.errors import UsageError
@@ -30,6 +31,7 @@ class InferenceSettings:
     streams : int         batches that are computed at the same time
     threads : int         threads of one forward pass on a CPU
     channels_last : bool  memory format of images and weights
+    graphs : Path or None   folder of the converted graphs and of what was measured of executors
     """
 
     device: str = "cpu"
@@ -42,6 +44,7 @@ class InferenceSettings:
     streams: int = 1
     threads: int = 1
     channels_last: bool = True
+    graphs: Path | None = None
 
     @property
     def handed(self) -> int:
@@ -76,6 +79,7 @@ def resolve_settings(
     precision: str = "fp32",
     store_dtype: str = "float32",
     executor: str = "auto",
+    graphs: Path | None = None,
 ) -> InferenceSettings:
     """Return the settings of this machine for the arguments of a command.
 
@@ -101,6 +105,7 @@ def resolve_settings(
         workers=cores if workers == "auto" else int(workers),
         streams=streams,
         threads=cores // streams if on_cpu else 1,
+        graphs=graphs,
     )
 
 

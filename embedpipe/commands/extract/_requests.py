@@ -140,12 +140,10 @@ def complete_spaces(
     rest = [n for n, result in results.items() if result is None]
     if rest:
         begin_decoding(resolver.settings["workers"], len(manifest.samples))
-        settings = resolve_settings(**resolver.settings)
+        settings = resolve_settings(**resolver.settings, graphs=resolver.cache.graphs_folder)
         feature_requests = [resolver.resolve(requests[n], settings) for n in rest]
-        writing |= {"retry_failed": retry_failed, "graphs": resolver.cache.graphs_folder}
-        for n, feature_request, filled in zip(
-            rest, feature_requests, compute_missing(feature_requests, manifest, settings, **writing), strict=True
-        ):
+        computed = compute_missing(feature_requests, manifest, settings, retry_failed=retry_failed, **writing)
+        for n, feature_request, filled in zip(rest, feature_requests, computed, strict=True):
             results[n] = (feature_request.backbone.name, feature_request.backbone, feature_request.space, filled)
     return [result for result in results.values() if result]
 
