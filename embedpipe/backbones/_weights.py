@@ -150,11 +150,11 @@ class Package:
 
 def package_for(model: str) -> Package:
     """Return the package whose weights belong to a model."""
-    for package in PACKAGES:
-        if model in package.models:
-            return package
-    known = ", ".join(name for package in PACKAGES for name in package.models)
-    raise WeightsUnavailable(f"no package has weights for {model}", hint=f"packaged weights exist for {known}")
+    packages = {name: package for package in PACKAGES for name in package.models}
+    if model not in packages:
+        hint = f"packaged weights exist for {', '.join(packages)}"
+        raise WeightsUnavailable(f"no package has weights for {model}", hint=hint)
+    return packages[model]
 
 
 def _read_in_order(path: Path, own: State) -> State:

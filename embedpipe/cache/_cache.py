@@ -33,15 +33,14 @@ class Cache:
 
     root: Path
 
-    def open_space(self, spec: Mapping[str, Any], *, name: str) -> Space:
-        """Return the space of a spec, whether or not it exists.
+    def open_space(self, spec: Mapping[str, Any]) -> Space:
+        """Return the space of a spec, whether or not it exists; its folder is `<source>-<architecture>-<fingerprint12>`.
 
         Parameters
         ----------
         spec : JSON values: everything that determines a feature
-        name : readable prefix of the folder, such as timm-resnet18
         """
-        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "space"
+        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{spec['source']}-{spec['architecture']}").strip(".-")
         folder = f"{readable[:100]}-{fingerprint(spec)[:12]}"
         return Space(self.spaces_folder / folder, json.loads(canonical_json(spec)))
 

@@ -171,11 +171,9 @@ class SpaceWriter:
         requested, stored = self._meta, read_meta(self._folder, fingerprint(self._meta.spec))
         if stored is not None:
             if (stored.feature_dim, stored.dtype) != (requested.feature_dim, requested.dtype):
-                raise CacheMismatch(
-                    f"{self._folder} holds {stored.feature_dim} x {stored.dtype} a row, "
-                    f"expected {requested.feature_dim} x {requested.dtype}",
-                    hint="choose another --cache-dir, and report this: equal specs give equal shapes",
-                )
+                got, expected = (f"{meta.feature_dim} x {meta.dtype}" for meta in (stored, requested))
+                hint = "choose another --cache-dir, and report this: equal specs give equal shapes"
+                raise CacheMismatch(f"{self._folder} holds {got} a row, expected {expected}", hint=hint)
             new = [record for record in requested.environments if record not in stored.environments]
             pins = requested.pins if stored.pins is None else stored.pins
             self._meta = replace(stored, environments=(*stored.environments, *new), pins=pins)

@@ -24,7 +24,7 @@ from embedpipe.classifier._scoring import Scored, answer, report_scores, write_s
 from embedpipe.data import ByteSource, Failure
 from embedpipe.errors import DecodeError, EmbedpipeError, ModelMismatch, UsageError
 from embedpipe.features import PENULTIMATE, loader_of
-from embedpipe.inference import Progress, Rows, Runner, resolve_settings, space_name, space_spec, stream_rows
+from embedpipe.inference import Progress, Rows, Runner, resolve_settings, space_spec, stream_rows
 from embedpipe.provenance import differing_fields, environment
 from embedpipe.runs import RunFolder, find_run, read_run
 from embedpipe.storage import PathLike
@@ -294,7 +294,7 @@ def _cached_rows(reference: Reference, cache: Cache | None, keys: Iterable[bytes
     if cache is None:
         return {}
     spec = dict(reference.spec)
-    space = cache.open_space(spec, name=space_name(spec))
+    space = cache.open_space(spec)
     space.mark_used()
     view = space.view()
     known = list(dict.fromkeys(key for key in keys if key in view))

@@ -189,12 +189,11 @@ def _cka(first: RunToCompare, other: RunToCompare, keys: Sequence[str], cache_di
     """Return the CKA of the features of two runs on the images (hexadecimal keys) whose features the cache has for both."""
     from embedpipe.cache import Cache
     from embedpipe.evaluation import linear_cka
-    from embedpipe.inference import space_name
 
     if first.spec is None or other.spec is None:
         return None
     cache = Cache(cache_dir)
-    views = [cache.open_space(spec, name=space_name(spec)).view() for spec in (first.spec, other.spec)]
+    views = [cache.open_space(spec).view() for spec in (first.spec, other.spec)]
     both = [key for key in map(bytes.fromhex, keys) if all(key in view for view in views)]
     if len(both) < MIN_CKA_IMAGES:
         return None

@@ -55,17 +55,13 @@ def list_folder(source: Source, content: FolderContent) -> Listing:
     UsageError    split folders and other folders both hold images
     """
     has_splits = are_splits({path.split("/")[0] for path in content.images if "/" in path}, source.argument)
-    listing = Listing(
-        source=source,
-        rows=tuple(folder_row(path, has_splits) for path in content.images),
-        ignored=content.ignored + len(content.shards),
-        unreadable=content.failures(source),
-        warnings=tuple(
-            f"{len(content.shards)} shard(s) in {source.argument!r} were left out, because the folder also holds images; "
-            f"the first is {shard!r}; name shards to use them"
-            for shard in content.shards[:1]
-        ),
+    warnings = tuple(
+        f"{len(content.shards)} shard(s) in {source.argument!r} were left out, because the folder also holds images; "
+        f"the first is {shard!r}; name shards to use them"
+        for shard in content.shards[:1]
     )
+    rows = tuple(folder_row(path, has_splits) for path in content.images)
+    listing = Listing(source, rows, content.ignored + len(content.shards), content.failures(source), warnings)
     return drop_incomplete(listing, "lie outside the class folders")
 
 
@@ -97,10 +93,9 @@ def list_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
             raise UsageError(f"{str(argument)!r} does not exist, expected an image or a folder", hint="check the path")
         images += [argument / path for path in walk(argument).images] if argument.is_dir() else [argument]
     if not images:
-        raise UsageError(
-            f"no image in {', '.join(map(str, arguments)) or 'an empty list'}, expected {' '.join(IMAGE_SUFFIXES)}",
-            hint="give image files, or folders that hold images",
-        )
+        where = ", ".join(map(str, arguments)) or "an empty list"
+        message = f"no image in {where}, expected {' '.join(IMAGE_SUFFIXES)}"
+        raise UsageError(message, hint="give image files, or folders that hold images")
     return images
 
 

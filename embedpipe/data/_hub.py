@@ -43,10 +43,8 @@ def _rows(source: Source, split: str, dataset: Any) -> Iterator[Row]:
     features = dataset.features
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image) and "/" not in name]
     if not images:
-        raise UsageError(
-            f"{source.argument!r} has the columns {', '.join(features)}, expected a column of images",
-            hint="name a data set of images",
-        )
+        message = f"{source.argument!r} has the columns {', '.join(features)}, expected a column of images"
+        raise UsageError(message, hint="name a data set of images")
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     candidates = ("label", "class", *(classes if len(classes) == 1 else ()), "labels", "target")
     column = next((name for name in candidates if name in features), None)
@@ -79,10 +77,8 @@ def open_split(root: str, split: str) -> Any:
         return datasets.load_dataset(name, config or None, split=split or None)
     except (OSError, ValueError, KeyError, RuntimeError) as exc:
         reason = (str(exc).splitlines() or [type(exc).__name__])[0]
-        raise UsageError(
-            f"{root}{'@' if split else ''}{split}: {reason}",
-            hint="expected hf:NAME[:CONFIG][@SPLIT], or hf:FOLDER as save_to_disk writes it",
-        ) from exc
+        hint = "expected hf:NAME[:CONFIG][@SPLIT], or hf:FOLDER as save_to_disk writes it"
+        raise UsageError(f"{root}{'@' if split else ''}{split}: {reason}", hint=hint) from exc
 
 
 def _saved_split(saved: Any, split: str) -> Any:

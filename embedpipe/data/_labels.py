@@ -89,7 +89,5 @@ def check_label_columns(columns: Collection[str], at: str) -> None:
     """Raise UsageError for more than one label column."""
     found = [column for column in TASK_OF_COLUMN if column in columns]
     if len(found) > 1:
-        raise UsageError(
-            f"{at}: found the columns {' and '.join(found)}, expected one of label, labels and target",
-            hint="keep the one to predict, and rename the others",
-        )
+        message = f"{at}: found the columns {' and '.join(found)}, expected one of label, labels and target"
+        raise UsageError(message, hint="keep the one to predict, and rename the others")

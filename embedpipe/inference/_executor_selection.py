@@ -80,10 +80,8 @@ def select_executor(
     if settings.device != "cpu" and not settings.batch_size:
         settings = replace(settings, batch_size=_find_batch(backbones, settings))
     if settings.executor == "openvino" and (settings.precision, settings.device) != ("fp32", "cpu"):
-        raise UsageError(
-            f"--executor openvino with --precision {settings.precision} on {settings.device}, expected fp32 on cpu",
-            hint="leave out one of them",
-        )
+        got = f"--executor openvino with --precision {settings.precision} on {settings.device}"
+        raise UsageError(f"{got}, expected fp32 on cpu", hint="leave out one of them")
     eager = Runner(backbones, settings.under("eager"))
     memo, name, trial = _memo_of(eager), settings.executor, False
     sample = functools.cache(functools.partial(_sample, eager, items))

@@ -105,12 +105,9 @@ def _discard_removed(requests: Sequence[FeatureRequest]) -> None:
     for request in requests:
         if pins_of(request).get("executor") == REMOVED_EXECUTOR:
             request.space.discard_pending()
-            warnings.warn(
-                f"{request.space.folder.name} was interrupted under --executor {REMOVED_EXECUTOR}, which was removed; "
-                "its unfinished rows are computed again",
-                EmbedpipeWarning,
-                stacklevel=3,
-            )
+            reason = f"was interrupted under --executor {REMOVED_EXECUTOR}, which was removed"
+            text = f"{request.space.folder.name} {reason}; its unfinished rows are computed again"
+            warnings.warn(text, EmbedpipeWarning, stacklevel=3)
 
 
 def _fill_group(

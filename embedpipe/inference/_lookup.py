@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -62,11 +61,6 @@ class Lookup:
 def space_spec(backbone: Backbone, precision: str, store_dtype: str, *, view: int = 0) -> dict[str, Any]:
     """Return everything that shapes a row; the fingerprint of a space is its hash."""
     return {**backbone.spec, "precision": precision, "stored_dtype": store_dtype, "view": view}
-
-
-def space_name(spec: Mapping[str, Any]) -> str:
-    """Return the readable prefix of a space's folder, such as `timm-resnet18`."""
-    return re.sub(r"[^\w.+-]+", "-", f"{spec['source']}-{spec['architecture']}")
 
 
 def look_up(

@@ -23,7 +23,6 @@ from embedpipe.inference import (
     resolve_settings,
     reuse_space,
     row_bytes,
-    space_name,
     space_spec,
     spec_key,
 )
@@ -96,7 +95,7 @@ class SpaceResolver:
         known = recall(self.index, self.key(request))
         if known is None:
             return None
-        space = self.cache.open_space(known["spec"], name=space_name(known["spec"]))
+        space = self.cache.open_space(known["spec"])
         filled = reuse_space(space, manifest, known["record"], splits=_splits(request), retry_failed=retry_failed)
         if filled is None:
             space.ensure_free()  # before a model is loaded, which takes seconds
@@ -108,7 +107,7 @@ class SpaceResolver:
         spec = space_spec(backbone, settings.precision, settings.store_dtype, view=request[2])
         record = record_environment(settings, loader)
         remember(self.index, self.key(request), backbone, name=backbone.name, spec=spec, record=record)
-        return FeatureRequest(self.cache.open_space(spec, name=space_name(spec)), backbone, loader, _splits(request))
+        return FeatureRequest(self.cache.open_space(spec), backbone, loader, _splits(request))
 
     def load(self, request: Request) -> Backbone:
         """Return the backbone of a request; requests of one name share the model."""

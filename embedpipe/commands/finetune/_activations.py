@@ -22,7 +22,7 @@ from embedpipe.commands.finetune._sources import ImageSource, TrainingSource
 from embedpipe.data import Sample
 from embedpipe.features import FeatureSet
 from embedpipe.images import Transform
-from embedpipe.inference import FeatureRequest, Progress, compute_missing, resolve_settings, space_name, space_spec
+from embedpipe.inference import FeatureRequest, Progress, compute_missing, resolve_settings, space_spec
 
 
 class IdentityTail(nn.Module):
@@ -92,7 +92,7 @@ class ActivationCache:
             trunk = replace(trunk, transform=t, spec={**trunk.spec, "transform": t.to_dict()})
         spec = space_spec(trunk, "fp32", dtype, view=view)
         loader = images.features.loader if self.cut.layer == "head" and not view else {}
-        return FeatureRequest(self.cache.open_space(spec, name=space_name(spec)), trunk, loader, splits)
+        return FeatureRequest(self.cache.open_space(spec), trunk, loader, splits)
 
     def fill(self, dtype: str, progress: Progress | None) -> dict[str, int]:
         """Compute missing activations, and return the `rows`, `bytes` and `reused` rows of all spaces."""

@@ -24,7 +24,7 @@ from embedpipe.commands.finetune._sources import ImageSource, score_split
 from embedpipe.errors import ModelMismatch, UsageError
 from embedpipe.features import PENULTIMATE, FeatureSet
 from embedpipe.heads import LinearHead
-from embedpipe.inference import Progress, resolve_settings, space_name, space_spec
+from embedpipe.inference import Progress, resolve_settings, space_spec
 from embedpipe.runs import latest_run, new_run
 from embedpipe.storage import PathLike
 from embedpipe.training import Plan, Ranks, Trained
@@ -143,7 +143,7 @@ def load_start(run: Classifier | PathLike | None, runs_dir: Path) -> Classifier:
 def _open_features(classifier: Classifier, cache: Cache) -> FeatureSet:
     """Return the cached features that the head was fitted on."""
     spec = dict(classifier.reference.spec)
-    space = cache.open_space(spec, name=space_name(spec))
+    space = cache.open_space(spec)
     features = FeatureSet(cache.read_dataset(classifier.dataset), space)
     if not {"train", "val"} <= set(features.splits):
         raise UsageError(
