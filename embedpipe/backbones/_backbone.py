@@ -145,23 +145,21 @@ def at_layer(backbone: Backbone, layer: str | None, *, pool: str = "auto") -> Ba
     outputs = [(hook.pooling, trace.modules[hook.name].output) for hook in hooks]
     vectors = [pooling(output) for pooling, output in outputs if output is not None] or [trace.output.flatten(1)]
     kinds = "+".join(hook.pooling.kind for hook in hooks) or "none"
-    return replace(
-        backbone,
-        module=FeatureExtractor(model, hooks).eval(),
-        feature_dim=sum(vector.shape[1] for vector in vectors),
-        spec={**backbone.spec, "layer": layer or "penultimate", "pool": kinds},
-    )
+    width = sum(vector.shape[1] for vector in vectors)
+    return _with_hooks(backbone, hooks, width, layer=layer or "penultimate", pool=kinds)
 
 
 def trunk_backbone(backbone: Backbone, cut: Cut) -> Backbone:
     """Return the trunk of a cut as a backbone: its feature is the activation, flattened, and its spec names the cut."""
     hook = FeatureHook(cut.layer, Pooling("none", "map"), at_input=True)
-    return replace(
-        backbone,
-        module=FeatureExtractor(backbone.module.model, [hook]).eval(),
-        feature_dim=math.prod(cut.shape),
-        spec={**backbone.spec, "layer": f"into {cut.layer}", "pool": "none", "cut": cut.layer},
-    )
+    spec = {"layer": f"into {cut.layer}", "pool": "none", "cut": cut.layer}
+    return _with_hooks(backbone, [hook], math.prod(cut.shape), **spec)
+
+
+def _with_hooks(backbone: Backbone, hooks: Sequence[FeatureHook], feature_dim: int, **spec: str) -> Backbone:
+    """Return the backbone with another feature of the same model; `spec` says which."""
+    module = FeatureExtractor(backbone.module.model, hooks).eval()
+    return replace(backbone, module=module, feature_dim=feature_dim, spec={**backbone.spec, **spec})
 
 
 def cut_before(backbone: Backbone, unfrozen: Sequence[str]) -> Cut | None:

@@ -10,7 +10,7 @@ device, which has a shape and a dtype but no data, and hooks on all modules reco
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
@@ -126,7 +126,7 @@ def trace_model(model: nn.Module, image_size: tuple[int, int]) -> Trace:
 
 
 @torch.no_grad()
-def record_calls(model: nn.Module, images: Tensor, *, run: nn.Module | None = None) -> Sequence[Call]:
+def record_calls(model: nn.Module, images: Tensor, *, run: nn.Module | None = None) -> list[Call]:
     """Return the calls of all modules of `model`, in order of their start, in a pass of `run` on the meta device.
 
     Parameters

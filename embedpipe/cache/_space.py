@@ -129,11 +129,9 @@ class SpaceWriter:
             return
         keys = key_matrix(chain.from_iterable(keys for keys, _ in self._rows))
         numbers = [int(path.name.partition("-")[0]) for path in list_shards(self._folder)]
-        name = f"{max(numbers, default=0) + 1:08d}-{uuid.uuid4().hex}.h5"
+        path = self._folder / SHARDS / f"{max(numbers, default=0) + 1:08d}-{uuid.uuid4().hex}.h5"
         chunks, failures = [features for _, features in self._rows], self._failures
-        write_atomic(
-            self._folder / SHARDS / name, lambda stream: write_features(stream, self._meta, keys, chunks, failures)
-        )
+        write_atomic(path, lambda stream: write_features(stream, self._meta, keys, chunks, failures))
         self._rows, self._failures, self._pending_since = [], {}, None
 
     def finish(self, *, merge_below_bytes: int = MERGED_BELOW_BYTES, chunk_bytes: int = CHUNK_BYTES) -> None:

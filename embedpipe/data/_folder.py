@@ -180,11 +180,9 @@ def are_splits(folders: set[str], argument: str) -> bool:
     splits = {folder for folder in folders if folder.lower() in SPLIT_NAMES}
     others = sorted(folders - splits)
     if others and len({SPLIT_NAMES[folder.lower()] for folder in splits}) > 1:
-        raise UsageError(
-            f"found images in {others[0]!r} beside {', '.join(sorted(splits))} in {argument!r}, "
-            "expected only train/, val/ and test/",
-            hint="move that folder into a split or out of the data",
-        )
+        found = f"found images in {others[0]!r} beside {', '.join(sorted(splits))} in {argument!r}"
+        hint = "move that folder into a split or out of the data"
+        raise UsageError(f"{found}, expected only train/, val/ and test/", hint=hint)
     return bool(splits) and not others
 
 

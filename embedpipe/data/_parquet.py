@@ -92,9 +92,8 @@ def _rows_of_images(table: Any, name: str, image: str) -> Iterator[Row]:
     classes = _class_names(schema, columns)
     is_struct = schema.field(image).type.num_fields > 0
     images = table.read(columns=[f"{image}.path"]).to_pydict()[image] if is_struct else [None] * metadata.num_rows
-    positions = (
-        f"{group}:{row}" for group in range(table.num_row_groups) for row in range(metadata.row_group(group).num_rows)
-    )
+    sizes = [metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+    positions = (f"{group}:{row}" for group, size in enumerate(sizes) for row in range(size))
     for (at, cells), position, cell in zip(_records(table, columns, name), positions, images, strict=True):
         label, task = label_of_cells(cells, at)
         file = os.path.basename((cell or {}).get("path") or "")

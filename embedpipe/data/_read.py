@@ -170,10 +170,9 @@ def _check_listings(listings: Sequence[Listing], split_by: str) -> None:
     for listing in listings:
         if not listing.rows:
             reasons = [*(failure.reason for failure in listing.unreadable[:1]), f"{listing.ignored} other files"]
-            raise UsageError(
-                f"no image in {listing.source.argument!r} ({', '.join(reasons)}), expected {' '.join(IMAGE_SUFFIXES)}",
-                hint="put a folder of images for each class there, or give another path",
-            )
+            found = f"no image in {listing.source.argument!r} ({', '.join(reasons)})"
+            hint = "put a folder of images for each class there, or give another path"
+            raise UsageError(f"{found}, expected {' '.join(IMAGE_SUFFIXES)}", hint=hint)
     for field in ("label",) if split_by == "hash" else ("label", "split"):
         # a source has the field in each row or in none, so the first row is enough
         having = {bool(getattr(listing.rows[0], field)): listing.source.argument for listing in listings}

@@ -164,9 +164,8 @@ def _take(tar: tarfile.TarFile, end: int, members: list[Member], others: list[st
             return data_end
         at = tar.offset
         if is_regular:
-            parts = [
-                part for part in member.name[-MAX_NAME:].replace("\0", " ").split("/") if part not in ("", ".", "..")
-            ]
+            name = member.name[-MAX_NAME:].replace("\0", " ")
+            parts = [part for part in name.split("/") if part not in ("", ".", "..")]
             if parts and not any(part.startswith(".") for part in parts):  # else it is hidden
                 members.append(Member("/".join(parts), member.offset_data, member.size))
         elif not member.isdir():

@@ -26,11 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedpipe.data import ByteSource
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, StorageError, UsageError
 from embedpipe.images import image_batches
 from embedpipe.inference._openvino import graph_name, has_openvino
-from embedpipe.inference._runner import Runner
+from embedpipe.inference._runner import Item, Runner
 from embedpipe.inference._settings import FIRST_BATCH, InferenceSettings, count_cores, torch_threads
 from embedpipe.provenance import fingerprint
 from embedpipe.storage import write_atomic
@@ -57,7 +56,7 @@ NARROW_GAIN = 0.05  # of openvino without AVX-512, where it is about as fast as 
 def select_executor(
     backbones: Sequence[Backbone],
     settings: InferenceSettings,
-    items: Iterable[tuple[bytes, ByteSource | Path]],
+    items: Iterable[Item],
     *,
     work: int,
     agreement: float = AGREEMENT,
@@ -141,16 +140,14 @@ def is_trial_worth(eager_s: float, work: int, streams: int, *, warm_up_s: float,
     return work * eager_s / streams * gain > warm_up_s
 
 
-def measure(
-    runners: Sequence[Runner], images: Sequence[np.ndarray], *, rounds: int = ROUNDS, limit_s: float = TRIAL_S
-) -> list[float]:
+def measure(runners: Sequence[Runner], images: Sequence[np.ndarray], *, rounds: int = ROUNDS) -> list[float]:
     """Return the seconds per image of each runner with all streams busy: medians of rounds in which they take turns.
 
-    No round begins after `limit_s`.
+    No round begins after `TRIAL_S`.
     """
     settings, seconds, begun = runners[0].settings, [list[float]() for _ in runners], time.monotonic()
     with torch_threads(settings.threads), ThreadPoolExecutor(settings.streams) as streams:
-        while not seconds[0] or (len(seconds[0]) < rounds and time.monotonic() - begun < limit_s):
+        while not seconds[0] or (len(seconds[0]) < rounds and time.monotonic() - begun < TRIAL_S):
             for runner, rounds_s in zip(runners, seconds, strict=True):
                 start = time.monotonic()
                 list(streams.map(runner, [images] * settings.streams))
@@ -229,7 +226,7 @@ def _processor() -> tuple[str, ...]:
     return (fields.get("model name", platform.machine()), *(flag for flag in FLAGS if flag in flags))
 
 
-def _sample(runner: Runner, items: Iterable[tuple[bytes, ByteSource | Path]]) -> list[np.ndarray]:
+def _sample(runner: Runner, items: Iterable[Item]) -> list[np.ndarray]:
     """Return the first readable images, one batch for each window, filled up with black ones."""
     size = runner.settings.batch_size
     batches = image_batches(islice(items, size), runner.windows, batch_size=size, workers=runner.settings.workers)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from embedpipe.cache import SpaceWriter
-from embedpipe.data import ByteSource, Manifest, Sample
+from embedpipe.data import ByteSource, Manifest
 from embedpipe.errors import CacheBusy, CacheMismatch, EmbedpipeWarning, StorageError
 from embedpipe.images import DECODER
 from embedpipe.inference._drift import check_drift, is_new, record_environment
@@ -38,6 +38,7 @@ from embedpipe.provenance import canonical_json
 from embedpipe.storage import check_free_space
 
 Progress = Callable[[str, int, int], None]
+Commit = Callable[[Rows], float]  # returns the seconds that it took
 Transient = dict[bytes, tuple[str, str]]  # failures that are not stored, since they may pass: key -> (stage, reason)
 
 MOST_PENDING = 64  # batches of rows that wait for the disk
@@ -131,10 +132,9 @@ def _fill_group(
     runner = _open_runner([requests[n] for n in lacking], missing_images(manifest, lookups), settings)
     settings = runner.settings if runner else settings.definite
     if pins and pins != settings.pins:
-        raise CacheMismatch(
-            f"this extraction was interrupted under {canonical_json(pins)}, which does not work here",
-            hint="continue where it was started, or remove the space (`embedpipe cache ls`, `cache rm`) and start again",
-        )
+        message = f"this extraction was interrupted under {canonical_json(pins)}, which does not work here"
+        hint = "continue where it was started, or remove the space (`embedpipe cache ls`, `cache rm`) and start again"
+        raise CacheMismatch(message, hint=hint)
     records = [_check_environment(*one, manifest, settings) for one in zip(requests, lookups, strict=True)]
     transient: list[Transient] = [{} for _ in requests]
     writers: dict[int, SpaceWriter] = {}
@@ -154,15 +154,12 @@ def _fill_group(
             for n in lacking:
                 writers[n].forget_failures([key for key in lookups[n].missing if key in lookups[n].view.failures])
             commits = [functools.partial(_commit, writers[n], transient[n]) for n in lacking]
-            missing = [lookups[n].missing for n in lacking]
-            busy_s = _compute(runner, missing, commits, manifest, progress)
+            busy_s = _compute(runner, [lookups[n] for n in lacking], commits, manifest, progress)
         for writer in writers.values():
             writer.finish()
     bottleneck = max(busy_s, key=busy_s.__getitem__) if any(busy_s.values()) else "none"
     ran = (bottleneck, settings.executor, runner.difference) if runner else ()
-    return [
-        summarise(manifest, lookups[n], request.space.view(), transient[n], *ran) for n, request in enumerate(requests)
-    ]
+    return [summarise(manifest, lookups[n], one.space.view(), transient[n], *ran) for n, one in enumerate(requests)]
 
 
 def _open_runner(
@@ -206,26 +203,19 @@ def _writer(
 
 
 def _compute(
-    runner: Runner,
-    missing: Sequence[Mapping[bytes, Sample]],
-    commits: Sequence[Callable[[Rows], float]],
-    manifest: Manifest,
-    progress: Progress | None,
+    runner: Runner, lookups: Sequence[Lookup], commits: Sequence[Commit], manifest: Manifest, progress: Progress | None
 ) -> dict[str, float]:
     """Compute and commit the missing rows of each backbone of a runner; return the seconds of each stage per thread.
 
     Images that several backbones lack are decoded once.
     """
-    lackers: dict[bytes, list[int]] = defaultdict(list)
-    for number, samples in enumerate(missing):
-        for key in samples:
-            lackers[key].append(number)
+    images = missing_images(manifest, lookups)
     passes: dict[tuple[int, ...], list[tuple[bytes, ByteSource]]] = defaultdict(list)
-    for key, numbers in lackers.items():
-        passes[tuple(numbers)].append((key, manifest.byte_source_of(missing[numbers[0]][key])))
-    report, busy_s = _reporter(progress, len(lackers)), dict.fromkeys(("decode", "forward", "commit"), 0.0)
+    for key, place in images.items():
+        passes[tuple(n for n, found in enumerate(lookups) if key in found.missing)].append((key, place))
+    report, busy_s = _reporter(progress, len(images)), dict.fromkeys(("decode", "forward", "commit"), 0.0)
     for backbones, items in passes.items():
-        whole = len(backbones) == len(missing)
+        whole = len(backbones) == len(lookups)
         part = runner if whole else Runner([runner.backbones[n] for n in backbones], runner.settings)
         busy_s["commit"] += _stream(part, items, [commits[n] for n in backbones], report)
         record_run(part)
@@ -235,10 +225,7 @@ def _compute(
 
 
 def _stream(
-    runner: Runner,
-    items: Sequence[tuple[bytes, ByteSource]],
-    commits: Sequence[Callable[[Rows], float]],
-    report: Callable[[int], None],
+    runner: Runner, items: Sequence[tuple[bytes, ByteSource]], commits: Sequence[Commit], report: Callable[[int], None]
 ) -> float:
     """Compute rows in this thread and commit them in another one; return the seconds that commits took."""
     pending: deque[Future[float]] = deque()

@@ -29,6 +29,7 @@ from embedpipe.inference._settings import InferenceSettings, torch_threads
 if TYPE_CHECKING:
     from embedpipe.backbones import Backbone, SharedModel
 
+Item = tuple[bytes, ByteSource | Path]  # key and place of an image
 RECENT_CALLS = 512  # whose speed is remembered
 
 
@@ -103,15 +104,13 @@ class Runner:
         """
         start = time.monotonic()
         passes = dict.fromkeys(zip(self._model_of, self._window, strict=True))
-        features = {
-            (shared_model, window): self._in_parts(shared_model, images[window]) for shared_model, window in passes
-        }
+        features = {(model, window): self._in_parts(model, images[window]) for model, window in passes}
         with self._lock:
             self.forward_s += time.monotonic() - start
             self.image_s.append((time.monotonic() - start) / len(images[0]))
         return [
-            features[shared_model, window][self.shared_models[shared_model].output_of(backbone)]
-            for backbone, shared_model, window in zip(self.backbones, self._model_of, self._window, strict=True)
+            features[model, window][self.shared_models[model].output_of(backbone)]
+            for backbone, model, window in zip(self.backbones, self._model_of, self._window, strict=True)
         ]
 
     def _in_parts(self, shared_model: int, images: np.ndarray) -> list[np.ndarray]:
@@ -163,11 +162,12 @@ class Runner:
 
     def _explain(self, number: int, images: Sequence[np.ndarray]) -> list[str]:
         """Return why the features of each image are not finite: the first layer with such an output, or the stored dtype."""
+        from embedpipe.inference._torch import Torch
+
         shared_model, batch = self.shared_models[self._model_of[number]], images[self._window[number]]
-        plain = self.settings.under("eager")
         with self._explaining:
             copied = copy.deepcopy(shared_model)  # other threads compute with the model itself
-            run = partial(open_executor([copied], plain, folded=False), 0, batch)
+            run = partial(Torch([copied], self.settings.under("eager"), folded=False), 0, batch)
             faults = find_faults(copied, run, len(batch))
         return [self._reason(faults.get(row)) for row in range(len(batch))]
 
@@ -179,9 +179,7 @@ class Runner:
         return f"the output of layer {layer!r} is not finite in {precision}; {hint}"
 
 
-def stream_rows(
-    items: Iterable[tuple[bytes, ByteSource | Path]], runner: Runner, limits: Limits = LIMITS
-) -> Iterator[Rows]:
+def stream_rows(items: Iterable[Item], runner: Runner, limits: Limits = LIMITS) -> Iterator[Rows]:
     """Decode images and compute their features, a few batches at a time, in the order in which they are ready.
 
     Yields
@@ -207,15 +205,13 @@ def stream_rows(
             threads.shutdown(wait=True, cancel_futures=True)
 
 
-def open_executor(
-    shared_models: Sequence[SharedModel], settings: InferenceSettings, *, folded: bool = True
-) -> Executor:
-    """Return the executor that `settings` names; `folded` is for those of torch."""
+def open_executor(shared_models: Sequence[SharedModel], settings: InferenceSettings) -> Executor:
+    """Return the executor that `settings` names."""
     if settings.executor == "openvino":
         return OpenVino(shared_models, settings)
     from embedpipe.inference._torch import Torch
 
-    return Torch(shared_models, settings, folded=folded)
+    return Torch(shared_models, settings)
 
 
 def find_faults(shared_model: SharedModel, run: Callable[[], object], size: int) -> dict[int, str]:
