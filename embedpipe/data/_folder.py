@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from embedpipe.data._files import is_url, list_url, storage_errors
+from embedpipe.data._files import is_url, list_url, source_errors
 from embedpipe.data._source import COMPRESSED, SHARD_SUFFIXES, Failure, Listing, Row, Source, join
 from embedpipe.errors import UsageError
 from embedpipe.storage import PathLike
@@ -136,7 +136,7 @@ def walk(root: Path | str) -> FolderContent:
 
 
 def _walk_url(url: str) -> FolderContent:
-    with storage_errors(url, "list"):
+    with source_errors(url, "list"):
         paths = [path for path in list_url(url) if not path.startswith(".") and "/." not in path]
     used = [path for path in paths if is_image(path) or _is_shard(path)]
     return _content(used, len(paths) - len(used), [])

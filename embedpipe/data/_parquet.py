@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from embedpipe.data._files import open_file, storage_errors
+from embedpipe.data._files import open_file, source_errors
 from embedpipe.data._folder import splits_of_shards
 from embedpipe.data._labels import TASK_OF_COLUMN, check_label_columns, class_label, label_of_cells
 from embedpipe.data._source import Listing, Row, Source, folder_of, join
@@ -38,7 +38,7 @@ def list_parquet(source: Source, names: Sequence[str], *, allow_outside: bool) -
     splits, rows = splits_of_shards(names), []
     for name in names:
         file = join(source.root, name)
-        with storage_errors(file), open_file(file) as stream:
+        with source_errors(file), open_file(file) as stream:
             table = open_parquet(stream)
             image = _image_column(table.schema_arrow)
             if image is None:

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from embedpipe.data._files import is_url, read_file, storage_errors
+from embedpipe.data._files import is_url, read_file, source_errors
 from embedpipe.data._folder import SPLIT_NAMES
 from embedpipe.data._labels import LABEL_SEPARATOR, TASK_OF_COLUMN, check_label_columns, label_of_cells
 from embedpipe.data._source import Listing, Row, Source, join, suffix_of
@@ -40,7 +40,7 @@ def list_table(source: Source, name: str, *, allow_outside: bool) -> Listing:
     StorageError    the file cannot be read
     """
     file = join(source.root, name)
-    with storage_errors(file):
+    with source_errors(file):
         text = _decode(read_file(file))
     records = _json_records(text, name) if suffix_of(name) == ".jsonl" else _csv_records(text, name)
     return Listing(source, rows_of_paths(records, source.root, allow_outside))

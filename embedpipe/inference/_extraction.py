@@ -129,7 +129,10 @@ def _fill_group(
     settings = settings.pinned(pins) if pins else settings
     lookups = [look(request) for request in requests]
     lacking = [n for n, found in enumerate(lookups) if found.missing]
-    runner = _open_runner([requests[n] for n in lacking], missing_images(manifest, lookups), settings)
+    for n in lacking:
+        requests[n].space.ensure_free()  # before the executor is chosen, which takes seconds
+    images, backbones = missing_images(manifest, lookups), [requests[n].backbone for n in lacking]
+    runner = select_executor(backbones, settings, images.items(), work=len(images)) if lacking else None
     settings = runner.settings if runner else settings.definite
     if pins and pins != settings.pins:
         message = f"this extraction was interrupted under {canonical_json(pins)}, which does not work here"
@@ -160,16 +163,6 @@ def _fill_group(
     bottleneck = max(busy_s, key=busy_s.__getitem__) if any(busy_s.values()) else "none"
     ran = (bottleneck, settings.executor, runner.difference) if runner else ()
     return [summarise(manifest, lookups[n], one.space.view(), transient[n], *ran) for n, one in enumerate(requests)]
-
-
-def _open_runner(
-    requests: Sequence[FeatureRequest], images: Mapping[bytes, ByteSource], settings: InferenceSettings
-) -> Runner | None:
-    """Return a runner for the backbones of spaces that lack rows, None where there are none."""
-    for request in requests:
-        request.space.ensure_free()  # before the executor is chosen, which takes seconds
-    backbones = [request.backbone for request in requests]
-    return select_executor(backbones, settings, images.items(), work=len(images)) if requests else None
 
 
 def _check_environment(

@@ -89,7 +89,8 @@ class Runner:
         self.image_s: deque[float] = deque(maxlen=RECENT_CALLS)
         self.decode_s = self.forward_s = self.difference = 0.0
         self.shared_models, self._model_of = join(backbones)
-        windows = [_window_of(backbone.transform) for backbone in backbones]
+        transforms = [backbone.transform for backbone in backbones]  # decoders do not normalise, the device does
+        windows = [one.geometry if isinstance(one, Transform) else one for one in transforms]
         self.windows = list(dict.fromkeys(windows))
         self._window = [self.windows.index(window) for window in windows]
         self._lock, self._explaining, self._parts = threading.Lock(), threading.Lock(), 1
@@ -233,8 +234,3 @@ def find_faults(shared_model: SharedModel, run: Callable[[], object], size: int)
                 hooks.enter_context(module.register_forward_hook(partial(note, name)))
         run()
     return faults
-
-
-def _window_of(transform: Any) -> Any:
-    """Return the part of a transform that decoders apply; the normalisation is applied on the device."""
-    return transform.geometry if isinstance(transform, Transform) else transform
