@@ -31,7 +31,7 @@ class InferenceSettings:
     streams : int         batches that are computed at the same time
     threads : int         threads of one forward pass on a CPU
     channels_last : bool  memory format of images and weights
-    graphs : Path or None   folder of the converted graphs and of what was measured of executors
+    graphs : Path or None    folder of the converted graphs and of the measurements of executors; None: nothing is stored
     """
 
     device: str = "cpu"
@@ -79,7 +79,6 @@ def resolve_settings(
     precision: str = "fp32",
     store_dtype: str = "float32",
     executor: str = "auto",
-    graphs: Path | None = None,
 ) -> InferenceSettings:
     """Return the settings of this machine for the arguments of a command.
 
@@ -105,7 +104,6 @@ def resolve_settings(
         workers=cores if workers == "auto" else int(workers),
         streams=streams,
         threads=cores // streams if on_cpu else 1,
-        graphs=graphs,
     )
 
 

@@ -139,7 +139,7 @@ def complete_spaces(
     rest = [n for n, result in results.items() if result is None]
     if rest:
         begin_decoding(resolver.settings["workers"], len(manifest.samples))
-        settings = resolve_settings(**resolver.settings, graphs=resolver.cache.graphs_folder)
+        settings = replace(resolve_settings(**resolver.settings), graphs=resolver.cache.graphs_folder)
         feature_requests = [resolver.resolve(requests[n], settings) for n in rest]
         computed = compute_missing(feature_requests, manifest, settings, retry_failed=retry_failed, **writing)
         for n, feature_request, filled in zip(rest, feature_requests, computed, strict=True):

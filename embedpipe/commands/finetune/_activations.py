@@ -101,12 +101,9 @@ class ActivationCache:
         for stored in dict.fromkeys((dtype, "float32")):
             group = [target for target in targets if target.space.spec["stored_dtype"] == stored]
             plan = resolve_settings(
-                device=forward.device,
-                workers=forward.workers,
-                batch_size="auto",
-                store_dtype=stored,
-                graphs=self.cache.graphs_folder,
+                device=forward.device, workers=forward.workers, batch_size="auto", store_dtype=stored
             )
+            plan = replace(plan, graphs=self.cache.graphs_folder)
             filled = compute_missing(group, manifest, plan, progress=progress)
             for target, result in zip(group, filled, strict=True):
                 rows = result.computed + result.reused
