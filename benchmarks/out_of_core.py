@@ -36,7 +36,7 @@ def write_cache(folder: Path, rows: int, width: int) -> None:
     keys = [hashlib.sha256(str(row).encode()).digest() for row in range(rows)]
     y = random.integers(CLASSES, size=rows)
     middles = 0.1 * random.normal(size=(CLASSES, width))
-    space = cache.open_space(SPEC, name="random")
+    space = cache.open_space(SPEC)
     with space.writer(feature_dim=width, dtype="float32", environment={}, pins={}) as writer:
         for first in range(0, rows, 1024):
             some = slice(first, min(first + 1024, rows))

@@ -16,9 +16,9 @@
 
     EmbedpipeWarning                      (UserWarning)       odd, but the work goes on
 
-A message says what was found and what was expected, the hint what to do. The facts are attributes too.
+A message says what was found and what was expected, the hint what to do. Facts that a caller needs are attributes.
 
->>> raise UsageError("no layer 'layer9' in timm:resnet18", hint="did you mean 'layer4'?", layer="layer9")
+>>> raise UsageError("no layer 'layer9' in timm:resnet18", hint="did you mean 'layer4'?")
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class EmbedpipeError(Exception):
     ----------
     message : str    what was found and what was expected, one line, no full stop
     hint : str       what to do, one line
-    **facts          the values in the message, kept as attributes
+    **facts          values that a caller needs, such as the `rows` that are not finite, kept as attributes
     """
 
     exit_code = 1

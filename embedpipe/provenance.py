@@ -27,9 +27,9 @@ def canonical_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def fingerprint(spec: Mapping[str, Any]) -> str:
-    """Return the sha256 of the canonical JSON of `spec`, as 64 hex digits."""
-    return hashlib.sha256(canonical_json(spec).encode()).hexdigest()
+def fingerprint(value: Any) -> str:
+    """Return the sha256 of the canonical JSON of a value, such as a spec, as 64 hex digits."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 class Difference(NamedTuple):
@@ -95,11 +95,12 @@ def digest_arrays(named: Mapping[str, Any]) -> str:
 
 def environment(device: str = "cpu") -> dict[str, str]:
     """Return the library versions, platform and device to record with features; they are not part of a fingerprint."""
-    versions = {name: _version(name) for name in LIBRARIES}
+    versions = {name: library_version(name) for name in LIBRARIES}
     return {**versions, "python": platform.python_version(), "machine": platform.machine(), "device": device}
 
 
-def _version(name: str) -> str:
+def library_version(name: str) -> str:
+    """Return the version of an installed package, "absent" if it is not installed."""
     from importlib import metadata
 
     try:

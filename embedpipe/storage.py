@@ -20,21 +20,21 @@ from embedpipe.errors import EmbedpipeError, StorageError, UsageError
 PathLike = str | os.PathLike[str]
 
 TEMPORARY = ".tmp-"
+RETRY = "free some space or check the permissions, then run the same command again"
 UNSYNCABLE = (errno.EACCES, errno.EPERM, errno.EINVAL)  # errors of folders that this process cannot have created
 BYTES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 BYTES |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
 
 
 @contextmanager
-def storage_errors(path: Path, action: str, *, missing_ok: bool = False) -> Iterator[None]:
+def storage_errors(path: Path | str, action: str, *, missing_ok: bool = False, hint: str = RETRY) -> Iterator[None]:
     """Turn an OSError into a StorageError; with `missing_ok`, re-raise FileNotFoundError unchanged."""
     try:
         yield
     except OSError as exc:
         if isinstance(exc, EmbedpipeError) or (missing_ok and isinstance(exc, FileNotFoundError)):
             raise
-        hint = "free some space or check the permissions, then run the same command again"
-        raise StorageError(f"could not {action} {path}: {exc.strerror or exc}", hint=hint, path=str(path)) from exc
+        raise StorageError(f"could not {action} {path}: {exc.strerror or exc}", hint=hint) from exc
 
 
 def make_folder(folder: Path) -> None:

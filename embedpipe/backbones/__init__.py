@@ -19,7 +19,6 @@ from embedpipe.backbones._backbone import (
     refresh,
     trunk_backbone,
 )
-from embedpipe.backbones._cut import Cut
 from embedpipe.backbones._extractor import FeatureExtractor
 from embedpipe.backbones._loading import describe_layers, list_models, load_backbone, load_model
 from embedpipe.backbones._saving import open_saved_model, save_model

@@ -145,24 +145,21 @@ def at_layer(backbone: Backbone, layer: str | None, *, pool: str = "auto") -> Ba
     outputs = [(hook.pooling, trace.modules[hook.name].output) for hook in hooks]
     vectors = [pooling(output) for pooling, output in outputs if output is not None] or [trace.output.flatten(1)]
     kinds = "+".join(hook.pooling.kind for hook in hooks) or "none"
-    return replace(
-        backbone,
-        module=FeatureExtractor(model, hooks).eval(),
-        feature_dim=sum(vector.shape[1] for vector in vectors),
-        spec={**backbone.spec, "layer": layer or "penultimate", "pool": kinds},
-    )
+    width = sum(vector.shape[1] for vector in vectors)
+    return _with_hooks(backbone, hooks, width, layer=layer or "penultimate", pool=kinds)
 
 
 def trunk_backbone(backbone: Backbone, cut: Cut) -> Backbone:
     """Return the trunk of a cut as a backbone: its feature is the activation, flattened, and its spec names the cut."""
-    return replace(
-        backbone,
-        module=FeatureExtractor(
-            backbone.module.model, [FeatureHook(cut.layer, Pooling("none", "map"), at_input=True)]
-        ).eval(),
-        feature_dim=math.prod(cut.shape),
-        spec={**backbone.spec, "layer": f"into {cut.layer}", "pool": "none", "cut": cut.layer},
-    )
+    hook = FeatureHook(cut.layer, Pooling("none", "map"), at_input=True)
+    spec = {"layer": f"into {cut.layer}", "pool": "none", "cut": cut.layer}
+    return _with_hooks(backbone, [hook], math.prod(cut.shape), **spec)
+
+
+def _with_hooks(backbone: Backbone, hooks: Sequence[FeatureHook], feature_dim: int, **spec: str) -> Backbone:
+    """Return the backbone with another feature of the same model; `spec` says which."""
+    module = FeatureExtractor(backbone.module.model, hooks).eval()
+    return replace(backbone, module=module, feature_dim=feature_dim, spec={**backbone.spec, **spec})
 
 
 def cut_before(backbone: Backbone, unfrozen: Sequence[str]) -> Cut | None:
@@ -260,10 +257,8 @@ def describe_transform(transform: Images) -> Any:
         return transform.to_dict()
     text = repr(transform)
     if " at 0x" in text:
-        raise UsageError(
-            f"the transform does not describe itself: {text}",
-            hint="give it a to_dict() that names all that shapes a pixel, or use images.Transform",
-        )
+        hint = "give it a to_dict() that names all that shapes a pixel, or use images.Transform"
+        raise UsageError(f"the transform does not describe itself: {text}", hint=hint)
     return text
 
 
@@ -295,18 +290,14 @@ def _trace_or_raise(model: nn.Module, image_size: tuple[int, int], name: str) ->
     """Return the model's trace, or raise a UsageError if it refuses images of this size."""
     height, width = image_size
     if height * width > MAX_PIXELS:
-        raise UsageError(
-            f"images of {height} x {width}, expected at most {MAX_PIXELS} pixels", hint="give a smaller --image-size"
-        )
+        message = f"images of {height} x {width}, expected at most {MAX_PIXELS} pixels"
+        raise UsageError(message, hint="give a smaller --image-size")
     try:
         return trace_model(model, image_size)
     except FORWARD_ERRORS as exc:
         reason = str(exc).partition("\n")[0]
-        raise UsageError(
-            f"{name} refuses images of {height} x {width}: {reason}",
-            hint="use the model's own --image-size",
-            image_size=image_size,
-        ) from exc
+        message = f"{name} refuses images of {height} x {width}: {reason}"
+        raise UsageError(message, hint="use the model's own --image-size") from exc
 
 
 def find_stages(model: nn.Module, trace: Trace) -> tuple[Layer, ...]:
@@ -329,11 +320,8 @@ def find_stages(model: nn.Module, trace: Trace) -> tuple[Layer, ...]:
 def _children(modules: dict[str, nn.Module], trace: Trace, prefix: str) -> list[str]:
     """Return the child modules that run and hold a weight matrix or kernel."""
     names = [f"{prefix}.{name}".lstrip(".") for name, _ in modules[prefix].named_children()]
-    return [
-        n
-        for n in names
-        if n in modules and trace.start_below(n) is not None and any(p.ndim > 1 for p in modules[n].parameters())
-    ]
+    running = [name for name in names if name in modules and trace.start_below(name) is not None]
+    return [name for name in running if any(parameter.ndim > 1 for parameter in modules[name].parameters())]
 
 
 def _count(module: nn.Module) -> int:

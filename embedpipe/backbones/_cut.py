@@ -35,6 +35,7 @@ from embedpipe.errors import UsageError
 BATCHES = (2, 3)
 TOLERANCE = 1e-6  # relative to the largest feature, or to 1
 MAX_TRIES = 32  # cuts to try; a model with parallel streams may have none for hundreds of modules
+Passes = list[tuple[Tensor, Tensor]]  # images and the features of the whole backbone
 CONSTANTS = (int, float, str, type(None))
 NOT_BY_IMAGE = "the first argument is not a tensor with one row per image"
 
@@ -109,14 +110,14 @@ def cut_at(whole: FeatureExtractor, trace: Trace, layer: str, *, name: str) -> C
     """
     if trace.start_below(layer) is None or not layer:
         hint = layer_hint(layer, filter(None, trace.modules))
-        raise UsageError(f"no layer {layer!r} runs in {name}", hint=hint, layer=layer)
+        raise UsageError(f"no layer {layer!r} runs in {name}", hint=hint)
     if layer not in trace.modules:  # a list of modules has no input; its first module has
         layer = min((known for known in trace.modules if is_below(known, layer)), key=trace.start_of)
     try:
         return _split(whole, layer, *_run_passes(whole, trace.image_size))
     except _CannotCut as exc:
         hint = "cut before the block that holds it, or earlier"
-        raise UsageError(f"{name} cannot be cut before {layer}: {exc}", hint=hint, layer=layer) from exc
+        raise UsageError(f"{name} cannot be cut before {layer}: {exc}", hint=hint) from exc
 
 
 def cut_latest(whole: FeatureExtractor, trace: Trace, unfrozen: Sequence[str], *, name: str) -> Cut:
@@ -135,11 +136,8 @@ def cut_latest(whole: FeatureExtractor, trace: Trace, unfrozen: Sequence[str], *
             return _split(whole, layer, calls, passes, parameters)
         except _CannotCut as exc:
             reasons.append(f"; before {layer} {exc}")
-    raise UsageError(
-        f"{name} cannot be cut so that {owner or 'its own parameters'} runs after it{''.join(reasons[:1])}",
-        hint="unfreeze later layers, or do without cached activations",
-        tried=len(reasons),
-    )
+    message = f"{name} cannot be cut so that {owner or 'its own parameters'} runs after it{''.join(reasons[:1])}"
+    raise UsageError(message, hint="unfreeze later layers, or do without cached activations")
 
 
 def _candidates(trace: Trace, owner: str) -> list[str]:
@@ -156,11 +154,7 @@ def _candidates(trace: Trace, owner: str) -> list[str]:
 
 
 def _split(
-    whole: FeatureExtractor,
-    layer: str,
-    calls: Sequence[Call],
-    passes: Sequence[tuple[Tensor, Tensor]],
-    unfrozen: Set[nn.Parameter] = frozenset(),
+    whole: FeatureExtractor, layer: str, calls: list[Call], passes: Passes, unfrozen: Set[nn.Parameter] = frozenset()
 ) -> Cut:
     """Return the checked cut before `layer`, or raise `_CannotCut`; parameters in `unfrozen` must not be in the trunk."""
     images, _ = passes[0]
@@ -233,9 +227,7 @@ def _explain(tail: Tail, activation: Tensor, expected: Tensor) -> str:
     return f"it also needs the output of {what}; without it the features differ by {error:.2g}"
 
 
-def _run_passes(
-    whole: FeatureExtractor, image_size: tuple[int, int]
-) -> tuple[Sequence[Call], list[tuple[Tensor, Tensor]]]:
+def _run_passes(whole: FeatureExtractor, image_size: tuple[int, int]) -> tuple[list[Call], Passes]:
     """Return the calls in the whole backbone, and its features for random images, once for each of `BATCHES`."""
     generator = torch.Generator().manual_seed(0)
     like = next(whole.parameters(), torch.empty(0))
@@ -247,7 +239,7 @@ def _run_passes(
     return _record(whole, passes[0][0]), passes
 
 
-def _record(whole: FeatureExtractor, images: Tensor) -> Sequence[Call]:
+def _record(whole: FeatureExtractor, images: Tensor) -> list[Call]:
     with _eval_mode(whole):
         return record_calls(whole.model, images.to(next(whole.parameters(), images).dtype), run=whole)
 

@@ -173,7 +173,7 @@ def choose_hooks(
     if layer is not None:
         modules = [known for known, _ in model.named_modules() if known]
         if layer not in modules:
-            raise UsageError(f"no layer {layer!r} in {name}", hint=layer_hint(layer, modules), layer=layer)
+            raise UsageError(f"no layer {layer!r} in {name}", hint=layer_hint(layer, modules))
         if layer not in trace.modules or trace.modules[layer].output is None:
             raise UsageError(f"layer {layer!r} of {name} returns no tensor", hint="name a module inside it")
         return [_make_hook(model, trace, layer, pool=pool, name=name)]
@@ -186,10 +186,9 @@ def _make_hook(model: nn.Module, trace: Trace, point: str, *, pool: str, name: s
     record, where = trace.modules[point], f"{point or 'the output'} of {name}"
     layout = layout_of(record.shape, trace.image_size, channels_last=getattr(model, "output_fmt", "") == "NHWC")
     if record.shape[:1] != (BATCH,) or (layout == "unknown" and pool != "none"):
-        raise UsageError(
-            f"{where} has the shape {record.shape} for {BATCH} images, expected a vector, tokens or a map of each image",
-            hint="name the block that holds this layer, or use --pool none",
-        )
+        expected = "a vector, tokens or a map of each image"
+        message = f"{where} has the shape {record.shape} for {BATCH} images, expected {expected}"
+        raise UsageError(message, hint="name the block that holds this layer, or use --pool none")
     tokens = record.shape[1] if layout == "tokens" else 0
     prefix = count_prefix(tokens, trace.image_size, _declared_prefix(model)) if tokens else 0
     if pool == "cls" and not prefix:

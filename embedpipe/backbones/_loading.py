@@ -84,11 +84,8 @@ def resolve_name(name: str) -> tuple[str, str]:
     known = list_models()
     bare = {full.partition(":")[2] for full in known}
     close = [full for near in nearest(architecture, bare) for full in known if full.partition(":")[2] == near]
-    raise UsageError(
-        f"no model {name!r} in timm or torchvision",
-        hint=f"did you mean {' or '.join(close[:3])}?" if close else "see `embedpipe models`",
-        model=name,
-    )
+    hint = f"did you mean {' or '.join(close[:3])}?" if close else "see `embedpipe models`"
+    raise UsageError(f"no model {name!r} in timm or torchvision", hint=hint)
 
 
 def load_backbone(
@@ -205,16 +202,12 @@ def load_model(
     name, build = stored["name"], stored["build"]
     source, _, architecture = name.partition(":")
     if source not in LIBRARIES:
-        raise ModelMismatch(
-            f"{root} holds the weights of {name}, a module of your own",
-            hint="load them into your module and pass it to load_backbone",
-        )
+        hint = "load them into your module and pass it to load_backbone"
+        raise ModelMismatch(f"{root} holds the weights of {name}, a module of your own", hint=hint)
     library = LIBRARIES[source]
     if not library.knows(architecture) or build not in ({}, library.options_for(architecture, stored["image_size"][0])):
-        raise ModelMismatch(
-            f"{root} names {name} built with {build}, which is no model of {source}",
-            hint="update timm and torchvision, or save the model again",
-        )
+        message = f"{root} names {name} built with {build}, which is no model of {source}"
+        raise ModelMismatch(message, hint="update timm and torchvision, or save the model again")
     model = library.build(architecture, options=build, pretrained=False)
     heads = library.classifiers_of(architecture, model)
     load_state(model, read_weights(root / WEIGHTS), heads=heads, source=str(root), name=name)
@@ -240,9 +233,8 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise ModelMismatch(f"{folder} holds no model of embedpipe", hint=f"expected a {DESCRIPTION} in it") from exc
     schema = stored.get("schema") if isinstance(stored, dict) else None
     if schema != SCHEMA:
-        raise ModelMismatch(
-            f"{folder} has the format {schema}, this version reads {SCHEMA}", hint="use a newer embedpipe"
-        )
+        message = f"{folder} has the format {schema}, this version reads {SCHEMA}"
+        raise ModelMismatch(message, hint="use a newer embedpipe")
     wrong = [name for name, kind in FIELDS.items() if not isinstance(stored.get(name), kind)]
     if wrong or [type(side) for side in stored["image_size"]] != [int, int]:
         raise ModelMismatch(f"{folder / DESCRIPTION} has no valid {', '.join(wrong) or 'image_size'}")
@@ -303,7 +295,6 @@ def _refuse_options(what: str, *, weights: PathLike, **options: float | str | No
     refused = [name for name, value in options.items() if value is not None]
     refused += ["weights"] if weights != "pretrained" else []
     if refused:
-        raise UsageError(
-            f"{what} brings its own weights and transform: it cannot take --{refused[0].replace('_', '-')}",
-            hint="leave that option out, or name a model of timm or torchvision",
-        )
+        option = refused[0].replace("_", "-")
+        message = f"{what} brings its own weights and transform: it cannot take --{option}"
+        raise UsageError(message, hint="leave that option out, or name a model of timm or torchvision")

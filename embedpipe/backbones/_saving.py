@@ -43,9 +43,8 @@ def save_model(
     StorageError    a file cannot be written
     """
     source, _, architecture = backbone.name.partition(":")
-    state = {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in backbone.module.model.state_dict().items()
-    }
+    own = backbone.module.model.state_dict()
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in own.items()}
     head = _classifier_state(backbone, torch.as_tensor(weight), torch.as_tensor(bias))
     files = {WEIGHTS: safetensors.torch.save(state | head, {"format": "pt"})}
     if source in LIBRARIES:

@@ -54,9 +54,8 @@ def build(architecture: str, *, options: dict[str, Any], pretrained: bool) -> nn
     if not pretrained:
         return _create(architecture, options)
     if not timm.get_pretrained_cfg(architecture).has_weights:
-        raise WeightsUnavailable(
-            f"timm publishes no pretrained weights for {architecture}", hint="use --weights FILE or --weights none"
-        )
+        message = f"timm publishes no pretrained weights for {architecture}"
+        raise WeightsUnavailable(message, hint="use --weights FILE or --weights none")
     with _fail_fast_offline():
         return _create(architecture, {"pretrained": True, **options})
 

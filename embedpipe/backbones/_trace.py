@@ -10,7 +10,7 @@ device, which has a shape and a dtype but no data, and hooks on all modules reco
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from embedpipe.provenance import nearest
 
@@ -101,14 +102,8 @@ def layer_hint(name: str, known: Iterable[str]) -> str:
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """Return the first tensor in nested tuples, lists and mappings."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        output = list(output.values())
-    if not isinstance(output, (tuple, list)):
-        return None
-    return next((tensor for part in output if (tensor := first_tensor(part)) is not None), None)
+    """Return the first tensor in nested tuples, lists and dictionaries."""
+    return next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
 
 
 def trace_model(model: nn.Module, image_size: tuple[int, int]) -> Trace:
@@ -131,7 +126,7 @@ def trace_model(model: nn.Module, image_size: tuple[int, int]) -> Trace:
 
 
 @torch.no_grad()
-def record_calls(model: nn.Module, images: Tensor, *, run: nn.Module | None = None) -> Sequence[Call]:
+def record_calls(model: nn.Module, images: Tensor, *, run: nn.Module | None = None) -> list[Call]:
     """Return the calls of all modules of `model`, in order of their start, in a pass of `run` on the meta device.
 
     Parameters

@@ -71,7 +71,7 @@ def _matches(backbone: Backbone, pattern: str) -> list[str]:
     if not matching:
         modules = [name for name, module in backbone.module.model.named_modules() if name and [*module.parameters()]]
         hint = layer_hint(pattern, modules)
-        raise UsageError(f"no parameter of {backbone.name} matches {pattern!r}", hint=hint, pattern=pattern)
+        raise UsageError(f"no parameter of {backbone.name} matches {pattern!r}", hint=hint)
     return matching
 
 

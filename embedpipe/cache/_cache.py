@@ -33,15 +33,14 @@ class Cache:
 
     root: Path
 
-    def open_space(self, spec: Mapping[str, Any], *, name: str) -> Space:
-        """Return the space of a spec, whether or not it exists.
+    def open_space(self, spec: Mapping[str, Any]) -> Space:
+        """Return the space of a spec, whether or not it exists; its folder is `<source>-<architecture>-<fingerprint12>`.
 
         Parameters
         ----------
         spec : JSON values: everything that determines a feature
-        name : readable prefix of the folder, such as timm-resnet18
         """
-        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "space"
+        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{spec['source']}-{spec['architecture']}").strip(".-")
         folder = f"{readable[:100]}-{fingerprint(spec)[:12]}"
         return Space(self.spaces_folder / folder, json.loads(canonical_json(spec)))
 
@@ -115,7 +114,7 @@ class Cache:
 
     def datasets(self) -> list[str]:
         """Return the names of all sample tables."""
-        return sorted(path.stem for path in self.datasets_folder.glob("[!.]*.h5"))
+        return sorted(path.stem for path in (self.root / "datasets").glob("[!.]*.h5"))
 
     def latest(self) -> dict[str, Any] | None:
         """Return {"dataset": name, "spaces": [folder names]} of the last extraction, or None."""
@@ -179,17 +178,13 @@ class Cache:
         return self.root / "spaces"
 
     @property
-    def datasets_folder(self) -> Path:
-        return self.root / "datasets"
-
-    @property
     def graphs_folder(self) -> Path:
         """Compiled graphs of executors, which only save time."""
         return self.root / "graphs"
 
     def table_path(self, name: str) -> Path:
         """Return the path of the sample table of a data set."""
-        return self.datasets_folder / f"{name}.h5"
+        return self.root / "datasets" / f"{name}.h5"
 
     @property
     def _latest(self) -> Path:

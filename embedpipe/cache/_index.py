@@ -14,7 +14,6 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
 
 import platformdirs
 
@@ -25,8 +24,6 @@ RACY_NS = 2_000_000_000  # a file changed more recently may change again without
 BATCH = 1000
 MAX_INTEGER = (1 << 63) - 1  # of SQLite; some file systems have larger inode numbers
 CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-
-T = TypeVar("T", bytes, str)
 
 SCHEMA = (
     "CREATE TABLE IF NOT EXISTS keys (path BLOB PRIMARY KEY, size INTEGER, mtime_ns INTEGER,"
@@ -71,8 +68,8 @@ class KeyIndex:
         name = os.fsencode(place.path) + (b"\0" + os.fsencode(place.part) if place.part else b"")
         before = _identity_of(place)
         query = "SELECT key FROM keys WHERE (path, size, mtime_ns, inode, ctime_ns) = (?, ?, ?, ?, ?)"
-        known = self._select(query, (name, *before), bytes) if before else None
-        if known is not None:
+        known = self._select(query, (name, *before)) if before else None
+        if isinstance(known, bytes):
             return known
         key = _digest(place)
         after = _identity_of(place)
@@ -86,14 +83,14 @@ class KeyIndex:
 
     def get_text(self, name: str) -> str | None:
         """Return the text stored under a name, None if there is none or SQLite reports an error."""
-        return self._select("SELECT answer FROM answers WHERE question = ?", (name,), str)
+        text = self._select("SELECT answer FROM answers WHERE question = ?", (name,))
+        return text if isinstance(text, str) else None
 
     def put_text(self, name: str, text: str) -> None:
         """Store a text under a name; an error of SQLite is ignored."""
-        if not self._keep:
-            return
-        with self._lock, suppress(sqlite3.Error), self._database:
-            self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (name, text))
+        if self._keep:
+            with self._lock, suppress(sqlite3.Error), self._database:
+                self._database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", (name, text))
 
     def close(self) -> None:
         """Write new keys and close the database."""
@@ -101,10 +98,9 @@ class KeyIndex:
             self._flush()
             self._database.close()
 
-    def _select(self, query: str, values: tuple[bytes | int | str, ...], kind: type[T]) -> T | None:
+    def _select(self, query: str, values: tuple[bytes | int | str, ...]) -> object:
         with self._lock, suppress(sqlite3.Error):
-            row = self._database.execute(query, values).fetchone()
-            return row[0] if row and isinstance(row[0], kind) else None
+            return next(self._database.execute(query, values), (None,))[0]
         return None
 
     def _flush(self) -> None:

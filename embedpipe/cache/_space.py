@@ -129,11 +129,9 @@ class SpaceWriter:
             return
         keys = key_matrix(chain.from_iterable(keys for keys, _ in self._rows))
         numbers = [int(path.name.partition("-")[0]) for path in list_shards(self._folder)]
-        name = f"{max(numbers, default=0) + 1:08d}-{uuid.uuid4().hex}.h5"
+        path = self._folder / SHARDS / f"{max(numbers, default=0) + 1:08d}-{uuid.uuid4().hex}.h5"
         chunks, failures = [features for _, features in self._rows], self._failures
-        write_atomic(
-            self._folder / SHARDS / name, lambda stream: write_features(stream, self._meta, keys, chunks, failures)
-        )
+        write_atomic(path, lambda stream: write_features(stream, self._meta, keys, chunks, failures))
         self._rows, self._failures, self._pending_since = [], {}, None
 
     def finish(self, *, merge_below_bytes: int = MERGED_BELOW_BYTES, chunk_bytes: int = CHUNK_BYTES) -> None:
@@ -171,11 +169,9 @@ class SpaceWriter:
         requested, stored = self._meta, read_meta(self._folder, fingerprint(self._meta.spec))
         if stored is not None:
             if (stored.feature_dim, stored.dtype) != (requested.feature_dim, requested.dtype):
-                raise CacheMismatch(
-                    f"{self._folder} holds {stored.feature_dim} x {stored.dtype} a row, "
-                    f"expected {requested.feature_dim} x {requested.dtype}",
-                    hint="choose another --cache-dir, and report this: equal specs give equal shapes",
-                )
+                got, expected = (f"{meta.feature_dim} x {meta.dtype}" for meta in (stored, requested))
+                hint = "choose another --cache-dir, and report this: equal specs give equal shapes"
+                raise CacheMismatch(f"{self._folder} holds {got} a row, expected {expected}", hint=hint)
             new = [record for record in requested.environments if record not in stored.environments]
             pins = requested.pins if stored.pins is None else stored.pins
             self._meta = replace(stored, environments=(*stored.environments, *new), pins=pins)

@@ -24,7 +24,7 @@ from embedpipe.classifier._scoring import Scored, answer, report_scores, write_s
 from embedpipe.data import ByteSource, Failure
 from embedpipe.errors import DecodeError, EmbedpipeError, ModelMismatch, UsageError
 from embedpipe.features import LAYER_FIELDS, PENULTIMATE, loader_of, model_fields
-from embedpipe.inference import Progress, Rows, Runner, resolve_settings, space_name, space_spec, stream_rows
+from embedpipe.inference import Progress, Rows, Runner, resolve_settings, space_spec, stream_rows
 from embedpipe.provenance import differing_fields, environment
 from embedpipe.runs import RunFolder, find_run, read_run
 from embedpipe.storage import PathLike
@@ -82,7 +82,7 @@ class Reference:
 
     def space(self, cache: Cache) -> Space:
         """Return the space of the features in a cache, whether or not it exists there."""
-        return cache.open_space(self.spec, name=space_name(self.spec))
+        return cache.open_space(self.spec)
 
     def load(self, folder: Path | None = None) -> Backbone:
         """Return the backbone that computed the features; `folder` is the run that holds a saved model.

@@ -111,7 +111,7 @@ def explain_reuse(
     """
     from embedpipe.backbones import load_backbone
     from embedpipe.cache import Cache, dataset_name
-    from embedpipe.inference import space_name, space_spec
+    from embedpipe.inference import space_spec
 
     check_pixels_option(pixels)
     cache = Cache(Path(cache_dir))
@@ -119,7 +119,7 @@ def explain_reuse(
     shape: dict[str, Any] = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
     loaded = load_backbone(backbone, weights=weights, layer=layer, pool=pool, seed=seed, **shape)
     spec = space_spec(loaded, precision, store_dtype)
-    space = cache.open_space(spec, name=space_name(spec))
+    space = cache.open_space(spec)
     keys, view = {sample.key for sample in manifest.samples}, space.view()
     hits, failures = sum(key in view for key in keys), sum(key in view.failures for key in keys)
     misses = len(keys) - hits - failures

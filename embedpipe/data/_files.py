@@ -10,12 +10,13 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from functools import lru_cache
 from typing import IO, Any
 
-from embedpipe.errors import StorageError, UsageError
+from embedpipe.errors import UsageError
+from embedpipe.storage import storage_errors
 
 URL = re.compile(r"[A-Za-z][\w+.-]*://")
 CHECKSUMS = ("etag", "checksum", "md5", "md5hash", "content_md5", "crc32c", "generation", "version_id")
@@ -113,16 +114,10 @@ def _file_system(url: str) -> Iterator[tuple[Any, str]]:
         raise OSError(errno.EIO, f"{type(exc).__name__}: {_one_line(exc)}", url) from exc
 
 
-@contextmanager
-def storage_errors(path: str, action: str = "read") -> Iterator[None]:
+def source_errors(path: str, action: str = "read") -> AbstractContextManager[None]:
     """Turn an OSError into a StorageError that names the file or URL."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as exc:
-        hint = "check the address, the network and your credentials" if is_url(path) else "check its permissions"
-        raise StorageError(f"could not {action} {path!r}: {exc.strerror or exc}", hint=hint) from exc
+    hint = "check the address, the network and your credentials" if is_url(path) else "check its permissions"
+    return storage_errors(repr(path), action, hint=hint)
 
 
 def _one_line(exc: Exception) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from embedpipe.data._files import is_url, list_url, storage_errors
+from embedpipe.data._files import is_url, list_url, source_errors
 from embedpipe.data._source import COMPRESSED, SHARD_SUFFIXES, Failure, Listing, Row, Source, join
 from embedpipe.errors import UsageError
 from embedpipe.storage import PathLike
@@ -55,17 +55,13 @@ def list_folder(source: Source, content: FolderContent) -> Listing:
     UsageError    split folders and other folders both hold images
     """
     has_splits = are_splits({path.split("/")[0] for path in content.images if "/" in path}, source.argument)
-    listing = Listing(
-        source=source,
-        rows=tuple(folder_row(path, has_splits) for path in content.images),
-        ignored=content.ignored + len(content.shards),
-        unreadable=content.failures(source),
-        warnings=tuple(
-            f"{len(content.shards)} shard(s) in {source.argument!r} were left out, because the folder also holds images; "
-            f"the first is {shard!r}; name shards to use them"
-            for shard in content.shards[:1]
-        ),
+    warnings = tuple(
+        f"{len(content.shards)} shard(s) in {source.argument!r} were left out, because the folder also holds images; "
+        f"the first is {shard!r}; name shards to use them"
+        for shard in content.shards[:1]
     )
+    rows = tuple(folder_row(path, has_splits) for path in content.images)
+    listing = Listing(source, rows, content.ignored + len(content.shards), content.failures(source), warnings)
     return drop_incomplete(listing, "lie outside the class folders")
 
 
@@ -97,10 +93,9 @@ def list_images(paths: PathLike | Iterable[PathLike]) -> list[Path]:
             raise UsageError(f"{str(argument)!r} does not exist, expected an image or a folder", hint="check the path")
         images += [argument / path for path in walk(argument).images] if argument.is_dir() else [argument]
     if not images:
-        raise UsageError(
-            f"no image in {', '.join(map(str, arguments)) or 'an empty list'}, expected {' '.join(IMAGE_SUFFIXES)}",
-            hint="give image files, or folders that hold images",
-        )
+        where = ", ".join(map(str, arguments)) or "an empty list"
+        message = f"no image in {where}, expected {' '.join(IMAGE_SUFFIXES)}"
+        raise UsageError(message, hint="give image files, or folders that hold images")
     return images
 
 
@@ -141,7 +136,7 @@ def walk(root: Path | str) -> FolderContent:
 
 
 def _walk_url(url: str) -> FolderContent:
-    with storage_errors(url, "list"):
+    with source_errors(url, "list"):
         paths = [path for path in list_url(url) if not path.startswith(".") and "/." not in path]
     used = [path for path in paths if is_image(path) or _is_shard(path)]
     return _content(used, len(paths) - len(used), [])
@@ -185,11 +180,9 @@ def are_splits(folders: set[str], argument: str) -> bool:
     splits = {folder for folder in folders if folder.lower() in SPLIT_NAMES}
     others = sorted(folders - splits)
     if others and len({SPLIT_NAMES[folder.lower()] for folder in splits}) > 1:
-        raise UsageError(
-            f"found images in {others[0]!r} beside {', '.join(sorted(splits))} in {argument!r}, "
-            "expected only train/, val/ and test/",
-            hint="move that folder into a split or out of the data",
-        )
+        found = f"found images in {others[0]!r} beside {', '.join(sorted(splits))} in {argument!r}"
+        hint = "move that folder into a split or out of the data"
+        raise UsageError(f"{found}, expected only train/, val/ and test/", hint=hint)
     return bool(splits) and not others
 
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from embedpipe.data._folder import SPLIT_NAMES, drop_incomplete
-from embedpipe.data._labels import label_of_cells
+from embedpipe.data._labels import class_label, label_of_cells
 from embedpipe.data._parquet import bytes_of_cell
 from embedpipe.data._source import HUB, Listing, Row, Source, parse_hub
 from embedpipe.data._tables import cell_texts
@@ -43,29 +43,18 @@ def _rows(source: Source, split: str, dataset: Any) -> Iterator[Row]:
     features = dataset.features
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image) and "/" not in name]
     if not images:
-        raise UsageError(
-            f"{source.argument!r} has the columns {', '.join(features)}, expected a column of images",
-            hint="name a data set of images",
-        )
+        message = f"{source.argument!r} has the columns {', '.join(features)}, expected a column of images"
+        raise UsageError(message, hint="name a data set of images")
     classes = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     candidates = ("label", "class", *(classes if len(classes) == 1 else ()), "labels", "target")
     column = next((name for name in candidates if name in features), None)
     kind = column if column in ("labels", "target") and column not in classes else "label"
-    names = getattr(getattr(features.get(column), "feature", features.get(column)), "names", None)
+    names = getattr(getattr(features.get(column), "feature", features.get(column)), "names", ())
     split_name = SPLIT_NAMES.get(split.partition("[")[0].lower(), "")
     for n, value in enumerate(dataset[column][:] if column else [None] * len(dataset)):
         at = f"{source.argument}, row {n} of {split}"
-        label, task = label_of_cells(cell_texts([(kind, _class_names(value, names))], at), at)
-        yield Row(split, label, split_name, None, f"row {n} {images[0]}", task)
-
-
-def _class_names(value: Any, names: list[str] | None) -> Any:
-    """Return a value with class names for class numbers; -1 is no label."""
-    if not names or value is None:
-        return value
-    if isinstance(value, list):
-        return [names[number] for number in value if number >= 0]
-    return names[value] if value >= 0 else None
+        label, task = label_of_cells(cell_texts([(kind, value)], at), at)
+        yield Row(split, class_label(label, task, names), split_name, None, f"row {n} {images[0]}", task)
 
 
 @lru_cache(16)
@@ -88,10 +77,8 @@ def open_split(root: str, split: str) -> Any:
         return datasets.load_dataset(name, config or None, split=split or None)
     except (OSError, ValueError, KeyError, RuntimeError) as exc:
         reason = (str(exc).splitlines() or [type(exc).__name__])[0]
-        raise UsageError(
-            f"{root}{'@' if split else ''}{split}: {reason}",
-            hint="expected hf:NAME[:CONFIG][@SPLIT], or hf:FOLDER as save_to_disk writes it",
-        ) from exc
+        hint = "expected hf:NAME[:CONFIG][@SPLIT], or hf:FOLDER as save_to_disk writes it"
+        raise UsageError(f"{root}{'@' if split else ''}{split}: {reason}", hint=hint) from exc
 
 
 def _saved_split(saved: Any, split: str) -> Any:

@@ -12,7 +12,7 @@ A label is stored as text; `Manifest.targets` encodes it as numbers.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from embedpipe.errors import UsageError
 
@@ -57,6 +57,24 @@ def label_of_cells(cells: Mapping[str, str], at: str) -> tuple[str | None, str]:
     return text or None, task
 
 
+def class_label(label: str | None, task: str, classes: Sequence[str]) -> str | None:
+    """Return a label with class names for class numbers, unless `classes` is empty; -1 is no label.
+
+    Raises
+    ------
+    UsageError    a number without a name
+    """
+    if label is None or not classes or task == "regression":
+        return label
+    numbers = [number for number in label_names(label, task) if number != "-1"]
+    for number in numbers:
+        if not number.isdigit() or int(number) >= len(classes):
+            hint = "write the file again with numbers of its class names"
+            raise UsageError(f"found the label {number!r}, expected 0 to {len(classes) - 1}", hint=hint)
+    names = [classes[int(number)] for number in numbers]
+    return join_names(names) if task == "multilabel" else next(iter(names), None)
+
+
 def _check_number(text: str, at: str) -> None:
     try:
         is_valid = abs(float(text)) <= MAX_TARGET
@@ -71,7 +89,5 @@ def check_label_columns(columns: Collection[str], at: str) -> None:
     """Raise UsageError for more than one label column."""
     found = [column for column in TASK_OF_COLUMN if column in columns]
     if len(found) > 1:
-        raise UsageError(
-            f"{at}: found the columns {' and '.join(found)}, expected one of label, labels and target",
-            hint="keep the one to predict, and rename the others",
-        )
+        message = f"{at}: found the columns {' and '.join(found)}, expected one of label, labels and target"
+        raise UsageError(message, hint="keep the one to predict, and rename the others")

@@ -17,9 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from embedpipe.data._files import open_file, storage_errors
+from embedpipe.data._files import open_file, source_errors
 from embedpipe.data._folder import splits_of_shards
-from embedpipe.data._labels import TASK_OF_COLUMN, check_label_columns, join_names, label_names, label_of_cells
+from embedpipe.data._labels import TASK_OF_COLUMN, check_label_columns, class_label, label_of_cells
 from embedpipe.data._source import Listing, Row, Source, folder_of, join
 from embedpipe.data._tables import COLUMNS, Record, cell_texts, check_columns, rows_of_paths, split_of_cell
 from embedpipe.errors import UsageError
@@ -38,7 +38,7 @@ def list_parquet(source: Source, names: Sequence[str], *, allow_outside: bool) -
     splits, rows = splits_of_shards(names), []
     for name in names:
         file = join(source.root, name)
-        with storage_errors(file), open_file(file) as stream:
+        with source_errors(file), open_file(file) as stream:
             table = open_parquet(stream)
             image = _image_column(table.schema_arrow)
             if image is None:
@@ -80,7 +80,7 @@ def _rows_of_paths(table: Any, name: str, folder: str, allow_outside: bool) -> I
     root = folder if "://" in folder else Path(folder)
     for row in rows_of_paths(_records(table, columns, name), root, allow_outside):
         path = os.path.join(os.path.dirname(name), row.path)
-        yield replace(row, path=path, label=_class_label(row.label, row.task, classes))
+        yield replace(row, path=path, label=class_label(row.label, row.task, classes))
 
 
 def _rows_of_images(table: Any, name: str, image: str) -> Iterator[Row]:
@@ -92,15 +92,14 @@ def _rows_of_images(table: Any, name: str, image: str) -> Iterator[Row]:
     classes = _class_names(schema, columns)
     is_struct = schema.field(image).type.num_fields > 0
     images = table.read(columns=[f"{image}.path"]).to_pydict()[image] if is_struct else [None] * metadata.num_rows
-    positions = (
-        f"{group}:{row}" for group in range(table.num_row_groups) for row in range(metadata.row_group(group).num_rows)
-    )
+    sizes = [metadata.row_group(group).num_rows for group in range(table.num_row_groups)]
+    positions = (f"{group}:{row}" for group, size in enumerate(sizes) for row in range(size))
     for (at, cells), position, cell in zip(_records(table, columns, name), positions, images, strict=True):
         label, task = label_of_cells(cells, at)
         file = os.path.basename((cell or {}).get("path") or "")
         yield Row(
             path=name,
-            label=_class_label(label, task, classes),
+            label=class_label(label, task, classes),
             split=split_of_cell(cells.get("split", ""), at),
             group=cells.get("group", "").strip() or None,
             part=f"row {position} {image}" + (f"/{file}" if file else ""),
@@ -118,22 +117,6 @@ def _class_names(schema: Any, columns: Mapping[str, str]) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         return []
     return [str(name) for name in names] if isinstance(names, list) else []
-
-
-def _class_label(label: str | None, task: str, classes: Sequence[str]) -> str | None:
-    """Return a label with class names for class numbers; -1 is no label."""
-    if label is None or not classes or task == "regression":
-        return label
-    if task == "multilabel":
-        return join_names(_class_name(number, classes) for number in label_names(label, task))
-    return None if label == "-1" else _class_name(label, classes)
-
-
-def _class_name(number: str, classes: Sequence[str]) -> str:
-    if not number.isdigit() or int(number) >= len(classes):
-        hint = "write the file again with numbers of its class names"
-        raise UsageError(f"found the label {number!r}, expected 0 to {len(classes) - 1}", hint=hint)
-    return classes[int(number)]
 
 
 class ColumnCache:
@@ -165,22 +148,16 @@ class ColumnCache:
                     del self._columns[key]
                 future.set_exception(exc)
                 raise
-            self._evict()
+            with self._lock:
+                sizes = self.sizes()
+                while len(sizes) > 1 and sum(sizes.values()) > self._max_bytes:
+                    oldest = next(iter(sizes))
+                    del sizes[oldest], self._columns[oldest]
         return future.result()
 
     def sizes(self) -> dict[tuple[str, int, str], int]:
         """Return the bytes of each column in memory, least recently used first."""
         return {key: column.result().nbytes for key, column in self._columns.items() if column.done()}
-
-    def _evict(self) -> None:
-        with self._lock:
-            sizes = self.sizes()
-            total = sum(sizes.values())
-            for key in list(sizes)[:-1]:
-                if total <= self._max_bytes:
-                    break
-                del self._columns[key]
-                total -= sizes[key]
 
 
 _columns = ColumnCache()

@@ -146,10 +146,8 @@ def _list_shards(source: Source, names: Sequence[str], allow_outside: bool) -> L
     """List the images in .tar or .parquet files with these names, relative to the root of the source."""
     suffixes = {suffix_of(name) for name in names}
     if len(suffixes) > 1:
-        raise UsageError(
-            f"found {' and '.join(sorted(suffixes))} files in {source.argument!r}, expected one kind",
-            hint="name one kind by a pattern such as 'data/train-{000..012}.tar'",
-        )
+        message = f"found {' and '.join(sorted(suffixes))} files in {source.argument!r}, expected one kind"
+        raise UsageError(message, hint="name one kind by a pattern such as 'data/train-{000..012}.tar'")
     if suffixes == {".parquet"}:
         listing = list_parquet(source, names, allow_outside=allow_outside)
         return drop_incomplete(listing, "have neither label nor split")
@@ -172,21 +170,20 @@ def _check_listings(listings: Sequence[Listing], split_by: str) -> None:
     for listing in listings:
         if not listing.rows:
             reasons = [*(failure.reason for failure in listing.unreadable[:1]), f"{listing.ignored} other files"]
-            raise UsageError(
-                f"no image in {listing.source.argument!r} ({', '.join(reasons)}), expected {' '.join(IMAGE_SUFFIXES)}",
-                hint="put a folder of images for each class there, or give another path",
-            )
+            found = f"no image in {listing.source.argument!r} ({', '.join(reasons)})"
+            hint = "put a folder of images for each class there, or give another path"
+            raise UsageError(f"{found}, expected {' '.join(IMAGE_SUFFIXES)}", hint=hint)
     for field in ("label",) if split_by == "hash" else ("label", "split"):
         # a source has the field in each row or in none, so the first row is enough
         having = {bool(getattr(listing.rows[0], field)): listing.source.argument for listing in listings}
         if len(having) > 1:
-            raise UsageError(
-                f"{having[True]!r} has {field}s, {having[False]!r} has none, expected all or none",
-                hint="extract them one by one" + (", or split by hash" if field == "split" else ""),
-            )
+            message = f"{having[True]!r} has {field}s, {having[False]!r} has none, expected all or none"
+            hint = "extract them one by one" + (", or split by hash" if field == "split" else "")
+            raise UsageError(message, hint=hint)
     for listing in listings if split_by in ("folder", "column") else ():
-        kind = "column" if listing.source.has_columns else "folder"
-        if kind != split_by or not listing.rows[0].split:
+        source = listing.source
+        has_columns = source.is_hub or (source.has_files and suffix_of(source.argument) != ".tar")
+        if has_columns != (split_by == "column") or not listing.rows[0].split:
             hint = "expected the folders train/ val/ test/, or a table with a split column"
             raise UsageError(f"{listing.source.argument!r} has no splits by {split_by}", hint=hint)
 

@@ -50,11 +50,6 @@ class Source:
         return not self.is_hub and suffix_of(self.argument) in FILE_SUFFIXES and name != os.path.basename(self.root)
 
     @property
-    def has_columns(self) -> bool:
-        """True if labels and splits come from columns, False if they come from folders or sidecars."""
-        return self.is_hub or (self.has_files and suffix_of(self.argument) != ".tar")
-
-    @property
     def prefix(self) -> str:
         """What the path of a sample is joined to for display: the argument, or the folder of the files that it names."""
         if self.is_hub:

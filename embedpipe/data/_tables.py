@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
-from embedpipe.data._files import is_url, read_file, storage_errors
+from embedpipe.data._files import is_url, read_file, source_errors
 from embedpipe.data._folder import SPLIT_NAMES
 from embedpipe.data._labels import LABEL_SEPARATOR, TASK_OF_COLUMN, check_label_columns, label_of_cells
 from embedpipe.data._source import Listing, Row, Source, join, suffix_of
@@ -40,7 +40,7 @@ def list_table(source: Source, name: str, *, allow_outside: bool) -> Listing:
     StorageError    the file cannot be read
     """
     file = join(source.root, name)
-    with storage_errors(file):
+    with source_errors(file):
         text = _decode(read_file(file))
     records = _json_records(text, name) if suffix_of(name) == ".jsonl" else _csv_records(text, name)
     return Listing(source, rows_of_paths(records, source.root, allow_outside))
@@ -112,18 +112,16 @@ def check_columns(written: list[str], at: str) -> list[str]:
     UsageError    `path` is missing, a column stands twice, has nearly the name of a missing one, or there are two of labels
     """
     names = [name.strip().lower() for name in written]
-    missing = [
-        name for name in COLUMNS if name not in names and not (name in TASK_OF_COLUMN and TASK_OF_COLUMN.keys() & names)
-    ]
+    needless = TASK_OF_COLUMN.keys() if TASK_OF_COLUMN.keys() & names else ()  # one column of labels is enough
+    missing = [name for name in COLUMNS if name not in names and name not in needless]
     for name in (name for name in names if name not in COLUMNS):
         meant = difflib.get_close_matches(name, missing, n=1, cutoff=0.75)
         if meant:
             raise UsageError(f"{at}: unknown column {name!r}", hint=f"did you mean {meant[0]!r}?")
     if "path" in missing or any(names.count(name) > 1 for name in COLUMNS):
-        raise UsageError(
-            f"{at}: found the columns {', '.join(names) or '(none)'}, expected path[,label][,split][,group], each once",
-            hint="call the column of file names 'path'",
-        )
+        found = f"{at}: found the columns {', '.join(names) or '(none)'}"
+        message = f"{found}, expected path[,label][,split][,group], each once"
+        raise UsageError(message, hint="call the column of file names 'path'")
     check_label_columns(names, at)
     return names
 

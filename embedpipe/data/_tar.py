@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -164,16 +164,12 @@ def _take(tar: tarfile.TarFile, end: int, members: list[Member], others: list[st
             return data_end
         at = tar.offset
         if is_regular:
-            members.extend(_visible(member))
+            name = member.name[-MAX_NAME:].replace("\0", " ")
+            parts = [part for part in name.split("/") if part not in ("", ".", "..")]
+            if parts and not any(part.startswith(".") for part in parts):  # else it is hidden
+                members.append(Member("/".join(parts), member.offset_data, member.size))
         elif not member.isdir():
             others.append(member.name[-MAX_NAME:])
-
-
-def _visible(member: tarfile.TarInfo) -> Iterator[Member]:
-    """Yield a member unless its name is hidden or empty."""
-    parts = [part for part in member.name[-MAX_NAME:].replace("\0", " ").split("/") if part not in ("", ".", "..")]
-    if parts and not any(part.startswith(".") for part in parts):
-        yield Member("/".join(parts), member.offset_data, member.size)
 
 
 def _damaged(members: list[Member], reason: object) -> str:

@@ -13,12 +13,10 @@ from random import Random
 
 from PIL import Image, ImageEnhance, ImageOps
 
+Range = tuple[float, float]
 AUGMENTS = ("flip", "standard", "strong")
 AREA = (0.35, 1.0)  # share of the image that a random crop keeps
-RATIO, ERASED_RATIO = (
-    (3 / 4, 4 / 3),
-    (0.3, 3.3),
-)  # width to height of a crop and of an erased part, relative to the image's
+RATIO, ERASED_RATIO = (3 / 4, 4 / 3), (0.3, 3.3)  # width to height of a crop and of an erased part, over the image's
 MAGNITUDE, OPERATIONS = 0.3, 2  # of RandAugment: 9 of 30
 ERASED, ERASED_AREA = 0.25, (0.02, 0.33)  # probability that a part is erased, and its share of the image
 GREY = (124, 116, 104)
@@ -56,9 +54,7 @@ def augment(image: Image.Image, name: str, random: Random) -> Image.Image:
     return image
 
 
-def _part(
-    image: Image.Image, random: Random, share: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
+def _part(image: Image.Image, random: Random, share: Range, ratio: Range) -> tuple[int, int, int, int]:
     """Return a random box (left, top, right, bottom) with these ranges of area and aspect ratio, relative to the image's."""
     area = random.uniform(*share) * image.width * image.height
     aspect = math.exp(random.uniform(math.log(ratio[0]), math.log(ratio[1]))) * image.width / image.height

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Key = TypeVar("Key", bound=bytes | None)
 Images = Callable[[Image.Image], "torch.Tensor"]
+Place = ByteSource | Path
 Timed = tuple[list[Loaded], float]
 READERS = 16  # threads that read the bytes which decoder processes cannot read themselves, such as URLs
 PREFETCH = 16  # images read in advance at least, for remote files and small batches
@@ -67,7 +68,7 @@ class Batch(Generic[Key]):
 
 
 def image_batches(
-    items: Iterable[tuple[Key, ByteSource | Path]],
+    items: Iterable[tuple[Key, Place]],
     transforms: Sequence[Images],
     *,
     batch_size: int,
@@ -118,24 +119,18 @@ def _stack(decoded: Sequence[Sequence[np.ndarray | None]], transforms: Sequence[
 
 
 def _loaded(
-    items: Iterable[tuple[Key, ByteSource | Path]],
-    transforms: Sequence[Images],
-    decoders: Decoders,
-    *,
-    window: int,
-    in_order: bool,
+    items: Iterable[tuple[Key, Place]], transforms: Sequence[Images], decoders: Decoders, *, window: int, in_order: bool
 ) -> Iterator[tuple[Key, Timed]]:
     """Yield keys and one result for each transform, with at most `window` items in work."""
     numbered = iter(enumerate(items))
     ready: SimpleQueue[tuple[int, Key, Future[Timed]]] = SimpleQueue()
     waiting: list[tuple[int, Key, Future[Timed]]] = []  # a heap by number
     submitted = yielded = 0
-    decoding = ThreadPoolExecutor(
-        decoders.count, thread_name_prefix="decode"
-    )  # both start no thread before their first task
+    # both start no thread before their first task
+    decoding = ThreadPoolExecutor(decoders.count, thread_name_prefix="decode")
     reading = ThreadPoolExecutor(max(READERS, decoders.count), thread_name_prefix="read")
 
-    def submit(number: int, key: Key, item: ByteSource | Path) -> None:
+    def submit(number: int, key: Key, item: Place) -> None:
         place = ByteSource.from_path(item)
         executor = decoding if place.is_local_range else reading
         future = executor.submit(_load, decoders, key, place, transforms)

@@ -66,7 +66,11 @@ def decode_image(data: bytes) -> Image.Image:
     if not data:
         raise DecodeError("empty file", hint="expected an image")
     try:
-        return _decode(data)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DecodeError(f"{image.width} x {image.height} pixels", hint=f"expected at most {MAX_PIXELS}")
+            image.load()
+            return _to_rgb(_upright(image))
     except (DecodeError, MemoryError):
         raise
     except UnidentifiedImageError as exc:
@@ -74,14 +78,6 @@ def decode_image(data: bytes) -> Image.Image:
     except Exception as exc:  # decoders raise anything: ValueError, struct.error, IndexError, ...
         reason = " ".join(str(exc).split()) or "no reason given"
         raise DecodeError(f"{type(exc).__name__}: {reason}") from exc
-
-
-def _decode(data: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        if image.width * image.height > MAX_PIXELS:
-            raise DecodeError(f"{image.width} x {image.height} pixels", hint=f"expected at most {MAX_PIXELS}")
-        image.load()
-        return _to_rgb(_upright(image))
 
 
 def _upright(image: Image.Image) -> Image.Image:

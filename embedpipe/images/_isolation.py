@@ -107,10 +107,8 @@ class Decoder:
             self.started = True
         except (EOFError, TimeoutError) as exc:
             self.close()
-            raise EmbedpipeError(
-                "a decoder process does not start",
-                hint="see what `python -c 'import embedpipe.images._serving'` says, or free some memory",
-            ) from exc
+            hint = "see what `python -c 'import embedpipe.images._serving'` says, or free some memory"
+            raise EmbedpipeError("a decoder process does not start", hint=hint) from exc
 
     @property
     def alive(self) -> bool:

@@ -58,10 +58,8 @@ class Transform:
 
     def __post_init__(self) -> None:
         if self.resize_mode not in ("short", "squash", "border") or self.channels not in ("rgb", "bgr"):
-            raise ValueError(
-                f"resize_mode {self.resize_mode!r} and channels {self.channels!r}, "
-                "expected short, squash or border and rgb or bgr"
-            )
+            got = f"resize_mode {self.resize_mode!r} and channels {self.channels!r}"
+            raise ValueError(f"{got}, expected short, squash or border and rgb or bgr")
         if isinstance(self.resize_size, int) and self.resize_mode != "short":
             raise ValueError(f"resize_size {self.resize_size}, expected (height, width) for {self.resize_mode!r}")
         if self.augment not in ("none", *AUGMENTS) or (self.augment == "none") != (self.view == 0):

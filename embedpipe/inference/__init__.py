@@ -11,16 +11,8 @@ torch is imported when a runner is made: an extraction that finds every row in t
 from embedpipe.inference._drift import TOLERANCE, record_environment, row_distances
 from embedpipe.inference._executor_selection import select_executor
 from embedpipe.inference._extraction import Progress, compute_missing, estimate_run
-from embedpipe.inference._lookup import (
-    ExtractionResult,
-    FeatureRequest,
-    look_up,
-    reuse_space,
-    row_bytes,
-    space_name,
-    space_spec,
-)
+from embedpipe.inference._lookup import ExtractionResult, FeatureRequest, look_up, reuse_space, row_bytes, space_spec
 from embedpipe.inference._openvino import has_openvino
 from embedpipe.inference._runner import Rows, Runner, stream_rows
 from embedpipe.inference._settings import InferenceSettings, begin_decoding, resolve_settings
-from embedpipe.inference._spec_memo import lookup_layers, lookup_spec, spec_key, store_layers, store_spec
+from embedpipe.inference._spec_memo import recall, remember, spec_key

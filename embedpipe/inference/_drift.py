@@ -73,17 +73,11 @@ def check_drift(space: Space, view: SpaceView, items: Iterable[tuple[bytes, Byte
             break
     tolerance = TOLERANCE[settings.precision]
     if worst > tolerance:
-        changes = [
-            f"{name} {stored_in.get(name)} -> {here[name]}" for name in here if here[name] != stored_in.get(name)
-        ]
+        changes = [f"{name} {stored_in[name]} -> {here[name]}" for name in fields if here[name] != stored_in[name]]
         raise CacheMismatch(
             f"rows in {space.folder.name} come out {worst:.2g} away from what is stored, expected at most {tolerance:g}; "
             f"since they were computed: {', '.join(changes) or 'nothing that is recorded has changed'}",
             hint=f"return to that environment, use another --cache-dir, or `embedpipe cache rm {space.folder.name}`",
-            difference=worst,
-            tolerance=tolerance,
-            stored_environment=stored_in,
-            environment=here,
         )
     return probed
 

@@ -3,7 +3,7 @@
 What executors took is recorded beside the converted graphs, for each model, processor, device and precision, and later
 runs choose by it. The features of another executor are compared with those of eager torch before it is used.
 
->>> runner = select_executor([backbone], settings, items, work=3000, graphs=cache.graphs_folder)
+>>> runner = select_executor([backbone], settings, items, work=3000)
 >>> runner.settings.executor, runner.settings.batch_size
 ('openvino', 2)
 """
@@ -11,7 +11,6 @@ runs choose by it. The features of another executor are compared with those of e
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import platform
 import time
@@ -27,13 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedpipe.data import ByteSource
 from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, StorageError, UsageError
 from embedpipe.images import image_batches
 from embedpipe.inference._openvino import graph_name, has_openvino
-from embedpipe.inference._runner import Runner
+from embedpipe.inference._runner import Item, Runner
 from embedpipe.inference._settings import FIRST_BATCH, InferenceSettings, count_cores, torch_threads
-from embedpipe.provenance import canonical_json
+from embedpipe.provenance import fingerprint
 from embedpipe.storage import write_atomic
 
 if TYPE_CHECKING:
@@ -58,10 +56,9 @@ NARROW_GAIN = 0.05  # of openvino without AVX-512, where it is about as fast as 
 def select_executor(
     backbones: Sequence[Backbone],
     settings: InferenceSettings,
-    items: Iterable[tuple[bytes, ByteSource | Path]],
+    items: Iterable[Item],
     *,
     work: int,
-    graphs: Path | None = None,
     agreement: float = AGREEMENT,
 ) -> Runner:
     """Return a runner whose executor and batch size are chosen; `settings` may leave them open ("auto" and 0).
@@ -73,7 +70,6 @@ def select_executor(
     ----------
     items : iterable of (key, place)    images to measure with; only the first batch is read
     work : int                          number of images to compute
-    graphs : Path or None               folder of the converted graphs and of the measurements
     agreement : float                   largest allowed difference from eager, as a share of the largest feature
 
     Raises
@@ -83,12 +79,10 @@ def select_executor(
     if settings.device != "cpu" and not settings.batch_size:
         settings = replace(settings, batch_size=_find_batch(backbones, settings))
     if settings.executor == "openvino" and (settings.precision, settings.device) != ("fp32", "cpu"):
-        raise UsageError(
-            f"--executor openvino with --precision {settings.precision} on {settings.device}, expected fp32 on cpu",
-            hint="leave out one of them",
-        )
+        got = f"--executor openvino with --precision {settings.precision} on {settings.device}"
+        raise UsageError(f"{got}, expected fp32 on cpu", hint="leave out one of them")
     eager = Runner(backbones, settings.under("eager"))
-    memo, name, trial = _memo_of(eager, graphs), settings.executor, False
+    memo, name, trial = _memo_of(eager), settings.executor, False
     sample = functools.cache(functools.partial(_sample, eager, items))
     if name == "auto":
         name, trial = _choose(eager, read_records(memo), sample, work)
@@ -96,7 +90,7 @@ def select_executor(
         return eager
     start = time.monotonic()
     try:
-        other = Runner(backbones, settings.under(name), graphs=graphs)
+        other = Runner(backbones, settings.under(name))
         other.difference = largest_difference(_call(eager, sample()), _call(other, sample()))
     except EmbedpipeError:
         raise
@@ -146,16 +140,14 @@ def is_trial_worth(eager_s: float, work: int, streams: int, *, warm_up_s: float,
     return work * eager_s / streams * gain > warm_up_s
 
 
-def measure(
-    runners: Sequence[Runner], images: Sequence[np.ndarray], *, rounds: int = ROUNDS, limit_s: float = TRIAL_S
-) -> list[float]:
+def measure(runners: Sequence[Runner], images: Sequence[np.ndarray], *, rounds: int = ROUNDS) -> list[float]:
     """Return the seconds per image of each runner with all streams busy: medians of rounds in which they take turns.
 
-    No round begins after `limit_s`.
+    No round begins after `TRIAL_S`.
     """
     settings, seconds, begun = runners[0].settings, [list[float]() for _ in runners], time.monotonic()
     with torch_threads(settings.threads), ThreadPoolExecutor(settings.streams) as streams:
-        while not seconds[0] or (len(seconds[0]) < rounds and time.monotonic() - begun < limit_s):
+        while not seconds[0] or (len(seconds[0]) < rounds and time.monotonic() - begun < TRIAL_S):
             for runner, rounds_s in zip(runners, seconds, strict=True):
                 start = time.monotonic()
                 list(streams.map(runner, [images] * settings.streams))
@@ -163,10 +155,10 @@ def measure(
     return [median(rounds_s) for rounds_s in seconds]
 
 
-def record_run(runner: Runner, graphs: Path | None) -> None:
+def record_run(runner: Runner) -> None:
     """Record the speed of a run that has computed enough images; later runs choose their executor by it."""
     if len(runner.image_s) >= LEAST_CALLS:
-        record(_memo_of(runner, graphs), runner.settings.executor, "run_s", median(runner.image_s))
+        record(_memo_of(runner), runner.settings.executor, "run_s", median(runner.image_s))
 
 
 def record(memo: Path | None, executor: str, kind: str, seconds: float) -> None:
@@ -215,11 +207,11 @@ def _candidate(settings: InferenceSettings) -> str:
     return "openvino" if has_openvino() and (settings.device, settings.precision) == ("cpu", "fp32") else "eager"
 
 
-def _memo_of(runner: Runner, graphs: Path | None) -> Path | None:
+def _memo_of(runner: Runner) -> Path | None:
     """Return the file of what was measured of these models on this processor, device and precision."""
     settings = runner.settings
     what = [graph_name(runner.shared_models), _processor(), count_cores(), settings.device, settings.precision]
-    return graphs / f"{hashlib.sha256(canonical_json(what).encode()).hexdigest()[:24]}.json" if graphs else None
+    return settings.graphs / f"{fingerprint(what)[:24]}.json" if settings.graphs else None
 
 
 @functools.cache
@@ -234,7 +226,7 @@ def _processor() -> tuple[str, ...]:
     return (fields.get("model name", platform.machine()), *(flag for flag in FLAGS if flag in flags))
 
 
-def _sample(runner: Runner, items: Iterable[tuple[bytes, ByteSource | Path]]) -> list[np.ndarray]:
+def _sample(runner: Runner, items: Iterable[Item]) -> list[np.ndarray]:
     """Return the first readable images, one batch for each window, filled up with black ones."""
     size = runner.settings.batch_size
     batches = image_batches(islice(items, size), runner.windows, batch_size=size, workers=runner.settings.workers)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from embedpipe.cache import SpaceWriter
-from embedpipe.data import ByteSource, Manifest, Sample
+from embedpipe.data import ByteSource, Manifest
 from embedpipe.errors import CacheBusy, CacheMismatch, EmbedpipeWarning, StorageError
 from embedpipe.images import DECODER
 from embedpipe.inference._drift import check_drift, is_new, record_environment
@@ -38,6 +38,7 @@ from embedpipe.provenance import canonical_json
 from embedpipe.storage import check_free_space
 
 Progress = Callable[[str, int, int], None]
+Commit = Callable[[Rows], float]  # returns the seconds that it took
 Transient = dict[bytes, tuple[str, str]]  # failures that are not stored, since they may pass: key -> (stage, reason)
 
 MOST_PENDING = 64  # batches of rows that wait for the disk
@@ -53,14 +54,12 @@ def compute_missing(
     shard_rows: int = 1024,
     retry_failed: bool = False,
     progress: Progress | None = None,
-    graphs: Path | None = None,
 ) -> list[ExtractionResult]:
     """Compute the rows of `manifest` that spaces lack, with one decode for all, and commit them shard by shard.
 
     Parameters
     ----------
     settings : InferenceSettings    the pins of a space whose extraction was interrupted replace them
-    graphs : Path         folder of the converted graphs
 
     Raises
     ------
@@ -73,12 +72,9 @@ def compute_missing(
     for request in requests:
         groups[canonical_json(pins_of(request))][request.space.folder] = request
     results: dict[Path, ExtractionResult] = {}
-    options: dict[str, Any] = {"progress": progress, "graphs": graphs}
+    options: dict[str, Any] = {"shard_rows": shard_rows, "retry_failed": retry_failed, "progress": progress}
     for group in groups.values():
-        filled = _fill_group(
-            list(group.values()), manifest, settings, shard_rows=shard_rows, retry_failed=retry_failed, **options
-        )
-        results |= zip(group, filled, strict=True)
+        results |= zip(group, _fill_group(list(group.values()), manifest, settings, **options), strict=True)
     return [results[request.space.folder] for request in requests]
 
 
@@ -110,12 +106,9 @@ def _discard_removed(requests: Sequence[FeatureRequest]) -> None:
     for request in requests:
         if pins_of(request).get("executor") == REMOVED_EXECUTOR:
             request.space.discard_pending()
-            warnings.warn(
-                f"{request.space.folder.name} was interrupted under --executor {REMOVED_EXECUTOR}, which was removed; "
-                "its unfinished rows are computed again",
-                EmbedpipeWarning,
-                stacklevel=3,
-            )
+            reason = f"was interrupted under --executor {REMOVED_EXECUTOR}, which was removed"
+            text = f"{request.space.folder.name} {reason}; its unfinished rows are computed again"
+            warnings.warn(text, EmbedpipeWarning, stacklevel=3)
 
 
 def _fill_group(
@@ -126,7 +119,6 @@ def _fill_group(
     shard_rows: int,
     retry_failed: bool,
     progress: Progress | None,
-    graphs: Path | None,
 ) -> list[ExtractionResult]:
     """Fill spaces that have the same pins, or none."""
 
@@ -137,14 +129,16 @@ def _fill_group(
     settings = settings.pinned(pins) if pins else settings
     lookups = [look(request) for request in requests]
     lacking = [n for n, found in enumerate(lookups) if found.missing]
-    runner = _open_runner([requests[n] for n in lacking], missing_images(manifest, lookups), settings, graphs)
+    for n in lacking:
+        requests[n].space.ensure_free()  # before the executor is chosen, which takes seconds
+    images, backbones = missing_images(manifest, lookups), [requests[n].backbone for n in lacking]
+    runner = select_executor(backbones, settings, images.items(), work=len(images)) if lacking else None
     settings = runner.settings if runner else settings.definite
     if pins and pins != settings.pins:
-        raise CacheMismatch(
-            f"this extraction was interrupted under {canonical_json(pins)}, which does not work here",
-            hint="continue where it was started, or remove the space (`embedpipe cache ls`, `cache rm`) and start again",
-        )
-    records = [_check_environment(*one, manifest, settings, graphs) for one in zip(requests, lookups, strict=True)]
+        message = f"this extraction was interrupted under {canonical_json(pins)}, which does not work here"
+        hint = "continue where it was started, or remove the space (`embedpipe cache ls`, `cache rm`) and start again"
+        raise CacheMismatch(message, hint=hint)
+    records = [_check_environment(*one, manifest, settings) for one in zip(requests, lookups, strict=True)]
     transient: list[Transient] = [{} for _ in requests]
     writers: dict[int, SpaceWriter] = {}
     with ExitStack() as stack:
@@ -152,7 +146,8 @@ def _fill_group(
             if lookups[n].missing or request.space.interrupted:
                 _check_disk(request, len(lookups[n].missing))
                 writers[n] = stack.enter_context(_writer(request, settings, record, shard_rows))
-                _check_pins(writers[n], settings)
+                if writers[n].pins != settings.pins:  # of a process that began, and was interrupted, meanwhile
+                    raise CacheBusy("another process has just written to this space", hint="run the same command again")
                 lookups[n] = look(request)
             elif "probed" in record:
                 with suppress(CacheBusy, StorageError), _writer(request, settings, record, shard_rows) as writer:
@@ -162,39 +157,22 @@ def _fill_group(
             for n in lacking:
                 writers[n].forget_failures([key for key in lookups[n].missing if key in lookups[n].view.failures])
             commits = [functools.partial(_commit, writers[n], transient[n]) for n in lacking]
-            missing = [lookups[n].missing for n in lacking]
-            busy_s = _compute(runner, missing, commits, manifest, progress=progress, graphs=graphs)
+            busy_s = _compute(runner, [lookups[n] for n in lacking], commits, manifest, progress)
         for writer in writers.values():
             writer.finish()
     bottleneck = max(busy_s, key=busy_s.__getitem__) if any(busy_s.values()) else "none"
     ran = (bottleneck, settings.executor, runner.difference) if runner else ()
-    return [
-        summarise(manifest, lookups[n], request.space.view(), transient[n], *ran) for n, request in enumerate(requests)
-    ]
-
-
-def _open_runner(
-    requests: Sequence[FeatureRequest],
-    images: Mapping[bytes, ByteSource],
-    settings: InferenceSettings,
-    graphs: Path | None,
-) -> Runner | None:
-    """Return a runner for the backbones of spaces that lack rows, None where there are none."""
-    for request in requests:
-        request.space.ensure_free()  # before the executor is chosen, which takes seconds
-    backbones = [request.backbone for request in requests]
-    return select_executor(backbones, settings, images.items(), work=len(images), graphs=graphs) if requests else None
+    return [summarise(manifest, lookups[n], one.space.view(), transient[n], *ran) for n, one in enumerate(requests)]
 
 
 def _check_environment(
-    request: FeatureRequest, found: Lookup, manifest: Manifest, settings: InferenceSettings, graphs: Path | None
+    request: FeatureRequest, found: Lookup, manifest: Manifest, settings: InferenceSettings
 ) -> dict[str, Any]:
     """Return the record of this environment; where it is new to the space, compute a few stored rows again first."""
     record = record_environment(settings, request.loader)
     if is_new(request.space, record, computing=bool(found.missing)):
         items = [(key, manifest.byte_source_of(sample)) for key, sample in found.wanted.items() if key in found.view]
-        runner = Runner([request.backbone], settings, graphs=graphs)
-        record["probed"] = check_drift(request.space, found.view, items, runner)
+        record["probed"] = check_drift(request.space, found.view, items, Runner([request.backbone], settings))
     return record
 
 
@@ -217,48 +195,30 @@ def _writer(
     )
 
 
-def _check_pins(writer: SpaceWriter, settings: InferenceSettings) -> None:
-    """Raise CacheBusy if another process started to fill the space, and was interrupted, since its pins were read."""
-    if writer.pins != settings.pins:
-        raise CacheBusy("another process has just written to this space", hint="run the same command again")
-
-
 def _compute(
-    runner: Runner,
-    missing: Sequence[Mapping[bytes, Sample]],
-    commits: Sequence[Callable[[Rows], float]],
-    manifest: Manifest,
-    *,
-    progress: Progress | None,
-    graphs: Path | None,
+    runner: Runner, lookups: Sequence[Lookup], commits: Sequence[Commit], manifest: Manifest, progress: Progress | None
 ) -> dict[str, float]:
     """Compute and commit the missing rows of each backbone of a runner; return the seconds of each stage per thread.
 
     Images that several backbones lack are decoded once.
     """
-    lackers: dict[bytes, list[int]] = defaultdict(list)
-    for number, samples in enumerate(missing):
-        for key in samples:
-            lackers[key].append(number)
+    images = missing_images(manifest, lookups)
     passes: dict[tuple[int, ...], list[tuple[bytes, ByteSource]]] = defaultdict(list)
-    for key, numbers in lackers.items():
-        passes[tuple(numbers)].append((key, manifest.byte_source_of(missing[numbers[0]][key])))
-    report, busy_s = _reporter(progress, len(lackers)), dict.fromkeys(("decode", "forward", "commit"), 0.0)
+    for key, place in images.items():
+        passes[tuple(n for n, found in enumerate(lookups) if key in found.missing)].append((key, place))
+    report, busy_s = _reporter(progress, len(images)), dict.fromkeys(("decode", "forward", "commit"), 0.0)
     for backbones, items in passes.items():
-        whole = len(backbones) == len(missing)
-        part = runner if whole else Runner([runner.backbones[n] for n in backbones], runner.settings, graphs=graphs)
+        whole = len(backbones) == len(lookups)
+        part = runner if whole else Runner([runner.backbones[n] for n in backbones], runner.settings)
         busy_s["commit"] += _stream(part, items, [commits[n] for n in backbones], report)
-        record_run(part, graphs)
+        record_run(part)
         busy_s["decode"] += part.decode_s / part.settings.workers
         busy_s["forward"] += part.forward_s / part.settings.streams
     return busy_s
 
 
 def _stream(
-    runner: Runner,
-    items: Sequence[tuple[bytes, ByteSource]],
-    commits: Sequence[Callable[[Rows], float]],
-    report: Callable[[int], None],
+    runner: Runner, items: Sequence[tuple[bytes, ByteSource]], commits: Sequence[Commit], report: Callable[[int], None]
 ) -> float:
     """Compute rows in this thread and commit them in another one; return the seconds that commits took."""
     pending: deque[Future[float]] = deque()

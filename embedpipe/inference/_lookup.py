@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -64,14 +63,7 @@ def space_spec(backbone: Backbone, precision: str, store_dtype: str, *, view: in
     return {**backbone.spec, "precision": precision, "stored_dtype": store_dtype, "view": view}
 
 
-def space_name(spec: Mapping[str, Any]) -> str:
-    """Return the readable prefix of a space's folder, such as `timm-resnet18`."""
-    return re.sub(r"[^\w.+-]+", "-", f"{spec['source']}-{spec['architecture']}")
-
-
-def look_up(
-    space: Space, manifest: Manifest, *, splits: tuple[str, ...] | None = None, retry_failed: bool = False
-) -> Lookup:
+def look_up(space: Space, manifest: Manifest, *, splits: tuple[str, ...] | None, retry_failed: bool = False) -> Lookup:
     """Return which samples of a manifest, or of some of its splits, a space holds and lacks.
 
     A recorded failure does not count as missing unless `retry_failed`.
@@ -86,12 +78,7 @@ def look_up(
 
 
 def reuse_space(
-    space: Space,
-    manifest: Manifest,
-    record: Mapping[str, Any],
-    *,
-    splits: tuple[str, ...] | None = None,
-    retry_failed: bool = False,
+    space: Space, manifest: Manifest, record: Mapping[str, Any], *, splits: tuple[str, ...] | None, retry_failed: bool
 ) -> ExtractionResult | None:
     """Return the result of an extraction that has nothing to compute and nothing to check, else None.
 
@@ -116,11 +103,8 @@ def summarise(
     ran                 bottleneck, executor and difference
     """
     reasons = {key: (stage, reason) for key, (stage, reason, _) in after.failures.items()} | dict(transient)
-    failed = tuple(
-        Failure(manifest.display_name(sample), *reasons[sample.key])
-        for sample in manifest.samples
-        if sample.key in reasons
-    )
+    failing = [sample for sample in manifest.samples if sample.key in reasons]
+    failed = tuple(Failure(manifest.display_name(sample), *reasons[sample.key]) for sample in failing)
     computed = sum(key not in reasons for key in found.missing)
     reused = sum(key not in reasons for key in found.wanted) - computed
     return ExtractionResult(computed, reused, (*manifest.unreadable, *failed), *(ran if found.missing else ()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import os
 import shutil
@@ -10,7 +9,6 @@ import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -19,7 +17,7 @@ import numpy as np
 
 from embedpipe.errors import StorageError, UsageError
 from embedpipe.inference._settings import InferenceSettings
-from embedpipe.provenance import canonical_json
+from embedpipe.provenance import fingerprint, library_version
 from embedpipe.storage import atomic_folder
 
 if TYPE_CHECKING:
@@ -37,8 +35,7 @@ class OpenVino:
     Parameters
     ----------
     shared_models : list of SharedModel
-    settings : InferenceSettings        batch size: images a call; streams: calls at the same time
-    graphs : Path or None     folder of the converted graphs
+    settings : InferenceSettings        batch size: images a call; streams: calls at the same time; graphs
 
     Raises
     ------
@@ -46,9 +43,7 @@ class OpenVino:
     RuntimeError  OpenVINO cannot convert a model
     """
 
-    def __init__(
-        self, shared_models: Sequence[SharedModel], settings: InferenceSettings, *, graphs: Path | None = None
-    ) -> None:
+    def __init__(self, shared_models: Sequence[SharedModel], settings: InferenceSettings) -> None:
         if not has_openvino():
             raise UsageError("the executor openvino is not installed", hint="pip install 'embedpipe[openvino]'")
         import openvino
@@ -63,7 +58,7 @@ class OpenVino:
         }
         self._compiled = []
         for shared_model in shared_models:
-            graph = _graph(core, shared_model, graphs)
+            graph = _graph(core, shared_model, settings.graphs)
             graph.reshape([settings.batch_size, *shared_model.example(1).shape[1:]])
             self._compiled.append(core.compile_model(graph, "CPU", options))
         self._own = threading.local()
@@ -115,13 +110,5 @@ def _convert(shared_model: SharedModel, folder: Path) -> None:
 
 def graph_name(shared_models: Sequence[SharedModel]) -> str:
     """Return the name of the graph of shared models: a hash of their specs and the library versions."""
-    versions = [_version(library) for library in ("openvino", "torch")]
-    return hashlib.sha256(
-        canonical_json([versions, [shared_model.spec for shared_model in shared_models]]).encode()
-    ).hexdigest()[:24]
-
-
-def _version(library: str) -> str:
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version(library)
-    return "absent"
+    versions = [library_version(library) for library in ("openvino", "torch")]
+    return fingerprint([versions, [shared_model.spec for shared_model in shared_models]])[:24]

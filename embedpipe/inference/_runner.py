@@ -29,6 +29,7 @@ from embedpipe.inference._settings import InferenceSettings, torch_threads
 if TYPE_CHECKING:
     from embedpipe.backbones import Backbone, SharedModel
 
+Item = tuple[bytes, ByteSource | Path]  # key and place of an image
 RECENT_CALLS = 512  # whose speed is remembered
 
 
@@ -70,7 +71,6 @@ class Runner:
     Parameters
     ----------
     session : Executor    instead of the one that `settings` names; its shared models are those of `backbones.join`
-    graphs : Path         folder of the converted graphs
 
     Attributes
     ----------
@@ -81,12 +81,7 @@ class Runner:
     """
 
     def __init__(
-        self,
-        backbones: Sequence[Backbone],
-        settings: InferenceSettings,
-        *,
-        session: Executor | None = None,
-        graphs: Path | None = None,
+        self, backbones: Sequence[Backbone], settings: InferenceSettings, *, session: Executor | None = None
     ) -> None:
         from embedpipe.backbones import join
 
@@ -94,11 +89,12 @@ class Runner:
         self.image_s: deque[float] = deque(maxlen=RECENT_CALLS)
         self.decode_s = self.forward_s = self.difference = 0.0
         self.shared_models, self._model_of = join(backbones)
-        windows = [_window_of(backbone.transform) for backbone in backbones]
+        transforms = [backbone.transform for backbone in backbones]  # decoders do not normalise, the device does
+        windows = [one.geometry if isinstance(one, Transform) else one for one in transforms]
         self.windows = list(dict.fromkeys(windows))
         self._window = [self.windows.index(window) for window in windows]
         self._lock, self._explaining, self._parts = threading.Lock(), threading.Lock(), 1
-        self.session = session or open_executor(self.shared_models, settings, graphs=graphs)
+        self.session = session or open_executor(self.shared_models, settings)
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Return float32 (n, D) for each backbone, from one array of n images for each window; n is a multiple of the batch size.
@@ -109,15 +105,13 @@ class Runner:
         """
         start = time.monotonic()
         passes = dict.fromkeys(zip(self._model_of, self._window, strict=True))
-        features = {
-            (shared_model, window): self._in_parts(shared_model, images[window]) for shared_model, window in passes
-        }
+        features = {(model, window): self._in_parts(model, images[window]) for model, window in passes}
         with self._lock:
             self.forward_s += time.monotonic() - start
             self.image_s.append((time.monotonic() - start) / len(images[0]))
         return [
-            features[shared_model, window][self.shared_models[shared_model].output_of(backbone)]
-            for backbone, shared_model, window in zip(self.backbones, self._model_of, self._window, strict=True)
+            features[model, window][self.shared_models[model].output_of(backbone)]
+            for backbone, model, window in zip(self.backbones, self._model_of, self._window, strict=True)
         ]
 
     def _in_parts(self, shared_model: int, images: np.ndarray) -> list[np.ndarray]:
@@ -169,11 +163,12 @@ class Runner:
 
     def _explain(self, number: int, images: Sequence[np.ndarray]) -> list[str]:
         """Return why the features of each image are not finite: the first layer with such an output, or the stored dtype."""
+        from embedpipe.inference._torch import Torch
+
         shared_model, batch = self.shared_models[self._model_of[number]], images[self._window[number]]
-        plain = self.settings.under("eager")
         with self._explaining:
             copied = copy.deepcopy(shared_model)  # other threads compute with the model itself
-            run = partial(open_executor([copied], plain, folded=False), 0, batch)
+            run = partial(Torch([copied], self.settings.under("eager"), folded=False), 0, batch)
             faults = find_faults(copied, run, len(batch))
         return [self._reason(faults.get(row)) for row in range(len(batch))]
 
@@ -185,9 +180,7 @@ class Runner:
         return f"the output of layer {layer!r} is not finite in {precision}; {hint}"
 
 
-def stream_rows(
-    items: Iterable[tuple[bytes, ByteSource | Path]], runner: Runner, limits: Limits = LIMITS
-) -> Iterator[Rows]:
+def stream_rows(items: Iterable[Item], runner: Runner, limits: Limits = LIMITS) -> Iterator[Rows]:
     """Decode images and compute their features, a few batches at a time, in the order in which they are ready.
 
     Yields
@@ -213,19 +206,13 @@ def stream_rows(
             threads.shutdown(wait=True, cancel_futures=True)
 
 
-def open_executor(
-    shared_models: Sequence[SharedModel],
-    settings: InferenceSettings,
-    *,
-    graphs: Path | None = None,
-    folded: bool = True,
-) -> Executor:
-    """Return the executor that `settings` names; `folded` is for those of torch."""
+def open_executor(shared_models: Sequence[SharedModel], settings: InferenceSettings) -> Executor:
+    """Return the executor that `settings` names."""
     if settings.executor == "openvino":
-        return OpenVino(shared_models, settings, graphs=graphs)
+        return OpenVino(shared_models, settings)
     from embedpipe.inference._torch import Torch
 
-    return Torch(shared_models, settings, folded=folded)
+    return Torch(shared_models, settings)
 
 
 def find_faults(shared_model: SharedModel, run: Callable[[], object], size: int) -> dict[int, str]:
@@ -247,8 +234,3 @@ def find_faults(shared_model: SharedModel, run: Callable[[], object], size: int)
                 hooks.enter_context(module.register_forward_hook(partial(note, name)))
         run()
     return faults
-
-
-def _window_of(transform: Any) -> Any:
-    """Return the part of a transform that decoders apply; the normalisation is applied on the device."""
-    return transform.geometry if isinstance(transform, Transform) else transform

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from embedpipe.errors import UsageError
@@ -30,6 +31,7 @@ class InferenceSettings:
     streams : int         batches that are computed at the same time
     threads : int         threads of one forward pass on a CPU
     channels_last : bool  memory format of images and weights
+    graphs : Path or None    folder of the converted graphs and of the measurements of executors; None: nothing is stored
     """
 
     device: str = "cpu"
@@ -42,6 +44,7 @@ class InferenceSettings:
     streams: int = 1
     threads: int = 1
     channels_last: bool = True
+    graphs: Path | None = None
 
     @property
     def handed(self) -> int:

@@ -3,8 +3,8 @@
 The key holds all arguments, the library versions and the machine. An entry is valid while the weights files that were
 read have not changed. A lost entry costs time only.
 
->>> stored = lookup_spec(index, spec_key(loader, settings))
->>> spec = stored[1] if stored else load_backbone(**loader).spec
+>>> known = recall(index, spec_key(loader, settings))
+>>> spec = known["spec"] if known else load_backbone(**loader).spec
 """
 
 from __future__ import annotations
@@ -42,36 +42,18 @@ def spec_key(loader: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     return canonical_json([FORMAT, names, dict(settings), here, environment("")])
 
 
-def store_spec(index: KeyIndex, key: str, backbone: Backbone, spec: Mapping[str, Any], record: Any) -> None:
-    """Store the spec of a space and the record of the environment, if the weights files are known and old enough."""
-    _store(index, key, backbone, {"name": backbone.name, "spec": dict(spec), "record": dict(record)})
-
-
-def lookup_spec(index: KeyIndex, key: str) -> tuple[str, dict[str, Any], dict[str, Any]] | None:
-    """Return the backbone's name, the spec and the record; None if nothing is stored or a weights file has changed."""
-    fields = _lookup(index, key)
-    return (fields["name"], fields["spec"], fields["record"]) if fields and "spec" in fields else None
-
-
-def store_layers(index: KeyIndex, key: str, backbone: Backbone) -> None:
-    """Store the names of a model's stages, under the same conditions."""
-    _store(index, key, backbone, {"layers": [layer.name for layer in backbone.layers]})
-
-
-def lookup_layers(index: KeyIndex, key: str) -> tuple[str, ...] | None:
-    """Return the names of a model's stages; None if they are not stored or a weights file has changed."""
-    fields = _lookup(index, key)
-    return tuple(fields["layers"]) if fields and "layers" in fields else None
-
-
-def _store(index: KeyIndex, key: str, backbone: Backbone, answer: Mapping[str, Any]) -> None:
+def remember(index: KeyIndex, key: str | None, backbone: Backbone, **facts: Any) -> None:
+    """Store facts of a backbone (JSON values), if it has a key, and its weights files are known and old enough."""
     stats = [(str(file), _stat(file)) for file in backbone.files or ()]
     young = any(stat is None or max(stat[1], stat[3]) > time.time_ns() - RACY_S * 1e9 for _, stat in stats)
-    if backbone.files is not None and not young:
-        index.put_text(key, json.dumps({**answer, "files": stats}))
+    if key and backbone.files is not None and not young:
+        index.put_text(key, json.dumps({**facts, "files": stats}))
 
 
-def _lookup(index: KeyIndex, key: str) -> dict[str, Any] | None:
+def recall(index: KeyIndex, key: str | None) -> dict[str, Any] | None:
+    """Return what `remember` stored; None if that is nothing, or a weights file has changed."""
+    if key is None:
+        return None
     try:
         fields: dict[str, Any] = json.loads(index.get_text(key) or "null")
         unchanged = all(_stat(Path(file)) == stat for file, stat in fields.pop("files"))

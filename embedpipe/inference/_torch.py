@@ -48,9 +48,8 @@ class Torch:
         autocast = torch.autocast(self._kind, self._dtype, enabled=self._dtype is not torch.float32)
         try:
             with torch.inference_mode(), autocast, self._stream():
-                return [
-                    features.float().cpu().numpy() for features in self._modules[shared_model](self._to_device(images))
-                ]
+                outputs = self._modules[shared_model](self._to_device(images))
+                return [features.float().cpu().numpy() for features in outputs]
         except torch.OutOfMemoryError as exc:
             if self._kind == "cuda":
                 torch.cuda.empty_cache()

@@ -61,4 +61,4 @@ def cache(tmp_path: Path) -> Cache:
 
 @pytest.fixture
 def space(cache: Cache) -> Space:
-    return cache.open_space(SPEC, name="timm-resnet18")
+    return cache.open_space(SPEC)

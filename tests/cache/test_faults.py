@@ -77,12 +77,12 @@ def lines_of(space: Space, counted: Path) -> int:
 
 
 def test_sigkill_at_any_point_loses_nothing_committed(tmp_path: Path) -> None:
-    reference = Cache(tmp_path / "reference").open_space(SPEC, name="x")
+    reference = Cache(tmp_path / "reference").open_space(SPEC)
     lines = lines_of(reference, tmp_path / "count")
     whole = reference.features_path.read_bytes()
     killed = 0
     for number in range(5, lines, max(1, lines // 18)):
-        space = Cache(tmp_path / f"killed-{number}").open_space(SPEC, name="x")
+        space = Cache(tmp_path / f"killed-{number}").open_space(SPEC)
         report = tmp_path / f"report-{number}"
 
         def body(space: Space = space, report: Path = report, number: int = number) -> None:

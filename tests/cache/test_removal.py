@@ -85,5 +85,5 @@ def test_killed_while_removing_leaves_no_space(cache: Cache, space: Space) -> No
 
 
 def test_an_attempt_that_committed_nothing_is_no_space(cache: Cache, tmp_path: Path) -> None:
-    (cache.open_space(SPEC, name="x").folder / "shards").mkdir(parents=True)
+    (cache.open_space(SPEC).folder / "shards").mkdir(parents=True)
     assert cache.space_names() == []

@@ -61,7 +61,7 @@ def test_rows_are_committed_when_the_oldest_has_waited(space: Space) -> None:
 
 def test_order_and_shards_do_not_change_the_file(tmp_path: Path) -> None:
     keys, X = rows(50)
-    spaces = [Cache(tmp_path / name).open_space(SPEC, name="x") for name in "abc"]
+    spaces = [Cache(tmp_path / name).open_space(SPEC) for name in "abc"]
     write(spaces[0], keys, X)
     write(spaces[1], keys[::-1], X[::-1], shard_rows=3)
     write(spaces[2], keys[:20], X[:20])
@@ -226,7 +226,7 @@ def test_rows_across_blocks_are_checked(space: Space) -> None:
 
 def test_spaces_are_found_by_a_unique_prefix(cache: Cache, space: Space) -> None:
     keys, X = rows(2)
-    other = cache.open_space({**SPEC, "layer": "layer4"}, name="timm-resnet18")
+    other = cache.open_space({**SPEC, "layer": "layer4"})
     write(space, keys, X)
     write(other, keys, X)
     assert {one.fingerprint for one in cache.spaces()} == {space.fingerprint, other.fingerprint}
@@ -239,7 +239,7 @@ def test_spaces_are_found_by_a_unique_prefix(cache: Cache, space: Space) -> None
 
 def test_a_name_without_its_digest_wins_over_longer_names(cache: Cache, space: Space) -> None:
     keys, X = rows(2)
-    longer = cache.open_space({**SPEC, "layer": "layer4"}, name=f"{space.folder.name.rpartition('-')[0]}-d")
+    longer = cache.open_space({**SPEC, "architecture": "resnet18-d"})
     for one in (space, longer):
         write(one, keys, X)
     assert cache.find_space(space.folder.name.rpartition("-")[0]) == space
@@ -248,7 +248,7 @@ def test_a_name_without_its_digest_wins_over_longer_names(cache: Cache, space: S
 
 def test_a_file_of_another_space_is_refused(cache: Cache, space: Space) -> None:
     keys, X = rows(2)
-    other = cache.open_space({**SPEC, "layer": "layer4"}, name="timm-resnet18")
+    other = cache.open_space({**SPEC, "layer": "layer4"})
     write(space, keys, X)
     write(other, keys, X)
     other.features_path.replace(space.features_path)
@@ -258,6 +258,6 @@ def test_a_file_of_another_space_is_refused(cache: Cache, space: Space) -> None:
 
 def test_a_root_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    space = Cache(tmp_path / "file").open_space(SPEC, name="x")
+    space = Cache(tmp_path / "file").open_space(SPEC)
     with pytest.raises(StorageError, match="could not"):
         write(space, *rows(1))

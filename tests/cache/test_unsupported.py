@@ -43,7 +43,7 @@ def test_a_packed_space_is_unsupported_and_not_damaged(cache: Cache, packed: Spa
 
 def test_the_same_rows_are_computed_again_in_another_space(cache: Cache, packed: Space) -> None:
     spec = {name: value for name, value in packed.spec.items() if name != "packed"}
-    space = cache.open_space(spec, name="timm-test_resnet-layer4")
+    space = cache.open_space(spec)
     assert space.fingerprint != packed.fingerprint
     assert len(space.view()) == 0
     keys, X = rows(12, 16)

@@ -88,7 +88,7 @@ def test_a_lost_record_of_a_space_is_damage(cache: Cache, filled: Space) -> None
 
 
 def test_latest_names_what_is_there(cache: Cache, filled: Space) -> None:
-    cache.datasets_folder.mkdir()
+    cache.table_path("data-0").parent.mkdir()
     cache.table_path("data-0").touch()
     cache.set_latest("data-0", [filled.folder.name])
     latest = cache.root / "latest.json"

@@ -16,7 +16,6 @@ from embedpipe.backbones import load_backbone, load_model, save_model
 from embedpipe.cache import Cache, Space
 from embedpipe.errors import EmbedpipeWarning, ModelMismatch, UsageError
 from embedpipe.images import Transform
-from embedpipe.inference import space_name
 from embedpipe.provenance import fingerprint
 from tests.conftest import TINY, Run, write_photo
 
@@ -86,7 +85,7 @@ def fast(run: Run, photos: Path) -> Space:
     exact = cache.find_space(Path(made["space"]).name)
     spec = {**exact.spec, "transform": {**exact.spec["transform"], "pixels": "fast"}}
     environment = {**exact.environments[0], "loader": {**exact.loader, "pixels": "fast"}}
-    space = cache.open_space(spec, name=space_name(spec))
+    space = cache.open_space(spec)
     view = exact.view()
     with space.writer(feature_dim=made["feature_dim"], dtype="float32", environment=environment, pins={}) as writer:
         writer.append([key.tobytes() for key in view.keys], view.read([key.tobytes() for key in view.keys]))

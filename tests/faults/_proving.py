@@ -30,7 +30,7 @@ def features_of(keys: Iterable[bytes], dim: int = DIM) -> np.ndarray:
 
 
 def open_space(root: Path) -> Space:
-    return Cache(root).open_space(SPEC, name="timm-resnet18")
+    return Cache(root).open_space(SPEC)
 
 
 def read_all(space: Space) -> set[bytes]:

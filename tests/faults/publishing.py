@@ -45,7 +45,7 @@ Say = Callable[[dict[str, Any]], None]
 
 
 def space_of(root: Path) -> Space:
-    return Cache(root / "cache").open_space(SPEC, name="x")
+    return Cache(root / "cache").open_space(SPEC)
 
 
 def publish_all(root: Path, say: Say) -> int:

@@ -28,7 +28,7 @@ Fact = tuple[str, Callable[[], Any]]
 def cache(tmp_path: Path) -> Cache:
     """A base file, two shards, failures, two sample tables and the record of the latest extraction."""
     cache = Cache(tmp_path / "cache")
-    space = cache.open_space(SPEC, name="timm-resnet18")
+    space = cache.open_space(SPEC)
     options = {"feature_dim": DIM, "dtype": "float32", "environment": {"torch": "2"}, "pins": {"batch_size": 32}}
     with space.writer(**options) as writer:  # type: ignore[arg-type]
         writer.append(KEYS[:280], features_of(KEYS[:280], DIM))

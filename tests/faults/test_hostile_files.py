@@ -176,7 +176,7 @@ def forge_each(tmp_path: Path, crafts: list[Craft]) -> Path:
         file["keys"], file["features"] = np.zeros((4, 32), "u1"), X
         file["secret"] = np.frombuffer(b"secret" * 40, "u1")
     for craft in crafts:
-        space = Cache(tmp_path / f"crafted-{craft.__name__}").open_space(SPEC, name="x")
+        space = Cache(tmp_path / f"crafted-{craft.__name__}").open_space(SPEC)
         forge(space, craft, outside)
     return outside
 
@@ -269,7 +269,7 @@ def forge_table(path: Path, craft: Callable[[dict[str, Any], dict[str, Any]], No
 )  # fmt: skip
 def test_a_forged_record_of_a_space_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     """Its seal is computed again, as a forger would."""
-    space = Cache(tmp_path).open_space(SPEC, name="x")
+    space = Cache(tmp_path).open_space(SPEC)
     with space.writer(feature_dim=8, dtype="float32", environment={}, pins={}) as writer:
         writer.append(KEYS, X)
         writer.finish()

@@ -47,7 +47,7 @@ def extract(
     cache, index = Cache(root / "cache"), KeyIndex(root / "index.sqlite")
     manifest = read_manifest([root / "data"], key_of=index.key_of)
     index.close()
-    space, pending = cache.open_space(SPEC, name="stub"), []
+    space, pending = cache.open_space(SPEC), []
     with space.writer(**OPTIONS) as writer:
         view = space.view()
         files = {sample.key: manifest.byte_source_of(sample) for sample in manifest.samples}
@@ -99,7 +99,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.root = Path(tempfile.mkdtemp(dir=MEMORY))
         (self.root / "data").mkdir()
         self.cache = Cache(self.root / "cache")
-        self.space = self.cache.open_space(SPEC, name="stub")
+        self.space = self.cache.open_space(SPEC)
         self.files: dict[tuple[str, str], bytes] = {}
         self.rows: set[bytes] = set()
         self.failed: set[bytes] = set()

@@ -171,7 +171,7 @@ def test_a_kept_graph_is_taken_again_and_a_damaged_one_is_not(tmp_path: Path) ->
     pixels = pixels_for(shared_models[0])
 
     def run() -> np.ndarray:
-        return OpenVino(shared_models, InferenceSettings(batch_size=BATCH), graphs=tmp_path)(0, pixels)[0]
+        return OpenVino(shared_models, InferenceSettings(batch_size=BATCH, graphs=tmp_path))(0, pixels)[0]
 
     first = run()
     (kept,) = tmp_path.iterdir()

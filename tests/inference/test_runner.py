@@ -209,7 +209,7 @@ def choose(
     executor: str = "auto",
     **options: float,
 ) -> Runner:
-    return select_executor([backbone], replace(FORWARD, executor=executor), items, work=work, graphs=graphs, **options)
+    return select_executor([backbone], replace(FORWARD, executor=executor, graphs=graphs), items, work=work, **options)
 
 
 def test_little_work_is_done_by_eager_torch(
@@ -257,10 +257,10 @@ def test_a_run_records_its_speed_for_the_next(
     graphs = tmp_path / "graphs"
     runner = choose(backbone, items, graphs, work=14, executor="eager")
     list(stream_rows(items, runner))
-    record_run(runner, graphs)
+    record_run(runner)
     assert not graphs.exists()  # four calls are too few
     list(stream_rows(3 * items, runner))
-    record_run(runner, graphs)
+    record_run(runner)
     assert records_in(graphs) == {"eager": {"run_s": [statistics.median(runner.image_s)]}}
 
 

@@ -57,13 +57,12 @@ class SpaceResolver:
     def stages(self, request: Request) -> tuple[str, ...]:
         """Return the names of the stages of a model."""
         key = self.key(request)
-        layers = inference.lookup_layers(self.index, key) if key else None
-        if layers is None:
+        known = inference.recall(self.index, key)
+        if known is None:
             backbone = self.load((request[0], None, request[2]))
-            layers = tuple(layer.name for layer in backbone.layers)
-            if key:
-                inference.store_layers(self.index, key, backbone)
-        return layers
+            known = {"layers": [layer.name for layer in backbone.layers]}
+            inference.remember(self.index, key, backbone, **known)
+        return tuple(known["layers"])
 
     def loader(self, request: Request) -> dict[str, Any]:
         """Return the recorded arguments of `load_backbone`; empty for a backbone that was passed as an object."""
@@ -78,28 +77,23 @@ class SpaceResolver:
 
     def reuse(self, request: Request, manifest: Manifest, *, retry_failed: bool) -> Result | None:
         """Return the space of a request if it has every row already, None if a model has to be loaded to know."""
-        key = self.key(request)
-        stored = inference.lookup_spec(self.index, key) if key else None
-        if stored is None:
+        known = inference.recall(self.index, self.key(request))
+        if known is None:
             return None
-        name, spec, record = stored
-        space = self.space_of(spec)
-        filled = inference.reuse_space(space, manifest, record, splits=_splits(request), retry_failed=retry_failed)
+        space = self.cache.open_space(known["spec"])
+        splits = _splits(request)
+        filled = inference.reuse_space(space, manifest, known["record"], splits=splits, retry_failed=retry_failed)
         if filled is None:
             space.ensure_free()  # before a model is loaded, which takes seconds
-        return (name, None, space, filled) if filled else None
-
-    def space_of(self, spec: Mapping[str, Any]) -> Space:
-        """Return the space of a spec, whether or not it exists."""
-        return self.cache.open_space(spec, name=inference.space_name(spec))
+        return (known["name"], None, space, filled) if filled else None
 
     def resolve(self, request: Request, settings: InferenceSettings) -> FeatureRequest:
         """Load the backbone of a request and return it with its space."""
-        backbone, loader, key = self.load(request), self.loader(request), self.key(request)
+        backbone, loader = self.load(request), self.loader(request)
         spec = inference.space_spec(backbone, settings.precision, settings.store_dtype, view=request[2])
-        if key:
-            inference.store_spec(self.index, key, backbone, spec, inference.record_environment(settings, loader))
-        return FeatureRequest(self.space_of(spec), backbone, loader, _splits(request))
+        record = inference.record_environment(settings, loader)
+        inference.remember(self.index, self.key(request), backbone, name=backbone.name, spec=spec, record=record)
+        return FeatureRequest(self.cache.open_space(spec), backbone, loader, _splits(request))
 
     def load(self, request: Request) -> Backbone:
         """Return the backbone of a request; requests of one name share the model."""
@@ -130,12 +124,13 @@ def complete_spaces(
     rest = [n for n, result in enumerate(results) if result is None]
     if rest:
         inference.begin_decoding(resolver.settings["workers"], len(manifest.samples))
-        settings = inference.resolve_settings(**resolver.settings)
+        settings = replace(inference.resolve_settings(**resolver.settings), graphs=resolver.cache.graphs_folder)
         feature_requests = [resolver.resolve(requests[n], settings) for n in rest]
-        writing |= {"retry_failed": retry_failed, "graphs": resolver.cache.graphs_folder}
-        filled = inference.compute_missing(feature_requests, manifest, settings, **writing)
-        for n, one, extracted in zip(rest, feature_requests, filled, strict=True):
-            results[n] = (one.backbone.name, one.backbone, one.space, extracted)
+        computed = inference.compute_missing(
+            feature_requests, manifest, settings, retry_failed=retry_failed, **writing
+        )
+        for n, one, filled in zip(rest, feature_requests, computed, strict=True):
+            results[n] = (one.backbone.name, one.backbone, one.space, filled)
     return [result for result in results if result]
 
 

@@ -22,7 +22,7 @@ from embedpipe.commands.finetune._sources import ImageSource, TrainingSource
 from embedpipe.data import Sample
 from embedpipe.features import FeatureSet
 from embedpipe.images import Transform
-from embedpipe.inference import FeatureRequest, Progress, compute_missing, resolve_settings, space_name, space_spec
+from embedpipe.inference import FeatureRequest, Progress, compute_missing, resolve_settings, space_spec
 
 
 def cut_backbone(backbone: Backbone, unfrozen: Sequence[str]) -> tuple[Backbone, nn.Module, str, tuple[int, ...]]:
@@ -79,7 +79,7 @@ class ActivationCache:
             trunk = replace(trunk, transform=t, spec={**trunk.spec, "transform": t.to_dict()})
         spec = space_spec(trunk, "fp32", dtype, view=view)
         loader = images.features.loader if self.layer == "head" and not view else {}
-        return FeatureRequest(self.cache.open_space(spec, name=space_name(spec)), trunk, loader, splits)
+        return FeatureRequest(self.cache.open_space(spec), trunk, loader, splits)
 
     def fill(self, dtype: str, progress: Progress | None) -> dict[str, int]:
         """Compute missing activations, and return the `rows`, `bytes` and `reused` rows of all spaces."""
@@ -90,7 +90,8 @@ class ActivationCache:
             plan = resolve_settings(
                 device=forward.device, workers=forward.workers, batch_size="auto", store_dtype=stored
             )
-            filled = compute_missing(group, manifest, plan, progress=progress, graphs=self.cache.graphs_folder)
+            plan = replace(plan, graphs=self.cache.graphs_folder)
+            filled = compute_missing(group, manifest, plan, progress=progress)
             for target, result in zip(group, filled, strict=True):
                 rows = result.computed + result.reused
                 size = target.backbone.feature_dim * np.dtype(stored).itemsize
