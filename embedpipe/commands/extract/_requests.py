@@ -126,9 +126,7 @@ def complete_spaces(
         inference.begin_decoding(resolver.settings["workers"], len(manifest.samples))
         settings = replace(inference.resolve_settings(**resolver.settings), graphs=resolver.cache.graphs_folder)
         feature_requests = [resolver.resolve(requests[n], settings) for n in rest]
-        computed = inference.compute_missing(
-            feature_requests, manifest, settings, retry_failed=retry_failed, **writing
-        )
+        computed = inference.compute_missing(feature_requests, manifest, settings, retry_failed=retry_failed, **writing)
         for n, one, filled in zip(rest, feature_requests, computed, strict=True):
             results[n] = (one.backbone.name, one.backbone, one.space, filled)
     return [result for result in results if result]
