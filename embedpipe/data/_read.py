@@ -148,10 +148,10 @@ def _list_shards(source: Source, names: Sequence[str], allow_outside: bool) -> L
     if len(suffixes) > 1:
         message = f"found {' and '.join(sorted(suffixes))} files in {source.argument!r}, expected one kind"
         raise UsageError(message, hint="name one kind by a pattern such as 'data/train-{000..012}.tar'")
-    if suffixes == {".parquet"}:
-        listing = list_parquet(source, names, allow_outside=allow_outside)
-        return drop_incomplete(listing, "have neither label nor split")
-    return list_tars(source, names)
+    if suffixes == {".tar"}:
+        return list_tars(source, names)
+    listing = list_parquet(source, names, allow_outside=allow_outside)
+    return drop_incomplete(listing, "have neither label nor split")
 
 
 def _not_data(argument: str, path: str) -> UsageError:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -172,7 +171,15 @@ def _prepare_solver(name: str, problem: Problem, *, is_path: bool = False) -> tu
 
         objective = BatchedObjective(problem, bfloat16=is_path and has_native_bfloat16())
         return partial(_newton.solve_path, objective), partial(_newton.polish, objective)
-    return partial(import_module(f"embedpipe.heads._{name}").solve_path, problem), None
+    if name == "lbfgs":
+        from embedpipe.heads._lbfgs import solve_path
+    elif name == "sklearn":
+        from embedpipe.heads._sklearn import solve_path
+    elif name == "ridge":
+        from embedpipe.heads._ridge import solve_path
+    else:
+        raise ValueError(f"{name!r} is among the solvers, but nothing solves it here")
+    return partial(solve_path, problem), None
 
 
 def _check_l2s(l2s: Sequence[Any]) -> list[float]:

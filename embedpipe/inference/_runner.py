@@ -208,11 +208,10 @@ def stream_rows(items: Iterable[Item], runner: Runner, limits: Limits = LIMITS) 
 
 def open_executor(shared_models: Sequence[SharedModel], settings: InferenceSettings) -> Executor:
     """Return the executor that `settings` names."""
-    if settings.executor == "openvino":
-        return OpenVino(shared_models, settings)
     from embedpipe.inference._torch import Torch
 
-    return Torch(shared_models, settings)
+    executors: dict[str, Callable[..., Executor]] = {"eager": Torch, "compile": Torch, "openvino": OpenVino}
+    return executors[settings.executor](shared_models, settings)
 
 
 def find_faults(shared_model: SharedModel, run: Callable[[], object], size: int) -> dict[int, str]:

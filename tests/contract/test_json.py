@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from embedpipe import cli
+from embedpipe.cli.cache import cache
 from tests.contract.conftest import RECORD, CommandLine, Completed, write_split_folders
 
 KEYS_FILE = Path(__file__).with_name("json_keys.json")
@@ -148,6 +150,12 @@ def test_values_of_the_first_extraction(results: dict[str, Completed]) -> None:
     assert (data["reused"], data["failed"], data["feature_dim"]) == (0, [], 96)
     assert data["classes"] == ["blue", "green", "red"]
     assert data["splits"] == {"train": 19, "val": 9, "test": 10}
+
+
+def test_every_command_is_held_by_the_contract() -> None:
+    groups = {name.split()[0] for name in COMMANDS}
+    assert groups == set(cli.COMMANDS)
+    assert {f"cache {name}" for name in cache.commands} == {name for name in COMMANDS if name.startswith("cache ")}
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
