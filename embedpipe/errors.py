@@ -23,6 +23,7 @@ A message says what was found and what was expected, the hint what to do. Facts 
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Collection
 from typing import Any
@@ -98,6 +99,14 @@ class EmbedpipeWarning(UserWarning):
     """Base of all warnings of embedpipe."""
 
 
+def warn(text: str) -> None:
+    """Issue an `EmbedpipeWarning` at the line outside this package that called it."""
+    level, frame = 1, inspect.currentframe()
+    while frame and frame.f_back and frame.f_globals["__name__"].startswith("embedpipe."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, EmbedpipeWarning, stacklevel=level)
+
+
 def check_removed_option(
     flag: str, value: object, *, harmless: Collection[object] = (), reason: str, hint: str = ""
 ) -> None:
@@ -120,8 +129,7 @@ def check_removed_option(
     if value is None:
         return
     if value in harmless:
-        warnings.warn(f"{flag} is no longer used: {reason}", EmbedpipeWarning, stacklevel=3)
-        return
+        return warn(f"{flag} is no longer used: {reason}")
     expected = " or ".join([f"no {flag}", *(f"{flag} {one}" for one in harmless)])
     raise UsageError(f"{flag} {value} was removed: {reason}; expected {expected}", hint=hint or f"leave {flag} out")
 

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import csv
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from embedpipe.data import LABEL_SEPARATOR, Manifest, Sample, targets
-from embedpipe.errors import EmbedpipeWarning, ModelMismatch, UsageError
+from embedpipe.errors import ModelMismatch, UsageError, warn
 from embedpipe.evaluation import (
     TEMPERATURES,
     THRESHOLD,
@@ -197,7 +196,7 @@ def calibrated(head: LinearHead | KnnHead, features: FeatureSet, *, unseen_val: 
     temperature = fit_temperature(head.predict_proba(X), y)
     if temperature in TEMPERATURES:
         message = f"val ({len(y)} images) has no best temperature within the bounds: the head is not calibrated"
-        warnings.warn(message, EmbedpipeWarning, stacklevel=3)
+        warn(message)
         return head
     scale, provenance = np.float32(temperature), {**head.provenance, "temperature": temperature}
     return replace(head, weight=head.weight / scale, bias=head.bias / scale, provenance=provenance)

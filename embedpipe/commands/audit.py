@@ -8,13 +8,12 @@ Labels are checked against out-of-fold predictions, outliers and copies are foun
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embedpipe.errors import EmbedpipeWarning
+from embedpipe.errors import warn
 from embedpipe.storage import PathLike
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ def _search(features: FeatureSet, samples: tuple[Sample, ...]) -> tuple[list[tup
     if n < MIN_ROWS or n * n * dim > MAX_PRODUCTS:
         bounds = f"expected {MIN_ROWS} to {int((MAX_PRODUCTS / dim) ** 0.5)}"
         text = f"no search for outliers and near copies among {n} images of {dim} features, {bounds}"
-        warnings.warn(text, EmbedpipeWarning, stacklevel=4)
+        warn(text)
         return [], {}
     X = features.read(samples)
     X = X - X.mean(axis=0, dtype=np.float64).astype(np.float32)

@@ -8,14 +8,13 @@ which they disagree decide which run is better.
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embedpipe.errors import EmbedpipeWarning, UsageError
+from embedpipe.errors import UsageError, warn
 from embedpipe.storage import PathLike
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ def compare(
         )
     most = max(len(table) for table in tables)
     if len(common) < most:
-        warnings.warn(f"{len(common)} of {most} images of {chosen} are in all runs", EmbedpipeWarning, stacklevel=2)
+        warn(f"{len(common)} of {most} images of {chosen} are in all runs")
     outcomes = [_outcomes(table, common) for table in tables]
     compared = [_compared(name, len(table), *one) for name, table, one in zip(names, tables, outcomes, strict=True)]
     keys = list(dict.fromkeys(name for name, _, _ in common)) if by == "content" else []
@@ -192,7 +191,7 @@ def _select_split(names: Sequence[str], predictions: Sequence[Sequence[Predicted
     """Return "test", or "val" with a warning if a run has no test split."""
     for name, found in zip(names, predictions, strict=True):
         if all(one.split != "test" for one in found):
-            warnings.warn(f"{name} has no test split; the runs are compared on val", EmbedpipeWarning, stacklevel=3)
+            warn(f"{name} has no test split; the runs are compared on val")
             return "val"
     return "test"
 

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, UsageError
+from embedpipe.errors import EmbedpipeError, UsageError, warn
 from embedpipe.storage import PathLike
 
 if TYPE_CHECKING:
@@ -151,11 +150,9 @@ def _warn_about_training_images(run: Classifier, cache: Cache, samples: Sequence
         used = {one.key for one in cache.read_dataset(run.dataset).samples if one.split in ("train", "val")}
     known = [one for one in samples if one.key in used]
     if known:
-        warnings.warn(
+        warn(
             f"{len(known)} of {len(samples)} images are in train or val of {run.name} (first: {known[0].path}): "
-            "the metrics do not estimate its performance on new images",
-            EmbedpipeWarning,
-            stacklevel=3,
+            "the metrics do not estimate its performance on new images"
         )
 
 

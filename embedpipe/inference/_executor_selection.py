@@ -14,7 +14,6 @@ import functools
 import json
 import platform
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, StorageError, UsageError
+from embedpipe.errors import EmbedpipeError, StorageError, UsageError, warn
 from embedpipe.images import image_batches
 from embedpipe.inference._openvino import graph_name, has_openvino
 from embedpipe.inference._runner import Item, Runner
@@ -240,7 +239,7 @@ def _call(runner: Runner, images: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _warn(reason: str) -> None:
-    warnings.warn(f"{reason}; eager torch is used", EmbedpipeWarning, stacklevel=3)
+    warn(f"{reason}; eager torch is used")
 
 
 def largest_difference(reference: Sequence[np.ndarray], features: Sequence[np.ndarray]) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import time
-import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ from typing import Any
 
 from embedpipe.cache import SpaceWriter
 from embedpipe.data import ByteSource, Manifest
-from embedpipe.errors import CacheBusy, CacheMismatch, EmbedpipeWarning, StorageError
+from embedpipe.errors import CacheBusy, CacheMismatch, StorageError, warn
 from embedpipe.images import DECODER
 from embedpipe.inference._drift import check_drift, is_new, record_environment
 from embedpipe.inference._executor_selection import record_run, select_executor
@@ -108,7 +107,7 @@ def _discard_removed(requests: Sequence[FeatureRequest]) -> None:
             request.space.discard_pending()
             reason = f"was interrupted under --executor {REMOVED_EXECUTOR}, which was removed"
             text = f"{request.space.folder.name} {reason}; its unfinished rows are computed again"
-            warnings.warn(text, EmbedpipeWarning, stacklevel=3)
+            warn(text)
 
 
 def _fill_group(

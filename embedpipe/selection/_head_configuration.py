@@ -8,14 +8,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from embedpipe.data import label_names
-from embedpipe.errors import EmbedpipeWarning, UsageError
+from embedpipe.errors import UsageError, warn
 from embedpipe.heads import Features, Gram, KnnHead, L2Path, LinearHead, class_weights, fit_knn, fit_linear, fit_path
 
 if TYPE_CHECKING:
@@ -178,8 +177,4 @@ def check_classes(features: FeatureSet) -> None:
         )
     absent = [name for name in features.classes if name not in present]
     if absent:
-        warnings.warn(
-            f"no training images for class {', '.join(absent)}: it will never be predicted",
-            EmbedpipeWarning,
-            stacklevel=3,
-        )
+        warn(f"no training images for class {', '.join(absent)}: it will never be predicted")

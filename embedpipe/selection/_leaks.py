@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedpipe.errors import EmbedpipeWarning
+from embedpipe.errors import warn
 from embedpipe.evaluation import MIN_ROWS, copy_ratio, find_neighbours, unit_rows
 
 if TYPE_CHECKING:
@@ -191,8 +190,4 @@ def _warn(report: Mapping[str, Any]) -> None:
         without = "" if value is None else f" ({name.replace('_', ' ')} without them {value:.4f})"
         parts += [f"{count} of {split}{without}"] if count else []
     if parts:
-        warnings.warn(
-            f"images that are also in an earlier split, as copies, near copies or by group: {', '.join(parts)}",
-            EmbedpipeWarning,
-            stacklevel=4,
-        )
+        warn(f"images that are also in an earlier split, as copies, near copies or by group: {', '.join(parts)}")

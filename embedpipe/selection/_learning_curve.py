@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from embedpipe.errors import EmbedpipeWarning, UsageError
+from embedpipe.errors import UsageError, warn
 from embedpipe.heads import Features, Int64, select_rows
 
 if TYPE_CHECKING:
@@ -134,6 +133,4 @@ def _accuracy(head: Any, X: Features, y: Int64) -> float:
 def _warn(curve: Sequence[Mapping[str, Any]]) -> None:
     short = [f"{len(point['short'])} class(es) have fewer than {point['shots']}" for point in curve if point["short"]]
     if short:
-        warnings.warn(
-            f"--shots: {', '.join(short)} training images and use all of them", EmbedpipeWarning, stacklevel=4
-        )
+        warn(f"--shots: {', '.join(short)} training images and use all of them")

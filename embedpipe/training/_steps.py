@@ -4,7 +4,6 @@ CutMix, precision, micro-batches, clipping."""
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatch
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from embedpipe.errors import EmbedpipeError, EmbedpipeWarning
+from embedpipe.errors import EmbedpipeError, warn
 from embedpipe.training._plan import Plan
 from embedpipe.training._ranks import Ranks
 
@@ -176,8 +175,4 @@ class Stepper:
         if self.device == "cuda":
             torch.cuda.empty_cache()
         self.micro = int(before) // 2
-        warnings.warn(
-            f"{before} images do not fit into memory: {self.micro} at a time, in steps of the same size",
-            EmbedpipeWarning,
-            stacklevel=4,
-        )
+        warn(f"{before} images do not fit into memory: {self.micro} at a time, in steps of the same size")

@@ -7,11 +7,10 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from embedpipe.backbones import describe_layers
-from embedpipe.errors import EmbedpipeWarning, UsageError
+from embedpipe.errors import UsageError, warn
 from embedpipe.features import PENULTIMATE, FeatureSet, loader_of, model_fields
 from embedpipe.inference import Progress
 from embedpipe.selection import check_classes, check_labelled, check_task
@@ -56,9 +55,7 @@ def _extract(features: FeatureSet, missing: list[str], progress: Progress | None
     from embedpipe.commands.extract import extract
 
     count = f"{len(missing)} layers are not cached yet" if len(missing) > 1 else f"{missing[0]} is not cached yet"
-    warnings.warn(
-        f"{count}: extracting all layers of {features.manifest.name} in one pass", EmbedpipeWarning, stacklevel=4
-    )
+    warn(f"{count}: extracting all layers of {features.manifest.name} in one pass")
     spec, cache = features.space.spec, features.cache
     options: dict[str, Any] = {k: v for k, v in loader_of(spec, features.loader).items() if k != "layer"}
     settings = {"precision": spec["precision"], "store_dtype": spec["stored_dtype"], "layer": (PENULTIMATE, "all")}

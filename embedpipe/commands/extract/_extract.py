@@ -12,13 +12,12 @@ space of each request, `FeatureRequest` is a space with its backbone, `Lookup` h
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from embedpipe.errors import EmbedpipeError, EmbedpipeWarning, check_pixels_option, check_removed_option
+from embedpipe.errors import EmbedpipeError, check_pixels_option, check_removed_option, warn
 from embedpipe.storage import PathLike
 
 if TYPE_CHECKING:
@@ -179,7 +178,7 @@ def _read(data: PathLike | Sequence[PathLike], index: KeyIndex, **options: Any) 
 
     manifest = read_manifest(data, key_of=index.key_of, **options)
     for warning in manifest.warnings:
-        warnings.warn(warning, EmbedpipeWarning, stacklevel=3)
+        warn(warning)
     return manifest
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,7 @@ from embedpipe.backbones import Backbone
 from embedpipe.classifier import Scored
 from embedpipe.classifier.network import Network
 from embedpipe.data import Sample
-from embedpipe.errors import EmbedpipeWarning, UsageError
+from embedpipe.errors import UsageError, warn
 from embedpipe.features import FeatureSet
 from embedpipe.images import Transform, image_batches
 from embedpipe.inference import InferenceSettings
@@ -128,7 +127,7 @@ class ImageSource(TrainingSource):
         for batch in image_batches(items, [transform], batch_size=size, workers=workers):
             for failed in batch.failures:
                 path = self.features.manifest.display_name(pending[failed.key].popleft())
-                warnings.warn(f"{path} is left out: {failed.reason}", EmbedpipeWarning, stacklevel=2)
+                warn(f"{path} is left out: {failed.reason}")
             if batch.keys:
                 images = torch.from_numpy(batch.images[0]).to(self.forward.device)
                 images = transform.normalise(images) if isinstance(transform, Transform) else images

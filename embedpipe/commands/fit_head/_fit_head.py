@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from embedpipe.commands.fit_head._plot import draw_path
-from embedpipe.errors import EmbedpipeWarning, UsageError
+from embedpipe.errors import UsageError, warn
 from embedpipe.storage import BYTES, PathLike, parse_amount
 
 if TYPE_CHECKING:
@@ -217,11 +216,9 @@ def _warn_at_edge(path: L2Path) -> None:
     first, last = path.points[0].l2, path.points[-1].l2
     if path.l2 is not None and path.l2 in (first, last):
         direction, further = ("smaller", path.l2 / 10) if path.l2 == first else ("larger", path.l2 * 10)
-        warnings.warn(
+        warn(
             f"the best l2, {path.l2:g}, is at the edge of the values that were tried: a {direction} one may be better, "
-            f"see --l2 {further:g}",
-            EmbedpipeWarning,
-            stacklevel=4,
+            f"see --l2 {further:g}"
         )
 
 
