@@ -126,12 +126,11 @@ def check_removed_option(
     ------
     UsageError    `value` is not None and not harmless
     """
-    if value is None:
-        return
     if value in harmless:
-        return warn(f"{flag} is no longer used: {reason}")
-    expected = " or ".join([f"no {flag}", *(f"{flag} {one}" for one in harmless)])
-    raise UsageError(f"{flag} {value} was removed: {reason}; expected {expected}", hint=hint or f"leave {flag} out")
+        warn(f"{flag} is no longer used: {reason}")
+    elif value is not None:
+        expected = " or ".join([f"no {flag}", *(f"{flag} {one}" for one in harmless)])
+        raise UsageError(f"{flag} {value} was removed: {reason}; expected {expected}", hint=hint or f"leave {flag} out")
 
 
 def check_pixels_option(pixels: str | None) -> None:

@@ -109,7 +109,7 @@ class SpaceWriter:
             raise ValueError(f"features are {features.shape}, expected {expected}")
         with np.errstate(over="ignore"):
             stored = np.array(features, dtype=f"<{np.dtype(self._meta.dtype).str[1:]}", order="C")
-        _check_finite(keys, features, stored)
+        _check_finite(features, stored)
         self._rows.append((list(keys), stored))
         self._commit_if_due()
 
@@ -191,17 +191,14 @@ class SpaceWriter:
         return base_bytes + shard_bytes < merge_below_bytes or shard_bytes > MERGED_SHARE * base_bytes
 
 
-def _check_finite(keys: Sequence[bytes], features: NDArray[Any], stored: NDArray[Any]) -> None:
+def _check_finite(features: NDArray[Any], stored: NDArray[Any]) -> None:
     bad = np.flatnonzero(~np.isfinite(stored).all(axis=1)).tolist()
     if not bad:
         return
     overflow = bool(np.isfinite(features[bad]).all())
-    raise NonFiniteFeatures(
-        f"row {bad[0]} of {len(stored)} " + (f"is too large for {stored.dtype}" if overflow else "has NaN or infinity"),
-        hint="store float32 (--store-dtype float32)" if overflow else "try --precision fp32",
-        rows=bad,
-        keys=[keys[row] for row in bad],
-    )
+    reason = f"is too large for {stored.dtype}" if overflow else "has NaN or infinity"
+    hint = "store float32 (--store-dtype float32)" if overflow else "try --precision fp32"
+    raise NonFiniteFeatures(f"row {bad[0]} of {len(stored)} {reason}", hint=hint, rows=bad)
 
 
 @dataclass(frozen=True)

@@ -120,11 +120,8 @@ class Reference:
     def _checked(self, backbone: Backbone) -> Backbone:
         differing = differing_fields(self.spec, space_spec(backbone, self.spec["precision"], self.spec["stored_dtype"]))
         if differing:
-            raise ModelMismatch(
-                f"{self.name} is not the backbone that computed these features: {', '.join(map(str, differing))}",
-                hint="extract and fit the head again with the present weights",
-                fields=[difference.field for difference in differing],
-            )
+            message = f"{self.name} is not the backbone that computed these features: {', '.join(map(str, differing))}"
+            raise ModelMismatch(message, hint="extract and fit the head again with the present weights")
         return backbone
 
 

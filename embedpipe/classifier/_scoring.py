@@ -195,8 +195,7 @@ def calibrated(head: LinearHead | KnnHead, features: FeatureSet, *, unseen_val: 
     X, y = features.arrays("val")
     temperature = fit_temperature(head.predict_proba(X), y)
     if temperature in TEMPERATURES:
-        message = f"val ({len(y)} images) has no best temperature within the bounds: the head is not calibrated"
-        warn(message)
+        warn(f"val ({len(y)} images) has no best temperature within the bounds: the head is not calibrated")
         return head
     scale, provenance = np.float32(temperature), {**head.provenance, "temperature": temperature}
     return replace(head, weight=head.weight / scale, bias=head.bias / scale, provenance=provenance)

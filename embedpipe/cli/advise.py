@@ -29,15 +29,13 @@ def _format_evidence(evidence: Mapping[str, Any]) -> str:
         name = layers[0] if len(layers) == 1 else f"{layers[0]} to {layers[-1]} together"
         lines.append(f"{name:<28} {head['accuracy']:>8.1%}  {_format_points(head['difference'])}")
     wrong, leaked = evidence["wrong_labels"], evidence["leaked"]
-    return "\n".join(
-        [
-            *lines,
-            f"{evidence['n_train']} training images; gain by the last doubling: {_format_points(evidence['slope'])}",
-            f"training accuracy without penalty: {evidence['separable']:.1%}; nearest neighbours: {evidence['knn']:.1%}",
-            f"labels that heads and neighbours contradict: {wrong['share']:.1%} of {wrong['n']}",
-            f"images of val and test that are also in an earlier split: {leaked['share']:.1%} of {leaked['n']}",
-        ]
-    )
+    lines += [
+        f"{evidence['n_train']} training images; gain by the last doubling: {_format_points(evidence['slope'])}",
+        f"training accuracy without penalty: {evidence['separable']:.1%}; nearest neighbours: {evidence['knn']:.1%}",
+        f"labels that heads and neighbours contradict: {wrong['share']:.1%} of {wrong['n']}",
+        f"images of val and test that are also in an earlier split: {leaked['share']:.1%} of {leaked['n']}",
+    ]
+    return "\n".join(lines)
 
 
 def _format_options(done: Mapping[str, Any]) -> str:

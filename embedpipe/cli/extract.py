@@ -56,9 +56,8 @@ def format_plan(found: Mapping[str, Any]) -> str:
         f"{space['space']}: {space['misses']} to compute ({format_size(space['bytes'])}), {space['hits']} there"
         for space in found["spaces"]
     ]
-    estimate = (
-        f"{found['seconds_expected']:.0f} s expected ({found['measured_images']} images measured, {found['executor']})"
-    )
+    measured = f"{found['measured_images']} images measured, {found['executor']}"
+    estimate = f"{found['seconds_expected']:.0f} s expected ({measured})"
     return "\n".join([f"{found['images']} images, {counts(found['splits'])}", *lines, estimate, "nothing was written"])
 
 

@@ -127,10 +127,8 @@ def compare(
     common = [sample for sample in tables[0] if all(sample in table for table in tables)]
     if not common:
         counts = " and ".join(f"{name} {len(table)}" for name, table in zip(names, tables, strict=True))
-        raise UsageError(
-            f"the runs have no common sample in {chosen}, by {by} and label: {counts}",
-            hint="compare runs that were fitted on the same data set, or name another --split",
-        )
+        hint = "compare runs that were fitted on the same data set, or name another --split"
+        raise UsageError(f"the runs have no common sample in {chosen}, by {by} and label: {counts}", hint=hint)
     most = max(len(table) for table in tables)
     if len(common) < most:
         warn(f"{len(common)} of {most} images of {chosen} are in all runs")
@@ -153,10 +151,8 @@ def _load(run: Classifier | PathLike, runs_dir: PathLike) -> tuple[Classifier, l
     if classifier.folder is None:
         raise UsageError("got a classifier without a run folder, expected one returned by fit_head or finetune")
     if classifier.task != "single":
-        raise UsageError(
-            f"{classifier.name} is a run of {classifier.task} targets, expected single labels",
-            hint="compare the metrics and intervals in their run.json",
-        )
+        hint = "compare the metrics and intervals in their run.json"
+        raise UsageError(f"{classifier.name} is a run of {classifier.task} targets, expected single labels", hint=hint)
     return classifier, read_predictions(classifier.folder)
 
 

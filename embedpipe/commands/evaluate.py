@@ -160,10 +160,8 @@ def _check(manifest: Manifest, run: Classifier, labels: list[str], split: str) -
     from embedpipe.data import label_names
 
     if not labels:
-        raise UsageError(
-            f"{manifest.name} has no labelled images in the split {split}",
-            hint=f"found {', '.join(manifest.splits) or 'no split'}; name one with --split, or give labelled DATA",
-        )
+        hint = f"found {', '.join(manifest.splits) or 'no split'}; name one with --split, or give labelled DATA"
+        raise UsageError(f"{manifest.name} has no labelled images in the split {split}", hint=hint)
     if manifest.task != run.task:
         message = f"{manifest.name} has {manifest.task} targets, but {run.name} was fitted on {run.task} targets"
         raise UsageError(message, hint="evaluate on data with the label column that the head was fitted on")

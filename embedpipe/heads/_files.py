@@ -53,10 +53,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ModelMismatch(f"{folder / RECORD} is not JSON: {exc}", hint="fit the head again") from exc
     version = record.get("format_version") if isinstance(record, dict) else None
     if version != FORMAT_VERSION:
-        raise ModelMismatch(
-            f"{folder / RECORD} has format {version}, expected {FORMAT_VERSION}",
-            hint="read it with the embedpipe that wrote it, or fit the head again",
-        )
+        hint = "read it with the embedpipe that wrote it, or fit the head again"
+        raise ModelMismatch(f"{folder / RECORD} has format {version}, expected {FORMAT_VERSION}", hint=hint)
     return dict(record)
 
 

@@ -157,10 +157,8 @@ def _multilabel_targets(y: Int64, weights: Float64) -> dict[str, Any]:
     counts = y.sum(axis=0)
     present = np.flatnonzero((counts > 0) & (counts < len(y)))
     if not len(present):
-        raise UsageError(
-            "labels that some training images have and others lack: 0, expected at least 1",
-            hint="add images with and without each label",
-        )
+        hint = "add images with and without each label"
+        raise UsageError("labels that some training images have and others lack: 0, expected at least 1", hint=hint)
     absent_bias = np.where(counts > 0, ABSENT_MARGIN, -ABSENT_MARGIN)
     return {"y": np.ascontiguousarray(y[:, present]), "present": present, "absent_bias": absent_bias}
 

@@ -112,8 +112,6 @@ def check_width(X: ArrayLike | ChunkedFeatures, feature_dim: int) -> Any:
     """
     array = X if isinstance(X, ChunkedFeatures) else np.asarray(X)
     if array.ndim != 2 or array.shape[1] != feature_dim:
-        raise ModelMismatch(
-            f"features of shape {array.shape}, expected (N, {feature_dim})",
-            hint="use the backbone and layer that the head was fitted on",
-        )
+        hint = "use the backbone and layer that the head was fitted on"
+        raise ModelMismatch(f"features of shape {array.shape}, expected (N, {feature_dim})", hint=hint)
     return array

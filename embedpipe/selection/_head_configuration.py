@@ -135,10 +135,8 @@ def check_labelled(features: FeatureSet) -> None:
     """Raise UsageError for a data set without labels or with missing features."""
     name = features.manifest.name
     if not features.manifest.labelled:
-        raise UsageError(
-            f"{name} has no labels, expected class folders or a manifest with a column label, labels or target",
-            hint="sort the images into one folder per class",
-        )
+        message = f"{name} has no labels, expected class folders or a manifest with a column label, labels or target"
+        raise UsageError(message, hint="sort the images into one folder per class")
     if features.missing:
         raise UsageError(
             f"{features.missing} of {len(features.manifest.samples)} images of {name} have no features in "
@@ -163,10 +161,8 @@ def check_classes(features: FeatureSet) -> None:
     if not labels:
         raise UsageError(f"the train split of {name} has no images", hint="move images into train/")
     if task != "single" and len(labels) < 2:
-        raise UsageError(
-            f"all images in the train split of {name} have the same target, expected at least 2 different ones",
-            hint="add images with another target",
-        )
+        message = f"all images in the train split of {name} have the same target, expected at least 2 different ones"
+        raise UsageError(message, hint="add images with another target")
     if task == "regression":
         return
     present = sorted({part for label in labels for part in label_names(label, task)})

@@ -39,10 +39,8 @@ def _parse(text: str) -> tuple[str | int, Shots]:
     except ValueError:
         value = 0
     if not (0 < value <= 1 if share else value >= 1):
-        raise UsageError(
-            f"--shots {text!r}, expected numbers of images per class, or percentages",
-            hint="for example --shots 1,5,10,50%",
-        )
+        hint = "for example --shots 1,5,10,50%"
+        raise UsageError(f"--shots {text!r}, expected numbers of images per class, or percentages", hint=hint)
     return text if share else int(value), value
 
 
@@ -84,7 +82,7 @@ def learning_curve(
     counts = np.bincount(y, minlength=len(config.classes))
     ranks = [rank_in_class(y, np.random.default_rng((seed % 2**64, repeat))) for repeat in range(repeats)]
     val = others.get("val", (X[:0], y[:0]))
-    curve = []
+    curve: list[dict[str, Any]] = []
     for name, amount in shots.items():
         sizes = class_sizes(counts, amount)
         subsets = [np.flatnonzero(rank < sizes[y]) for rank in ranks[: 1 if (sizes == counts).all() else None]]
@@ -94,7 +92,9 @@ def learning_curve(
         point = {"shots": name, "n_train": len(subsets[0]), "repeats": len(subsets), "l2": [one.l2 for one in heads]}
         metrics = {split: mean_with_interval(values) for split, values in accuracy.items()}
         curve.append({**point, "short": short if isinstance(amount, int) else [], "metrics": metrics})
-    _warn(curve)
+    short = [f"{len(point['short'])} class(es) have fewer than {point['shots']}" for point in curve if point["short"]]
+    if short:
+        warn(f"--shots: {', '.join(short)} training images and use all of them")
     return curve
 
 
@@ -128,9 +128,3 @@ def mean_with_interval(values: Sequence[float]) -> dict[str, Any]:
 
 def _accuracy(head: Any, X: Features, y: Int64) -> float:
     return float(np.mean(head.predict_proba(X).argmax(axis=1) == y))
-
-
-def _warn(curve: Sequence[Mapping[str, Any]]) -> None:
-    short = [f"{len(point['short'])} class(es) have fewer than {point['shots']}" for point in curve if point["short"]]
-    if short:
-        warn(f"--shots: {', '.join(short)} training images and use all of them")

@@ -34,10 +34,8 @@ def open_layers(features: FeatureSet, progress: Progress | None = None) -> Featu
     cached = _siblings(features).layers
     missing = [layer for layer in every if layer not in cached]
     if missing and not model:
-        raise UsageError(
-            f"{', '.join(missing)} of {name} is not cached, and its backbone has no name to load it by",
-            hint=f"extract with layer=({PENULTIMATE!r}, 'all')",
-        )
+        message = f"{', '.join(missing)} of {name} is not cached, and its backbone has no name to load it by"
+        raise UsageError(message, hint=f"extract with layer=({PENULTIMATE!r}, 'all')")
     if missing:
         _extract(features, missing, progress)
     return _siblings(features)

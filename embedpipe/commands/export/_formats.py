@@ -91,10 +91,8 @@ def trace_program(backbones: Sequence[Backbone], head: LinearHead) -> torch.expo
     """
     first = backbones[0]
     if any(one.module.model is not first.module.model or one.transform != first.transform for one in backbones):
-        raise UsageError(
-            f"the head is fitted on {len(backbones)} backbones, expected one model and one transform to export",
-            hint="fit a head on one of them: `embedpipe fit-head --backbone NAME`",
-        )
+        message = f"the head is fitted on {len(backbones)} backbones, expected one model and one transform to export"
+        raise UsageError(message, hint="fit a head on one of them: `embedpipe fit-head --backbone NAME`")
     network = Network(JointBackbone(backbones), head).requires_grad_(False).cpu().eval()
     example = torch.zeros(2, 3, *first.image_size)
     with library_errors(first.name), torch.no_grad():

@@ -109,10 +109,8 @@ class ImageSource(TrainingSource):
         if self.augment == "none":
             return transform
         if not isinstance(transform, Transform):
-            raise UsageError(
-                f"--augment {self.augment} of a backbone with a transform of your own",
-                hint="use an embedpipe.images.Transform, or --augment none",
-            )
+            hint = "use an embedpipe.images.Transform, or --augment none"
+            raise UsageError(f"--augment {self.augment} of a backbone with a transform of your own", hint=hint)
         return replace(transform, augment=self.augment, seed=self.seed, view=view)
 
     def _batches(

@@ -53,10 +53,8 @@ def run_training(
     plans = [Plan.of(phase) for phase in phases_of(options)]
     check_ranks(options, ranks)
     if start is None and options["run"] is None:
-        raise UsageError(
-            f"{unfinished.name} started from a classifier that is not in a run",
-            hint="pass it again: finetune(classifier, resume=True)",
-        )
+        hint = "pass it again: finetune(classifier, resume=True)"
+        raise UsageError(f"{unfinished.name} started from a classifier that is not in a run", hint=hint)
     classifier = start or load_start(options["run"], runs_dir)
     cache = Cache(cache_dir)
     features = _open_features(classifier, cache)
@@ -98,10 +96,8 @@ def run_training(
 def check_ranks(options: Mapping[str, Any], ranks: Ranks) -> None:
     """Refuse options with which several processes would not compute what one process does."""
     if options["batch_size"] % ranks.count:
-        raise UsageError(
-            f"--batch-size {options['batch_size']} for {ranks.count} processes, expected a multiple",
-            hint="it counts the images of all processes together",
-        )
+        message = f"--batch-size {options['batch_size']} for {ranks.count} processes, expected a multiple"
+        raise UsageError(message, hint="it counts the images of all processes together")
     if ranks.count > 1 and any(phase["bn"] == "train" for phase in phases_of(options)):
         raise UsageError(
             "--bn train under torchrun: each process would have its own statistics", hint="use affine or frozen"
@@ -123,15 +119,11 @@ def load_start(run: Classifier | PathLike | None, runs_dir: Path) -> Classifier:
 
     classifier = Classifier.of(latest_run(runs_dir, "fit-head", is_suitable) if run is None else run, runs_dir)
     if not isinstance(classifier.head, LinearHead):
-        raise UsageError(
-            f"{classifier.name} has a kNN head, expected a linear one to start from",
-            hint="run `embedpipe fit-head` without --solver knn",
-        )
+        hint = "run `embedpipe fit-head` without --solver knn"
+        raise UsageError(f"{classifier.name} has a kNN head, expected a linear one to start from", hint=hint)
     if classifier.task != "single":
-        raise UsageError(
-            f"{classifier.name} has {classifier.task} targets, expected one class per image to fine-tune on",
-            hint="fit a head on class folders, or on a manifest with a column label",
-        )
+        message = f"{classifier.name} has {classifier.task} targets, expected one class per image to fine-tune on"
+        raise UsageError(message, hint="fit a head on class folders, or on a manifest with a column label")
     layers = [part.spec["layer"] for part in classifier.reference.parts]
     if layers != [PENULTIMATE]:
         raise UsageError(
