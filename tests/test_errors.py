@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from embedpipe.errors import EmbedpipeWarning, UsageError, check_removed_option
+from embedpipe.errors import EmbedpipeWarning, UsageError, check_pixels_option, check_removed_option
 
 REMOVED: dict[str, Any] = {"harmless": (0.0,), "reason": "activations are trained on as they are"}
 
@@ -29,3 +29,9 @@ def test_a_value_that_no_longer_exists_is_an_error() -> None:
     assert raised.value.hint == "leave --noise out"
     with pytest.raises(UsageError, match="was removed"):
         check_removed_option("--executor", "fused", reason="openvino is faster", hint="use --executor openvino")
+
+
+def test_a_warning_names_the_line_of_the_caller() -> None:
+    with pytest.warns(EmbedpipeWarning, match="--pixels is no longer used") as caught:
+        check_pixels_option("exact")
+    assert caught[0].filename == __file__
