@@ -138,7 +138,8 @@ def line_search(
     ----------
     direction : dW (L, K, D) and db (L, K)
     convert : W -> W     rounding of the new weights
-    tolerance : float    an iterate with such a gap is accepted in any case
+    tolerance : float    an iterate with such a gap is accepted in any case; so is one that quarters a gap of TOLERANCE or
+                         less, where rounding may hide that the objective falls
     """
     dW, db = direction
     slope = inner(at.grad_W, at.grad_b, dW, db)
@@ -148,7 +149,7 @@ def line_search(
     for _ in range(MAX_BACKTRACKS):
         new = objective.evaluate(at.l2, convert(at.W + length[:, None, None] * dW), at.b + length[:, None] * db)
         accepted = new.objective <= at.objective + ARMIJO * length * slope + rounding
-        accepted |= new.gap <= tolerance
+        accepted |= (new.gap <= tolerance) | ((at.gap <= TOLERANCE) & (new.gap <= at.gap / 4))
         if accepted.all():
             return new, bool(descends.any())
         length = torch.where(accepted, length, length / 4)

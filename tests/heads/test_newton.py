@@ -445,7 +445,7 @@ def test_features_that_are_read_in_chunks_give_the_same_weights() -> None:
             objective = BatchedObjective(one, float64_size=0)
             [weight], [bias], _ = solve_path(objective, [l2])
             polished.append(polish(objective, weight, bias, l2)[0][0])
-        np.testing.assert_allclose(*polished, atol=1e-5)
+        np.testing.assert_allclose(*polished, atol=1e-6)
     assert most <= 4096
 
 
