@@ -105,8 +105,9 @@ def libraries_of(path: Path) -> set[str]:
 
 def test_heavy_libraries_are_imported_by_few_modules() -> None:
     """Each library by the files and packages that `LIBRARIES` names, and by all of these."""
+    imports = {path.relative_to(PACKAGE).as_posix(): libraries_of(path) for path in FILES}
     for library, allowed in LIBRARIES.items():
-        places = {path.relative_to(PACKAGE).as_posix() for path in FILES if library in libraries_of(path)}
+        places = {place for place, libraries in imports.items() if library in libraries}
         found = {next((one for one in allowed if f"{place}/".startswith(f"{one}/")), place) for place in places}
         assert found == allowed, library
 

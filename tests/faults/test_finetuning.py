@@ -160,7 +160,7 @@ def test_publishing(tuning: Tuning, full: bool, tally: Tally) -> None:
     assert trial.attach(folder / "log", "-y", f"--trace={CALLS}").end() == 0, trial.err
     calls = calls_below(folder / "log", folder / "runs")
     plan = [(call, fault) for call in calls for fault in ("KILL", "ENOSPC") if call.name not in ("close", "openat")]
-    for k, (call, fault) in enumerate(random.Random(0).sample(plan, 60 if full else 4)):
+    for k, (call, fault) in enumerate(random.Random(0).sample(plan, 60 if full else 3)):
         folder = tuning.copy(f"hurt-{k}")
         trial = tuning.start(folder, go=False)
         code = trial.attach(folder / "log", *call.inject(fault)).end()

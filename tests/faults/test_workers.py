@@ -14,6 +14,8 @@ from PIL import Image
 from embedpipe.cache import Cache
 from tests.conftest import TINY, write_photos
 
+from ._tier import tier
+
 Start = Callable[..., subprocess.Popen[str]]
 
 
@@ -54,10 +56,9 @@ def is_running(pid: int) -> bool:
     ("number", "times", "code"),
     [
         (signal.SIGKILL, 1, -9),
-        (signal.SIGTERM, 1, 5),
         (signal.SIGTERM, 4, 5),
         (signal.SIGINT, 1, 130),
-        (signal.SIGINT, 2, 130),
+        *tier([], [(signal.SIGTERM, 1, 5), (signal.SIGINT, 2, 130)]),
     ],
 )
 def test_a_command_that_is_stopped_leaves_nobody_behind(

@@ -150,7 +150,7 @@ def random_classifier(*layers: str | None, name: str = "timm:test_resnet", other
     return Classifier(head, Reference(parts[0].spec, parts[0].loader, tuple(parts[1:])))
 
 
-@pytest.mark.parametrize("layers", [("layer2",), ("layer3", None)])
+@pytest.mark.parametrize("layers", [("layer2",), pytest.param(("layer3", None), marks=pytest.mark.slow)])
 def test_other_layers_leave_as_a_graph_alone(layers: tuple[str | None, ...]) -> None:
     classifier = random_classifier(*layers)
     for one in ("torch", "onnx"):
