@@ -12,14 +12,14 @@ demo: $(VENV)/.demo
 	$(BIN)/embedpipe demo $(ARGS)
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 slow: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow --timeout 3600 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m slow --timeout 3600 $(ARGS)
 
 # Kills, refused system calls, power cuts, full disks: all of them. Takes about 20 minutes; strace and root for some.
 faults: $(VENV)/.dev
-	OMP_NUM_THREADS=1 EMBEDPIPE_FAULTS=full $(BIN)/pytest -n 2 tests/faults --timeout 3600 $(ARGS)
+	OMP_NUM_THREADS=1 EMBEDPIPE_FAULTS=full $(BIN)/pytest -n 2 --dist worksteal tests/faults --timeout 3600 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -19,7 +19,7 @@ from tests.conftest import TINY, write_photos
 from ._proving import OPTIONS, features_of, fork, keys_of, open_space, read_all, wait
 from ._tier import tier
 
-STARTS = tier(25, 200)
+STARTS = tier(12, 200)
 KEYS = keys_of(range(4))
 
 
