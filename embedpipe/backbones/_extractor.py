@@ -106,7 +106,7 @@ class FeatureExtractor(nn.Module):
         self.model = model
         self.groups = tuple(tuple(group) for group in groups) or ((),)
         self._hooks = tuple(dict.fromkeys(hook for group in self.groups for hook in group))
-        self._caught: dict[int, Caught] = {}  # by thread, as several may share the module
+        self._caught: dict[int, Caught | None] = {}  # by thread, as several may share the module
         for hook in self._hooks:
             module = model.get_submodule(hook.name)
             register: Any = module.register_forward_pre_hook if hook.at_input else module.register_forward_hook
@@ -120,14 +120,14 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         caught: Caught = {hook: [] for hook in self._hooks}
-        self._caught[get_ident()] = caught
+        self._collect(caught)
         output = None
         try:
             output = self.model(images)
         except _Complete:
             pass
         finally:
-            del self._caught[get_ident()]
+            self._collect(None)
         if missing := [hook.name for hook, tensors in caught.items() if not tensors]:
             raise RuntimeError(f"{missing[0]} did not run for these images")
         features = []
@@ -138,6 +138,11 @@ class FeatureExtractor(nn.Module):
             features.append(vectors[0] if len(vectors) == 1 else torch.cat(vectors, 1))
         return features[0] if len(features) == 1 else tuple(features)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled, the number of a thread would be a dimension
+    def _collect(self, caught: Caught | None) -> None:
+        """Set what the hooks fill in this thread; None: nothing."""
+        self._caught[get_ident()] = caught
+
     def train(self, mode: bool = True) -> FeatureExtractor:
         """Set the mode of all layers but not of the model itself, whose flag only selects training-time outputs."""
         super().train(mode)
@@ -145,8 +150,9 @@ class FeatureExtractor(nn.Module):
         return self
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _catch(
-    by_thread: dict[int, Caught], hook: FeatureHook, stop: bool, _: Any, args: Any, kwargs: Any, output: Any = ()
+    by_thread: dict[int, Caught | None], hook: FeatureHook, stop: bool, _: Any, args: Any, kwargs: Any, output: Any = ()
 ) -> None:
     """Store the tensor of a hook if its extractor runs in this thread."""
     caught = by_thread.get(get_ident())

@@ -72,11 +72,6 @@ class HeadConfig:
         """Whether l2 is selected from the grid."""
         return self.solver != "knn" and self.l2 == "auto"
 
-    @property
-    def needs_validation(self) -> bool:
-        """Whether selecting l2 needs validation samples; ridge and regression can use leave-one-out scores instead."""
-        return self.selects_l2 and self.solver != "ridge" and self.task != "regression"
-
     def arrays(self, features: FeatureSet, *splits: str) -> tuple[Features, Array]:
         """Return X (N, D) and y (N,) or (N, C) of the labelled images of some splits."""
         return features.labelled(*splits, max_bytes=self.max_bytes)

@@ -111,7 +111,9 @@ class Stepper:
         EmbedpipeError    one image alone does not fit into memory
         """
         batches = [self.mix(images, y) for images, y in batches]
-        total = torch.tensor([float(sum(self._weight_of(y) for _, y in batches))], device=self.parameters[0].device)
+        weight = self.class_weight
+        counts = [len(y) if weight is None or y.ndim > 1 else float(weight[y].sum()) for _, y in batches]
+        total = torch.tensor([float(sum(counts))], device=self.parameters[0].device)  # the denominator of the mean
         self.ranks.add([total])
         while (own := self._gradients(batches, total)) is None:
             self._halve(batches)
@@ -160,10 +162,6 @@ class Stepper:
         for images, y in batches:
             size = self.micro or len(y)
             yield from zip(torch.split(images, size), torch.split(y, size), strict=True)
-
-    def _weight_of(self, y: Tensor) -> Tensor | int:
-        """Return the denominator of the mean: the count of images, or the sum of the class weights of unmixed labels."""
-        return len(y) if self.class_weight is None or y.ndim > 1 else self.class_weight[y].sum()
 
     def _halve(self, batches: Sequence[Batch]) -> None:
         before = min(self.micro or math.inf, max(len(y) for _, y in batches))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,6 +104,26 @@ def test_several_layers_come_from_one_pass(maker: str) -> None:
     found = MAKERS[maker](shared_models)(0, pixels)
     for backbone, one in zip(backbones, expected, strict=True):
         assert largest(found[shared_models[0].output_of(backbone)], one) < 1e-5
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("name", ["timm:test_resnet", pytest.param("timm:test_vit", marks=pytest.mark.slow)])
+def test_a_compiled_module_serves_threads_that_start_together(name: str) -> None:
+    last = load(name)
+    backbones = [last, at_layer(last, last.layers[1].name)]
+    shared_models, _ = join(backbones)
+    session, pixels = Torch(shared_models, InferenceSettings(executor="compile")), pixels_for(shared_models[0])
+    barrier = threading.Barrier(3)
+
+    def run(_: int) -> list[np.ndarray]:
+        barrier.wait()
+        return [session(0, pixels) for _ in range(3)][-1]
+
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(run, range(3)))
+    for features in found:
+        for backbone, one in zip(backbones, features, strict=True):
+            assert largest(one, plain(backbone, pixels)) < 1e-5
 
 
 def test_a_pass_ends_at_the_last_layer_wanted() -> None:

@@ -166,9 +166,8 @@ def _defaults() -> dict[str, Any]:
 def _check_finite(tuned: Classifier) -> Classifier:
     """Raise an error if training stopped at NaN or infinity; the run is saved nevertheless."""
     if tuned.report["stopped"] not in (None, "patience"):
-        raise EmbedpipeError(
-            f"{tuned.report['stopped']}; {tuned.name} holds epoch {tuned.report['best_epoch']}, the best one before",
-            hint="try a smaller --lr, or --precision fp32",
-            run=tuned.name,
+        message = (
+            f"{tuned.report['stopped']}; {tuned.name} holds epoch {tuned.report['best_epoch']}, the best one before"
         )
+        raise EmbedpipeError(message, hint="try a smaller --lr, or --precision fp32", run=tuned.name)
     return tuned

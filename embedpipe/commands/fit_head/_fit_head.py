@@ -185,7 +185,8 @@ def _select_l2(features: FeatureSet, config: HeadConfig) -> L2Path:
     ------
     UsageError    there is no val split, and l2 is to be selected on it
     """
-    if config.needs_validation and "val" not in features.splits:
+    has_loo = config.solver == "ridge" or config.task == "regression"  # leave-one-out scores instead of those of val
+    if config.selects_l2 and not has_loo and "val" not in features.splits:
         hint = "set --l2, or add val/ images"
         raise UsageError(f"{features.manifest.name} has no validation samples to select l2 on", hint=hint)
     return config.select(*config.arrays(features, "train"), *config.arrays(features, "val"))
