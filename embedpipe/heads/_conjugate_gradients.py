@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from embedpipe.heads._batched_objective import BatchedObjective, Iterates, Weights
+from embedpipe.heads._batched_objective import BatchedObjective, Iterates, Weights, product
 
 MAX_PRODUCTS = 60  # Hessian-vector products for one direction
 FORCING = 0.2  # largest share of the gap bound that the residual may leave; less near the optimum
@@ -77,8 +77,7 @@ def inner(W: Tensor, b: Tensor, V: Tensor, c: Tensor) -> Tensor:
 
 def make_preconditioner(objective: BatchedObjective, at: Iterates) -> Callable[[Tensor, Tensor], Weights]:
     """Return a function that multiplies gradients (L, K, D), (L, K) by the approximate inverse of the Hessians."""
-    spectrum, basis, mean = objective.covariance
-    dtype = objective.dtype
+    (spectrum, basis, mean), dtype = objective.covariance, objective.dtype
     inverse = (1 / (at.curvature[:, :, None] * spectrum + at.l2[:, None, None])).to(dtype)
     curvature, Q, m = at.curvature.to(dtype), basis.to(dtype), mean.to(dtype)
     span = correction = None
@@ -87,13 +86,13 @@ def make_preconditioner(objective: BatchedObjective, at: Iterates) -> Callable[[
         correction = _correction(objective, at, span).to(dtype)
 
     def precondition(grad_W: Tensor, grad_b: Tensor) -> Weights:
-        rotated = (grad_W - grad_b[..., None] * m) @ Q  # of features centred and in the eigenbasis
+        rotated = product(grad_W - grad_b[..., None] * m, Q)  # of features centred and in the eigenbasis
         W, b = rotated * inverse, grad_b / curvature
         if span is not None and correction is not None:
             coefficients = torch.cat([rotated, grad_b[..., None]], 2) @ span
             more = (correction @ coefficients[..., None])[..., 0] @ span.mT
             W, b = W + more[..., :-1], b + more[..., -1]
-        W = W @ Q.T
+        W = product(W, Q.T)
         return objective.centre_logits(W, b - W @ m)
 
     return precondition
