@@ -15,6 +15,7 @@ import pytest
 from embedpipe.runs import list_runs
 
 from ..conftest import TINY, write_photos
+from ._tier import tier
 from .checking import problem_of
 from .conftest import Tally
 from .extracting import await_output, check_ended, envelope, kill
@@ -135,7 +136,7 @@ def test_sigkill(tuning: Tuning, full: bool, tally: Tally) -> None:
     assert not tally.bad, "\n".join(tally.bad)
 
 
-@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", tier([signal.SIGINT], list(CODES)), ids=lambda number: number.name)
 def test_stopped(tuning: Tuning, full: bool, tally: Tally, number: signal.Signals) -> None:
     """SIGTERM or SIGINT in the middle of a fine-tuning."""
     chance = random.Random(1)

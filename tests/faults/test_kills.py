@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ._tier import tier
 from .checking import problem_of
 from .conftest import Tally
 from .extracting import Extraction, await_lock, await_shards, check_ended, check_killed, kill, shards_of
@@ -50,7 +51,7 @@ def kill_once(extraction: Extraction, folder: Path, chance: random.Random, tally
         tally.add(problem_of(check_killed, extraction, cache, committed), folder.name)
 
 
-@pytest.mark.parametrize("number", CODES, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", tier([signal.SIGTERM], list(CODES)), ids=lambda number: number.name)
 def test_stopped(extraction: Extraction, tmp_path: Path, full: bool, tally: Tally, number: signal.Signals) -> None:
     """SIGTERM or SIGINT in the middle of an extraction."""
     chance, slowest, partial, wanted = random.Random(0), 0.0, 0, 10 if full else 1

@@ -61,7 +61,7 @@ def test_publisher(publisher: Warm, tmp_path: Path, full: bool, whole: bytes, ta
     """SIGKILL, ENOSPC, EIO at every publishing call of the publisher."""
     calls = baseline(publisher, tmp_path / "baseline", "ours")
     plan = [(call, fault) for call in calls for fault in FAULTS]
-    for number, (call, fault) in enumerate(sample(full, plan, 30)):
+    for number, (call, fault) in enumerate(sample(full, plan, 20)):
         folder = tmp_path / str(number)
         trial, code = hurt(publisher, folder, "ours", call, fault)
         problem = (

@@ -107,7 +107,8 @@ def test_several_layers_come_from_one_pass(maker: str) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("name", ["timm:test_resnet", pytest.param("timm:test_vit", marks=pytest.mark.slow)])
+@pytest.mark.slow  # compiling takes ten seconds and more
+@pytest.mark.parametrize("name", ["timm:test_resnet", "timm:test_vit"])
 def test_a_compiled_module_serves_threads_that_start_together(name: str) -> None:
     last = load(name)
     backbones = [last, at_layer(last, last.layers[1].name)]

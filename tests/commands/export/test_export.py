@@ -88,7 +88,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("backbone", "weights", "formats"),
     [
         ("timm:test_vit", "none", ("timm", "torch", "onnx")),
-        ("torchvision:squeezenet1_1", "none", ("torch", "onnx")),
+        pytest.param("torchvision:squeezenet1_1", "none", ("torch", "onnx"), marks=pytest.mark.slow),
         pytest.param("torchvision:mobilenet_v3_small", "none", ("timm", "torch", "onnx"), marks=pytest.mark.slow),
         ("timm:tf_efficientnet_lite0", "packaged", ("timm",)),
         pytest.param("timm:tf_efficientnet_lite0", "packaged", ("onnx",), marks=pytest.mark.slow),
