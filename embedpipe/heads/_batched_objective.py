@@ -130,9 +130,8 @@ class BatchedObjective:
         self._sample_weight = torch.from_numpy(problem.sample_weight)
         fits = 2 * self.n * self.width <= problem.memory_bytes // 2 and not isinstance(self._X, ChunkedFeatures)
         self.bfloat16 = bfloat16 and fits and not is_small
-        bytes_each = self.n * self.n_logits * self.dtype.itemsize
         # number of problems whose probabilities fit in memory, those of an iterate and of the next one
-        self._max_stored: int = problem.memory_bytes // 4 // bytes_each
+        self._max_stored: int = problem.memory_bytes // 4 // (self.n * self.n_logits * self.dtype.itemsize)
         self.max_batch = max(1, self._max_stored)  # problems that are solved together
 
     @property
@@ -345,5 +344,10 @@ def _logits(x: Tensor, W: Tensor, b: Tensor, low: Tensor | None = None) -> Tenso
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:
-    """Return A @ B; NumPy multiplies twice as fast as torch on AMD processors with AVX-512, elsewhere as fast."""
-    return A @ B if A.dtype is torch.bfloat16 else torch.from_numpy(A.numpy() @ B.numpy())
+    """Return A @ B.
+
+    With one thread, NumPy is twice as fast as torch on AMD processors with AVX-512, elsewhere as fast. With several, the threads
+    of the two libraries would wait for each other.
+    """
+    in_torch = A.dtype is torch.bfloat16 or torch.get_num_threads() > 1
+    return A @ B if in_torch else torch.from_numpy(A.numpy() @ B.numpy())
