@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from embedpipe.cache import SpaceView
 
 
-COPIES = 3  # of the features while a head is fitted: as read, standardised, and in bfloat16
+COPIES = 3  # of the features while a head is fitted: as read, standardised, and centred
 PENULTIMATE = "penultimate"  # the default layer: the input of the classifier
 LAYER_FIELDS = ("layer", "pool")  # of a spec: where in the model the features are taken
 REMOVED_OPTIONS = ("pixels",)  # of `extract`; recorded in spaces and runs
@@ -160,9 +160,13 @@ class FeatureSet:
 
         Features that exceed `max_bytes` (`fits`) are returned as a reader of chunks.
         """
-        found = [sample for split in splits for sample in self.samples(split, labelled=True)]
-        samples = tuple(sorted(found, key=lambda sample: sample.key))
+        samples = self.labelled_samples(*splits)
         return self.rows(samples, max_bytes=max_bytes), self.manifest.targets(samples)
+
+    def labelled_samples(self, *splits: str) -> tuple[Sample, ...]:
+        """Return the labelled samples of some splits with a row, in the order of storage, which is that of their keys."""
+        found = [sample for split in splits for sample in self.samples(split, labelled=True)]
+        return tuple(sorted(found, key=lambda sample: sample.key))
 
     def rows(self, samples: tuple[Sample, ...], *, max_bytes: float) -> np.ndarray | ChunkedFeatures:
         """Return features (N, D) of samples with a row; a reader of chunks if they exceed `max_bytes` (`fits`)."""

@@ -102,7 +102,8 @@ def report_scores(
         null for two classes and for regression.
         `calibration`: {temperature, fitted_on, at_bound, applied, splits: {split: {before, after: {log_loss, ece}}},
         reliability: {split: {before, after: [{low, high, n, confidence, accuracy}]}}}, before and after temperature
-        scaling; null without an unseen val, and for other tasks than single labels.
+        scaling; temperature 1 and fitted_on null if no temperature lowers the log loss on val; `calibration` is
+        null without an unseen val, and for other tasks than single labels.
     """
     single = all(predictions.task == "single" for predictions in scored.values())
     split = next((split for split in ("test", "val") if split in scored and len(classes) > 2), None)
@@ -177,7 +178,7 @@ def calibrated(head: LinearHead | KnnHead, features: FeatureSet, *, unseen_val: 
     """Return the head with weight and bias divided by the temperature with the lowest log loss on val.
 
     The predicted classes do not change. If no temperature within the bounds is the best (for example if every val image is
-    classified correctly), the head is returned unchanged, with a warning.
+    classified correctly), or none lowers the log loss, the head is returned unchanged, with a warning.
 
     Raises
     ------
@@ -193,9 +194,11 @@ def calibrated(head: LinearHead | KnnHead, features: FeatureSet, *, unseen_val: 
             f"cannot calibrate: got {got}, expected unseen val images", hint="leave out --refit or --calibrate"
         )
     X, y = features.arrays("val")
-    temperature = fit_temperature(head.predict_proba(X), y)
-    if temperature in TEMPERATURES:
-        warn(f"val ({len(y)} images) has no best temperature within the bounds: the head is not calibrated")
+    temperature = _best_temperature(head.predict_proba(X), y)
+    if temperature is None or temperature in TEMPERATURES:
+        warn(
+            f"no temperature within the bounds lowers the log loss on val ({len(y)} images): the head is not calibrated"
+        )
         return head
     scale, provenance = np.float32(temperature), {**head.provenance, "temperature": temperature}
     return replace(head, weight=head.weight / scale, bias=head.bias / scale, provenance=provenance)
@@ -207,11 +210,12 @@ def _calibration(scored: Mapping[str, Scored], classes: Sequence[str], applied: 
     raw = {split: predictions.probabilities for split, predictions in scored.items()}
     if applied:
         raw = {split: scale_temperature(p, 1 / applied) for split, p in raw.items()}
-    temperature = applied or fit_temperature(raw["val"], truths["val"])
+    fitted = applied or _best_temperature(raw["val"], truths["val"])
+    temperature = fitted or 1.0
     stages = {"before": raw, "after": {split: scale_temperature(p, temperature) for split, p in raw.items()}}
     return {
         "temperature": temperature,
-        "fitted_on": "val",
+        "fitted_on": "val" if fitted else None,
         "at_bound": temperature in TEMPERATURES,
         "applied": applied is not None,
         "splits": {split: {when: _gap(p[split], y) for when, p in stages.items()} for split, y in truths.items()},
@@ -219,6 +223,13 @@ def _calibration(scored: Mapping[str, Scored], classes: Sequence[str], applied: 
             split: {when: reliability(p[split], y) for when, p in stages.items()} for split, y in truths.items()
         },
     }
+
+
+def _best_temperature(probabilities: np.ndarray, y: np.ndarray) -> float | None:
+    """Return the temperature with the lowest log loss, or None if it does not lower it."""
+    temperature = fit_temperature(probabilities, y)
+    lower = log_loss(scale_temperature(probabilities, temperature), y) < log_loss(probabilities, y)
+    return temperature if lower else None
 
 
 def _gap(probabilities: np.ndarray, y: np.ndarray) -> dict[str, float]:

@@ -10,4 +10,4 @@ from embedpipe.data._labels import LABEL_SEPARATOR, TASK_OF_COLUMN, join_names, 
 from embedpipe.data._manifest import SPLITS, ByteSource, Manifest, Sample, targets
 from embedpipe.data._read import read_manifest
 from embedpipe.data._source import Failure, Source, absolute_argument, is_data_argument, parse_root
-from embedpipe.data._splits import connected_components
+from embedpipe.data._splits import connected_components, position

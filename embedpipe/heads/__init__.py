@@ -15,11 +15,10 @@ from pathlib import Path as FilePath
 
 from embedpipe.errors import ModelMismatch
 from embedpipe.heads._files import read_record
-from embedpipe.heads._fitting import L2_GRID, SOLVERS, L2Path, L2Point, fit_linear, fit_path
-from embedpipe.heads._gram import Gram
-from embedpipe.heads._problem import ChunkedFeatures, Features, Float64, Int64, select_rows
+from embedpipe.heads._fitting import L2_GRID, SELECT, SOLVERS, L2Path, fit_linear, fit_path
+from embedpipe.heads._problem import ChunkedFeatures, Features, Float64, Fold, Int64, select_rows, stack_rows
 from embedpipe.heads._standardisation import block_scale_factors, class_weights
-from embedpipe.heads.knn import KnnHead, fit_knn
+from embedpipe.heads.knn import TEMPERATURE, K, KnnHead, fit_knn, select_knn
 from embedpipe.heads.linear import LinearHead
 
 

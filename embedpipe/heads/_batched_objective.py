@@ -11,7 +11,8 @@ with sample weights s (N,) that sum to 1. Let p (K, N) be the predicted probabil
   dp = p * (1 - p) * z for independent labels: (s * dp) X + l2 * V, shape (K, D), and the row sums of s * dp, shape (K,).
 
 The L problems share every block of rows: one matrix product handles L * K rows of weights. Blocks of rows stay in the processor's
-cache, and X may be read in chunks. Large problems multiply in float32 and add the blocks up in float64; weights are float64.
+cache, may be computed in several threads, and X may be read in chunks. Large problems multiply in float32 and add the blocks up
+in float64; weights are float64. NumPy multiplies: on AMD processors with AVX-512 it is twice as fast as torch, elsewhere as fast.
 
 The features are centred if they lie far from zero, and projected onto the span of the rows if there are fewer rows than features.
 
@@ -24,9 +25,12 @@ Source: Böhning, Multinomial logistic regression algorithm, Ann. Inst. Stat. Ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +43,7 @@ FLOAT64_SIZE = 2**22  # features of a problem that is solved in float64
 BLOCK_LOGITS, BLOCK_BYTES = 2**18, 2**23  # of a block of rows, which should fit in the processor's cache
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 512, 4096
 CHUNK_ROWS = 512  # of a block that is read from disk
-GROUP_LOGITS = 256  # columns of logits that are processed together
+AHEAD = 8  # blocks that are read at a time for several threads
 MAX_CORRECTED = 23  # logits up to which `subspace_hessian` corrects the preconditioner; its cost grows with their cube
 PROBE_ROWS = 1024  # sampled rows that estimate the curvature
 COVARIANCE_ROWS = 16  # times D: sampled rows that estimate the covariance
@@ -112,12 +116,14 @@ class BatchedObjective:
     Parameters
     ----------
     problem : Problem
-    bfloat16 : bool       whether Hessian-vector products may multiply in bfloat16; see `has_native_bfloat16`. They do where X and
-                          its rotated copy fit in memory
+    pool : ThreadPoolExecutor, optional    of `row_threads`, which computes blocks of rows side by side
     float64_size : int    number of features N * D up to which all is computed in float64
     """
 
-    def __init__(self, problem: Problem, *, bfloat16: bool = False, float64_size: int = FLOAT64_SIZE) -> None:
+    def __init__(
+        self, problem: Problem, pool: ThreadPoolExecutor | None = None, *, float64_size: int = FLOAT64_SIZE
+    ) -> None:
+        self._pool = pool
         centred, self._centre = centre_features(problem)
         self.problem, self._row_basis = project_rows(centred)
         self.n, self.width = self.problem.X.shape
@@ -128,22 +134,13 @@ class BatchedObjective:
         self.dtype = torch.float64 if is_small else torch.float32
         self._y, self._independent = torch.from_numpy(problem.y), problem.independent
         self._sample_weight = torch.from_numpy(problem.sample_weight)
-        fits = 2 * self.n * self.width <= problem.memory_bytes // 2 and not isinstance(self._X, ChunkedFeatures)
-        self.bfloat16 = bfloat16 and fits and not is_small
         # number of problems whose probabilities fit in memory, those of an iterate and of the next one
         self._max_stored: int = problem.memory_bytes // 4 // (self.n * self.n_logits * self.dtype.itemsize)
-        self.max_batch = max(1, self._max_stored)  # problems that are solved together
-
-    @property
-    def start(self) -> Weights:
-        """Zero weights and the bias of the class frequencies, with L = 1."""
-        weight, bias = self.problem.start
-        return torch.from_numpy(weight)[None], torch.from_numpy(bias)[None]
 
     def enter(self, weight: Float64, bias: Float64) -> Weights:
-        """Return weights (K, D) and bias (K,) of the problem in the coordinates of this objective, with L = 1."""
+        """Return weights (L, K, D) and biases (L, K) of the problem in the coordinates of this objective."""
         reduced = weight if self._row_basis is None else weight @ self._row_basis
-        return torch.from_numpy(reduced)[None], torch.from_numpy(bias + weight @ self._centre)[None]
+        return torch.from_numpy(reduced), torch.from_numpy(bias + weight @ self._centre)
 
     def leave(self, W: Tensor, b: Tensor) -> tuple[Float64, Float64]:
         """Return weights (L, K, D) and biases (L, K) as those of the problem."""
@@ -156,20 +153,19 @@ class BatchedObjective:
         probabilities = None
         if batch <= self._max_stored:
             probabilities = torch.empty(batch, self.n_logits, self.n, dtype=self.dtype)
-        loss, curvature, grad_b = W.new_zeros(batch), torch.zeros_like(b), torch.zeros_like(b)
-        grad_W = torch.zeros_like(W)
-        groups = [(group, _split(W[group], b[group], self.dtype)) for group in self._groups(batch)]
-        sample_weight = self._sample_weight.to(self.dtype)
-        for rows, x in self._blocks(batch):
-            for group, parts in groups:
-                p, row_loss, error = self._predict(_logits(x, *parts), rows)
-                if probabilities is not None:
-                    probabilities[group, :, rows] = p
-                loss[group] += row_loss @ sample_weight[rows]
-                curvature[group] += p.mul_(1 - p) @ sample_weight[rows]
-                error *= sample_weight[rows]
-                grad_W[group] += product(error.flatten(0, 1), x).view_as(grad_W[group])
-                grad_b[group] += error.sum(2)
+        parts, sample_weight = _split(W, b, self.dtype), self._sample_weight.to(self.dtype)
+
+        def sums(rows: slice, x: Tensor) -> tuple[Tensor, ...]:
+            """Return the sums over some rows: loss, p (1 - p), and both gradients."""
+            p, row_loss, error = self._predict(_logits(x, *parts), rows)
+            if probabilities is not None:
+                probabilities[:, :, rows] = p
+            weight = sample_weight[rows]
+            error *= weight
+            grad_W = product(error.flatten(0, 1), x).view_as(W)
+            return row_loss @ weight, p.mul_(1 - p) @ weight, error.sum(2), grad_W
+
+        loss, curvature, grad_b, grad_W = self._sum(sums, batch)
         value = loss + l2 / 2 * W.square().sum((1, 2))
         grad_W += l2[:, None, None] * W
         curvature.clamp_(min=MIN_CURVATURE)
@@ -177,26 +173,17 @@ class BatchedObjective:
             l2, W, b, value, grad_W, grad_b, curvature, self._coupling(W, b), torch.arange(batch), probabilities
         )
 
-    def hessian_product(self, at: Iterates, V: Tensor, c: Tensor, *, bfloat16: bool = False) -> Weights:
-        """Return the Hessian at some iterates times V (L, K, D), c (L, K).
+    def hessian_product(self, at: Iterates, V: Tensor, c: Tensor) -> Weights:
+        """Return the Hessian at some iterates times V (L, K, D), c (L, K)."""
+        sample_weight = self._sample_weight.to(self.dtype)
 
-        bfloat16 : bool    multiply in bfloat16, with the features in the eigenbasis of their covariance: in the basis of the
-                           features, rounding V would hide the directions of small variance
-        """
-        bfloat16 = bfloat16 and self.bfloat16 and at.probabilities is not None
-        _, basis, mean = (part.to(self.dtype) for part in self.covariance)
-        along, shift = (product(V, basis), c + V @ mean) if bfloat16 else (V, c)
-        hess_W, hess_b = torch.zeros_like(V), torch.zeros_like(c)
-        for rows, x in self._blocks(len(V), rotated=bfloat16):
-            for group in self._groups(len(V)):
-                z = _logits(x, along[group].to(x.dtype), shift[group].to(x.dtype)).to(self.dtype)
-                p = self._probabilities(at, x, rows, group)
-                dp = z.mul_(p - p * p) if self._independent else z.sub_((p * z).sum(1, keepdim=True)).mul_(p)
-                dp *= self._sample_weight[rows].to(self.dtype)
-                hess_W[group] += product(dp.flatten(0, 1).to(x.dtype), x).view_as(hess_W[group])
-                hess_b[group] += dp.sum(2)
-        if bfloat16:
-            hess_W = product(hess_W, basis.T) + hess_b[..., None] * mean
+        def sums(rows: slice, x: Tensor) -> tuple[Tensor, ...]:
+            z, p = _logits(x, V, c), self._probabilities(at, x, rows)
+            dp = z.mul_(p - p * p) if self._independent else z.sub_((p * z).sum(1, keepdim=True)).mul_(p)
+            dp *= sample_weight[rows]
+            return product(dp.flatten(0, 1), x).view_as(V), dp.sum(2)
+
+        hess_W, hess_b = (part.to(V.dtype) for part in self._sum(sums, len(V)))
         return hess_W + at.l2[:, None, None].to(self.dtype) * V, hess_b
 
     def subspace_hessian(self, at: Iterates, V: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,29 +246,34 @@ class BatchedObjective:
         rows, share = sample_rows(self._sample_weight, PROBE_ROWS)
         return torch.from_numpy(self._X[rows]), share.to(self.dtype)
 
-    @cached_property
-    def _rotated(self) -> Tensor:
-        """The centred features in the eigenbasis of their covariance, bfloat16 (N, D)."""
-        _, basis, mean = (part.to(self.dtype) for part in self.covariance)
-        rotated = torch.empty(self.n, self.width, dtype=torch.bfloat16)
-        for rows, x in self._blocks(1):
-            rotated[rows] = product(x - mean, basis)
-        return rotated
+    def _sum(self, function: Callable[[slice, Tensor], tuple[Tensor, ...]], batch: int) -> list[Tensor]:
+        """Return the sums, float64, of what a function of a slice and its rows x (n, D) returns for each block of rows."""
+        total: list[Tensor] = []
+        for parts in self._map(function, batch):
+            if not total:
+                total = [torch.zeros_like(part, dtype=torch.float64) for part in parts]
+            for whole, part in zip(total, parts, strict=True):
+                whole += part
+        return total
 
-    def _groups(self, batch: int) -> list[slice]:
-        """Cut a batch of problems into groups of about GROUP_LOGITS columns of logits."""
-        size = max(1, min(batch, GROUP_LOGITS // self.n_logits))
-        return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+    def _map(self, function: Callable[[slice, Tensor], Any], batch: int) -> Iterator[Any]:
+        """Yield what a function returns for each block of rows, in order, for a batch of problems."""
+        blocks = self._blocks(batch * self.n_logits)
+        if self._pool is None:
+            yield from (function(rows, self._load(rows)) for rows in blocks)
+            return
+        while some := list(islice(blocks, AHEAD)):
+            yield from self._pool.map(function, some, [self._load(rows) for rows in some])
 
-    def _blocks(self, batch: int, *, rotated: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the features block by block."""
-        columns = self._groups(batch)[0].stop * self.n_logits
+    def _load(self, rows: slice) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self._X[rows]))
+
+    def _blocks(self, columns: int) -> Iterator[slice]:
+        """Cut the rows into blocks, for a number of columns of logits."""
         most = CHUNK_ROWS if isinstance(self._X, ChunkedFeatures) else MAX_BLOCK_ROWS
         size = min(BLOCK_LOGITS // columns, BLOCK_BYTES // (self.width * 4))
         size = min(max(size // 64 * 64, MIN_BLOCK_ROWS), most)
-        for start in range(0, self.n, size):
-            rows = slice(start, min(start + size, self.n))
-            yield rows, self._rotated[rows] if rotated else torch.from_numpy(np.ascontiguousarray(self._X[rows]))
+        return (slice(start, min(start + size, self.n)) for start in range(0, self.n, size))
 
     def _predict(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Return probabilities p (L, K, n), losses (L, n) and p - t (L, K, n) for logits (L, K, n), which are overwritten.
@@ -304,18 +296,12 @@ class BatchedObjective:
         error.scatter_(1, truth, -others[:, None])
         return p, torch.where(others < 0.5, -torch.log1p(-others.clamp(max=0.5)), loss), error
 
-    def _probabilities(self, at: Iterates, x: Tensor, rows: slice, group: slice) -> Tensor:
+    def _probabilities(self, at: Iterates, x: Tensor, rows: slice) -> Tensor:
         """Return the probabilities (L, K, n) of a block of rows, stored or computed again."""
         if at.probabilities is None:
-            return self._predict(_logits(x, *_split(at.W[group], at.b[group], self.dtype)), rows)[0]
+            return self._predict(_logits(x, *_split(at.W, at.b, self.dtype)), rows)[0]
         is_whole = len(at.row) == len(at.probabilities)
-        return at.probabilities[group if is_whole else at.row[group], :, rows]
-
-
-def has_native_bfloat16() -> bool:
-    """Return whether this processor multiplies bfloat16 matrices itself; emulation is slower than float32."""
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+        return at.probabilities[slice(None) if is_whole else at.row, :, rows]
 
 
 def sample_rows(weights: Tensor, size: int) -> tuple[Int64, Tensor]:
@@ -337,17 +323,12 @@ def _split(W: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 def _logits(x: Tensor, W: Tensor, b: Tensor, low: Tensor | None = None) -> Tensor:
     """Return W x + b, (L, K, n), for rows x (n, D) and what `_split` returns."""
-    logits = product(W.flatten(0, 1), x.T).add_(b.reshape(-1, 1))
+    logits = product(x, W.flatten(0, 1).T)  # faster than its transpose where there are few logits
     if low is not None:
-        logits += product(low.flatten(0, 1), x.T)
-    return logits.view(*b.shape, len(x))
+        logits += product(x, low.flatten(0, 1).T)
+    return logits.T.contiguous().add_(b.reshape(-1, 1)).view(*b.shape, len(x))
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:
-    """Return A @ B.
-
-    With one thread, NumPy is twice as fast as torch on AMD processors with AVX-512, elsewhere as fast. With several, the threads
-    of the two libraries would wait for each other.
-    """
-    in_torch = A.dtype is torch.bfloat16 or torch.get_num_threads() > 1
-    return A @ B if in_torch else torch.from_numpy(A.numpy() @ B.numpy())
+    """Return A @ B, multiplied by NumPy."""
+    return torch.from_numpy(A.numpy() @ B.numpy())

@@ -32,14 +32,8 @@ FORCING = 0.2  # largest share of the gap bound that the residual may leave; les
 RESIDUAL = 0.2  # of the tolerance that ends Newton's method
 
 
-def newton_direction(objective: BatchedObjective, at: Iterates, *, tolerance: float, bfloat16: bool = False) -> Weights:
-    """Return Newton directions dW (L, K, D) and db (L, K), float64.
-
-    Parameters
-    ----------
-    tolerance : float    of the gap, where Newton's method ends
-    bfloat16 : bool      whether Hessian-vector products may be in bfloat16
-    """
+def newton_direction(objective: BatchedObjective, at: Iterates, *, tolerance: float) -> Weights:
+    """Return Newton directions dW (L, K, D) and db (L, K), float64; Newton's method ends at this tolerance of the gap."""
     initial = at.gap_bound(at.grad_W, at.grad_b)
     target = torch.maximum(RESIDUAL * tolerance * at.objective, initial * (0.3 * at.gap).clamp(max=FORCING))
     precondition = make_preconditioner(objective, at)
@@ -50,7 +44,7 @@ def newton_direction(objective: BatchedObjective, at: Iterates, *, tolerance: fl
     dW, db = torch.zeros_like(V), torch.zeros_like(c)
     size, active = inner(residual_W, residual_b, V, c), torch.arange(len(V))
     for _ in range(MAX_PRODUCTS):
-        hess_V, hess_c = objective.hessian_product(at[active], V[active], c[active], bfloat16=bfloat16)
+        hess_V, hess_c = objective.hessian_product(at[active], V[active], c[active])
         hess_V, hess_c = objective.centre_logits(hess_V, hess_c)
         bend = inner(V[active], c[active], hess_V, hess_c)
         valid = (bend > 0) & (size[active] > 0)  # else the residual is below the rounding error

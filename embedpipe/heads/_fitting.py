@@ -1,4 +1,4 @@
-"""Fitting: one head for one l2, or a path over l2 from which validation data choose.
+"""Fitting: one head for one l2, or the l2 that held-out data select.
 
 >>> path = fit_path(X, y, X_val, y_val, classes=("cat", "dog"))
 >>> path.l2, path.head.predict_proba(X_test)
@@ -7,17 +7,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from embedpipe.errors import UsageError
-from embedpipe.evaluation import binary_log_loss, log_loss
-from embedpipe.heads._problem import ChunkedFeatures, Features, Float64, PathWeights, Problem
+from embedpipe.evaluation import losses, negative_log
+from embedpipe.heads._optima import Optima
+from embedpipe.heads._problem import TOLERANCE, ChunkedFeatures, Features, Float64, Fold, Problem, select_rows
+from embedpipe.heads._search import search
 from embedpipe.heads._standardisation import check_labelled, fold, make_problem
 from embedpipe.heads.knn import KnnHead
 from embedpipe.heads.linear import LinearHead
@@ -27,34 +29,31 @@ L2_GRID: tuple[float, ...] = tuple(float(l2) for l2 in np.logspace(-6, 2, 45))
 SOLVERS = ("newton", "lbfgs", "sklearn", "ridge")
 # of each task; the first is the default
 TASK_SOLVERS = {"single": SOLVERS, "multilabel": ("newton", "ridge"), "regression": ("ridge",)}
-SolvePath = Callable[[Sequence[float]], PathWeights]
-Polish = Callable[[Float64, Float64, float], PathWeights]
-
-
-@dataclass(frozen=True)
-class L2Point:
-    """One l2: the training objective and the validation metrics, None if there are no validation data.
-
-    loo_accuracy : leave-one-out accuracy on train, of the solver `ridge`
-    val_rmse, loo_rmse : of numbers, in their unit; val_accuracy and val_log_loss are None
-    """
-
-    l2: float
-    objective: float
-    val_accuracy: float | None = None
-    val_log_loss: float | None = None
-    loo_accuracy: float | None = None
-    val_rmse: float | None = None
-    loo_rmse: float | None = None
+SELECT = ("log-loss", "accuracy")
+HeldOut = tuple[Optima, Features, Any]  # optima of a problem, and rows (n, D) and targets that it is not fitted on
+# by l2: point, loss and correctness of the held-out rows
+Tried = dict[float, tuple[dict[str, float], Float64, NDArray[np.bool_]]]
+# of the gap: while l2 is searched, and of the heads that are returned, whose weights are then within 1e-6 of the optimum
+SEARCH_TOLERANCE, FINAL_TOLERANCE = 3e-3, 1e-13
 
 
 @dataclass(frozen=True, eq=False)
 class L2Path:
-    """The chosen head, its l2, and all points in rising order of l2; a kNN head has neither l2 nor points."""
+    """The chosen head, its l2, and what was tried; a kNN head has neither l2 nor points.
+
+    points : dicts in rising order of l2    l2, objective (on train, of folds their mean), and of held-out rows val_accuracy and
+                                            val_log_loss, or val_rmse; of `ridge` also loo_accuracy or loo_rmse, each training
+                                            row left out
+    losses, correct : of each held-out row at the chosen l2, float64 and bool (n,); empty without held-out rows
+    selected_on : "val", "folds", "train" (each row left out) or None, if nothing was selected
+    """
 
     head: LinearHead | KnnHead
     l2: float | None
-    points: tuple[L2Point, ...]
+    points: tuple[dict[str, float], ...] = ()
+    losses: Float64 = field(default_factory=lambda: np.zeros(0))
+    correct: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
+    selected_on: str | None = None
 
 
 def fit_linear(
@@ -85,7 +84,6 @@ def fit_linear(
     sample_weight : float (N,), optional    not negative, divided by its sum
     widths : sequence of int, optional      of blocks of features side by side that weigh the same (`block_scales`)
     memory_bytes : float                    that the solver may use besides X, which may be `ChunkedFeatures`; 1 GiB at most
-    gram : Gram, optional                   of X and y, for `ridge` with single labels without weights
 
     Raises
     ------
@@ -94,10 +92,10 @@ def fit_linear(
 
     Source: Bishop, PRML 4.3.4.
     """
-    [value], name = _check_l2s([l2]), _check_solver(solver, task, chunked=isinstance(X, ChunkedFeatures))
-    problem = make_problem(X, y, classes=classes, task=task, **options)
-    solve_path, _ = _prepare_solver(name, problem)
-    return _make_heads(problem, name, [value], *solve_path([value]))[0]
+    [l2] = _check_l2s([l2])
+    return cast(
+        LinearHead, fit_path(X, y, None, None, classes=classes, l2=l2, task=task, solver=solver, **options).head
+    )
 
 
 def fit_path(
@@ -110,35 +108,58 @@ def fit_path(
     l2: float | str = "auto",
     task: str = "single",
     solver: str = "auto",
+    select: str = "log-loss",
+    folds: Sequence[Fold] = (),
     grid: Sequence[float] = L2_GRID,
     **options: Any,
 ) -> L2Path:
-    """Fit a head for every l2 of a grid, or for a single l2, on train, and choose on validation.
+    """Fit a head on train, with the l2 that has the lowest log loss on validation data or on folds.
 
-    For classes, the highest validation accuracy wins; ties go to the lowest log loss, then to the largest l2. For several labels,
-    the lowest log loss wins, because metrics of ranking such as mean average precision ignore the threshold of 0.5. For numbers,
-    the lowest RMSE wins. X_val and y_val may be None or empty if l2 is a number, and with the solver `ridge`, which then uses its
-    leave-one-out accuracy or error. All else, `options` too, as in `fit_linear`.
+    The grid is searched: only some of its values are tried, with an objective that is within 0.3 % of its minimum. The head of
+    the selected l2 is solved exactly, so its weights do not depend on what was tried.
+
+    Parameters
+    ----------
+    X_val, y_val : validation data    may be None or empty if l2 is a number, with folds, and with the solver `ridge`, which tries
+                                      every l2 and then selects by the leave-one-out accuracy or error
+    select : str                      log-loss, or accuracy: every l2 of the grid is tried and the highest accuracy wins; ties go
+                                      to the lowest log loss, then to the largest l2. `ridge` always selects by accuracy, for
+                                      numbers by the lowest RMSE
+    folds : sequence of Fold          select on these rows together, instead of validation data; rows of a class that a fold's
+                                      training part lacks do not count
+    X, y, classes, l2, task, solver, options    as in `fit_linear`
     """
     l2s = _check_l2s(grid if isinstance(l2, str) and l2 == "auto" else [l2])
-    validation = None
-    if X_val is not None and y_val is not None and len(np.asarray(y_val)):
-        validation = check_labelled(X_val, y_val, len(classes), task)
-    name = _check_solver(solver, task, chunked=isinstance(X, ChunkedFeatures))
-    if validation is None and len(l2s) > 1 and name != "ridge":
-        raise UsageError(
-            "no validation samples, expected some to choose l2 on", hint="give one l2 as a number, or keep a val split"
-        )
+    if select not in SELECT:
+        raise UsageError(f"select is {select!r}, expected {' or '.join(SELECT)}")
+    from embedpipe.heads._threads import row_threads
+
+    name, selects = _check_solver(solver, task, chunked=isinstance(X, ChunkedFeatures)), len(l2s) > 1
     problem = make_problem(X, y, classes=classes, task=task, **options)
-    solve_path, polish = _prepare_solver(name, problem, is_path=len(l2s) > 1)
-    weights, biases, extra = solve_path(l2s)
-    heads = _make_heads(problem, name, l2s, weights, biases, extra)
-    points = [_validate(head, validation) for head in heads]
-    best = max(range(len(points)), key=lambda i: _rank(points[i]))
-    if polish:
-        heads[best] = _make_heads(problem, name, [l2s[best]], *polish(weights[best], biases[best], l2s[best]))[0]
-        points[best] = _validate(heads[best], validation)
-    return L2Path(heads[best], l2s[best], tuple(points[::-1]))
+    with row_threads() as pool:
+        optima, left_out = _open(name, problem, pool, l2s)
+        held_out = [(optima, *_known(problem, X_val, y_val))]
+        if folds and selects and name != "ridge":
+            held_out = [_open_fold(name, one, pool, classes=classes, task=task, **options) for one in folds]
+        if selects and not left_out and not any(len(truth) for _, _, truth in held_out):
+            hint = "give one l2 as a number, or keep a val split"
+            raise UsageError("no validation samples, expected some to choose l2 on", hint=hint)
+        if not selects or select == "accuracy" or name == "ridge":
+            tried = _try_out(held_out, l2s, TOLERANCE)
+        else:
+            tried = _search(held_out, l2s)
+        for one, scores in left_out.items():
+            tried[one][0].update(scores)
+        chosen = min(tried, key=lambda one: (*_rank(tried[one][0], select == "accuracy" or name == "ridge"), -one))
+        optima.find([chosen], FINAL_TOLERANCE)
+        if held_out[0][0] is optima and not left_out:
+            tried |= _try_out(held_out, [chosen], FINAL_TOLERANCE)
+    weight, bias, objective = optima.found[chosen]
+    fitted = {"solver": name, "l2": chosen, "objective": objective, **left_out.get(chosen, {}), **problem.provenance}
+    points = tuple(tried[one][0] for one in sorted(tried))
+    _, loss, correct = tried[chosen]
+    selected_on = ("train" if not len(loss) else "val" if held_out[0][0] is optima else "folds") if selects else None
+    return L2Path(fold(problem, weight, bias, fitted), chosen, points, loss, correct, selected_on)
 
 
 def _check_solver(name: str, task: str, *, chunked: bool) -> str:
@@ -163,23 +184,106 @@ def _check_solver(name: str, task: str, *, chunked: bool) -> str:
     return name
 
 
-def _prepare_solver(name: str, problem: Problem, *, is_path: bool = False) -> tuple[SolvePath, Polish | None]:
-    """Return a solver of the problem, and a function that improves one of its solutions; imports torch or scikit-learn."""
-    if name == "newton":
-        from embedpipe.heads import _newton
-        from embedpipe.heads._batched_objective import BatchedObjective, has_native_bfloat16
+def _open(
+    name: str, problem: Problem, pool: ThreadPoolExecutor | None, l2s: Sequence[float]
+) -> tuple[Optima, dict[float, dict[str, float]]]:
+    """Return the optima of a problem, and scores of `ridge` by l2; imports torch or scikit-learn.
 
-        objective = BatchedObjective(problem, bfloat16=is_path and has_native_bfloat16())
-        return partial(_newton.solve_path, objective), partial(_newton.polish, objective)
-    if name == "lbfgs":
-        from embedpipe.heads._lbfgs import solve_path
-    elif name == "sklearn":
-        from embedpipe.heads._sklearn import solve_path
-    elif name == "ridge":
+    None is found yet, except for `ridge`, which solves every l2 at once.
+    """
+    if name == "ridge":
         from embedpipe.heads._ridge import solve_path
+
+        *solution, score_name, scores = solve_path(problem, l2s)
+        optima = Optima(problem, None)
+        optima.found |= zip(l2s, zip(*solution, strict=True), strict=True)
+        return optima, {l2: {score_name: float(score)} for l2, score in zip(l2s, scores, strict=True)}
+    if name == "newton":
+        from embedpipe.heads._newton import make_solver
+    elif name == "lbfgs":
+        from embedpipe.heads._lbfgs import make_solver
+    elif name == "sklearn":
+        from embedpipe.heads._sklearn import make_solver
     else:
         raise ValueError(f"{name!r} is among the solvers, but nothing solves it here")
-    return partial(solve_path, problem), None
+    return Optima(problem, make_solver(problem, pool)), {}
+
+
+def _open_fold(name: str, one: Fold, pool: ThreadPoolExecutor | None, **options: Any) -> HeldOut:
+    problem = make_problem(one.X, one.y, **{**options, "sample_weight": one.sample_weight})
+    return _open(name, problem, pool, ())[0], *_known(problem, one.X_held_out, one.y_held_out)
+
+
+def _known(problem: Problem, X: Features | None, y: ArrayLike | None) -> tuple[Features, Any]:
+    """Return checked held-out rows whose class the problem has; no rows for None."""
+    if X is None or y is None:
+        return problem.X[:0], problem.y[:0]
+    features, truth = check_labelled(X, y, len(problem.classes), problem.task)
+    known = np.flatnonzero(np.isin(truth, problem.present)) if problem.task == "single" else np.arange(len(truth))
+    return (features, truth) if len(known) == len(truth) else (select_rows(features, known), truth[known])
+
+
+def _search(held_out: Sequence[HeldOut], falling: Sequence[float]) -> Tried:
+    """Try the l2 of a grid that lead to the lowest mean loss."""
+    tried: Tried = {}
+
+    def evaluate(l2s: Sequence[float]) -> list[float]:
+        tried.update(_try_out(held_out, l2s, SEARCH_TOLERANCE))
+        return [tried[l2][0]["val_log_loss"] for l2 in l2s]
+
+    search(evaluate, falling)
+    return tried
+
+
+def _try_out(held_out: Sequence[HeldOut], l2s: Sequence[float], tolerance: float) -> Tried:
+    """Solve for some l2, and score the held-out rows."""
+    tried: Tried = {}
+    for optima, _, _ in held_out:
+        optima.find(l2s, tolerance)
+    for l2 in l2s:
+        loss, correct = zip(*(_score(*one, l2) for one in held_out), strict=True)
+        objective = float(np.mean([optima.found[l2][2] for optima, _, _ in held_out]))
+        scores = _summarise(held_out[0][0].problem.task, np.concatenate(loss), np.concatenate(correct))
+        tried[l2] = {"l2": l2, "objective": objective, **scores}, np.concatenate(loss), np.concatenate(correct)
+    return tried
+
+
+def _score(optima: Optima, X: Features, y: Any, l2: float) -> tuple[Float64, NDArray[np.bool_]]:
+    """Return the loss of each held-out row (n,), of numbers the squared error, and whether its classes are predicted."""
+    problem, (weight, bias, _) = optima.problem, optima.found[l2]
+    if not len(y):
+        return np.zeros(0), np.zeros(0, dtype=bool)
+    predicted = fold(problem, weight, bias, {}, absent_logit=-np.inf).predict_proba(X)
+    if problem.task == "regression":
+        return (predicted[:, 0] - y) ** 2, predicted[:, 0] == y
+    if problem.task == "single":
+        return losses(predicted, y), predicted.argmax(axis=1) == y
+    predicted, truth = predicted[:, problem.present], y[:, problem.present] > 0
+    loss = negative_log(np.where(truth, predicted, 1 - predicted)).mean(axis=1)
+    return loss, ((predicted > 0.5) == truth).all(axis=1)
+
+
+def _summarise(task: str, loss: Float64, correct: NDArray[np.bool_]) -> dict[str, float]:
+    """Return the scores of held-out rows, if there are any."""
+    if not len(loss):
+        return {}
+    mean = float(loss.mean())
+    if task == "regression":
+        return {"val_rmse": mean**0.5}
+    return (
+        {"val_log_loss": mean}
+        if task == "multilabel"
+        else {"val_accuracy": float(correct.mean()), "val_log_loss": mean}
+    )
+
+
+def _rank(point: dict[str, float], by_accuracy: bool) -> tuple[float, float]:
+    """Return a key that is smallest for the point to choose."""
+    if "loo_rmse" in point:
+        return point.get("val_rmse", point["loo_rmse"]), 0.0
+    loss = point.get("val_log_loss", 0.0)
+    accuracy = point.get("val_accuracy", 0.0 if "val_log_loss" in point else point.get("loo_accuracy", 0.0))
+    return (-accuracy, loss) if by_accuracy else (loss, -accuracy)
 
 
 def _check_l2s(l2s: Sequence[Any]) -> list[float]:
@@ -188,41 +292,3 @@ def _check_l2s(l2s: Sequence[Any]) -> list[float]:
         if not (isinstance(l2, int | float | np.number) and math.isfinite(l2) and l2 > 0):
             raise UsageError(f"l2 = {l2!r}, expected a positive number")
     return sorted({float(l2) for l2 in l2s}, reverse=True)
-
-
-def _make_heads(
-    problem: Problem, solver: str, l2s: Sequence[float], weights: Float64, biases: Float64, extra: dict[str, Float64]
-) -> list[LinearHead]:
-    """Return a head for each l2, of what a solver returns."""
-    heads = []
-    for index, (l2, weight, bias) in enumerate(zip(l2s, weights, biases, strict=True)):
-        values = {name: float(column[index]) for name, column in extra.items()}
-        objective = values.pop("objective") if "objective" in values else problem.objective(weight, bias, l2)
-        provenance = {"solver": solver, "l2": l2, "objective": objective, **problem.provenance, **values}
-        heads.append(fold(problem, weight, bias, provenance))
-    return heads
-
-
-def _validate(head: LinearHead, validation: tuple[Any, Any] | None) -> L2Point:
-    fitted: dict[str, Any] = {field.name: head.provenance.get(field.name) for field in fields(L2Point)}
-    point = L2Point(**fitted)
-    if validation is None:
-        return point
-    X, y = validation
-    predicted = head.predict_proba(X)
-    if head.task == "regression":
-        return replace(point, val_rmse=float(np.sqrt(np.mean((predicted[:, 0] - y) ** 2))))
-    if head.task == "multilabel":
-        return replace(point, val_log_loss=binary_log_loss(predicted, y))
-    accuracy = float(np.mean(predicted.argmax(axis=1) == y))
-    return replace(point, val_accuracy=accuracy, val_log_loss=log_loss(predicted, y))
-
-
-def _rank(point: L2Point) -> tuple[float, float, float]:
-    """Return a key that is largest for the point to choose."""
-    rmse = point.loo_rmse if point.val_rmse is None else point.val_rmse
-    if rmse is not None:
-        return -rmse, 0.0, point.l2
-    if point.val_log_loss is None:
-        return point.loo_accuracy or 0.0, 0.0, point.l2
-    return point.val_accuracy or 0.0, -point.val_log_loss, point.l2

@@ -6,15 +6,17 @@ on standardised features x_i (D,), with sample weights s_i that sum to 1 and a f
 logit: K = C classes, or K = 1 for two classes, whose head has the rows -w/2 and +w/2, or K = C independent labels, whose
 cross-entropies are summed.
 
-A solver is a function ``solve_path(problem, l2s)`` for falling l2s. It returns weights (L, K, D), biases (L, K) and, by
-name, values (L,) that the solver provides in addition: ``objective`` if it minimises another one, ``loo_accuracy``, ``loo_rmse``.
+A solver is a function ``solve(l2s, weight, bias, tolerance)``. From weights (L, K, D) and biases (L, K) it minimises the
+objective for L values of l2, until it is at most `tolerance` above its minimum, relative to it. It returns weights, biases and
+objectives (L,), float64.
 
->>> weights, biases, extra = solve_path(Problem(X, y, sample_weight, n_classes=10), [1e-3])
+>>> weight, bias = problem.start
+>>> weights, biases, objectives = make_solver(problem)([1e-3], weight[None], bias[None], TOLERANCE)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -25,8 +27,10 @@ from numpy.typing import NDArray
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
-# weights (L, K, D), biases (L, K), further values (L,) by name
-PathWeights = tuple[Float64, Float64, dict[str, Float64]]
+Optimum = tuple[Float64, Float64, Float64]  # weights (L, K, D), biases (L, K), objectives (L,)
+Solve = Callable[[Sequence[float], Float64, Float64, float], Optimum]
+
+TOLERANCE = 4e-7  # of a solution: (f - min f) / f
 
 MEMORY_BYTES = 2**30  # that a solver may use besides the features
 MAX_BLOCK_NUMBERS = 2**23  # computed from a block of rows
@@ -65,6 +69,21 @@ Features = NDArray[Any] | ChunkedFeatures  # float32 (N, D)
 
 
 @dataclass(frozen=True, eq=False)
+class Fold:
+    """Rows to fit a head on, and other rows that score it.
+
+    X, y, sample_weight : as in `fit_linear`
+    X_held_out, y_held_out : features (n, D) and targets
+    """
+
+    X: Features
+    y: NDArray[Any]
+    X_held_out: Features
+    y_held_out: NDArray[Any]
+    sample_weight: NDArray[Any] | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Problem:
     """Standardised training data, and what is needed to express a solution for raw features and all classes.
 
@@ -76,8 +95,6 @@ class Problem:
     sample_weight : float64 (N,)         positive, sums to 1
     n_classes : int
     memory_bytes : int                   that a solver may use besides X
-    moments : tuple, optional            weighted mean (D,) and covariance (D, D) of the features, and covariance with the targets
-                                         of least squares (D, K), float64, if they are known
     mean, std : float64 (D,), optional   of the raw features
     classes : tuple of str               all C of them
     present : int64 (P,)                 classes that the rows of a solution belong to
@@ -92,7 +109,6 @@ class Problem:
     sample_weight: Float64
     n_classes: int
     memory_bytes: int = MEMORY_BYTES
-    moments: tuple[Float64, Float64, Float64] | None = None
     mean: Float64 = field(default_factory=lambda: np.zeros(0))
     std: Float64 = field(default_factory=lambda: np.ones(0))
     classes: tuple[str, ...] = ()
@@ -147,7 +163,7 @@ def centre_features(problem: Problem) -> tuple[Problem, Float64]:
     if not mean @ mean > OFF_CENTRE * variance.sum():
         return problem, np.zeros_like(mean)
     X = map_features(problem.X, lambda x: (x - mean).astype(np.float32), problem.memory_bytes // 2)
-    return replace(problem, X=X, moments=None), mean
+    return replace(problem, X=X), mean
 
 
 def feature_means(X: Features) -> Float64:
@@ -176,7 +192,20 @@ def project_rows(problem: Problem) -> tuple[Problem, Float64 | None]:
     if len(problem.X) >= problem.X.shape[1]:
         return problem, None
     basis, triangle = np.linalg.qr(problem.X[:].T.astype(np.float64))
-    return replace(problem, X=np.ascontiguousarray(triangle.T), moments=None), basis
+    return replace(problem, X=np.ascontiguousarray(triangle.T)), basis
+
+
+def stack_rows(X: Features, below: Features) -> Features:
+    """Return the rows of two sets of features, one below the other."""
+    if not isinstance(X, ChunkedFeatures) and not isinstance(below, ChunkedFeatures):
+        return np.concatenate([X, below])
+
+    def read(rows: Any) -> Float32:
+        index = np.arange(len(X) + len(below))[rows]
+        cut = np.searchsorted(index, len(X))
+        return np.concatenate([X[index[:cut]], below[index[cut:] - len(X)]])
+
+    return ChunkedFeatures((len(X) + len(below), X.shape[1]), read)
 
 
 def cross_entropy(logits: Float64, y: Int64) -> Float64:

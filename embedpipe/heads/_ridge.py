@@ -22,16 +22,21 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from embedpipe.heads._problem import Float32, Float64, Int64, PathWeights, Problem, blocks, cross_entropy, project_rows
+from embedpipe.heads._problem import Float32, Float64, Int64, Problem, blocks, cross_entropy, project_rows
 
 FACTOR_SAMPLES = 5000  # at most, on which the factor is fitted
 MAX_FACTOR = 1e3
 
 
-def solve_path(problem: Problem, l2s: Sequence[float]) -> PathWeights:
-    """Minimise the squared error for every l2."""
+def solve_path(problem: Problem, l2s: Sequence[float]) -> tuple[Float64, Float64, list[float], str, Float64]:
+    """Minimise the squared error for every l2.
+
+    Returns
+    -------
+    weights (L, K, D), biases (L, K), objectives (L,), and "loo_accuracy" or "loo_rmse" with its values (L,)
+    """
     reduced, basis = project_rows(problem)
-    mean, covariance, cross = reduced.moments or _measure_moments(reduced)
+    mean, covariance, cross = _measure_moments(reduced)
     spectrum, Q = np.linalg.eigh(covariance)
     rotated = Q.T @ cross  # (r, K)
     shrinkage = 1 / (np.maximum(spectrum, 0)[:, None] + np.asarray(l2s))  # (r, L)
@@ -42,7 +47,7 @@ def solve_path(problem: Problem, l2s: Sequence[float]) -> PathWeights:
     factors = np.array([1.0 if reduced.numeric else _fit_factor(reduced, sample, one) for one in left_out])
     biases = factors[:, None] * (reduced.sample_weight @ _targets(reduced) - weights @ mean)
     weights = factors[:, None, None] * (weights if basis is None else weights @ basis.T)
-    return weights, biases, {"objective": objectives, "loo_rmse" if reduced.numeric else "loo_accuracy": scores}
+    return weights, biases, objectives.tolist(), "loo_rmse" if reduced.numeric else "loo_accuracy", scores
 
 
 def _targets(problem: Problem, rows: slice = slice(None)) -> Float64:

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from embedpipe.errors import NonFiniteFeatures, UsageError
-from embedpipe.heads._gram import Gram
 from embedpipe.heads._problem import (
     MEMORY_BYTES,
     ChunkedFeatures,
@@ -50,7 +49,6 @@ def make_problem(
     sample_weight: ArrayLike | None = None,
     widths: Sequence[int] = (),
     memory_bytes: float = MEMORY_BYTES,
-    gram: Gram | None = None,
 ) -> Problem:
     """Check and standardise training data; `fit_linear` describes the parameters.
 
@@ -69,7 +67,6 @@ def make_problem(
     provenance: dict[str, Any] = {"standardize": standardize, "n_train": int(used.sum())}
     if len(widths) > 1:
         provenance |= {"blocks": list(widths), "scales": block_scale_factors(widths).tolist()}
-        gram = None  # its sums are those of features that are scaled otherwise
     if standardize or len(widths) > 1:
         features = map_features(features, partial(_scale, mean=mean, inverse=inverse), np.inf)
     return Problem(
@@ -77,7 +74,6 @@ def make_problem(
         sample_weight=weights[used] / weights[used].sum(),
         n_classes=len(targets["present"]),
         memory_bytes=int(min(memory_bytes, MEMORY_BYTES)),
-        moments=gram.moments(mean, inverse, targets["present"]) if gram and sample_weight is None else None,
         mean=mean.astype(np.float64),
         std=1 / inverse.astype(np.float64),
         classes=tuple(classes),
@@ -87,11 +83,13 @@ def make_problem(
     )
 
 
-def fold(problem: Problem, weight: Float64, bias: Float64, provenance: dict[str, Any]) -> LinearHead:
+def fold(
+    problem: Problem, weight: Float64, bias: Float64, provenance: dict[str, Any], *, absent_logit: float | None = None
+) -> LinearHead:
     """Return the head for raw features and all classes, of weights (K, D) and bias (K,) on standardised features.
 
-    A class without training samples gets zero weights and a bias 20 below the least winning training logit; a label that no
-    training sample has, or that all have, gets a bias of -20 or 20.
+    A class without training samples gets zero weights and a bias of `absent_logit`, by default 20 below the least winning
+    training logit; a label that no training sample has, or that all have, gets a bias of -20 or 20.
     """
     weight, bias = problem.y_std * weight, problem.y_std * bias + problem.y_mean
     if problem.n_logits < len(problem.present):  # two classes share one logit
@@ -105,7 +103,8 @@ def fold(problem: Problem, weight: Float64, bias: Float64, provenance: dict[str,
     raw_bias[problem.present] = bias - raw[problem.present].astype(np.float64) @ problem.mean
     absent = np.setdiff1d(np.arange(len(problem.classes)), problem.present)
     if len(absent) and problem.task == "single":
-        raw_bias[absent] = affine(problem.X, weight, bias).max(axis=1).min() - ABSENT_MARGIN
+        least = affine(problem.X, weight, bias).max(axis=1).min() if absent_logit is None else absent_logit
+        raw_bias[absent] = least - ABSENT_MARGIN
     return LinearHead(raw, raw_bias.astype(dtype), problem.classes, provenance, problem.task)
 
 

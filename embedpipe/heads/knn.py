@@ -6,19 +6,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from embedpipe.errors import UsageError
-from embedpipe.evaluation import unit_rows
+from embedpipe.evaluation import negative_log, unit_rows
 from embedpipe.heads._files import entry, read_head, save_head
-from embedpipe.heads._problem import Float32, Float64, Int64, blocks
+from embedpipe.heads._problem import Float32, Float64, Fold, Int64, blocks
 from embedpipe.heads._standardisation import check_labelled
 from embedpipe.heads.linear import check_width
+
+K, TEMPERATURE = 20, 0.07  # where there is nothing to select them on
+KS = (1, 2, 3, 5, 10, 20, 50, 100, 200)
+TEMPERATURES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +93,9 @@ class KnnHead:
         return cls(arrays["features"], arrays["labels"], classes, k, temperature, provenance)
 
 
-def fit_knn(X: Float32, y: ArrayLike, *, classes: tuple[str, ...], k: int = 20, temperature: float = 0.07) -> KnnHead:
+def fit_knn(
+    X: Float32, y: ArrayLike, *, classes: tuple[str, ...], k: int = K, temperature: float = TEMPERATURE
+) -> KnnHead:
     """Return a head that holds the training features (N, D) and labels (N,); k is at most N.
 
     Raises
@@ -99,6 +106,50 @@ def fit_knn(X: Float32, y: ArrayLike, *, classes: tuple[str, ...], k: int = 20, 
     features, labels = check_labelled(X, y, len(classes))
     if k < 1 or not temperature > 0 or not len(labels):
         raise UsageError(f"k = {k}, temperature = {temperature} on {len(labels)} samples, expected all positive")
-    provenance = {"solver": "knn", "n_train": len(labels)}
     k = min(k, len(labels))
+    provenance = {"solver": "knn", "k": k, "temperature": temperature, "n_train": len(labels)}
     return KnnHead(unit_rows(features.astype(np.float64)), labels, tuple(classes), k, temperature, provenance)
+
+
+def select_knn(
+    folds: Sequence[Fold], n_classes: int, *, k: int | None = None, temperature: float | None = None
+) -> tuple[int, float, Float64, NDArray[np.bool_]]:
+    """Return the k of KS and the temperature of TEMPERATURES with the lowest log loss on held-out rows, where they are not given.
+
+    Rows of a class that the training part of a fold lacks do not count. Ties go to the smaller k and temperature.
+
+    Returns
+    -------
+    k, temperature, and of each held-out row its loss, float64 (n,), and whether it is predicted correctly, bool (n,)
+    """
+    ks, temperatures = (k,) if k else KS, (temperature,) if temperature else TEMPERATURES
+    parts = [_losses(one, n_classes, ks, temperatures) for one in folds]
+    if not any(len(loss) for loss, _ in parts):
+        return k or K, temperature or TEMPERATURE, np.zeros(0), np.zeros(0, dtype=bool)
+    loss, correct = (np.concatenate(part) for part in zip(*parts, strict=True))
+    best = int(loss.mean(axis=0).argmin())
+    row, column = divmod(best, len(temperatures))
+    return ks[row], temperatures[column], loss[:, best], correct[:, best]
+
+
+def _losses(
+    fold: Fold, n_classes: int, ks: Sequence[int], temperatures: Sequence[float]
+) -> tuple[Float64, NDArray[np.bool_]]:
+    """Return loss and correctness of each held-out row for each k and temperature, (n, number of k x number of temperatures)."""
+    rows_in, labels = check_labelled(fold.X[:], fold.y, n_classes)
+    queries, truth = check_labelled(fold.X_held_out[:], fold.y_held_out, n_classes)
+    features, known = unit_rows(rows_in.astype(np.float64)), np.isin(truth, labels)
+    queries, truth = queries[known], truth[known]
+    loss = np.zeros((len(truth), len(ks) * len(temperatures)))
+    correct = np.zeros(loss.shape, dtype=bool)
+    for rows in blocks(queries, row_numbers=len(features) + n_classes) if len(truth) else ():
+        cosine = unit_rows(queries[rows].astype(np.float64)) @ features.T
+        order = np.argsort(-cosine, axis=1, kind="stable")[:, : max(ks)]
+        score, label = np.take_along_axis(cosine, order, axis=1), labels[order]
+        for number, (k, temperature) in enumerate((k, temperature) for k in ks for temperature in temperatures):
+            vote = np.exp((score[:, :k] - score[:, :1]) / temperature)
+            shares = np.zeros((len(score), n_classes))
+            np.add.at(shares, (np.arange(len(score))[:, None], label[:, :k]), vote)
+            own = shares[np.arange(len(score)), truth[rows]] / shares.sum(axis=1)
+            loss[rows, number], correct[rows, number] = negative_log(own), shares.argmax(axis=1) == truth[rows]
+    return loss, correct

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,14 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from embedpipe.data import Sample, connected_components
-from embedpipe.errors import UsageError
-from embedpipe.heads import Features, Float64, Gram, Int64, select_rows
+from embedpipe.heads import Features, Float64, Int64, select_rows
+from embedpipe.selection._fold_assignment import assign_folds
 
 if TYPE_CHECKING:
     from embedpipe.features import FeatureSet
     from embedpipe.selection._head_configuration import HeadConfig
 
-INNER_FOLDS = 5  # one of these folds of a training part selects l2
+INNER_FOLDS = 5  # one of these folds of a training part selects l2, or all if one is small
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +65,9 @@ def cross_fit(
 ) -> tuple[Int64, Float64, list[float | None]]:
     """Predict each fold with a head fitted on the other folds.
 
-    The l2 of a fold is selected within its training part: one inner fold of INNER_FOLDS is held out, a path over l2 is
-    fitted on the rest, and the best l2 is fitted again on the whole training part. A held-out sample thus takes no part
-    in selecting the head that predicts it, and the accuracy over all samples is not optimistic (nested cross-validation).
+    The l2 of a fold is selected within its training part, on one inner fold of INNER_FOLDS, or on all of them if one is
+    small, and fitted again on the whole training part. A held-out sample thus takes no part in selecting the head that
+    predicts it, and the accuracy over all samples is not optimistic (nested cross-validation).
 
     Parameters
     ----------
@@ -89,68 +88,20 @@ def cross_fit(
     fold = assign_folds(y, group, folds=folds, seed=seed)
     probabilities = np.empty((len(y), len(config.classes)))
     selected: list[float | None] = []
-    full_gram = config.gram(X, y)
     for number in range(folds):
         held_out, rest = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
         X_rest, X_held_out = select_rows(X, rest), select_rows(X, held_out)
-        gram = _subtract(full_gram, X_held_out, y[held_out], config)
-        l2 = _select_l2(X_rest, y[rest], group[rest], config, seed=seed, gram=gram)
-        probabilities[held_out] = config.fit(X_rest, y[rest], l2=l2, gram=gram).predict_proba(X_held_out)
+        l2 = _select_l2(X_rest, y[rest], group[rest], config, seed=seed)
+        probabilities[held_out] = config.fit(X_rest, y[rest], l2=l2).predict_proba(X_held_out)
         selected.append(l2)
     return fold, probabilities, selected
 
 
-def _select_l2(
-    X: Features, y: Int64, group: Int64, config: HeadConfig, *, seed: int, gram: Gram | None
-) -> float | None:
-    """Return the l2 that scores best on an inner fold of a training part."""
+def _select_l2(X: Features, y: Int64, group: Int64, config: HeadConfig, *, seed: int) -> float | None:
+    """Return the l2 that scores best on an inner fold of a training part, or on all inner folds."""
     if not config.selects_l2:
         return None if config.solver == "knn" else float(config.l2)
     inner = assign_folds(y, group, folds=INNER_FOLDS, seed=seed) == 0
     rest, held_out = np.flatnonzero(~inner), np.flatnonzero(inner)
-    X_held_out = select_rows(X, held_out)
-    gram = _subtract(gram, X_held_out, y[held_out], config)
-    return config.select(select_rows(X, rest), y[rest], X_held_out, y[held_out], gram=gram).l2
-
-
-def _subtract(gram: Gram | None, X: Features, y: Int64, config: HeadConfig) -> Gram | None:
-    """Return a Gram matrix without the rows X, y, or None where there is none."""
-    part = gram and config.gram(X, y, origin=gram.origin)
-    return gram - part if gram and part else None
-
-
-def assign_folds(y: Int64, group: Int64, *, folds: int, seed: int) -> Int64:
-    """Assign each row to a fold, int64 (N,): stratified by class, rows of one group together.
-
-    Groups are assigned in random order, the largest first, each to the fold that has the fewest samples of its classes.
-
-    Parameters
-    ----------
-    y : int64 (N,)        class index
-    group : int64 (N,)    rows of one number stay together
-
-    Raises
-    ------
-    UsageError    fewer than 2 folds, or fewer groups than folds
-    """
-    by_group = np.argsort(group, kind="stable")
-    _, starts = np.unique(group[by_group], return_index=True)
-    members = np.split(by_group, starts[1:]) if len(by_group) else []  # the rows of each group
-    if not 2 <= folds <= len(members):
-        raise UsageError(
-            f"{folds} folds of {len(members)} separate images (copies and groups stay together), "
-            f"expected 2 to {len(members)}",
-            hint="choose fewer --folds, or extract more images",
-        )
-    order = np.random.default_rng(seed % 2**64).permutation(len(members)).tolist()
-    counts: list[Counter[int]] = [Counter() for _ in range(folds)]
-    totals = [0] * folds
-    fold = np.empty(len(y), np.int64)
-    for rows in sorted((members[index] for index in order), key=len, reverse=True):
-        labels = Counter(y[rows].tolist())
-        overlap = [sum(n * count[label] for label, n in labels.items()) for count in counts]
-        best = min(range(folds), key=lambda number: (overlap[number], totals[number]))
-        counts[best].update(labels)
-        totals[best] += len(rows)
-        fold[rows] = best
-    return fold
+    order = np.concatenate([rest, held_out])
+    return config.select(select_rows(X, rest), y[rest], select_rows(X, held_out), y[held_out], group=group[order]).l2

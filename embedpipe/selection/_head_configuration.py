@@ -8,14 +8,33 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from embedpipe.data import label_names
 from embedpipe.errors import UsageError, warn
-from embedpipe.heads import Features, Gram, KnnHead, L2Path, LinearHead, class_weights, fit_knn, fit_linear, fit_path
+from embedpipe.heads import (
+    SELECT,
+    TEMPERATURE,
+    Features,
+    Fold,
+    Int64,
+    K,
+    KnnHead,
+    L2Path,
+    LinearHead,
+    class_weights,
+    fit_knn,
+    fit_linear,
+    fit_path,
+    select_knn,
+    stack_rows,
+)
+from embedpipe.selection._fold_assignment import content_groups, needs_folds, selection_folds
 
 if TYPE_CHECKING:
     from embedpipe.data import Sample
@@ -35,10 +54,12 @@ class HeadConfig:
     task : str               "single", "multilabel" or "regression", as in the manifest
     widths : tuple of int    number of features of each space, in column order; empty for one space
     max_bytes : float        memory limit of fitting; larger feature sets are read in chunks
+    selection : str          "log-loss" or "accuracy" on held-out rows
+    k, temperature           of kNN; None selects them by the log loss
 
     Raises
     ------
-    UsageError    unknown `class_weight`
+    UsageError    unknown `class_weight` or `selection`
     """
 
     classes: tuple[str, ...]
@@ -49,14 +70,23 @@ class HeadConfig:
     widths: tuple[int, ...] = ()
     max_bytes: float = math.inf
     task: str = "single"
+    selection: str = "log-loss"
+    k: int | None = None
+    temperature: float | None = None
 
     def __post_init__(self) -> None:
+        if self.selection not in SELECT:
+            raise UsageError(f"select is {self.selection!r}, expected {' or '.join(SELECT)}")
         if self.class_weight not in CLASS_WEIGHTS:
             raise UsageError(f"class_weight is {self.class_weight!r}, expected {' or '.join(CLASS_WEIGHTS)}")
 
     def check_knn_options(self) -> None:
-        """Raise UsageError for options that a kNN head does not use."""
+        """Raise UsageError for options that a kNN head does not use, or that only such a head uses."""
+        if self.solver != "knn" and (self.k is not None or self.temperature is not None):
+            option = "--k" if self.k is not None else "--temperature"
+            raise UsageError(f"{option} is for --solver knn, got --solver {self.solver}", hint=f"leave out {option}")
         unused = {
+            "--select": self.selection != SELECT[0],
             "--l2": self.l2 != "auto",
             "--class-weight": self.class_weight != "none",
             "--no-standardize": not self.standardize,
@@ -72,6 +102,17 @@ class HeadConfig:
         """Whether l2 is selected from the grid."""
         return self.solver != "knn" and self.l2 == "auto"
 
+    @property
+    def selects(self) -> bool:
+        """Whether anything is selected: l2, or k and the temperature of kNN."""
+        return self.selects_l2 or (self.solver == "knn" and None in (self.k, self.temperature))
+
+    def uses_folds(self, y_val: Array) -> bool:
+        """Whether folds of train and val select: val has too few images for the log loss, or none at all."""
+        has_loo = self.solver == "ridge" or self.task == "regression"  # leave-one-out scores instead of those of val
+        small = needs_folds(y_val, len(self.classes)) if self.selection == "log-loss" else not len(y_val)
+        return self.selects and not has_loo and small
+
     def arrays(self, features: FeatureSet, *splits: str) -> tuple[Features, Array]:
         """Return X (N, D) and y (N,) or (N, C) of the labelled images of some splits."""
         return features.labelled(*splits, max_bytes=self.max_bytes)
@@ -80,18 +121,22 @@ class HeadConfig:
         """Return the features (N, D) of samples."""
         return features.rows(samples, max_bytes=self.max_bytes)
 
-    def gram(self, X: Features, y: Array, *, origin: Array | None = None) -> Gram | None:
-        """Return the Gram matrix that several ridge fits share, or None where no fit uses one."""
-        used = self.solver == "ridge" and self.task == "single" and self.class_weight == "none"
-        return Gram.from_rows(X, y, len(self.classes), origin) if used and len(self.widths) < 2 else None
+    def select_on(self, features: FeatureSet) -> L2Path:
+        """Fit a head on train, and select l2 (of kNN: k and the temperature) on val, or on folds of train and val."""
+        train, val = self.arrays(features, "train"), self.arrays(features, "val")
+        group = None
+        if self.uses_folds(val[1]):
+            group = content_groups([s for split in ("train", "val") for s in features.labelled_samples(split)])
+        return self.select(*train, *val, group=group)
 
-    def select(self, X: Features, y: Array, X_val: Features, y_val: Array, *, gram: Gram | None = None) -> L2Path:
-        """Fit a head for each l2 on X, y and select the one that scores best on X_val, y_val.
+    def select(self, X: Features, y: Array, X_val: Features, y_val: Array, *, group: Int64 | None = None) -> L2Path:
+        """Fit a head on X, y, with the l2 that scores best on X_val, y_val, or on folds of both if val has few images.
 
         Parameters
         ----------
         X : float32 (N, D)
         y : int64 (N,), or float (N, C) for several labels, or float (N,) for regression
+        group : int64 (N + n,), optional    of the rows of X and X_val: those of one number stay in one fold
 
         Returns
         -------
@@ -102,17 +147,45 @@ class HeadConfig:
         ------
         UsageError    fewer than two classes, or no validation samples to select l2 on
         """
+        folds: Sequence[Fold] = ()
+        if self.uses_folds(y_val):
+            folds = selection_folds(
+                stack_rows(X, X_val),
+                np.concatenate([y, y_val]),
+                np.arange(len(y) + len(y_val)) if group is None else group,
+                class_weight=self.class_weight,
+                n_classes=len(self.classes),
+                max_bytes=self.max_bytes,
+            )
         if self.solver == "knn":
-            return L2Path(self.fit(X, y, l2=None), None, ())
-        return fit_path(X, y, X_val, y_val, l2=self.l2, gram=gram, **self._options(X, y))
+            return self._select_knn(X, y, folds or ([Fold(X, y, X_val, y_val)] if len(y_val) else ()), bool(folds))
+        options = {**self._options(X, y), "select": self.selection, "folds": folds}
+        return fit_path(X, y, X_val, y_val, l2=self.l2, **options)
 
-    def fit(self, X: Features, y: Array, *, l2: float | None, gram: Gram | None = None) -> LinearHead | KnnHead:
+    def _select_knn(self, X: Features, y: Array, folds: Sequence[Fold], several: bool) -> L2Path:
+        """Return a kNN head with the k and temperature that are given, or best on held-out rows."""
+        self._check_knn_task()
+        k, temperature, losses, correct = select_knn(folds, len(self.classes), k=self.k, temperature=self.temperature)
+        selected_on = ("folds" if several else "val") if self.selects and folds else None
+        head = fit_knn(X[:], y, classes=self.classes, k=k, temperature=temperature)
+        return L2Path(head, None, (), losses, correct, selected_on)
+
+    def fit(self, X: Features, y: Array, *, l2: float | None) -> LinearHead | KnnHead:
         """Fit a head on X, y with a fixed l2; None for kNN."""
         if self.solver == "knn" or l2 is None:
-            if self.task != "single":
-                raise UsageError(f"the solver knn does not support {self.task} targets", hint="leave out --solver knn")
-            return fit_knn(X[:], y, classes=self.classes)
-        return fit_linear(X, y, l2=l2, gram=gram, **self._options(X, y))
+            self._check_knn_task()
+            return fit_knn(X[:], y, classes=self.classes, k=self.k or K, temperature=self.temperature or TEMPERATURE)
+        return fit_linear(X, y, l2=l2, **self._options(X, y))
+
+    def refit(self, X: Features, y: Array, path: L2Path) -> LinearHead | KnnHead:
+        """Fit on X, y with what a path selected."""
+        if isinstance(path.head, KnnHead):
+            return replace(self, k=path.head.k, temperature=path.head.temperature).fit(X, y, l2=None)
+        return self.fit(X, y, l2=path.l2)
+
+    def _check_knn_task(self) -> None:
+        if self.task != "single":
+            raise UsageError(f"the solver knn does not support {self.task} targets", hint="leave out --solver knn")
 
     def _options(self, X: Features, y: Array) -> dict[str, Any]:
         return {

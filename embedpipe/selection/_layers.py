@@ -52,7 +52,7 @@ class Candidate:
     @property
     def lowest_loss(self) -> float:
         """Lowest log loss along the path over l2; less noisy than the loss at the most accurate point."""
-        return min(point.val_log_loss for point in self.path.points if point.val_log_loss is not None)
+        return float(self.losses.mean())
 
     def to_dict(self) -> dict[str, Any]:
         return {"l2": self.path.l2, "val_accuracy": self.score[0], "val_log_loss": -self.score[1]}

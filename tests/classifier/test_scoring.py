@@ -127,7 +127,7 @@ def test_what_cannot_be_calibrated(features: ep.FeatureSet, photos: Path) -> Non
         ep.fit_head(features, refit=True, calibrate=True)
     assert ep.fit_head(features, refit=True).report["calibration"] is None
     easy = ep.extract(photos, features.backbone)
-    with pytest.warns(EmbedpipeWarning, match="has no best temperature within the bounds"):
+    with pytest.warns(EmbedpipeWarning, match="no temperature within the bounds lowers the log loss on val"):
         done = ep.fit_head(easy, l2=0.1, calibrate=True)
     assert "temperature" not in done.head.provenance
 

@@ -129,10 +129,13 @@ def test_stored_heads_are_optimal(name: str, l2: float) -> None:
 def test_the_head_of_a_path_is_the_head_of_its_l2() -> None:
     X, y = make_problem("10-classes")
     train = np.arange(len(y)) % 3 > 0
-    path = fit_path(X[train], y[train], X[~train], y[~train], classes=names_of(10))
-    grid = [point.l2 for point in path.points]
-    assert grid == pytest.approx(np.logspace(-6, 2, 45))
-    assert path.l2 in grid
-    alone = fit_linear(X[train], y[train], classes=names_of(10), l2=path.l2)
-    values = [objective(X[train], y[train], head.weight, head.bias, path.l2) for head in (path.head, alone)]
-    assert values[0] == pytest.approx(values[1], rel=OBJECTIVE_TOLERANCE)
+    grid = np.logspace(-6, 2, 45)
+    for select in ("log-loss", "accuracy"):
+        path = fit_path(X[train], y[train], X[~train], y[~train], classes=names_of(10), select=select)
+        tried = [point["l2"] for point in path.points]
+        assert {*tried} <= {*grid.tolist()}
+        assert (len(tried) == 45) is (select == "accuracy")
+        assert path.l2 in tried
+        alone = fit_linear(X[train], y[train], classes=names_of(10), l2=path.l2)
+        values = [objective(X[train], y[train], head.weight, head.bias, path.l2) for head in (path.head, alone)]
+        assert values[0] == pytest.approx(values[1], rel=OBJECTIVE_TOLERANCE)

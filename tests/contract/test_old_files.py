@@ -58,7 +58,7 @@ def test_extract_computes_nothing(run: CommandLine) -> None:
 
 
 def test_fit_head_gives_the_same_head(run: CommandLine) -> None:
-    data = run("fit-head", DATASET, "--json").data
+    data = run("fit-head", DATASET, "--select", "accuracy", "--json").data  # the default then
     old = report_of(FIT_HEAD)
     assert data["dataset"] == DATASET
     assert data["l2"] == old["l2"]
@@ -93,7 +93,7 @@ def test_evaluate_and_compare_read_the_runs(run: CommandLine) -> None:
 
 def test_finetune_reuses_the_activations(run: CommandLine) -> None:
     assert run("extract", "images", *BACKBONE, *EAGER).code == 0
-    head = run("fit-head", "--json").data["run"]
+    head = run("fit-head", "--select", "accuracy", "--json").data["run"]
     data = run("finetune", head, *FINETUNE, "--json").data
     assert data["activations"]["cached"] is True
     assert data["activations"]["reused"] == data["activations"]["rows"] == ROWS

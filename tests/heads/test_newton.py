@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,12 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from embedpipe.heads import L2_GRID, ChunkedFeatures, fit_linear
-from embedpipe.heads._batched_objective import BatchedObjective, Iterates, has_native_bfloat16
+from embedpipe.heads._batched_objective import BatchedObjective, Iterates
 from embedpipe.heads._conjugate_gradients import MAX_PRODUCTS, newton_direction
-from embedpipe.heads._extrapolation import extrapolate
-from embedpipe.heads._newton import line_search, minimise, polish, solve_path
+from embedpipe.heads._newton import line_search, make_solver, minimise, solve
+from embedpipe.heads._optima import Optima, extrapolate
 from embedpipe.heads._problem import Problem, centre_features
+from embedpipe.heads._threads import row_threads
 
 GRID = sorted(L2_GRID, reverse=True)
 
@@ -76,9 +78,24 @@ def hard_problem(n: int, width: int, n_classes: int, *, labels: bool = False, **
     return even(standardised(X).astype(np.float32), y, n_classes, **more)
 
 
+def path(
+    problem: Problem, l2s: list[float], objective: BatchedObjective | None = None, tolerance: float = 4e-7
+) -> tuple[np.ndarray, np.ndarray]:
+    """The weights (L, K, D) and biases (L, K) of a path."""
+    optima = Optima(problem, partial(solve, objective) if objective else make_solver(problem))
+    optima.find(l2s, tolerance)
+    weights, biases, _ = zip(*(optima.found[l2] for l2 in l2s), strict=True)
+    return np.stack(weights), np.stack(biases)
+
+
+def start(problem: Problem) -> tuple[Tensor, Tensor]:
+    weight, bias = problem.start
+    return torch.from_numpy(weight)[None], torch.from_numpy(bias)[None]
+
+
 def worst_gap(problem: Problem, l2s: list[float], objective: BatchedObjective | None = None) -> float:
     """The largest gap on a path."""
-    weights, biases, _ = solve_path(objective or BatchedObjective(problem), l2s)
+    weights, biases = path(problem, l2s, objective)
     return max(gap(problem, weight, bias, l2) for weight, bias, l2 in zip(weights, biases, l2s, strict=True))
 
 
@@ -132,51 +149,8 @@ def test_every_point_of_a_large_path_of_many_classes_or_labels_is_an_optimum(n_c
     assert worst_gap(hard_problem(17_000, 256, n_classes, labels=labels), GRID) <= 1e-6
 
 
-@pytest.mark.parametrize(("n_classes", "labels"), [(2, False), (3, False), (3, True), (24, False)])
-@pytest.mark.parametrize("l2s", [[1.0, 1e-2, 1e-4], [1e-6]])
-def test_products_in_bfloat16_lead_to_the_same_optimum(n_classes: int, labels: bool, l2s: list[float]) -> None:
-    problem = hard_problem(1000, 40, n_classes, labels=labels)
-    objective = BatchedObjective(problem, bfloat16=True, float64_size=0)
-    assert objective.bfloat16
-    assert worst_gap(problem, l2s, objective) <= 1e-6
-
-
-def test_bfloat16_is_used_only_where_the_processor_multiplies_it() -> None:
-    """As /proc/cpuinfo lists it, where there is one."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            flags = {flag for line in file if line.startswith("flags") for flag in line.split()}
-    except OSError:
-        pytest.skip("no /proc/cpuinfo")
-    if not flags & {"avx512_bf16", "amx_bf16"}:
-        assert not has_native_bfloat16()
-
-
-@pytest.mark.parametrize(
-    ("memory", "chunked", "used"), [(2**30, False, True), (10**5, False, False), (2**30, True, False)]
-)
-def test_bfloat16_needs_memory_for_a_copy(memory: int, chunked: bool, used: bool) -> None:
-    problem = hard_problem(2000, 60, 4, memory_bytes=memory)
-    if chunked:
-        problem = replace(problem, X=ChunkedFeatures(problem.X.shape, problem.X.__getitem__))
-    objective = BatchedObjective(problem, bfloat16=True, float64_size=0)
-    assert objective.bfloat16 is used
-    assert worst_gap(problem, [1e-2, 1e-3], objective) <= 1e-6
-
-
-def test_a_product_in_bfloat16_is_close_to_the_exact_one() -> None:
-    objective = BatchedObjective(hard_problem(3000, 60, 4), bfloat16=True, float64_size=0)
-    at = some_iterates(objective, 1e-3)
-    V, c = (torch.randn(part.shape, generator=torch.Generator().manual_seed(1)) for part in (at.W, at.b))
-    for exact, rounded in zip(
-        objective.hessian_product(at, V, c), objective.hessian_product(at, V, c, bfloat16=True), strict=True
-    ):
-        assert not torch.equal(exact, rounded)
-        assert float((exact - rounded).norm() / exact.norm()) < 0.02
-
-
 def some_iterates(objective: BatchedObjective, l2: float) -> Iterates:
-    W, b = objective.start
+    W, b = start(objective.problem)
     random = torch.Generator().manual_seed(0)
     W = W + 0.1 * torch.randn(W.shape, dtype=torch.float64, generator=random)
     return objective.evaluate(torch.tensor([l2], dtype=torch.float64), W, b)
@@ -237,16 +211,16 @@ def test_features_far_from_zero_are_centred(n_classes: int, chunked: bool) -> No
     Z[:, :2] += 100, -50
     Z += 10
     problem = even(ChunkedFeatures(Z.shape, lambda rows: Z[rows]) if chunked else Z, y, n_classes)
-    weights, biases, _ = solve_path(BatchedObjective(problem), l2s)
+    weights, biases = path(problem, l2s)
     mean = Z.mean(axis=0, dtype=np.float64)
     centred = even(Z - mean, y, n_classes)
     for weight, bias, l2 in zip(weights, biases, l2s, strict=True):
         assert gap(centred, weight, bias + weight @ mean, l2) <= 1e-6
-    [weight], [bias], _ = polish(BatchedObjective(problem), weights[-1], biases[-1], l2s[-1])
+    [weight], [bias] = path(problem, l2s[-1:], tolerance=1e-13)
     assert gap(centred, weight, bias + weight @ mean, l2s[-1]) <= 1e-9
 
 
-@pytest.mark.parametrize("scale", [1e6, 1e8])
+@pytest.mark.parametrize("scale", [1e5, 1e8])
 def test_a_feature_far_larger_than_all_others_is_solved_or_reported(scale: float) -> None:
     """Rounding may hide the others; the solution is finite in any case."""
     random, y = np.random.default_rng(0), np.arange(800) % 10
@@ -254,9 +228,9 @@ def test_a_feature_far_larger_than_all_others_is_solved_or_reported(scale: float
     X[:, 0] *= scale
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        weights, biases, _ = solve_path(BatchedObjective(even(X.astype(np.float32), y, 10)), GRID)
+        weights, biases = path(even(X.astype(np.float32), y, 10), GRID)
     assert all("newton has not converged" in str(one.message) for one in caught)
-    assert bool(caught) == (scale > 1e6)
+    assert bool(caught) == (scale > 1e5)
     assert np.isfinite(weights).all()
     assert np.isfinite(biases).all()
 
@@ -297,20 +271,9 @@ def test_a_gradient_whose_square_underflows_gives_no_direction() -> None:
 def test_a_penalty_below_the_rounding_error_is_reported(l2: float, n_classes: int) -> None:
     X, y = np.random.default_rng(0).normal(size=(60, 20)).astype(np.float32), np.arange(60) % n_classes
     with pytest.warns(RuntimeWarning, match="newton has not converged"):
-        weights, biases, _ = solve_path(BatchedObjective(even(X, y, n_classes)), [l2])
+        weights, biases = path(even(X, y, n_classes), [l2])
     assert np.isfinite(weights).all()
     assert np.isfinite(biases).all()
-
-
-@pytest.mark.parametrize(("n", "rank", "n_classes"), [(600, 12, 4), pytest.param(6000, 48, 30, marks=SLOW)])
-def test_bfloat16_is_given_up_if_it_stalls(n: int, rank: int, n_classes: int) -> None:
-    """With few directions in the features, and a small l2."""
-    random, y = np.random.default_rng(0), np.arange(n) % n_classes
-    hidden = random.normal(size=(n, rank)) + 2 * random.normal(size=(n_classes, rank))[y]
-    y = np.where(random.random(n) < 0.03, random.integers(n_classes, size=n), y)
-    problem = even(standardised(hidden @ random.normal(size=(rank, 2 * rank))).astype(np.float32), y, n_classes)
-    objective = BatchedObjective(problem, bfloat16=True, float64_size=0)
-    assert worst_gap(problem, [1e-6], objective) <= 1e-6
 
 
 def test_a_centred_copy_is_made_if_it_fits_in_memory() -> None:
@@ -343,17 +306,17 @@ def test_the_corrected_preconditioner_saves_products() -> None:
     for is_corrected in (False, True):
         objective = CountedObjective(problem)
         objective.is_corrected = is_corrected
-        solve_path(objective, [1e-4])
+        path(problem, [1e-4], objective)
         products.append(objective.products)
     assert products[1] < 0.75 * products[0]
 
 
-@pytest.mark.parametrize(("n_classes", "values", "products"), [(10, 140, 600), (30, 130, 1800)])
+@pytest.mark.parametrize(("n_classes", "values", "products"), [(10, 140, 800), (30, 130, 1800)])
 def test_a_path_costs_few_products(n_classes: int, values: int, products: int) -> None:
     """A few classes are solved for several l2 together, many for one after the other, from extrapolated starts."""
     problem = hard_problem(3000, 60, n_classes)
     objective = CountedObjective(problem)
-    solve_path(objective, GRID)
+    path(problem, GRID, objective)
     assert objective.values < values
     assert objective.products < products
 
@@ -362,16 +325,16 @@ def test_many_classes_reach_a_small_l2_through_larger_ones() -> None:
     """With fewer products than directly, to the same optimum."""
     problem = hard_problem(1000, 60, 30)
     through, directly = CountedObjective(problem), CountedObjective(problem)
-    at = minimise(directly, [1e-7], *directly.start)
-    for weights, biases in (solve_path(through, [1e-7])[:2], directly.leave(at.W, at.b)):
+    at = minimise(directly, [1e-7], *start(problem))
+    for weights, biases in (path(problem, [1e-7], through), directly.leave(at.W, at.b)):
         assert gap(problem, weights[0], biases[0], 1e-7) <= 1e-6
     assert through.values + through.products < 0.8 * (directly.values + directly.products)
 
 
 def test_starts_lie_on_a_polynomial_in_log_l2() -> None:
-    def optimum(l2: float) -> tuple[Tensor, Tensor]:
-        log = torch.tensor(math.log(l2), dtype=torch.float64)
-        return (log**3).reshape(1, 1), (log**2).reshape(1)
+    def optimum(l2: float) -> tuple[np.ndarray, np.ndarray, float]:
+        log = math.log(l2)
+        return np.full((1, 1), log**3), np.full(1, log**2), 0.0
 
     optima = {l2: optimum(l2) for l2 in np.logspace(0, -4, 9).tolist()}
     inside, beyond, distant = (extrapolate(l2, optima) for l2 in (10**-2.25, 10**-4.5, 1e-9))
@@ -382,24 +345,43 @@ def test_starts_lie_on_a_polynomial_in_log_l2() -> None:
     assert extrapolate(1e-2 * (1 + 1e-9), optima)[0].item() == pytest.approx(math.log(1e-2) ** 3)
 
 
-def test_polishing_stops_at_the_rounding_error() -> None:
+def test_a_tolerance_below_the_rounding_error_ends_at_that_error() -> None:
     problem = hard_problem(20_000, 64, 3)
-    [weight], [bias], _ = solve_path(BatchedObjective(problem, float64_size=0), [1e-6])
-    objective = CountedObjective(problem, float64_size=0)
-    [polished_weight], [polished_bias], _ = polish(objective, weight, bias, 1e-6)
-    assert gap(problem, polished_weight, polished_bias, 1e-6) <= gap(problem, weight, bias, 1e-6)
-    assert objective.products <= 2 * MAX_PRODUCTS  # two steps of at most six
+    objectives = [CountedObjective(problem, float64_size=0) for _ in range(2)]
+    gaps = [
+        gap(problem, *(part[0] for part in path(problem, [1e-6], objective, tolerance)), 1e-6)
+        for objective, tolerance in zip(objectives, (4e-7, 1e-20), strict=True)
+    ]
+    assert gaps[1] <= gaps[0]
+    assert objectives[1].products <= objectives[0].products + 3 * MAX_PRODUCTS
 
 
-def test_polished_weights_do_not_depend_on_the_path() -> None:
+def test_exact_weights_do_not_depend_on_the_path() -> None:
     problem = hard_problem(600, 60, 10)
-    polished = []
+    exact = []
     for l2s in ([1e-2], [10.0, 1e-2], [*GRID[:20], 1e-2]):
-        objective = BatchedObjective(problem)
-        weights, biases, _ = solve_path(objective, l2s)
-        polished.append(polish(objective, weights[-1], biases[-1], 1e-2)[0][0])
-    for weight in polished[1:]:
-        np.testing.assert_allclose(weight, polished[0], atol=1e-6 * np.abs(weight).max())
+        optima = Optima(problem, make_solver(problem))
+        optima.find(l2s)
+        optima.find([1e-2], 1e-12)
+        exact.append(optima.found[1e-2][0])
+    for weight in exact[1:]:
+        np.testing.assert_allclose(weight, exact[0], atol=1e-6 * np.abs(weight).max())
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    problem, before = hard_problem(20_000, 64, 3), torch.get_num_threads()
+    weights = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with row_threads() as pool:
+                assert (pool is None) is (threads == 1)
+                assert torch.get_num_threads() == 1
+                weights.append(path(problem, [1e-3], BatchedObjective(problem, pool, float64_size=0))[0])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    np.testing.assert_array_equal(*weights)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -419,11 +401,8 @@ def test_the_stored_head_is_as_good_as_that_of_scikit_learn_and_predicts_the_sam
 
 @pytest.mark.parametrize("n_classes", [2, 5])
 def test_probabilities_that_do_not_fit_in_memory_change_nothing(n_classes: int) -> None:
-    """Batches of 12 and of 1: both optima within the tolerance."""
-    stored, again = (
-        solve_path(BatchedObjective(hard_problem(500, 40, n_classes, memory_bytes=memory)), GRID)[0]
-        for memory in (2**30, 1)
-    )
+    """Both optima are within the tolerance."""
+    stored, again = (path(hard_problem(500, 40, n_classes, memory_bytes=memory), GRID)[0] for memory in (2**30, 1))
     for one, other in zip(stored, again, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-2 * np.abs(one).max())
 
@@ -440,12 +419,8 @@ def test_features_that_are_read_in_chunks_give_the_same_weights() -> None:
 
     chunked = replace(problem, X=ChunkedFeatures(problem.X.shape, read))
     for l2 in (1e-1, 1e-3):
-        polished = []
-        for one in (problem, chunked):
-            objective = BatchedObjective(one, float64_size=0)
-            [weight], [bias], _ = solve_path(objective, [l2])
-            polished.append(polish(objective, weight, bias, l2)[0][0])
-        np.testing.assert_allclose(*polished, atol=1e-6)
+        exact = [path(one, [l2], BatchedObjective(one, float64_size=0), 1e-10)[0][0] for one in (problem, chunked)]
+        np.testing.assert_allclose(*exact, atol=1e-6)
     assert most <= 4096
 
 
@@ -454,15 +429,15 @@ def test_several_labels_are_solved_as_one_problem_each() -> None:
     second = (np.arange(300) // 3) % 2
     Z = standardised(X).astype(np.float32)
     problem = even(Z, np.stack([first, second], axis=1), 2)
-    [weight], [bias], _ = solve_path(BatchedObjective(problem), [1e-2])
+    [weight], [bias] = path(problem, [1e-2])
     assert gap(problem, weight, bias, 1e-2) <= 1e-6
     for row, y in zip(weight, (first, second), strict=True):
-        [alone], _, _ = solve_path(BatchedObjective(even(Z, y, 2)), [1e-2])
+        [alone], _ = path(even(Z, y, 2), [1e-2])
         np.testing.assert_allclose(row, alone[0], atol=5e-3)
 
 
 def test_a_solver_that_does_not_converge_warns() -> None:
     objective = BatchedObjective(hard_problem(200, 20, 3))
     with pytest.warns(RuntimeWarning) as caught:
-        minimise(objective, [1e-6], *objective.start, max_steps=1)
+        minimise(objective, [1e-6], *start(objective.problem), max_steps=1)
     assert "newton has not converged at l2 = 1e-06" in str(caught[-1].message)

@@ -27,7 +27,7 @@ def targets(given: Problem) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(80, 20, 3), (40, 60, 4), (60, 20, 2)])
 def test_weights_are_those_of_least_squares_times_one_factor(shape: tuple[int, int, int], l2: float) -> None:
     given = problem(*shape)
-    [weights], [bias], _ = solve_path(given, [l2])
+    [weights], [bias], *_ = solve_path(given, [l2])
     reference = Ridge(alpha=l2).fit(given.X.astype(np.float64), targets(given), sample_weight=given.sample_weight)
     weight = np.atleast_2d(reference.coef_)
     factor = np.linalg.norm(weights) / np.linalg.norm(weight)
@@ -40,7 +40,9 @@ def test_weights_are_those_of_least_squares_times_one_factor(shape: tuple[int, i
 def test_leave_one_out_is_what_refitting_without_each_sample_gives(shape: tuple[int, int, int]) -> None:
     given = problem(*shape)
     l2s = [1.0, 1e-2]
-    for l2, accuracy in zip(l2s, solve_path(given, l2s)[2]["loo_accuracy"], strict=True):
+    *_, name, accuracies = solve_path(given, l2s)
+    assert name == "loo_accuracy"
+    for l2, accuracy in zip(l2s, accuracies, strict=True):
         right = []
         for one in range(len(given.y)):
             rest = np.arange(len(given.y)) != one
@@ -54,8 +56,8 @@ def test_leave_one_out_is_what_refitting_without_each_sample_gives(shape: tuple[
 def test_without_validation_leave_one_out_chooses_l2() -> None:
     given = problem(60, 80, 3)
     path = fit_path(given.X, given.y, None, None, classes=["a", "b", "c"], solver="ridge")
-    best = max(point.loo_accuracy or 0 for point in path.points)
-    chosen = next(point for point in path.points if point.l2 == path.l2)
-    assert chosen.loo_accuracy == best
-    assert {point.val_accuracy for point in path.points} == {None}
-    assert len({point.loo_accuracy for point in path.points}) > 1
+    best = max(point["loo_accuracy"] or 0 for point in path.points)
+    chosen = next(point for point in path.points if point["l2"] == path.l2)
+    assert chosen["loo_accuracy"] == best
+    assert not any("val_accuracy" in point for point in path.points)
+    assert len({point["loo_accuracy"] for point in path.points}) > 1

@@ -129,13 +129,13 @@ def test_features_that_are_not_centred_cost_no_accuracy_without_standardising(so
     assert far.provenance["objective"] == pytest.approx(near.provenance["objective"], rel=1e-3)
 
 
-def test_every_point_of_a_path_is_an_optimum() -> None:
+def test_every_point_of_a_swept_path_is_an_optimum() -> None:
     X, y = DATA["digits"]
-    path = fit_path(X, y, X[:50], y[:50], classes=list("0123456789"))
-    assert [point.l2 for point in path.points] == list(L2_GRID)
+    path = fit_path(X, y, X[:50], y[:50], classes=list("0123456789"), select="accuracy")
+    assert [point["l2"] for point in path.points] == list(L2_GRID)
     for point in path.points[::9]:
-        reference = fitted("sklearn", DATA["digits"], point.l2).provenance["objective"]
-        assert point.objective == pytest.approx(reference, rel=1e-4)
+        reference = fitted("sklearn", DATA["digits"], point["l2"]).provenance["objective"]
+        assert point["objective"] == pytest.approx(reference, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def test_the_least_log_loss_on_val_chooses_l2_of_labels() -> None:
     X, Y, _ = features()
     X_val, Y_val, _ = features(1)
     path = fit_path(X, Y, X_val, Y_val, classes=NAMES, task="multilabel")
-    losses = {point.l2: point.val_log_loss for point in path.points}
+    losses = {point["l2"]: point["val_log_loss"] for point in path.points}
     assert path.l2 == min(losses, key=lambda l2: losses[l2] or 0)
     assert 1e-6 < path.l2 < 1e2
     assert losses[path.l2] == pytest.approx(score_multilabel(path.head.predict_proba(X_val), Y_val)["log_loss"])
@@ -88,11 +88,11 @@ def test_l2_of_numbers_is_chosen_on_val_or_by_leaving_each_out() -> None:
     X, _, y = features()
     X_val, _, y_val = features(1)
     path = fit_path(X, y, X_val, y_val, classes=("target",), task="regression")
-    errors = {point.l2: point.val_rmse for point in path.points}
+    errors = {point["l2"]: point["val_rmse"] for point in path.points}
     assert path.l2 == min(errors, key=lambda l2: errors[l2] or 0)
     assert errors[path.l2] == pytest.approx(score_regression(path.head.predict_proba(X_val)[:, 0], y_val)["rmse"])
     alone = fit_path(X, y, None, None, classes=("target",), task="regression")
-    left_out = {point.l2: point.loo_rmse for point in alone.points}
+    left_out = {point["l2"]: point["loo_rmse"] for point in alone.points}
     assert alone.l2 == min(left_out, key=lambda l2: left_out[l2] or 0)
     Z, misses = standardised(X), []
     for one in range(N):
@@ -111,7 +111,9 @@ def test_numbers_of_any_unit_give_the_same_head(unit: float) -> None:
     )
     assert other.l2 == plain.l2
     np.testing.assert_allclose(other.head.predict_proba(X_val) / unit, plain.head.predict_proba(X_val), rtol=1e-9)
-    assert [one.val_rmse for one in other.points] == pytest.approx([(one.val_rmse or 0) * unit for one in plain.points])
+    assert [one["val_rmse"] for one in other.points] == pytest.approx(
+        [(one["val_rmse"] or 0) * unit for one in plain.points]
+    )
 
 
 @pytest.mark.parametrize(

@@ -62,26 +62,10 @@ def test_each_fold_is_predicted_by_a_head_of_the_others() -> None:
     fold, probabilities, l2 = cross_fit(X, y, range(90), config, folds=3, seed=0)
     for number in range(3):
         held = fold == number
-        inner = assign_folds(y[~held], np.arange(90)[~held], folds=INNER_FOLDS, seed=0) == 0
+        group = np.arange(90)[~held]
+        inner = assign_folds(y[~held], group, folds=INNER_FOLDS, seed=0) == 0
         train, val = (X[~held][~inner], y[~held][~inner]), (X[~held][inner], y[~held][inner])
-        assert l2[number] == config.select(*train, *val).l2
+        order = np.concatenate([group[~inner], group[inner]])
+        assert l2[number] == config.select(*train, *val, group=order).l2
         head = config.fit(X[~held], y[~held], l2=l2[number])
         np.testing.assert_array_equal(probabilities[held], head.predict_proba(X[held]))
-
-
-def test_folds_that_share_a_gram_predict_as_folds_that_do_not() -> None:
-    rng = np.random.default_rng(2)
-    y = np.arange(300) % 3
-    X = (rng.normal(size=(300, 20)) + rng.normal(size=(3, 20))[y] / 2).astype(np.float32)
-
-    class Alone(HeadConfig):
-        def gram(self, *_: object, **__: object) -> None:
-            return None
-
-    config = HeadConfig(CLASSES, solver="ridge")
-    assert config.gram(X, y) is not None
-    assert HeadConfig(CLASSES, solver="ridge", class_weight="balanced").gram(X, y) is None
-    shared = cross_fit(X, y, range(300), config, folds=4, seed=0)
-    alone = cross_fit(X, y, range(300), Alone(CLASSES, solver="ridge"), folds=4, seed=0)
-    np.testing.assert_allclose(shared[1], alone[1], atol=1e-4)
-    assert shared[2] == alone[2]

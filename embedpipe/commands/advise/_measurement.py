@@ -226,7 +226,7 @@ def is_near(accuracy: float, best: float, chance: float) -> bool:
 def cross_validate(features: FeatureSet, seed: int) -> CrossValidated:
     """Choose l2 on val for a head on train, and predict both splits out of fold with it."""
     config, start = HeadConfig(features.classes, widths=features.widths), time.monotonic()
-    fitted = config.select(*features.arrays("train"), *features.arrays("val"))
+    fitted = config.select_on(features)
     config, seconds = replace(config, l2=fitted.l2 or 0.0), time.monotonic() - start
     return CrossValidated(features, config, predict_out_of_fold(features, config, folds=FOLDS, seed=seed), seconds)
 

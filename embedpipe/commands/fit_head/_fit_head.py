@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from embedpipe.selection import HeadConfig
 
 LOCATIONS = ("features", "cache_dir", "runs_dir")  # arguments that do not shape a head
+FLAT = 1.01  # times the lowest log loss
 POINT_FIELDS = {  # of l2_path, by task
-    "single": ("l2", "val_accuracy", "objective"),
+    "single": ("l2", "val_accuracy", "val_log_loss", "objective"),
     "multilabel": ("l2", "val_log_loss", "objective"),
     "regression": ("l2", "val_rmse", "loo_rmse", "objective"),
 }
@@ -31,6 +32,9 @@ def fit_head(
     *,
     solver: Literal["auto", "newton", "lbfgs", "sklearn", "ridge", "knn"] = "auto",
     l2: float | Literal["auto"] = "auto",
+    select: Literal["log-loss", "accuracy"] = "log-loss",
+    k: int | None = None,
+    temperature: float | None = None,
     refit: bool = False,
     calibrate: bool = False,
     standardize: bool = True,
@@ -50,9 +54,12 @@ def fit_head(
     """Fit a head on the train split, select l2 on val, and score the test split once.
 
     The objective is mean cross-entropy + l2/2 * ||W||^2 on standardised features; the bias is not penalised. For several
-    labels per image, the binary cross-entropies of all labels are summed, and l2 is selected by the log loss on val. For
-    regression, the objective is half the mean squared error of standardised targets + l2/2 * ||w||^2, and l2 is selected by
-    the error on val.
+    labels per image, the binary cross-entropies of all labels are summed. For regression, the objective is half the mean
+    squared error of standardised targets + l2/2 * ||w||^2.
+
+    l2 is selected by the log loss on val. If val has fewer than 50 images, or fewer than 2 per class, it is selected by
+    the log loss of 5 folds of train and val. ridge uses the accuracy on val, and regression the error on val; without val
+    both leave each training image out.
 
     Parameters
     ----------
@@ -62,7 +69,13 @@ def fit_head(
         newton (auto), lbfgs and sklearn minimise the same objective; ridge fits least squares and is the fastest; knn uses the
         nearest training images. Several labels: newton or ridge; regression: ridge.
     l2 : float or auto
-        Penalty strength; auto selects the best of 45 values on val.
+        Penalty strength; auto searches 45 values from 1e-6 to 100.
+    select : str
+        What selects l2: log-loss, or accuracy on val, however small, which tries all 45 values (ties: the lowest log loss).
+    k : int
+        knn: number of neighbours. By default selected as l2 is, by the log loss.
+    temperature : float
+        knn: a neighbour votes with exp(cosine / temperature). By default selected together with k.
     refit : bool
         Fit again on train and val together, with the selected l2.
     calibrate : bool
@@ -103,18 +116,19 @@ def fit_head(
     options = {name: value for name, value in locals().items() if name not in LOCATIONS}
     from embedpipe.classifier import Classifier, Reference, calibrated, save_run
     from embedpipe.runs import new_run
-    from embedpipe.selection import HeadConfig, check_task, find_leaks, learning_curve, parse_shots
+    from embedpipe.selection import HeadConfig, check_task, find_leaks, parse_shots
 
     start = time.monotonic()
     curve_points = parse_shots(shots)
     max_bytes = parse_amount(max_memory, BYTES, "--max-memory", "4GB")
     features = _open(features, Path(cache_dir), space=space, backbone=backbone, layer=layer, every=compare_layers)
     task = features.manifest.task
-    config = HeadConfig(features.classes, solver, l2, standardize, class_weight, features.widths, max_bytes, task)
+    shared = (features.classes, solver, l2, standardize, class_weight, features.widths, max_bytes, task)
+    config = HeadConfig(*shared, selection=select, k=k, temperature=temperature)
     config.check_knn_options()
-    single: dict[str, Any] = {"--class-weight": class_weight == "balanced", "--shots": curve_points, "--folds": folds}
+    single = {"--class-weight": class_weight == "balanced", "--shots": curve_points, "--folds": folds}
     single |= {"--calibrate": calibrate, "--compare-layers": compare_layers}
-    single["a head on several layers"] = features.extra_spaces
+    single |= {"a head on several layers": features.extra_spaces}
     check_task(features, *[option for option, value in single.items() if value])
     features, selection = _select_spaces(features, config, compare=compare_layers)
     config = replace(config, widths=features.widths)
@@ -126,11 +140,7 @@ def fit_head(
     report |= {"options": options, "dataset": features.dataset, "task": task, "classes": list(features.classes)}
     report["leaks"] = find_leaks(features, scored, max_bytes=max_bytes)
     if curve_points:
-        arrays: dict[str, Any] = {
-            split: (config.rows(features, part.samples), part.labels(features.classes))
-            for split, part in scored.items()
-        }
-        report["curve"] = learning_curve(config, curve_points, arrays.pop("train"), arrays, repeats=repeats, seed=seed)
+        report["curve"] = _learning_curve(features, config, scored, points=curve_points, repeats=repeats, seed=seed)
     if folds is not None:
         report["folds"] = _cross_validate(features, config, folds, seed)
     classifier = Classifier(head, Reference.of(features.spaces), _backbone=features.backbone)
@@ -173,48 +183,63 @@ def _select_spaces(features: FeatureSet, config: HeadConfig, *, compare: bool) -
         raise UsageError(f"{features.manifest.name} has no validation samples to select layers on", hint=hint)
 
     def fit(part: FeatureSet) -> L2Path:
-        return _select_l2(part, replace(config, widths=part.widths))
+        return replace(config, widths=part.widths).select_on(part)
 
     return (select_space if compare else select_blocks)(features, fit)
 
 
-def _select_l2(features: FeatureSet, config: HeadConfig) -> L2Path:
-    """Fit heads on train and select l2 on val.
-
-    Raises
-    ------
-    UsageError    there is no val split, and l2 is to be selected on it
-    """
-    has_loo = config.solver == "ridge" or config.task == "regression"  # leave-one-out scores instead of those of val
-    if config.selects_l2 and not has_loo and "val" not in features.splits:
-        hint = "set --l2, or add val/ images"
-        raise UsageError(f"{features.manifest.name} has no validation samples to select l2 on", hint=hint)
-    return config.select(*config.arrays(features, "train"), *config.arrays(features, "val"))
-
-
 def _fit(features: FeatureSet, config: HeadConfig, *, refit: bool) -> tuple[L2Path, dict[str, Any]]:
-    """Fit on train with the best l2 on val, and again on both if requested; return the head with its path and report."""
-    path = _select_l2(features, config)
+    """Fit on train with the selected l2, and again on train and val if requested; return the head and its report."""
+    path = config.select_on(features)
     splits = ("train", "val") if refit else ("train",)
     if refit:
-        path = replace(path, head=config.fit(*config.arrays(features, *splits), l2=path.l2))
+        path = replace(path, head=config.refit(*config.arrays(features, *splits), path))
     if len(path.points) > 1:
         _warn_at_edge(path)
-    points = [{name: getattr(point, name) for name in POINT_FIELDS[config.task]} for point in path.points]
-    selected = len(points) > 1 or (refit and config.solver != "knn")
+    points = [{name: point.get(name) for name in POINT_FIELDS[config.task]} for point in path.points]
+    used_val = refit or path.selected_on in ("val", "folds")
     report = {
         "solver": path.head.provenance["solver"],
         "l2": path.l2,
         "l2_path": points,
+        "selection": describe_selection(path, config),
         "n_train": sum(len(features.samples(split, labelled=True)) for split in splits),
-        "chosen_on": "val" if selected and features.samples("val", labelled=True) else None,
+        "chosen_on": "val" if used_val and features.samples("val", labelled=True) else None,
     }
-    return path, report if config.solver == "knn" else {**report, "refit": refit}
+    if config.solver == "knn":
+        return path, {**report, "k": path.head.provenance["k"], "temperature": path.head.provenance["temperature"]}
+    return path, {**report, "refit": refit}
+
+
+def describe_selection(path: L2Path, config: HeadConfig) -> dict[str, Any] | None:
+    """Return by what and on what l2 was selected, and how flat the minimum is; None if nothing was selected.
+
+    Returns
+    -------
+    dict
+        by : "log loss", "accuracy" or "rmse"
+        on : "val", "folds" of train and val, or "train", each row left out
+        n : number of held-out images
+        nearly_as_good : lowest and highest l2 that was tried and whose log loss is at most 1 % above the lowest, or None
+    """
+    if path.selected_on is None:
+        return None
+    losses = {point["l2"]: point["val_log_loss"] for point in path.points if "val_log_loss" in point}
+    near = [l2 for l2, loss in losses.items() if loss <= FLAT * min(losses.values())]
+    by_accuracy = config.selection == "accuracy" or (config.solver == "ridge" and config.task == "single")
+    return {
+        "by": "rmse" if config.task == "regression" else "accuracy" if by_accuracy else "log loss",
+        "on": path.selected_on,
+        "n": len(path.losses) or None,
+        "nearly_as_good": [min(near), max(near)] if near else None,
+    }
 
 
 def _warn_at_edge(path: L2Path) -> None:
-    """Warn if the best l2 is the smallest or the largest that was tried."""
-    first, last = path.points[0].l2, path.points[-1].l2
+    """Warn if the best l2 is the smallest or the largest of the grid."""
+    from embedpipe.heads import L2_GRID
+
+    first, last = min(L2_GRID), max(L2_GRID)
     if path.l2 is not None and path.l2 in (first, last):
         direction, further = ("smaller", path.l2 / 10) if path.l2 == first else ("larger", path.l2 * 10)
         warn(
@@ -231,6 +256,18 @@ def _predict(features: FeatureSet, head: Any, config: HeadConfig) -> dict[str, S
         split: Scored(samples, head.predict_proba(config.rows(features, samples)), config.task)
         for split, samples in ((split, features.samples(split, labelled=True)) for split in features.splits)
     }
+
+
+def _learning_curve(
+    features: FeatureSet, config: HeadConfig, scored: dict[str, Scored], *, points: Any, **options: int
+) -> list[dict[str, Any]]:
+    """Return the accuracy of heads on random subsets of train, on each other split."""
+    from embedpipe.selection import learning_curve
+
+    arrays: dict[str, Any] = {
+        split: (config.rows(features, part.samples), part.labels(features.classes)) for split, part in scored.items()
+    }
+    return learning_curve(config, points, arrays.pop("train"), arrays, **options)
 
 
 def _cross_validate(features: FeatureSet, config: HeadConfig, folds: int, seed: int) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from math import floor, log10
 
 WIDTH, HEIGHT, LEFT, GAP = 560, 150, 70, 40  # pixels: of a panel, of its labels, between panels
 TITLES = {
-    "val_accuracy": "accuracy on val",
-    "val_log_loss": "log loss on val",
+    "val_accuracy": "accuracy, held out",
+    "val_log_loss": "log loss, held out",
     "val_rmse": "RMSE on val",
     "loo_rmse": "RMSE of train, each left out",
     "objective": "objective on train",

@@ -82,9 +82,16 @@ def test_the_path_is_drawn(features: ep.FeatureSet) -> None:
     assert run.folder is not None
     drawn = ElementTree.fromstring((run.folder / "l2_path.svg").read_text())
     texts = [element.text for element in drawn.iter() if element.text]
-    assert {"accuracy on val", "objective on train", f"l2, chosen: {run.report['l2']:.3g}", "1e-6", "1e2"} <= {*texts}
+    assert {
+        "accuracy, held out",
+        "log loss, held out",
+        "objective on train",
+        f"l2, chosen: {run.report['l2']:.3g}",
+        "1e-6",
+        "1e2",
+    } <= {*texts}
     lines = [element.attrib["points"].split() for element in drawn.iter() if "points" in element.attrib]
-    assert [len(line) for line in lines] == [len(run.report["l2_path"])] * 2
+    assert [len(line) for line in lines] == [len(run.report["l2_path"])] * 3
     heights = [float(place.partition(",")[2]) for place in lines[-1]]
     assert heights == sorted(heights, reverse=True)  # the objective rises with l2, upwards
     one = ep.fit_head(features, l2=0.1)
@@ -94,19 +101,16 @@ def test_the_path_is_drawn(features: ep.FeatureSet) -> None:
 
 @pytest.mark.filterwarnings("always:the best l2")
 @pytest.mark.parametrize(
-    ("grid", "warned"),
-    [
-        ((1e-6, 1e-2, 1e2), ""),
-        ((1e-6, 1e-5), "a larger one may be better, see --l2 0.0001"),
-        ((10, 100), "see --l2 1$"),
-    ],
-    ids=["inside", "left", "right"],
+    ("kind", "warned"),
+    [("plain", ""), ("separable", "a smaller one may be better, see --l2 1e-07"), ("noise", "see --l2 1000$")],
 )
-def test_a_best_l2_on_the_edge_is_warned_of(grid: tuple[float, ...], warned: str) -> None:
+def test_a_best_l2_on_the_edge_is_warned_of(kind: str, warned: str) -> None:
+    """Separable features want no penalty, noise wants the largest one."""
     random = np.random.default_rng(0)
-    y = random.integers(3, size=300)
-    X = (random.normal(size=(3, 40)) * 0.5)[y] + random.normal(size=(300, 40))
-    path = fit_path(X[:60], y[:60], X[60:], y[60:], classes=("a", "b", "c"), grid=grid)
+    y = np.arange(300) % 3
+    X = np.eye(3)[y] * {"plain": 2, "separable": 9, "noise": 0}[kind] + random.uniform(-1, 1, size=(300, 3))
+    X = X if kind != "plain" else X + random.normal(size=X.shape)
+    path = fit_path(X[:150], y[:150], X[150:], y[150:], classes=("a", "b", "c"))
     with warnings.catch_warnings(record=True) as told:
         _warn_at_edge(path)
     assert len(told) == bool(warned)
