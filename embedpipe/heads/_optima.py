@@ -20,7 +20,7 @@ from embedpipe.heads._problem import TOLERANCE, Float64, Problem, Solve
 
 FIRST = 1e-2  # the l2 from which smaller ones are reached
 FAR, FACTOR, LOOSE_TOLERANCE = 13.0, 5.0, 0.1  # a step that is too large, the steps instead, and their tolerance
-BATCH_LOGITS, MAX_BATCH = 48, 6  # columns of one matrix product, and l2, that are solved together
+BATCH_LOGITS, MAX_BATCH = 48, 4  # columns of one matrix product, and l2, that are solved together
 SAME = 1e-6  # a distance in log l2 that is negligible
 MAX_DISTANCE = 3.5  # in log l2, except for the nearest optima
 MAX_SIDE, MAX_BEYOND = 4, 3
@@ -38,11 +38,13 @@ class Optima:
 
     Attributes
     ----------
+    batch : int         l2 that are solved together: few classes alone make narrow matrix products
     found : dict of l2 to (weight (K, D), bias (K,), objective)
     """
 
     def __init__(self, problem: Problem, solve: Solve | None) -> None:
         self.problem, self._solve = problem, solve
+        self.batch = min(MAX_BATCH, max(1, BATCH_LOGITS // problem.n_logits))
         self.found: dict[float, Found] = {}
 
     def find(self, l2s: Sequence[float], tolerance: float = TOLERANCE) -> None:
@@ -53,9 +55,8 @@ class Optima:
         while nearest / FAR > l2s[0]:
             nearest /= FACTOR
             self._find([nearest], LOOSE_TOLERANCE)
-        size = min(MAX_BATCH, max(1, BATCH_LOGITS // self.problem.n_logits))
-        for first in range(0, len(l2s), size):
-            self._find(l2s[first : first + size], tolerance)
+        for first in range(0, len(l2s), self.batch):
+            self._find(l2s[first : first + self.batch], tolerance)
 
     def _find(self, l2s: Sequence[float], tolerance: float) -> None:
         assert self._solve

@@ -13,17 +13,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 STRIDES = (6, 3, 1)
-AT_ONCE = 4  # steps down that are evaluated together
 RISE = 1.1  # a loss that exceeds the lowest one by this factor ends the steps down, as do two rises in a row
 
 
-def search(evaluate: Callable[[Sequence[float]], Sequence[float]], falling: Sequence[float]) -> dict[float, float]:
+def search(
+    evaluate: Callable[[Sequence[float]], Sequence[float]], falling: Sequence[float], *, at_once: int = 1
+) -> dict[float, float]:
     """Return the losses of the values that were tried.
 
     Parameters
     ----------
     evaluate : values -> losses    called with some values in falling order
     falling : sequence of float    the grid
+    at_once : int                  steps down that are evaluated together
     """
     losses: dict[int, float] = {}
 
@@ -37,8 +39,8 @@ def search(evaluate: Callable[[Sequence[float]], Sequence[float]], falling: Sequ
         return min(losses, key=lambda index: (losses[index], index))
 
     steps = range(0, len(falling), STRIDES[0])
-    for first in range(0, len(steps), AT_ONCE):
-        try_all(steps[first : first + AT_ONCE])
+    for first in range(0, len(steps), at_once):
+        try_all(steps[first : first + at_once])
         if _rises(list(losses.values())):
             break
     for stride in STRIDES[1:]:
