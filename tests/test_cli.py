@@ -33,7 +33,7 @@ def test_the_whole_loop(run: Run, photos: Path) -> None:
 
     fitted = run("fit-head", "--json").data
     assert fitted["metrics"]["test"]["accuracy"] == 1.0
-    assert len(fitted["l2_path"]) == 45
+    assert 5 <= len(fitted["l2_path"]) < 45
     assert set(fitted["l2_path"][0]) == {"l2", "val_accuracy", "objective"}
 
     tuned = run("finetune", "--unfreeze", "layer4", "--epochs", 2, "--batch-size", 8, "--json").data
