@@ -34,7 +34,7 @@ def test_the_whole_loop(run: Run, photos: Path) -> None:
     fitted = run("fit-head", "--json").data
     assert fitted["metrics"]["test"]["accuracy"] == 1.0
     assert 5 <= len(fitted["l2_path"]) < 45
-    assert set(fitted["l2_path"][0]) == {"l2", "val_accuracy", "objective"}
+    assert set(fitted["l2_path"][0]) == {"l2", "val_accuracy", "val_log_loss", "objective"}
 
     tuned = run("finetune", "--unfreeze", "layer4", "--epochs", 2, "--batch-size", 8, "--json").data
     assert tuned["handoff_max_abs_diff"] < 1e-3
