@@ -66,6 +66,22 @@ class FeatureSet:
         first, *others = spaces
         return replace(self, space=first, extra_spaces=tuple(others))
 
+    def views(self) -> tuple[FeatureSet, ...]:
+        """Return the cached views of the images, all of one augmentation and seed: those that were extracted last, else most."""
+        found: dict[tuple[str, int, int], dict[int, Space]] = defaultdict(dict)
+        for space in feature_spaces(self.cache):
+            made = space.spec["transform"] if space.spec["view"] else {}
+            for number, clean in enumerate(self.spaces):
+                if made and _clean_spec(space.spec) == _clean_spec(clean.spec):
+                    found[made["augment"], made["seed"], made["view"]][number] = space
+        latest = (self.cache.latest() or {"spaces": []})["spaces"]
+        sets: dict[tuple[str, int], list[FeatureSet]] = defaultdict(list)
+        for (augment, seed, _), spaces in sorted(found.items()):
+            if len(spaces) == len(self.spaces):
+                sets[augment, seed].append(self.only(spaces[number] for number in sorted(spaces)))
+        newest = sorted(sets.values(), key=lambda views: (views[0].space.folder.name in latest, len(views)))
+        return tuple(newest[-1]) if newest else ()
+
     def reopened(self, **requested: Any) -> FeatureSet:
         """Return the features that `open_features` finds for the same data set in the same cache."""
         return replace(open_features(self.cache, self.dataset, **requested), backbone=self.backbone)
@@ -384,6 +400,14 @@ def _by_model(spaces: Sequence[Space]) -> list[list[Space]]:
 def model_fields(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Return a spec without the layer and its pooling; it is the same for all spaces of one model."""
     return {name: value for name, value in spec.items() if name not in LAYER_FIELDS}
+
+
+def _clean_spec(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a spec without what makes a view of an image."""
+    transform, added = spec["transform"], {"augment", "seed", "view"}
+    if isinstance(transform, dict):  # a user's own may be a text
+        transform = {k: v for k, v in transform.items() if k not in {*added, transform.get("augment")}}
+    return {**spec, "transform": transform, "view": 0}
 
 
 def _in_model_order(spaces: Sequence[Space]) -> list[Space]:

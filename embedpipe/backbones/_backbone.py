@@ -85,6 +85,19 @@ class Backbone:
         """The stages in the order in which they run."""
         return find_stages(self.module.model, self.trace)
 
+    def augmented(self, augment: str, *, seed: int, view: int) -> Backbone:
+        """Return the backbone with a transform that makes one view of an image; the two share the model.
+
+        Raises
+        ------
+        UsageError    the transform is not an `images.Transform`
+        """
+        if not isinstance(self.transform, Transform):
+            hint = "use an embedpipe.images.Transform"
+            raise UsageError("--views of a backbone with a transform of your own", hint=hint)
+        transform = replace(self.transform, augment=augment, seed=seed, view=view)
+        return replace(self, transform=transform, spec={**self.spec, "transform": transform.to_dict()})
+
     def cut(self, layer: str) -> Cut:
         """Return the part before a layer (a stage or any module) and the part from it on.
 

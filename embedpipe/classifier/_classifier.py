@@ -180,6 +180,18 @@ class Classifier:
             loaded.append(backbones[-1])
         return tuple(backbones)
 
+    @property
+    def augmentation(self) -> tuple[str, int]:
+        """Name and seed of the augmentation that the run was trained with, or else those that `extract` uses by default."""
+        made = self.report.get("views") or self.report.get("options") or {}
+        return (made["augment"], made["seed"]) if made.get("augment", "none") != "none" else ("standard", 0)
+
+    def backbone_at(self, number: int) -> Backbone:
+        """Return the backbone of a block of features: those of the image, then those of view 1, 2, ..."""
+        view, part = divmod(number, len(self.backbones))
+        augment, seed = self.augmentation
+        return self.backbones[part].augmented(augment, seed=seed, view=view) if view else self.backbones[part]
+
     def predict_proba(self, paths: Sequence[PathLike]) -> np.ndarray:
         """Return the probabilities float64 (N, C) of image files, or the predicted numbers (N, 1) of a regression.
 
@@ -235,8 +247,11 @@ def classify(
     workers: int | str = "auto",
     strict: bool = False,
     progress: Progress | None = None,
+    views: int = 0,
 ) -> tuple[list[str], np.ndarray, tuple[Failure, ...]]:
     """Return the probabilities of image files, in their order; rows in the cache are not computed again.
+
+    views : int    augmented views of each image, whose probabilities are averaged with those of the image
 
     Returns
     -------
@@ -256,7 +271,8 @@ def classify(
                 keys[file] = index.key_of(file)
             except OSError as exc:
                 failed[file] = Failure(str(file), "read", exc.strerror or str(exc))
-    rows = [_cached_rows(part, cache, keys.values()) for part in classifier.reference.parts]
+    cached = [_cached_rows(part, cache, keys.values()) for part in classifier.reference.parts]
+    rows: list[dict[bytes, np.ndarray]] = [*cached, *({} for _ in range(views * len(cached)))]
     unknown = {key: file for file, key in keys.items() if any(key not in one for one in rows)}
     machine = {"device": device, "batch_size": batch_size, "workers": workers}
     done: set[bytes] = set()
@@ -274,7 +290,8 @@ def classify(
     probabilities = np.empty((0, len(classifier.classes)))
     if good:
         blocks = [np.stack([one[keys[file]] for file in good]).astype(np.float32) for one in rows]
-        probabilities = classifier.head.predict_proba(np.hstack(blocks))
+        each = [np.hstack(blocks[first : first + len(cached)]) for first in range(0, len(blocks), len(cached))]
+        probabilities = np.mean([classifier.head.predict_proba(one) for one in each], axis=0)
     return [str(file) for file in good], probabilities, tuple(failed.values())
 
 
@@ -295,18 +312,19 @@ def _computed_rows(
     rows: Sequence[Mapping[bytes, np.ndarray]],
     **machine: Any,
 ) -> Iterator[tuple[int, Rows]]:
-    """Yield the index of a space and computed rows that it lacks; spaces that lack the same images share one pass."""
+    """Yield an index into `rows` and computed rows that are lacking there; those that lack the same images share one pass."""
     passes: dict[tuple[Any, ...], dict[bytes, ByteSource | Path]] = defaultdict(dict)
     for key, file in unknown.items():
         lacking: dict[tuple[str, str], list[int]] = defaultdict(list)
-        for number, part in enumerate(classifier.reference.parts):
-            if key not in rows[number]:
+        for number, of_key in enumerate(rows):
+            if key not in of_key:
+                part = classifier.reference.parts[number % len(classifier.reference.parts)]
                 lacking[part.spec["precision"], part.spec["stored_dtype"]].append(number)
         for arithmetic, numbers in lacking.items():
             passes[*arithmetic, *numbers][key] = file
     for (precision, dtype, *numbers), items in passes.items():
         forward = resolve_settings(precision=precision, store_dtype=dtype, **machine)
-        runner = Runner([classifier.backbones[n] for n in numbers], forward.definite)
+        runner = Runner([classifier.backbone_at(n) for n in numbers], forward.definite)
         for batch in stream_rows(items.items(), runner):
             yield numbers[batch.backbone], batch
 

@@ -28,22 +28,36 @@ def fit_head(session: Session, dataset: str | None, **options: Any) -> None:
 
 
 def format_title(report: Mapping[str, Any]) -> str:
-    """Return the run, how its head was fitted, and the time."""
+    """Return the run, how its head was fitted and selected, and the time."""
     l2 = "" if report["l2"] is None else f", l2 {report['l2']:.3g}"
     calibrated = " calibrated" if (report["calibration"] or {}).get("applied") else ""
     fitted = f"{report['solver']}{l2}, {report['n_train']} training images, {report['seconds']:.1f} s"
-    return f"run {report['run']}: {fitted}{calibrated}"
+    lines = [f"run {report['run']}: {fitted}{calibrated}"]
+    if selection := report["selection"]:
+        on = (
+            "each training image left out"
+            if selection["on"] == "train"
+            else f"{selection['n']} images of {selection['on']}"
+        )
+        near = selection["nearly_as_good"]
+        flat = f"; l2 from {near[0]:.1g} to {near[1]:.1g} is at most 1 % worse" if near and near[0] < near[1] else ""
+        lines.append(f"selected by {selection['by']}, {on}{flat}")
+    if views := report["views"]:
+        used = "used" if views["used"] else "not used"
+        losses = [views["val_log_loss"], views["val_log_loss_without"]]
+        scores = "" if losses[0] is None else f": log loss held out {losses[0]:.4f} with them, {losses[1]:.4f} without"
+        lines.append(f"{views['count']} views of each training image ({views['augment']}) are {used}{scores}")
+    return "\n".join(lines)
 
 
 def format_ranking(ranking: Sequence[Mapping[str, Any]]) -> str:
-    """Return a table of the scores of each space on val, the best first."""
-    difference = "to the best, 95 % interval"
+    """Return a table of the scores of each space on held-out images, the best first."""
     lines = [
-        f"{'layer':<24} {'pool':<5} {'dim':>5} {'l2':>9} {'val accuracy':>12} {'log loss':>9}  {difference:<28} backbone"
+        f"{'layer':<24} {'pool':<5} {'dim':>5} {'l2':>9} {'val accuracy':>12} {'log loss':>9}  "
+        f"{'to the best, 95 % interval':<28} backbone"
     ]
     for one in ranking:
-        low, high = one["difference_ci95"]
-        difference = "chosen" if one["chosen"] else f"{one['difference']:+.4f} ({low:+.4f} to {high:+.4f})"
+        difference = "chosen" if one["chosen"] else _loss_difference(one)
         lines.append(
             f"{one['layer']:<24} {one['pool']:<5} {one['dim']:>5} {one['l2']:>9.3g} {one['val_accuracy']:>12.4f} "
             f"{one['val_log_loss']:>9.4f}  {difference:<28} {one['backbone']}"
@@ -51,16 +65,26 @@ def format_ranking(ranking: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([*lines, ""])
 
 
+def _loss_difference(one: Mapping[str, Any]) -> str:
+    low, high = one["loss_difference_ci95"]
+    return f"{one['loss_difference']:+.4f} ({low:+.4f} to {high:+.4f})"
+
+
 def format_blocks(blocks: Sequence[Mapping[str, Any]], decision: Mapping[str, Any]) -> str:
-    """Return a table of the requested spaces, and whether the head uses several or one."""
-    lines = [f"{'layer':<24} {'dim':>5} {'alone on val':>12}  {'scale':>7}  backbone"]
+    """Return a table of the requested spaces, and which of them the head uses."""
+    lines = [f"{'layer':<24} {'dim':>5} {'accuracy':>8} {'log loss alone':>14}  {'scale':>8}  backbone"]
     for one in blocks:
         scale = "not used" if not one["chosen"] else "" if one["scale"] is None else f"{one['scale']:.3f}"
-        lines.append(f"{one['layer']:<24} {one['dim']:>5} {one['val_accuracy']:>12.4f}  {scale:>8} {one['backbone']}")
+        alone = f"{one['val_accuracy']:>8.4f} {one['val_log_loss']:>14.4f}"
+        lines.append(f"{one['layer']:<24} {one['dim']:>5} {alone}  {scale:>8}  {one['backbone']}")
     several, last = decision["blocks"], decision["last"]
-    used = "several are used" if decision["chosen"] == "blocks" else f"only {last['layer']} is used"
-    together = f"{' + '.join(several['layers'])} {several['val_accuracy']:.4f}"
-    return "\n".join([*lines, f"on val: {together}, {last['layer']} {last['val_accuracy']:.4f}; {used}", ""])
+    used = " + ".join(decision[decision["chosen"]]["layers"])
+    together = f"{' + '.join(several['layers'])} {several['val_log_loss']:.4f}"
+    difference = f"difference {_loss_difference(decision)}"
+    lines.append(
+        f"log loss held out: {together}, {last['layers'][0]} {last['val_log_loss']:.4f}, {difference}; used: {used}"
+    )
+    return "\n".join([*lines, ""])
 
 
 def format_curve(curve: Sequence[Mapping[str, Any]]) -> str:

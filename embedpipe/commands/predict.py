@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from embedpipe.errors import UsageError
 from embedpipe.storage import PathLike
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def predict(
     batch_size: int | Literal["auto"] = "auto",
     device: str = "auto",
     workers: int | Literal["auto"] = "auto",
+    views: int = 0,
     strict: bool = False,
     cache_dir: PathLike = "cache",
     runs_dir: PathLike = "runs",
@@ -108,6 +110,9 @@ def predict(
         auto, cpu, cuda, cuda:K or mps.
     workers : int or auto
         Decoder processes.
+    views : int
+        Average the probabilities of each image and so many augmented views of it, which are not cached. Augmentation and seed
+        are those of the run; of a run without views, standard and 0.
     strict : bool
         Exit with 1 instead of 3 if an image failed.
 
@@ -120,9 +125,11 @@ def predict(
     from embedpipe.classifier import Classifier, classify
     from embedpipe.data import list_images
 
+    if views < 0:
+        raise UsageError(f"--views is {views}, expected 0 or more")
     run = Classifier.of(run, runs_dir)
     machine: dict[str, Any] = {"device": device, "batch_size": batch_size, "workers": workers, "progress": progress}
-    found = classify(run, list_images(images), cache=Cache(Path(cache_dir)), strict=strict, **machine)
+    found = classify(run, list_images(images), cache=Cache(Path(cache_dir)), strict=strict, views=views, **machine)
     paths, probabilities, failed = found
     rows = zip(paths, probabilities, strict=True)
     return Predictions([Prediction(path, run.classes, row, run.task) for path, row in rows], failed, run.task)

@@ -82,7 +82,8 @@ def fit_linear(
     solver : str                            auto, newton, lbfgs, sklearn or ridge
     standardize : bool, optional            whether features are scaled to unit variance; the default
     sample_weight : float (N,), optional    not negative, divided by its sum
-    widths : sequence of int, optional      of blocks of features side by side that weigh the same (`block_scales`)
+    widths : sequence of int, optional      of blocks of features side by side
+    block_weights : sequence of float, optional    of these blocks (`block_scale_factors`); by default they weigh the same
     memory_bytes : float                    that the solver may use besides X, which may be `ChunkedFeatures`; 1 GiB at most
 
     Raises

@@ -48,6 +48,7 @@ def make_problem(
     standardize: bool = True,
     sample_weight: ArrayLike | None = None,
     widths: Sequence[int] = (),
+    block_weights: Sequence[float] = (),
     memory_bytes: float = MEMORY_BYTES,
 ) -> Problem:
     """Check and standardise training data; `fit_linear` describes the parameters.
@@ -63,10 +64,10 @@ def make_problem(
     weights = _check_weights(sample_weight, len(labels))
     used = weights > NEGLIGIBLE_WEIGHT * weights.max(initial=0)
     targets = _MAKE_TARGETS[task](labels[used], weights[used])
-    mean, inverse = _measure_scale(features, widths or (features.shape[1],), standardize)
+    mean, inverse = _measure_scale(features, widths or (features.shape[1],), block_weights, standardize)
     provenance: dict[str, Any] = {"standardize": standardize, "n_train": int(used.sum())}
     if len(widths) > 1:
-        provenance |= {"blocks": list(widths), "scales": block_scale_factors(widths).tolist()}
+        provenance |= {"blocks": list(widths), "scales": block_scale_factors(widths, block_weights).tolist()}
     if standardize or len(widths) > 1:
         features = map_features(features, partial(_scale, mean=mean, inverse=inverse), np.inf)
     return Problem(
@@ -108,7 +109,9 @@ def fold(
     return LinearHead(raw, raw_bias.astype(dtype), problem.classes, provenance, problem.task)
 
 
-def _measure_scale(X: Features, widths: Sequence[int], standardize: bool) -> tuple[Any, Any]:
+def _measure_scale(
+    X: Features, widths: Sequence[int], block_weights: Sequence[float], standardize: bool
+) -> tuple[Any, Any]:
     """Return what to subtract from the features and what to multiply them by, (D,).
 
     float32 is as fast as memory; float64 if float32 would overflow.
@@ -121,20 +124,21 @@ def _measure_scale(X: Features, widths: Sequence[int], standardize: bool) -> tup
         raise UsageError(f"blocks of {sum(widths)} features together, expected {X.shape[1]}")
     mean, std = _mean_and_std(X) if standardize else (np.zeros(X.shape[1]), np.ones(X.shape[1]))
     columns = np.split(std, np.cumsum(widths)[:-1])
-    inverse = np.concatenate(
-        [scale / _floor(one) for scale, one in zip(block_scale_factors(widths), columns, strict=True)]
-    )
+    factors = block_scale_factors(widths, block_weights)
+    inverse = np.concatenate([scale / _floor(one) for scale, one in zip(factors, columns, strict=True)])
     fits = np.abs([mean, inverse, mean * inverse]).max() < FLOAT32_LIMIT and inverse.min() > 1 / FLOAT32_LIMIT
     return (mean.astype(np.float32), inverse.astype(np.float32)) if fits else (mean, inverse)
 
 
-def block_scale_factors(widths: Sequence[int]) -> Float64:
-    """Return sqrt(D / (B * width)) for each of B blocks of D features together, float64 (B,).
+def block_scale_factors(widths: Sequence[int], weights: Sequence[float] = ()) -> Float64:
+    """Return the scale of each of B blocks of D features together, float64 (B,): sqrt(D * weight / (sum of weights * width)).
 
-    Standardised features times the scale of their block have rows of the same mean squared norm in every block, so that a block
-    of 2,048 features does not dominate one of 64, and together that of D standardised features, so that l2 keeps its meaning.
+    The mean squared norm of a row of standardised features times their scale is in each block proportional to its weight, by
+    default the same, so that a block of 2,048 features does not dominate one of 64. Together it is that of D standardised
+    features, so that l2 keeps its meaning.
     """
-    return np.sqrt(sum(widths) / (len(widths) * np.asarray(widths, dtype=np.float64)))
+    shares = np.asarray(weights if len(weights) else np.ones(len(widths)))
+    return np.asarray(np.sqrt(sum(widths) * shares / (shares.sum() * np.asarray(widths, dtype=np.float64))))
 
 
 def _scale(x: Float32, *, mean: Any, inverse: Any) -> Float32:

@@ -1,13 +1,13 @@
 """Fold assignment: which rows of train and val are held out together, stratified by class, groups and copies in one fold.
 
->>> folds = selection_folds(X, y, content_groups(samples), class_weight="none", n_classes=3, max_bytes=4e9)
+>>> folds = selection_folds(X, y, content_groups(samples), views=None, weigh=lambda y: None, max_bytes=4e9)
 >>> path = fit_path(X, y, None, None, classes=classes, folds=folds)
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from embedpipe.data import Sample, connected_components, position
 from embedpipe.errors import UsageError
-from embedpipe.heads import ChunkedFeatures, Features, Fold, Int64, class_weights, select_rows
+from embedpipe.heads import ChunkedFeatures, Features, Fold, Int64, select_rows
+from embedpipe.selection._views import Views, select_views, training_rows
 
 FOLDS = 5  # of train and val, which select l2 where val is small
 MIN_VAL, MIN_VAL_PER_CLASS = 50, 2  # images of val below which folds of train and val select
@@ -29,13 +30,23 @@ def needs_folds(y_val: ArrayLike, n_classes: int) -> bool:
 
 
 def selection_folds(
-    X: Features, y: NDArray[Any], group: Int64, *, class_weight: str, n_classes: int, max_bytes: float
+    X: Features,
+    y: NDArray[Any],
+    group: Int64,
+    *,
+    views: Views | None,
+    weigh: Callable[[NDArray[Any]], NDArray[Any] | None],
+    max_bytes: float,
 ) -> list[Fold]:
     """Return FOLDS folds of rows (N, D), or as many as there are groups.
 
     Folds are left out if their training part has one class, or none of the classes that are held out.
 
+    Parameters
+    ----------
     group : int64 (N,)    rows of one number stay together; in the order of the numbers they are assigned
+    views : optional      additions to some rows; they are training rows only
+    weigh : y -> float64 (n,) or None    weights of training images
     """
     count = min(FOLDS, len(np.unique(group)))
     if count < 2:
@@ -46,9 +57,10 @@ def selection_folds(
         X = ChunkedFeatures(X.shape, X.__getitem__)
     for number in range(count):
         rest, held_out = np.flatnonzero(fold != number), np.flatnonzero(fold == number)
-        weights = class_weights(y[rest], n_classes)[y[rest]] if class_weight == "balanced" else None
         if (y[rest] != y[rest[0]]).any() and (y.ndim == 2 or np.isin(y[held_out], y[rest]).any()):
-            made.append(Fold(select_rows(X, rest), y[rest], select_rows(X, held_out), y[held_out], weights))
+            own = select_views(views, rest)
+            X_fit, y_fit, weights = training_rows(select_rows(X, rest), y[rest], own, weigh(y[rest]))
+            made.append(Fold(X_fit, y_fit, select_rows(X, held_out), y[held_out], weights))
     return made
 
 

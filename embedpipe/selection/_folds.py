@@ -16,6 +16,7 @@ import numpy as np
 from embedpipe.data import Sample, connected_components
 from embedpipe.heads import Features, Float64, Int64, select_rows
 from embedpipe.selection._fold_assignment import assign_folds
+from embedpipe.selection._views import Views, read_views, select_views
 
 if TYPE_CHECKING:
     from embedpipe.features import FeatureSet
@@ -43,9 +44,17 @@ class OutOfFold:
 
 
 def predict_out_of_fold(
-    features: FeatureSet, config: HeadConfig, *, folds: int = 5, splits: Sequence[str] = ("train", "val"), seed: int = 0
+    features: FeatureSet,
+    config: HeadConfig,
+    *,
+    folds: int = 5,
+    splits: Sequence[str] = ("train", "val"),
+    seed: int = 0,
+    views: bool = False,
 ) -> OutOfFold:
     """Predict each labelled sample of some splits by a head that was fitted without it.
+
+    views : bool    whether heads are fitted on the cached views of their training images, too
 
     Raises
     ------
@@ -57,11 +66,19 @@ def predict_out_of_fold(
     y = np.array([index[s.label or ""] for s in samples], dtype=np.int64)
     groups = connected_components(samples)
     X = config.rows(features, samples)
-    return OutOfFold(samples, y, *cross_fit(X, y, groups, config, folds=folds, seed=seed))
+    extra = read_views(features, samples, max_bytes=config.max_bytes) if views else None
+    return OutOfFold(samples, y, *cross_fit(X, y, groups, config, folds=folds, seed=seed, views=extra))
 
 
 def cross_fit(
-    X: Features, y: Int64, groups: Sequence[Hashable], config: HeadConfig, *, folds: int, seed: int
+    X: Features,
+    y: Int64,
+    groups: Sequence[Hashable],
+    config: HeadConfig,
+    *,
+    folds: int,
+    seed: int,
+    views: Views | None = None,
 ) -> tuple[Int64, Float64, list[float | None]]:
     """Predict each fold with a head fitted on the other folds.
 
@@ -74,6 +91,7 @@ def cross_fit(
     X : float32 (N, D)
     y : int64 (N,)         class index
     groups : N hashable    rows of one group stay in one fold
+    views : optional       additions to the training rows
 
     Returns
     -------
@@ -91,17 +109,21 @@ def cross_fit(
     for number in range(folds):
         held_out, rest = np.flatnonzero(fold == number), np.flatnonzero(fold != number)
         X_rest, X_held_out = select_rows(X, rest), select_rows(X, held_out)
-        l2 = _select_l2(X_rest, y[rest], group[rest], config, seed=seed)
-        probabilities[held_out] = config.fit(X_rest, y[rest], l2=l2).predict_proba(X_held_out)
+        own = select_views(views, rest)
+        l2 = _select_l2(X_rest, y[rest], group[rest], config, seed=seed, views=own)
+        probabilities[held_out] = config.fit(X_rest, y[rest], l2=l2, views=own).predict_proba(X_held_out)
         selected.append(l2)
     return fold, probabilities, selected
 
 
-def _select_l2(X: Features, y: Int64, group: Int64, config: HeadConfig, *, seed: int) -> float | None:
+def _select_l2(
+    X: Features, y: Int64, group: Int64, config: HeadConfig, *, seed: int, views: Views | None
+) -> float | None:
     """Return the l2 that scores best on an inner fold of a training part, or on all inner folds."""
     if not config.selects_l2:
         return None if config.solver == "knn" else float(config.l2)
     inner = assign_folds(y, group, folds=INNER_FOLDS, seed=seed) == 0
     rest, held_out = np.flatnonzero(~inner), np.flatnonzero(inner)
     order = np.concatenate([rest, held_out])
-    return config.select(select_rows(X, rest), y[rest], select_rows(X, held_out), y[held_out], group=group[order]).l2
+    rows = select_rows(X, rest), y[rest], select_rows(X, held_out), y[held_out]
+    return config.select(*rows, group=group[order], views=select_views(views, rest)).l2

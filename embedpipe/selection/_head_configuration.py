@@ -35,6 +35,7 @@ from embedpipe.heads import (
     stack_rows,
 )
 from embedpipe.selection._fold_assignment import content_groups, needs_folds, selection_folds
+from embedpipe.selection._views import Views, training_rows
 
 if TYPE_CHECKING:
     from embedpipe.data import Sample
@@ -53,6 +54,7 @@ class HeadConfig:
     classes : C names
     task : str               "single", "multilabel" or "regression", as in the manifest
     widths : tuple of int    number of features of each space, in column order; empty for one space
+    block_weights : tuple of float    of each space, relative to each other; empty if all are the same
     max_bytes : float        memory limit of fitting; larger feature sets are read in chunks
     selection : str          "log-loss" or "accuracy" on held-out rows
     k, temperature           of kNN; None selects them by the log loss
@@ -73,6 +75,7 @@ class HeadConfig:
     selection: str = "log-loss"
     k: int | None = None
     temperature: float | None = None
+    block_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.selection not in SELECT:
@@ -107,6 +110,11 @@ class HeadConfig:
         """Whether anything is selected: l2, or k and the temperature of kNN."""
         return self.selects_l2 or (self.solver == "knn" and None in (self.k, self.temperature))
 
+    @property
+    def uses_views(self) -> bool:
+        """Whether heads may be fitted on views: those that minimise a log loss."""
+        return self.solver not in ("knn", "ridge") and self.task != "regression"
+
     def uses_folds(self, y_val: Array) -> bool:
         """Whether folds of train and val select: val has too few images for the log loss, or none at all."""
         has_loo = self.solver == "ridge" or self.task == "regression"  # leave-one-out scores instead of those of val
@@ -121,15 +129,24 @@ class HeadConfig:
         """Return the features (N, D) of samples."""
         return features.rows(samples, max_bytes=self.max_bytes)
 
-    def select_on(self, features: FeatureSet) -> L2Path:
+    def select_on(self, features: FeatureSet, *, views: Views | None = None) -> L2Path:
         """Fit a head on train, and select l2 (of kNN: k and the temperature) on val, or on folds of train and val."""
         train, val = self.arrays(features, "train"), self.arrays(features, "val")
         group = None
         if self.uses_folds(val[1]):
             group = content_groups([s for split in ("train", "val") for s in features.labelled_samples(split)])
-        return self.select(*train, *val, group=group)
+        return self.select(*train, *val, group=group, views=views)
 
-    def select(self, X: Features, y: Array, X_val: Features, y_val: Array, *, group: Int64 | None = None) -> L2Path:
+    def select(
+        self,
+        X: Features,
+        y: Array,
+        X_val: Features,
+        y_val: Array,
+        *,
+        group: Int64 | None = None,
+        views: Views | None = None,
+    ) -> L2Path:
         """Fit a head on X, y, with the l2 that scores best on X_val, y_val, or on folds of both if val has few images.
 
         Parameters
@@ -137,6 +154,7 @@ class HeadConfig:
         X : float32 (N, D)
         y : int64 (N,), or float (N, C) for several labels, or float (N,) for regression
         group : int64 (N + n,), optional    of the rows of X and X_val: those of one number stay in one fold
+        views : optional                    additions to the rows of X; not for kNN
 
         Returns
         -------
@@ -153,14 +171,14 @@ class HeadConfig:
                 stack_rows(X, X_val),
                 np.concatenate([y, y_val]),
                 np.arange(len(y) + len(y_val)) if group is None else group,
-                class_weight=self.class_weight,
-                n_classes=len(self.classes),
+                views=views,
+                weigh=self._weigh,
                 max_bytes=self.max_bytes,
             )
         if self.solver == "knn":
             return self._select_knn(X, y, folds or ([Fold(X, y, X_val, y_val)] if len(y_val) else ()), bool(folds))
-        options = {**self._options(X, y), "select": self.selection, "folds": folds}
-        return fit_path(X, y, X_val, y_val, l2=self.l2, **options)
+        rows, options = self._training(X, y, views)
+        return fit_path(*rows, X_val, y_val, l2=self.l2, select=self.selection, folds=folds, **options)
 
     def _select_knn(self, X: Features, y: Array, folds: Sequence[Fold], several: bool) -> L2Path:
         """Return a kNN head with the k and temperature that are given, or best on held-out rows."""
@@ -170,31 +188,39 @@ class HeadConfig:
         head = fit_knn(X[:], y, classes=self.classes, k=k, temperature=temperature)
         return L2Path(head, None, (), losses, correct, selected_on)
 
-    def fit(self, X: Features, y: Array, *, l2: float | None) -> LinearHead | KnnHead:
-        """Fit a head on X, y with a fixed l2; None for kNN."""
+    def fit(self, X: Features, y: Array, *, l2: float | None, views: Views | None = None) -> LinearHead | KnnHead:
+        """Fit a head on X, y and views with a fixed l2; None for kNN."""
         if self.solver == "knn" or l2 is None:
             self._check_knn_task()
             return fit_knn(X[:], y, classes=self.classes, k=self.k or K, temperature=self.temperature or TEMPERATURE)
-        return fit_linear(X, y, l2=l2, **self._options(X, y))
+        rows, options = self._training(X, y, views)
+        return fit_linear(*rows, l2=l2, **options)
 
-    def refit(self, X: Features, y: Array, path: L2Path) -> LinearHead | KnnHead:
-        """Fit on X, y with what a path selected."""
+    def refit(self, X: Features, y: Array, path: L2Path, views: Views | None = None) -> LinearHead | KnnHead:
+        """Fit on X, y and views with what a path selected."""
         if isinstance(path.head, KnnHead):
             return replace(self, k=path.head.k, temperature=path.head.temperature).fit(X, y, l2=None)
-        return self.fit(X, y, l2=path.l2)
+        return self.fit(X, y, l2=path.l2, views=views)
 
     def _check_knn_task(self) -> None:
         if self.task != "single":
             raise UsageError(f"the solver knn does not support {self.task} targets", hint="leave out --solver knn")
 
-    def _options(self, X: Features, y: Array) -> dict[str, Any]:
-        return {
+    def _weigh(self, y: Array) -> Array | None:
+        """Return the weights of images, or None if all are the same."""
+        return class_weights(y, len(self.classes))[y] if self.class_weight == "balanced" else None
+
+    def _training(self, X: Features, y: Array, views: Views | None) -> tuple[tuple[Features, Array], dict[str, Any]]:
+        """Return rows and targets to fit on, and the options of the fit."""
+        X, y, sample_weight = training_rows(X, y, views, self._weigh(y))
+        return (X, y), {
             "classes": self.classes,
             "task": self.task,
             "solver": self.solver,
             "standardize": self.standardize,
             "widths": self.widths or (X.shape[1],),
-            "sample_weight": class_weights(y, len(self.classes))[y] if self.class_weight == "balanced" else None,
+            "block_weights": self.block_weights,
+            "sample_weight": sample_weight,
             "memory_bytes": max(1.0, self.max_bytes / 4),
         }
 

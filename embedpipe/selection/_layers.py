@@ -1,64 +1,78 @@
-"""Layer selection: on which cached spaces of a data set, one or several side by side, a head scores best on val.
+"""Selection of the rows of a head: which layers, one or several side by side, and whether with views of the train images.
 
-A head with its own l2 is fitted on each space. Several spaces replace the last layer only where the gain on val exceeds
-its noise; ties go to the last layer. The test split is not read.
+A head with its own l2 is fitted on each space. Held-out images are those of val, or of folds where val is small. Best is the
+lowest log loss, or with `select="accuracy"` the highest accuracy. Other spaces replace the last layer only where the gain
+exceeds its noise. The test split is not read.
 
->>> best, report = select_space(features, fit)
+>>> best, report = select_space(features, config)
 >>> [row["layer"] for row in report["ranking"]]
 ['layer3', 'penultimate', 'layer2']
->>> select_blocks(features, fit)[0].widths
+>>> select_blocks(features, config)[0].features.widths
 (256, 512)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from embedpipe.evaluation import losses
+from embedpipe.errors import UsageError
 from embedpipe.features import PENULTIMATE, FeatureSet
 from embedpipe.heads import L2Path, block_scale_factors
+from embedpipe.selection._head_configuration import HeadConfig
+from embedpipe.selection._views import read_views
 
 BOOTSTRAP_DRAWS, BOOTSTRAP_SEED = 10_000, 0
-
-Fit = Callable[[FeatureSet], L2Path]
+MIN_GAIN = 0.01  # of the log loss, in nats
+BLOCK_WEIGHTS = (1.0, 0.25, 4.0)  # of a block that is added, relative to those that are there
 
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """A head fitted on some spaces, and how it predicts val.
+    """A head fitted on some spaces.
 
     features : FeatureSet    of these spaces
-    path : L2Path
-    correct : bool (n,)      whether each prediction is correct
-    losses : float64 (n,)    negative log probability of the true class
+    config : HeadConfig      with the width and the weight of each space
+    path : L2Path            with the losses of the held-out images
     """
 
     features: FeatureSet
+    config: HeadConfig
     path: L2Path
-    correct: NDArray[np.bool_]
-    losses: NDArray[np.float64]
+
+    @classmethod
+    def fit(cls, features: FeatureSet, config: HeadConfig, weights: Sequence[float] = ()) -> Candidate:
+        config = replace(config, widths=features.widths, block_weights=tuple(weights))
+        return cls(features, config, config.select_on(features))
 
     @property
     def score(self) -> tuple[float, float]:
-        """Accuracy, then negative log loss: higher is better."""
-        return float(self.correct.mean()), -float(self.losses.mean())
+        """Negative log loss and accuracy, the one that selects first: higher is better."""
+        scores = -float(self.path.losses.mean()), float(self.path.correct.mean())
+        return scores if self.config.selection == "log-loss" else scores[::-1]
 
     @property
-    def lowest_loss(self) -> float:
-        """Lowest log loss along the path over l2; less noisy than the loss at the most accurate point."""
-        return float(self.losses.mean())
+    def weights(self) -> dict[Any, float]:
+        """Weight of the block of each space, by the folder of the space."""
+        folders = [space.folder for space in self.features.spaces]
+        return dict(zip(folders, self.config.block_weights or [1.0] * len(folders), strict=True))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"l2": self.path.l2, "val_accuracy": self.score[0], "val_log_loss": -self.score[1]}
+        accuracy, loss = float(self.path.correct.mean()), float(self.path.losses.mean())
+        return {
+            "layers": list(self.features.layers),
+            "l2": self.path.l2,
+            "val_accuracy": accuracy,
+            "val_log_loss": loss,
+        }
 
-    def describe(self) -> dict[str, Any]:
-        """Return the record of a candidate on one space."""
+    def describe(self, than: Candidate) -> dict[str, Any]:
+        """Return the record of a candidate on one space, and how it differs from another one."""
         space = self.features.space
         return {
             "space": space.folder.name,
@@ -67,69 +81,124 @@ class Candidate:
             "pool": space.spec["pool"],
             "dim": self.features.feature_dim,
             **self.to_dict(),
+            **compare_paths(self.path, than.path),
         }
 
 
-def _evaluate(features: FeatureSet, fit: Fit) -> Candidate:
-    """Fit a head on all columns of `features` and predict val."""
-    path = fit(features)
-    X, y = features.arrays("val")
-    probabilities = path.head.predict_proba(X)
-    return Candidate(features, path, probabilities.argmax(axis=1) == y, losses(probabilities, y))
+def select_space(features: FeatureSet, config: HeadConfig) -> tuple[Candidate, dict[str, Any]]:
+    """Select the space with the best score; return its head and the ranking, each space compared with the best one."""
+    ranked = sorted(_fit_each(features, config), key=lambda candidate: candidate.score, reverse=True)
+    return ranked[0], {"ranking": [{**one.describe(ranked[0]), "chosen": one is ranked[0]} for one in ranked]}
 
 
-def _evaluate_each(features: FeatureSet, fit: Fit) -> list[Candidate]:
-    """Fit a head on each space alone, in column order."""
-    return [_evaluate(features.only([space]), fit) for space in features.spaces]
+def select_blocks(features: FeatureSet, config: HeadConfig) -> tuple[Candidate, dict[str, Any]]:
+    """Select the last layer, the best single one, or several side by side; return the head and the report.
 
-
-def select_space(features: FeatureSet, fit: Fit) -> tuple[FeatureSet, dict[str, Any]]:
-    """Select the space with the highest accuracy on val (ties: the lowest log loss); return its features and the ranking.
-
-    In the ranking, `difference` is a space's accuracy minus the best one's, with a 95 % paired bootstrap interval.
+    The last layer is the penultimate one, or else the last in model order; of several backbones, the one with the best
+    score. Several layers are found by forward selection: from the best layer on, the others are tried in the order of their
+    own score, each with three weights, and added where the joint head has a better score. The best layer replaces the last
+    one, and several layers replace that, where `is_beyond_noise`.
     """
-    ranked = sorted(_evaluate_each(features, fit), key=lambda candidate: candidate.score, reverse=True)
-    table = []
-    for candidate in ranked:
-        difference, interval = paired_difference(candidate.correct, ranked[0].correct)
-        row = {**candidate.describe(), "difference": difference, "difference_ci95": interval}
-        table.append({**row, "chosen": candidate is ranked[0]})
-    return ranked[0].features, {"ranking": table}
+    candidates = _fit_each(features, config)
+    last = max(_last_layers(candidates), key=lambda one: one.score)
+    ranked = sorted(candidates, key=lambda one: (one.score, one is last), reverse=True)
+    single = blocks = ranked[0]
+    for candidate in ranked[1:]:
+        joint = [_join(features, blocks, candidate, weight) for weight in BLOCK_WEIGHTS]
+        blocks = max([blocks, *joint], key=lambda one: one.score)
+    winner = last
+    for candidate in (single, blocks):
+        winner = candidate if is_beyond_noise(candidate.path, winner.path, config.selection) else winner
+    names = {id(blocks): "blocks", id(single): "single", id(last): "last"}
+    scales = dict(
+        zip(winner.weights, block_scale_factors(winner.features.widths, winner.config.block_weights), strict=True)
+    )
+    rows = [
+        {**one.describe(last), "scale": scales.get(folder) if len(scales) > 1 else None, "chosen": folder in scales}
+        for one, folder in ((one, one.features.space.folder) for one in candidates)
+    ]
+    decision = {"chosen": names[id(winner)], "last": last.to_dict(), "single": single.to_dict()}
+    return winner, {
+        "blocks": rows,
+        "decision": {**decision, "blocks": blocks.to_dict(), **compare_paths(blocks.path, last.path)},
+    }
 
 
-def select_blocks(features: FeatureSet, fit: Fit) -> tuple[FeatureSet, dict[str, Any]]:
-    """Select several spaces, or the last layer where they do not improve on it beyond noise; return features and report.
+def try_views(candidate: Candidate) -> tuple[L2Path, dict[str, Any] | None]:
+    """Fit again with the cached views of the train images, and keep that if the log loss of held-out images is lower.
 
-    The last layer is the penultimate one, or else the last in model order; of several backbones, the one that scores best
-    on val. The other spaces are tried in the order of their own log loss on val (forward selection). A space is added
-    where the log loss of the joint head becomes lower. This takes two fits per space. `is_beyond_noise` makes the final
-    decision.
+    Returns
+    -------
+    The better path, and a dict, or None if there are no views or the solver does not use them
+        augment, seed, count : of the views
+        used : bool
+        val_log_loss, val_log_loss_without : of the held-out images with and without views; None if no images are held out
     """
-    candidates = _evaluate_each(features, fit)
-    last = max(_last_layers(candidates), key=lambda candidate: candidate.score)
-    blocks = last
-    for candidate in sorted((one for one in candidates if one is not last), key=lambda one: one.lowest_loss):
-        folders = {*(space.folder for space in blocks.features.spaces), candidate.features.space.folder}
-        joint = _evaluate(features.only(space for space in features.spaces if space.folder in folders), fit)
-        blocks = joint if joint.lowest_loss < blocks.lowest_loss else blocks
-    winner = blocks if is_beyond_noise(blocks, last) else last
-    return winner.features, _describe_blocks(candidates, winner, last=last, blocks=blocks)
+    features, config, path = candidate.features, candidate.config, candidate.path
+    samples = features.labelled_samples("train")
+    views = read_views(features, samples, max_bytes=config.max_bytes) if config.uses_views else None
+    if views is None:
+        return path, None
+    found = features.views()
+    transform = found[0].space.spec["transform"]
+    report = {"augment": transform["augment"], "seed": transform["seed"], "count": len(found), "used": False}
+    if not len(path.losses):
+        return path, {**report, "val_log_loss": None, "val_log_loss_without": None}
+    augmented = config.select_on(features, views=views)
+    losses = [float(one.losses.mean()) for one in (augmented, path)]
+    report |= {"used": losses[0] < losses[1], "val_log_loss": losses[0], "val_log_loss_without": losses[1]}
+    return augmented if report["used"] else path, report
 
 
-def is_beyond_noise(new: Candidate, old: Candidate) -> bool:
-    """Return True if `new` is better on val than `old` by more than noise.
+def _fit_each(features: FeatureSet, config: HeadConfig) -> list[Candidate]:
+    """Fit a head on each space alone, in column order.
 
-    More predictions must be correct, and one of two tests must hold. (1) McNemar's statistic with continuity correction
-    is at least one standard error: gained - lost - 1 >= sqrt(gained + lost), over the samples on which the two disagree.
-    (2) The mean difference of the log loss is at least two standard errors. The log loss reacts earlier than accuracy,
-    but alone it is no evidence of more correct predictions.
+    Raises
+    ------
+    UsageError    no image is held out
+    """
+    candidates = [Candidate.fit(features.only([space]), config) for space in features.spaces]
+    if not len(candidates[0].path.losses):
+        hint = "name one --layer, or add val/ images"
+        raise UsageError(f"{features.manifest.name} has no validation samples to select layers on", hint=hint)
+    return candidates
+
+
+def _join(features: FeatureSet, blocks: Candidate, new: Candidate, weight: float) -> Candidate:
+    """Fit a head on the spaces of two candidates, in column order."""
+    weights = {**blocks.weights, new.features.space.folder: weight}
+    spaces = [space for space in features.spaces if space.folder in weights]
+    return Candidate.fit(features.only(spaces), new.config, [weights[space.folder] for space in spaces])
+
+
+def is_beyond_noise(new: L2Path, old: L2Path, select: str = "log-loss") -> bool:
+    """Return True if `new` predicts the held-out images better than `old` by more than noise.
+
+    The mean log loss must be lower by at least MIN_GAIN and one standard error of the paired difference. By accuracy,
+    McNemar's statistic with continuity correction must be at least one standard error: gained - lost - 1 >=
+    sqrt(gained + lost), over the images on which the two disagree.
 
     Source: McNemar, Psychometrika 12 (1947).
     """
+    if select == "log-loss":
+        saved = old.losses - new.losses
+        return bool(saved.mean() >= max(MIN_GAIN, saved.std() / math.sqrt(len(saved))))
     gained, lost = int((new.correct & ~old.correct).sum()), int((old.correct & ~new.correct).sum())
-    saved = old.losses - new.losses
-    lower_loss = saved.mean() >= 2 * saved.std() / math.sqrt(len(saved))
-    return gained > lost and bool(lower_loss or gained - lost - 1 >= math.sqrt(gained + lost))
+    return gained - lost - 1 >= math.sqrt(gained + lost)
+
+
+def compare_paths(new: L2Path, old: L2Path) -> dict[str, Any]:
+    """Return the paired differences on the same held-out images, new less old, with 95 % bootstrap intervals."""
+    difference, interval = paired_difference(new.correct, old.correct)
+    saved = new.losses - old.losses
+    half = 1.96 * float(saved.std()) / math.sqrt(len(saved))
+    loss = float(saved.mean())
+    return {
+        "difference": difference,
+        "difference_ci95": interval,
+        "loss_difference": loss,
+        "loss_difference_ci95": [loss - half, loss + half],
+    }
 
 
 def paired_difference(correct: NDArray[np.bool_], other: NDArray[np.bool_]) -> tuple[float, list[float]]:
@@ -156,24 +225,3 @@ def _last_layers(candidates: Sequence[Candidate]) -> list[Candidate]:
         if model not in last or last[model].features.space.spec["layer"] != PENULTIMATE:
             last[model] = candidate
     return list(last.values())
-
-
-def _describe_blocks(
-    candidates: Sequence[Candidate], winner: Candidate, *, last: Candidate, blocks: Candidate
-) -> dict[str, Any]:
-    chosen = [space.folder for space in winner.features.spaces]
-    factors = block_scale_factors(winner.features.widths).tolist() if len(chosen) > 1 else [None]
-    scales = dict(zip(chosen, factors, strict=True))
-    rows = [
-        {**candidate.describe(), "scale": scales.get(folder), "chosen": folder in chosen}
-        for candidate, folder in ((one, one.features.space.folder) for one in candidates)
-    ]
-    gain, interval = paired_difference(blocks.correct, last.correct)
-    decision = {
-        "chosen": "last" if winner is last else "blocks",
-        "last": {"layer": last.features.space.spec["layer"], **last.to_dict()},
-        "blocks": {"layers": list(blocks.features.layers), **blocks.to_dict()},
-        "gain": gain,
-        "gain_ci95": interval,
-    }
-    return {"blocks": rows, "decision": decision}

@@ -14,8 +14,8 @@ from embedpipe.cache import Cache
 from embedpipe.classifier import Classifier, Reference
 from embedpipe.errors import UsageError
 from embedpipe.features import open_features
-from embedpipe.heads import fit_path
-from embedpipe.selection import Candidate, is_beyond_noise, paired_difference
+from embedpipe.heads import L2Path, fit_path
+from embedpipe.selection import is_beyond_noise, paired_difference
 from tests.conftest import TINY, Run, write_photos
 
 LAYERS = ("layer1", "layer3", "penultimate")
@@ -43,21 +43,33 @@ def write_textures(folder: Path) -> Path:
     return folder
 
 
-def answers(right: list[int], confidence: float = 0.9) -> Candidate:
-    """A stand-in of n answers to class 0 of two, right or wrong, all as sure."""
+def answers(right: list[int], confidence: float = 0.9) -> L2Path:
+    """Return a path whose held-out answers of two classes are right or wrong, all with the same confidence."""
     correct = np.array(right, dtype=bool)
-    return Candidate(None, None, correct, -np.log(np.where(correct, confidence, 1 - confidence)))  # type: ignore[arg-type]
+    return L2Path(None, 1.0, (), -np.log(np.where(correct, confidence, 1 - confidence)), correct)  # type: ignore[arg-type]
 
 
-def test_a_gain_within_noise_is_none() -> None:
+def test_a_lower_log_loss_must_exceed_its_noise() -> None:
     base = [1] * 90 + [0] * 10
     assert not is_beyond_noise(answers(base), answers(base))
-    assert not is_beyond_noise(answers([1] * 91 + [0] * 9, 0.6), answers(base, 0.6))  # one answer more
-    assert is_beyond_noise(answers([1] * 94 + [0] * 6, 0.6), answers(base, 0.6))
+    assert is_beyond_noise(answers(base, 0.9), answers(base, 0.6))  # not one more is correct, and all are more certain
+    assert is_beyond_noise(answers([1] * 94 + [0] * 6), answers(base))
     noisy = [0] * 8 + [1] * 82 + [1] * 10  # ten gained, eight lost
     assert not is_beyond_noise(answers(noisy), answers(base))
-    assert not is_beyond_noise(answers(base, 0.9), answers(base, 0.6))  # surer, and not one answer more
-    assert is_beyond_noise(answers([1] * 91 + [0] * 9, 0.9), answers(base, 0.6))
+    assert not is_beyond_noise(answers([1] * 100, 0.9999), answers([1] * 100, 0.999))  # significant and negligible
+
+
+def test_a_gain_of_accuracy_must_exceed_its_noise() -> None:
+    base = [1] * 90 + [0] * 10
+
+    def gains(right: list[int], confidence: float = 0.6) -> bool:
+        return is_beyond_noise(answers(right, confidence), answers(base, 0.6), "accuracy")
+
+    assert not gains(base)
+    assert not gains(base, 0.9)
+    assert not gains([1] * 91 + [0] * 9)
+    assert gains([1] * 94 + [0] * 6)
+    assert not gains([0] * 8 + [1] * 82 + [1] * 10)
 
 
 def test_the_difference_is_paired() -> None:
@@ -120,14 +132,15 @@ def test_a_run_on_several_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     textures = write_textures(tmp_path / "textures")
     ep.extract(textures, "timm:test_resnet", weights="none", layer=("layer1", "penultimate"), image_size=64)
     fitted = ep.fit_head(layer="all")
-    assert fitted.report["decision"]["gain"] > 0
+    assert fitted.report["decision"]["chosen"] in ("single", "blocks")
+    assert fitted.report["decision"]["loss_difference"] < 0
     assert fitted.folder is not None
     blocks, decision = fitted.report["blocks"], fitted.report["decision"]
     used = [block for block in blocks if block["chosen"]]
-    assert [block["layer"] for block in used] == decision["blocks"]["layers"]
+    assert [block["layer"] for block in used] == decision[decision["chosen"]]["layers"]
     assert sum(block["dim"] for block in used) == fitted.head.feature_dim
     loaded = ep.Classifier.load(fitted.folder)
-    assert len(loaded.reference.parts) == len(used) > 1
+    assert len(loaded.reference.parts) == len(used)
     assert ep.evaluate(loaded).metrics == fitted.report["metrics"]["test"]
     new = [str(path) for path in sorted(textures.rglob("3.png"))]
     np.testing.assert_allclose(loaded.predict_proba(new), fitted.predict_proba(new), atol=1e-6)
@@ -152,13 +165,12 @@ def test_where_the_last_layer_wins_the_run_is_an_ordinary_one(features: ep.Featu
 def test_layers_are_ranked_on_val(features: ep.FeatureSet) -> None:
     fitted = ep.fit_head(compare_layers=True)
     table = fitted.report["ranking"]
-    merits = [(row["val_accuracy"], -row["val_log_loss"]) for row in table]
-    assert merits == sorted(merits, reverse=True)
+    losses = [row["val_log_loss"] for row in table]
+    assert losses == sorted(losses)
     assert [row["chosen"] for row in table] == [True] + [False] * (len(table) - 1)
     assert {row["layer"] for row in table} >= {"layer1", "layer4", "penultimate"}
     best = table[0]
     assert fitted.reference.spec["layer"] == best["layer"]
-    assert fitted.report["metrics"]["val"]["accuracy"] == best["val_accuracy"]
     alone = ep.fit_head(space=best["space"])
     assert alone.report["l2"] == best["l2"]
     some = ep.fit_head(compare_layers=True, layer=("layer1", "layer2")).report["ranking"]
@@ -195,6 +207,6 @@ def test_what_cannot_be_chosen(features: ep.FeatureSet) -> None:
 def test_the_command_line_tells_of_the_choice(run: Run, photos: Path) -> None:
     assert run("extract", photos, *TINY, "--layer", "layer1", "--layer", "penultimate").code == 0
     shown = run("fit-head", "--layer", "all").out
-    assert "on val: " in shown
+    assert "log loss held out: " in shown
     assert "layer1" in shown
     assert "chosen" in run("fit-head", "--compare-layers").out

@@ -98,7 +98,6 @@ class SpaceResolver:
     def load(self, request: Request) -> Backbone:
         """Return the backbone of a request; requests of one name share the model."""
         from embedpipe.backbones import at_layer, load_backbone
-        from embedpipe.images import Transform
 
         name, layer, view = request
         if hasattr(name, "spec"):
@@ -107,13 +106,7 @@ class SpaceResolver:
             backbone = at_layer(self.models[name], layer, pool=self.options["pool"])
         else:
             backbone = self.models[name] = load_backbone(name, **self.options, layer=layer)
-        if not view:
-            return backbone
-        if not isinstance(backbone.transform, Transform):
-            hint = "use an embedpipe.images.Transform"
-            raise UsageError("--views of a backbone with a transform of your own", hint=hint)
-        transform = replace(backbone.transform, augment=self.augment, seed=self.options["seed"], view=view)
-        return replace(backbone, transform=transform, spec={**backbone.spec, "transform": transform.to_dict()})
+        return backbone.augmented(self.augment, seed=self.options["seed"], view=view) if view else backbone
 
 
 def complete_spaces(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from embedpipe.classifier import Classifier, Scored
     from embedpipe.features import FeatureSet
     from embedpipe.heads import L2Path
-    from embedpipe.selection import HeadConfig
+    from embedpipe.selection import Candidate, HeadConfig
 
 LOCATIONS = ("features", "cache_dir", "runs_dir")  # arguments that do not shape a head
 FLAT = 1.01  # times the lowest log loss
@@ -35,6 +35,7 @@ def fit_head(
     select: Literal["log-loss", "accuracy"] = "log-loss",
     k: int | None = None,
     temperature: float | None = None,
+    views: Literal["auto", "off"] = "auto",
     refit: bool = False,
     calibrate: bool = False,
     standardize: bool = True,
@@ -76,6 +77,9 @@ def fit_head(
         knn: number of neighbours. By default selected as l2 is, by the log loss.
     temperature : float
         knn: a neighbour votes with exp(cosine / temperature). By default selected together with k.
+    views : str
+        auto: fit on the cached views of the train images, too, where that lowers the log loss on val; off: on the images alone.
+        An image has the same weight with and without views. kNN, ridge, regression and --shots use no views.
     refit : bool
         Fit again on train and val together, with the selected l2.
     calibrate : bool
@@ -98,10 +102,10 @@ def fit_head(
     backbone : str or several
         Use the space of this backbone; repeatable.
     layer : str or several
-        Use the space of this layer; repeatable, all means every cached one. Of several, those that improve val are used
-        together; if none does, the last layer is used alone.
+        Use the space of this layer; repeatable, all means every cached one. Of several, the best one or some together replace
+        the last layer if they predict held-out images better.
     compare_layers : bool
-        Rank every cached space (of --backbone and --layer, if given) on val and use the best.
+        Rank every cached space (of --backbone and --layer, if given) by held-out images and use the best.
 
     Returns
     -------
@@ -122,27 +126,26 @@ def fit_head(
     curve_points = parse_shots(shots)
     max_bytes = parse_amount(max_memory, BYTES, "--max-memory", "4GB")
     features = _open(features, Path(cache_dir), space=space, backbone=backbone, layer=layer, every=compare_layers)
-    task = features.manifest.task
-    shared = (features.classes, solver, l2, standardize, class_weight, features.widths, max_bytes, task)
-    config = HeadConfig(*shared, selection=select, k=k, temperature=temperature)
+    shared = (features.classes, solver, l2, standardize, class_weight, features.widths, max_bytes)
+    config = HeadConfig(*shared, features.manifest.task, select, k=k, temperature=temperature)
     config.check_knn_options()
     single = {"--class-weight": class_weight == "balanced", "--shots": curve_points, "--folds": folds}
     single |= {"--calibrate": calibrate, "--compare-layers": compare_layers}
     single |= {"a head on several layers": features.extra_spaces}
     check_task(features, *[option for option, value in single.items() if value])
-    features, selection = _select_spaces(features, config, compare=compare_layers)
-    config = replace(config, widths=features.widths)
-    path, report = _fit(features, config, refit=refit)
+    candidate, selection = _select_spaces(features, config, compare=compare_layers)
+    features, config = candidate.features, candidate.config
+    path, report = _finish(candidate, views=views == "auto", refit=refit)
     head = calibrated(path.head, features, unseen_val=not refit) if calibrate else path.head
     if selection or calibrate:
         report |= {**selection, "chosen_on": "val"}
     scored = _predict(features, head, config)
-    report |= {"options": options, "dataset": features.dataset, "task": task, "classes": list(features.classes)}
+    report |= {"options": options, "dataset": features.dataset, "task": config.task, "classes": list(features.classes)}
     report["leaks"] = find_leaks(features, scored, max_bytes=max_bytes)
     if curve_points:
         report["curve"] = _learning_curve(features, config, scored, points=curve_points, repeats=repeats, seed=seed)
     if folds is not None:
-        report["folds"] = _cross_validate(features, config, folds, seed)
+        report["folds"] = _cross_validate(features, config, report["views"], folds, seed)
     classifier = Classifier(head, Reference.of(features.spaces), _backbone=features.backbone)
     with new_run(Path(runs_dir), "fit-head") as run:
         if len(report["l2_path"]) > 1:
@@ -165,44 +168,43 @@ def _open(features: FeatureSet | PathLike | None, cache_dir: Path, **requested: 
     return features
 
 
-def _select_spaces(features: FeatureSet, config: HeadConfig, *, compare: bool) -> tuple[FeatureSet, dict[str, Any]]:
-    """Return the features of the spaces that score best on val, and the report of the selection.
+def _select_spaces(features: FeatureSet, config: HeadConfig, *, compare: bool) -> tuple[Candidate, dict[str, Any]]:
+    """Return the head of the spaces that predict held-out images best, and the report of the selection.
 
     Raises
     ------
-    UsageError    several spaces with a kNN head or without validation samples
+    UsageError    several spaces with a kNN head or without held-out images
     """
-    from embedpipe.selection import select_blocks, select_space
+    from embedpipe.selection import Candidate, select_blocks, select_space
 
     if not (compare or features.extra_spaces):
-        return features, {}
+        return Candidate.fit(features, config), {}
     if config.solver == "knn":
         raise UsageError("--solver knn uses one space", hint="name one --layer, or fit a linear head")
-    if "val" not in features.splits:
-        hint = "name one --layer, or add val/ images"
-        raise UsageError(f"{features.manifest.name} has no validation samples to select layers on", hint=hint)
-
-    def fit(part: FeatureSet) -> L2Path:
-        return replace(config, widths=part.widths).select_on(part)
-
-    return (select_space if compare else select_blocks)(features, fit)
+    return (select_space if compare else select_blocks)(features, config)
 
 
-def _fit(features: FeatureSet, config: HeadConfig, *, refit: bool) -> tuple[L2Path, dict[str, Any]]:
-    """Fit on train with the selected l2, and again on train and val if requested; return the head and its report."""
-    path = config.select_on(features)
+def _finish(candidate: Candidate, *, views: bool, refit: bool) -> tuple[L2Path, dict[str, Any]]:
+    """Try the cached views, fit again on train and val if requested, and return the head and its report."""
+    from embedpipe.selection import read_views, try_views
+
+    features, config = candidate.features, candidate.config
+    path, tried = try_views(candidate) if views else (candidate.path, None)
     splits = ("train", "val") if refit else ("train",)
     if refit:
-        path = replace(path, head=config.refit(*config.arrays(features, *splits), path))
+        samples, used = features.labelled_samples(*splits), bool(tried and tried["used"])
+        extra = read_views(features, samples, max_bytes=config.max_bytes) if used else None
+        path = replace(path, head=config.refit(*config.arrays(features, *splits), path, extra))
     if len(path.points) > 1:
         _warn_at_edge(path)
     points = [{name: point.get(name) for name in POINT_FIELDS[config.task]} for point in path.points]
-    used_val = refit or path.selected_on in ("val", "folds")
+    used_val = refit or tried or path.selected_on in ("val", "folds")
     report = {
         "solver": path.head.provenance["solver"],
         "l2": path.l2,
         "l2_path": points,
         "selection": describe_selection(path, config),
+        "views": tried,
         "n_train": sum(len(features.samples(split, labelled=True)) for split in splits),
         "chosen_on": "val" if used_val and features.samples("val", labelled=True) else None,
     }
@@ -270,12 +272,12 @@ def _learning_curve(
     return learning_curve(config, points, arrays.pop("train"), arrays, **options)
 
 
-def _cross_validate(features: FeatureSet, config: HeadConfig, folds: int, seed: int) -> dict[str, Any]:
+def _cross_validate(features: FeatureSet, config: HeadConfig, views: Any, folds: int, seed: int) -> dict[str, Any]:
     """Cross-validate over train and val: accuracy over all samples with its interval, and of each fold."""
     from embedpipe.evaluation import wilson_interval
     from embedpipe.selection import predict_out_of_fold
 
-    result = predict_out_of_fold(features, config, folds=folds, seed=seed)
+    result = predict_out_of_fold(features, config, folds=folds, seed=seed, views=bool(views and views["used"]))
     correct = result.probabilities.argmax(axis=1) == result.labels
     parts = [correct[result.fold == number] for number in range(folds)]
     per_fold = [
