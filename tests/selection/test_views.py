@@ -131,8 +131,8 @@ def test_views_of_several_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_predict_averages_views_and_caches_nothing(run: Run, features: ep.FeatureSet) -> None:
-    fitted = ep.fit_head(features)
-    images = [str(path) for path in sorted(Path("stripes/train/class0").glob("*.png"))][:4]
+    fitted = ep.fit_head(features, l2=1.0)
+    images = features.paths("train")[:4]
     before = {path: path.stat().st_mtime_ns for path in Path("cache").rglob("*.h5")}
     plain = np.array([one.values for one in ep.predict(fitted, images).predictions])
     averaged = np.array([one.values for one in ep.predict(fitted, images, views=3).predictions])
