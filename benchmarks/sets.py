@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,12 @@ def _commit() -> str:
 def commits(lines: Iterable[dict[str, Any]]) -> str:
     """Return a note that names the commits of cells."""
     return f"measured at {', '.join(sorted({line['commit'] for line in lines}))}"
+
+
+def interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean and its 95 % bootstrap interval over cells."""
+    draws = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(axis=1)
+    return float(np.mean(values)), *map(float, np.quantile(draws, [0.025, 0.975]))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
