@@ -29,7 +29,7 @@ from embedpipe.cache import Cache
 from embedpipe.data import Sample
 from embedpipe.features import open_features
 
-FOLDER = HERE / ".sets"  # beside these scripts, git-ignored
+FOLDER = (HERE / ".sets").resolve()  # beside these scripts, git-ignored
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 ELPV_IMAGES = 2624
 DEVELOPED, REPORTED = ("digits", "elpv", "stamps", "trash"), ("aerial", "bees", "greek", "pcb", "stylised")
