@@ -27,13 +27,12 @@ SHOTS, VIEWS, SMALL = 10, 4, 0.1
 
 def measure(name: str, backbone: str, augment: str, seed: int) -> dict[str, Any]:
     manifest = open_set(name, backbone, OPTIONS.data).manifest
-    table = FOLDER / "tables" / f"{name}-{seed}.csv"
-    table.parent.mkdir(exist_ok=True)
+    table = FOLDER / f"{name}-{seed}.csv"
     with table.open("w", newline="") as stream:
         writer = csv.writer(stream)
         writer.writerow(["path", "label", "split", "group"])
         for one in split_anew(name, manifest.samples, seed, SHOTS):
-            writer.writerow([FOLDER / name / one.path, one.label, one.split, one.group or ""])
+            writer.writerow([f"{name}/{one.path}", one.label, one.split, one.group or ""])
     extracting = {"weights": "packaged", "cache_dir": str(FOLDER / "cache"), "views": VIEWS, "augment": augment}
     features = ep.extract(str(table), **BACKBONES[backbone], **extracting)
     found: dict[str, Any] = {}
