@@ -1,8 +1,7 @@
 """Optima: the minima of one problem at several l2, each solved from those that were found before.
 
-Each weight is approximately a polynomial in log l2. A new l2 starts from the Lagrange polynomial through the optima around it: as
-many on each side, at most MAX_SIDE; beyond the last one, through the last MAX_BEYOND. Optima that are far away are left out,
-because a polynomial through them would oscillate. A small l2 is reached through larger ones, which are solved loosely.
+Each weight is approximately a polynomial in log l2. A new l2 starts from the Lagrange polynomial through the NODES nearest
+optima. A small l2 is reached through larger ones, which are solved loosely.
 
 >>> optima = Optima(problem, make_solver(problem))
 >>> optima.find([1e-2, 1e-3])
@@ -21,9 +20,7 @@ from embedpipe.heads._problem import TOLERANCE, Float64, Problem, Solve
 FIRST = 1e-2  # the l2 from which smaller ones are reached
 FAR, FACTOR, LOOSE_TOLERANCE = 13.0, 5.0, 0.1  # a step that is too large, the steps instead, and their tolerance
 BATCH_LOGITS, MAX_BATCH = 48, 4  # columns of one matrix product, and l2, that are solved together
-SAME = 1e-6  # a distance in log l2 that is negligible
-MAX_DISTANCE = 3.5  # in log l2, except for the nearest optima
-MAX_SIDE, MAX_BEYOND = 4, 3
+NODES, SAME = 3, 1e-6  # optima of a polynomial, and a distance in log l2 that is negligible
 
 Found = tuple[Float64, Float64, float]  # weight (K, D), bias (K,), objective
 
@@ -69,28 +66,15 @@ class Optima:
 
 def extrapolate(l2: float, found: Mapping[float, Found]) -> tuple[Float64, Float64]:
     """Return a starting point for l2, weight (K, D) and bias (K,), from at least one optimum at other l2."""
-    nodes = _choose_nodes(l2, sorted(found, reverse=True))
+    nodes: list[float] = []
+    for value in sorted(found, key=lambda value: abs(math.log(value / l2))):
+        if len(nodes) < NODES and all(abs(math.log(value / node)) > SAME for node in nodes):
+            nodes.append(value)
     distances = np.array([math.log(node / l2) for node in nodes])
-    others = [np.delete(distances, index) for index in range(len(nodes))]
-    # the value at l2 of the Lagrange basis polynomial of each node
-    shares = [float(np.prod(other / (other - own))) for own, other in zip(distances, others, strict=True)]
-    weight, bias = (
-        sum(share * found[node][part] for share, node in zip(shares, nodes, strict=True)) for part in (0, 1)
-    )
-    return np.asarray(weight), np.asarray(bias)
-
-
-def _choose_nodes(l2: float, falling: list[float]) -> list[float]:
-    """Return the l2 that the polynomial passes through."""
-    distinct = [falling[0]]
-    for value in falling:
-        if abs(math.log(value / l2)) <= SAME:
-            return [value]
-        if math.log(distinct[-1] / value) > SAME:
-            distinct.append(value)
-    above, below = [value for value in distinct if value > l2], [value for value in distinct if value < l2]
-    side = min(len(above), len(below), MAX_SIDE - 1) + 1
-    inside = bool(above and below)
-    nodes = [*above[-side:], *below[:side]] if inside else [*above[-MAX_BEYOND:], *below[:1]]
-    nearest = [*above[-2:], *below[:2]] if inside else [*above[-1:], *below[:1]]
-    return [node for node in nodes if node in nearest or abs(math.log(node / l2)) <= MAX_DISTANCE]
+    weight, bias = (np.zeros_like(part) for part in found[nodes[0]][:2])
+    for number, node in enumerate(nodes):
+        others = np.delete(distances, number)
+        share = np.prod(others / (others - distances[number]))  # of the Lagrange basis polynomial of the node
+        weight += share * found[node][0]
+        bias += share * found[node][1]
+    return weight, bias
