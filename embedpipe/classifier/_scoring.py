@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 PREDICTIONS = "predictions.csv"
 COLUMNS = ("path", "split", "label", "predicted", "probability", "key", "probability_of_label")
 N_WORST = 3  # classes in a report
+ROUNDING = 1e-6  # a relative difference of log losses that is negligible
 
 
 @dataclass(frozen=True)
@@ -226,10 +227,10 @@ def _calibration(scored: Mapping[str, Scored], classes: Sequence[str], applied: 
 
 
 def _best_temperature(probabilities: np.ndarray, y: np.ndarray) -> float | None:
-    """Return the temperature with the lowest log loss, or None if it does not lower it."""
+    """Return the temperature with the lowest log loss, or None if it does not lower it beyond rounding."""
     temperature = fit_temperature(probabilities, y)
-    lower = log_loss(scale_temperature(probabilities, temperature), y) < log_loss(probabilities, y)
-    return temperature if lower else None
+    lowest = log_loss(scale_temperature(probabilities, temperature), y)
+    return temperature if lowest < (1 - ROUNDING) * log_loss(probabilities, y) else None
 
 
 def _gap(probabilities: np.ndarray, y: np.ndarray) -> dict[str, float]:
