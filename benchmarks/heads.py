@@ -1,282 +1,171 @@
-"""What does the whole path over l2 cost, beside scikit-learn's fits?
+"""What does a head cost whose l2 is selected, beside one fit of scikit-learn?
 
-Simulated features with the spectrum of real ones, float32, standardised. One thread for all; CPU seconds.
+Simulated features with the spectrum of real ones, float32, a tenth as many rows for val and for test. CPU seconds of a process.
 
-python benchmarks/heads.py --shape 50000 512 10 --repeats 1
-python benchmarks/heads.py --shape 20000 512 10 --repeats 3 --folds 5    # ridge: what do folds save that share one Gram?
+python benchmarks/heads.py --repeats 3
+python benchmarks/heads.py --shapes 50000,512,10 --threads 2
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
+import sys
+import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[name] = "1"
+import numpy as np
+from measuring import CHILD, Spread, answered, interleave, one_or_more, print_table, run_way
 
-import numpy as np  # noqa: E402
-from measuring import Spread, answered, interleave, one_or_more, print_table, run_way  # noqa: E402
-
-COLD = 6  # of the l2, evenly spread, that are fitted from nothing; the rest are interpolated
-ITERATIONS, TOLERANCE = 10_000, 1e-4  # of scikit-learn; the latter is its own
+SHAPES = {"50000,512,10": 0.6, "20000,2048,100": 3.5, "20000,512,1000": 4.0}  # N, D, C and the ratio that is aimed at
+WHOLE = 1.5  # of fit-head to the selection and fit alone
+ITERATIONS, ONE_L2 = 10_000, 1e-3  # of scikit-learn, which stops at its own tolerance
 PLACES = (0, 1, 3, 10, 30, 100, 200, 300, 400, 511)  # in the spectrum, and the eigenvalues there
 EIGENVALUES = (44.9, 41.0, 16.9, 7.88, 3.30, 0.934, 0.36, 0.153, 0.062, 0.003)
-APART = 2.6  # how far: at N = 50,000, D = 512, C = 10 the best head gets 82 % of new rows right
-ONE_L2 = 1e-3
+APART = 2.6  # distance of classes: at N = 50,000, D = 512, C = 10 the best head gets 82 % of new rows right
+SPEC = {"source": "random", "architecture": "normal", "layer": "penultimate", "view": 0}
+Split = tuple[np.ndarray, np.ndarray]
 
 
-def features(n: int, width: int, n_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return features float32 (n, width), standardised, and labels int64 (n,).
+def make_splits(n: int, width: int, n_classes: int) -> dict[str, Split]:
+    """Return features float32 (n, width) and labels int64 (n,) of train, val and test.
 
     Their covariance has the eigenvalues that 512 of the lite0 features of 2,624 photographs (elpv) have, standardised; the
     classes differ along all of it, and overlap so that no head gets all rows right.
     """
-    random = np.random.default_rng(0)
+    random, total = np.random.default_rng(0), n + 2 * (n // 10)
     spectrum = np.exp(np.interp(np.linspace(0, 511, width), PLACES, np.log(EIGENVALUES)))
     turned, _ = np.linalg.qr(random.normal(size=(width, width)))
-    y = random.integers(n_classes, size=n)
+    y = random.integers(n_classes, size=total)
     middles = APART / np.sqrt(width) * random.normal(size=(n_classes, width))
-    X = (middles[y] + random.normal(size=(n, width))) * np.sqrt(spectrum) @ turned
-    return ((X - X.mean(axis=0)) / X.std(axis=0)).astype(np.float32), y
-
-
-def l2_grid() -> list[float]:
-    from embedpipe.heads import L2_GRID
-
-    return sorted(L2_GRID, reverse=True)
-
-
-def ours(shape: Sequence[int], l2s: Sequence[float]) -> dict[str, Any]:
-    import torch
-
-    from embedpipe.heads._batched_objective import BatchedObjective, has_native_bfloat16
-    from embedpipe.heads._newton import solve_path
-    from embedpipe.heads._problem import Problem
-
-    class Counted(BatchedObjective):
-        """Counts evaluations and Hessian-vector products, by the rows of weights that they carry."""
-
-        def evaluate(self, l2: Any, W: Any, b: Any) -> Any:
-            counts["evaluate", W.shape[0] * W.shape[1]] += 1
-            return super().evaluate(l2, W, b)
-
-        def hessian_product(self, at: Any, V: Any, c: Any, **options: Any) -> Any:
-            counts["hessian", V.shape[0] * V.shape[1]] += 1
-            return super().hessian_product(at, V, c, **options)
-
-    torch.set_num_threads(1)
-    X, y = features(*shape)
-    problem = Problem(X, y, np.full(len(y), 1 / len(y)), shape[2])
-    counts: Counter[tuple[str, int]] = Counter()
-    start = time.process_time()
-    objective = Counted(problem, bfloat16=len(l2s) > 1 and has_native_bfloat16())
-    weights, biases, _ = solve_path(objective, l2s)
-    cpu_s = time.process_time() - start
-    objectives = [problem.objective(*each) for each in zip(weights, biases, l2s, strict=True)]
+    X = (middles[y] + random.normal(size=(total, width))) * np.sqrt(spectrum) @ turned
+    X = ((X - X.mean(axis=0)) / X.std(axis=0)).astype(np.float32)
+    cuts = (0, n, n + n // 10, total)
     return {
-        "cpu_s": cpu_s,
-        "l2": list(l2s),
-        "objectives": objectives,
-        **_bounds(X, counts, bfloat16=objective.bfloat16),
+        split: (X[first:last].copy(), y[first:last])
+        for split, first, last in zip(("train", "val", "test"), cuts, cuts[1:], strict=False)
     }
 
 
-def _bounds(X: np.ndarray, counts: Counter[tuple[str, int]], *, bfloat16: bool) -> dict[str, float]:
-    """Return the seconds of the matrix products alone: in whole, and as if all were float32 and of the widest shape."""
-    import torch
+def write_cache(folder: Path, shape: tuple[int, int, int]) -> None:
+    """Write the features of images that do not exist into one space, and their sample table."""
+    from embedpipe.cache import Cache
+    from embedpipe.data import Manifest, Sample
+    from embedpipe.data._source import Source
 
-    x = torch.from_numpy(X)
-    features = {"evaluate": x, "hessian": x.bfloat16() if bfloat16 else x}
-    widest = max(rows for _, rows in counts)
-    own = sum(times * _product_s(features[kind], rows) for (kind, rows), times in counts.items())
-    evaluations = sum(times * rows for (_, rows), times in counts.items()) / widest
-    return {"own_s": own, "batched_s": evaluations * _product_s(x, widest)}
-
-
-def _product_s(x: Any, rows: int) -> float:
-    """Return the seconds of W X' and then (W X') X, in blocks of rows."""
-    import torch
-
-    weight = torch.randn(rows, x.shape[1]).to(x.dtype)
-    size = min(max(2**18 // rows // 64 * 64, 256), 1024 if x.dtype == torch.float32 else 4096)
-    best = np.inf
-    for _ in range(3):
-        start = time.process_time()
-        for first in range(0, len(x), size):
-            block = x[first : first + size]
-            (weight @ block.T) @ block
-        best = min(best, time.process_time() - start)
-    return float(best)
+    cache = Cache(folder)
+    space = cache.open_space(SPEC)
+    samples = []
+    with space.writer(feature_dim=shape[1], dtype="float32", environment={}, pins={}) as writer:
+        for split, (X, y) in make_splits(*shape).items():
+            keys = [hashlib.sha256(f"{split} {row}".encode()).digest() for row in range(len(y))]
+            for first in range(0, len(y), 1024):
+                writer.append(keys[first : first + 1024], X[first : first + 1024])
+            samples += [Sample(f"{split}{k}", str(c), split, None, keys[k]) for k, c in enumerate(y.tolist())]
+        writer.finish()
+    classes = tuple(str(c) for c in range(shape[2]))
+    manifest = Manifest("random", (Source("random", folder),), tuple(samples), classes, 0, (), ())
+    cache.set_latest(cache.write_dataset(manifest), [space.folder.name])
 
 
-def scikit_learn(
-    shape: Sequence[int], l2s: Sequence[float], warm: bool, tol: float = TOLERANCE, patched: bool = False
-) -> dict[str, Any]:
-    if patched:
-        from sklearnex import patch_sklearn
+def select_and_fit(shape: list[int], l2: float | str, standardize: bool = True) -> dict[str, Any]:
+    import torch  # noqa: F401
 
-        patch_sklearn(verbose=False)
+    from embedpipe.heads import fit_path
+
+    splits = make_splits(*shape)
+    classes = [str(c) for c in range(shape[2])]
+    start = time.process_time()
+    rows = *splits["train"], *splits["val"]
+    path = fit_path(*rows, classes=classes, l2=l2, standardize=standardize)  # type: ignore[arg-type]
+    cpu_s = time.process_time() - start
+    return {"cpu_s": cpu_s, "objective": path.head.provenance["objective"], "l2": path.l2, "tried": len(path.points)}
+
+
+def scikit_learn(shape: list[int]) -> dict[str, Any]:
     from sklearn.linear_model import LogisticRegression
 
     from embedpipe.heads._problem import Problem
 
-    X, y = features(*shape)
-    problem = Problem(X, y, np.full(len(y), 1 / len(y)), shape[2])
-    model = LogisticRegression(max_iter=ITERATIONS, warm_start=warm, tol=tol)
-    seconds, objectives = [], []
-    for l2 in l2s:
-        start = time.process_time()
-        model.set_params(C=1 / (len(y) * l2)).fit(X, y)
-        seconds.append(time.process_time() - start)
-        objectives.append(problem.objective(model.coef_, model.intercept_, l2))
-    return {"cpu_s": sum(seconds), "each_s": seconds, "l2": list(l2s), "objectives": objectives}
-
-
-def folds(shape: Sequence[int], count: int, shared: bool) -> dict[str, Any]:
-    """Cross-validate `ridge`, with one Gram for all folds or a new one for each fit."""
-    from embedpipe.selection import HeadConfig, cross_fit
-
-    class Alone(HeadConfig):
-        def gram(self, *_: Any, **__: Any) -> None:
-            return None
-
-    X, y = features(*shape)
-    config = (HeadConfig if shared else Alone)(tuple(map(str, range(shape[2]))), solver="ridge")
+    X, y = make_splits(*shape)["train"]
+    model = LogisticRegression(C=1 / (len(y) * ONE_L2), max_iter=ITERATIONS)
     start = time.process_time()
-    cross_fit(X, y, range(len(y)), config, folds=count, seed=0)
+    model.fit(X, y)
+    cpu_s = time.process_time() - start
+    problem = Problem(X, y, np.full(len(y), 1 / len(y)), shape[2])
+    return {"cpu_s": cpu_s, "objective": problem.objective(model.coef_, model.intercept_, ONE_L2)}
+
+
+def whole(cache: str, runs: str) -> dict[str, Any]:
+    import scipy.optimize  # noqa: F401
+    import torch  # noqa: F401
+
+    import embedpipe as ep
+
+    start = time.process_time()
+    ep.fit_head(cache_dir=cache, runs_dir=runs)
     return {"cpu_s": time.process_time() - start}
 
 
-WAYS = {"ours": ours, "scikit-learn": scikit_learn, "folds": folds}
+WAYS = {"select": select_and_fit, "scikit-learn": scikit_learn, "fit-head": whole}
+
+
+def compare(text: str, repeats: int) -> list[object]:
+    """Return the row of a shape."""
+    n, width, n_classes = map(int, text.split(","))
+    shape = [n, width, n_classes]
+    with tempfile.TemporaryDirectory() as name:
+        write_cache(Path(name) / "cache", (n, width, n_classes))
+        found = interleave(
+            {
+                "select": lambda: run_way(__file__, "select", shape=shape, l2="auto"),
+                "scikit-learn": lambda: run_way(__file__, "scikit-learn", shape=shape),
+                "one": lambda: run_way(__file__, "select", shape=shape, l2=ONE_L2, standardize=False),
+                "fit-head": lambda: run_way(__file__, "fit-head", cache=f"{name}/cache", runs=f"{name}/runs"),
+            },
+            repeats,
+        )
+    seconds = {way: [run["cpu_s"] for run in runs] for way, runs in found.items()}
+
+    def ratio(way: str, other: str) -> str:
+        pairs = zip(seconds[way], seconds[other], strict=True)
+        return Spread.of([one / reference for one, reference in pairs]).text(2)
+
+    gap = found["scikit-learn"][0]["objective"] / found["one"][0]["objective"] - 1
+    times = [Spread.of(seconds[way]).text() for way in ("select", "scikit-learn", "one", "fit-head")]
+    tried = f"{found['select'][0]['tried']}, {found['select'][0]['l2']:.1g}"
+    ratios = ratio("select", "scikit-learn"), SHAPES.get(text, ""), ratio("fit-head", "select")
+    return [f"{n:,} x {width}, {n_classes}", *times[:2], *ratios, f"{gap:.0e}", tried, *times[2:]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", type=one_or_more, nargs=3, default=(50_000, 512, 10), metavar=("N", "D", "C"))
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), metavar="N,D,C")
     parser.add_argument("--repeats", type=one_or_more, default=1)
-    parser.add_argument("--intelex", action="store_true", help="scikit-learn-intelex too, which has no warm start")
-    parser.add_argument(
-        "--only", nargs="+", metavar="WORD", help="the ways that have one of these words in their names"
-    )
-    parser.add_argument("--cold", type=one_or_more, default=COLD, help="how many of the 45 are fitted from nothing")
-    parser.add_argument("--folds", type=int, help="cross-validate with so many folds, nothing else")
-    parser.add_argument(
-        "--tol", type=float, default=TOLERANCE, help="where scikit-learn stops; at its own, far off for small l2"
-    )
+    parser.add_argument("--threads", type=one_or_more, default=1)
     options = parser.parse_args()
-    if options.shape[2] < 2:
-        parser.error(f"--shape has C = {options.shape[2]}, expected two classes or more")
-    if options.folds is not None and options.folds < 2:
-        parser.error(f"--folds is {options.folds}, expected 2 or more")
-    if options.folds:
-        return compare_folds(options)
-    grid = l2_grid()
-    some = [grid[round(k)] for k in np.linspace(0, len(grid) - 1, options.cold)]
-
-    def way(name: str, l2s: Sequence[float], **more: Any) -> Callable[[], dict[str, Any]]:
-        return lambda: run_way(__file__, name, shape=list(options.shape), l2s=list(l2s), **more)
-
-    ways = {
-        "embedpipe, path": way("ours", grid),
-        "embedpipe, one fit": way("ours", [ONE_L2]),
-        "scikit-learn, one fit": way("scikit-learn", [ONE_L2], warm=False, tol=options.tol),
-        "scikit-learn, each from nothing": way("scikit-learn", some, warm=False, tol=options.tol),
-        "scikit-learn, each from the last": way("scikit-learn", grid, warm=True, tol=options.tol),
-    }
-    if options.intelex:
-        ways["scikit-learn-intelex, each from nothing"] = way("scikit-learn", some, warm=False, patched=True)
-    if options.only:
-        ways = {name: run for name, run in ways.items() if any(word in name for word in options.only)}
-    if lacking := {_reference(name) for name in ways or ["embedpipe, path"]} - {*ways}:
-        parser.error(f"--only {' '.join(options.only)} leaves out {', '.join(lacking)}, which others are held against")
-    if not options.tol > 0:
-        parser.error(f"--tol is {options.tol:g}, expected more than 0")
-    found = interleave(ways, options.repeats)
-    n, width, n_classes = options.shape
+    os.environ["EMBEDPIPE_BENCH_THREADS"] = str(options.threads)
+    header = ("N x D, classes", "l2 auto, s", "scikit-learn, one l2, s", "ratio", "aimed at")
+    header = (*header, f"fit-head over l2 auto ({WHOLE} aimed at)", "gap of scikit-learn")
+    header = (*header, "l2 tried, selected", "one l2, s", "fit-head, s")
+    rows = [compare(shape, options.repeats) for shape in options.shapes]
     print_table(
-        f"45 values of l2, N = {n}, D = {width}, C = {n_classes}, {options.repeats} repeats, one thread, tol {options.tol:g}",
-        (
-            "way",
-            "fits run",
-            "CPU s",
-            "CPU s for all",
-            "x ours",
-            "objective above ours at most",
-            "our optimum over theirs",
-        ),
-        [_row(name, runs, found) for name, runs in found.items()],
-        "CPU s for all: of fits from nothing some are run, and the others interpolated between them",
-        f"one fit: l2 = {ONE_L2:g}, its ratio to our one fit",
-        "last columns: the largest relative difference of an objective from ours at the same l2, and of ours from theirs",
-        "tol: of scikit-learn",
-    )
-    path = found.get("embedpipe, path")
-    if not path:
-        return
-    print_table(
-        "The path and its kernels",
-        (
-            "path, CPU s",
-            "its matrix products alone",
-            "ratio",
-            "evaluations x a float32 product of the widest shape",
-            "ratio",
-        ),
-        [_kernels(path)],
+        f"CPU seconds of heads, {options.repeats} repeats, {options.threads} thread(s)",
+        header,
+        rows,
+        f"one l2: {ONE_L2}; gap: objective there above ours, relative to it; ours is at most 4e-7 above the minimum",
     )
 
 
-def compare_folds(options: argparse.Namespace) -> None:
-    def way(shared: bool) -> Callable[[], dict[str, Any]]:
-        return lambda: run_way(__file__, "folds", shape=list(options.shape), count=options.folds, shared=shared)
+if __name__ == "__main__":
+    if sys.argv[1:2] == [CHILD]:
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            os.environ[name] = os.environ.get("EMBEDPIPE_BENCH_THREADS", "1")
+        import threadpoolctl
 
-    found = interleave({"one for all": way(True), "a new one for each fit": way(False)}, options.repeats)
-    n, width, n_classes = options.shape
-    print_table(
-        f"{options.folds} folds by ridge, N = {n}, D = {width}, C = {n_classes}, {options.repeats} repeats, one thread",
-        ("Gram", "CPU s"),
-        [(name, Spread.of([run["cpu_s"] for run in runs]).text(2)) for name, runs in found.items()],
-    )
-
-
-def _row(name: str, runs: list[dict[str, Any]], found: dict[str, list[dict[str, Any]]]) -> list[object]:
-    one, reference = "one fit" in name, found[_reference(name)]
-    total = [run["cpu_s"] if one else _for_all(run) for run in runs]
-    ratio = [theirs / base["cpu_s"] for theirs, base in zip(total, reference, strict=True)]
-    above, below = [], []
-    for run, base in zip(runs, reference, strict=True):
-        best = dict(zip(base["l2"], base["objectives"], strict=True))
-        gaps = [value / best[l2] - 1 for l2, value in zip(run["l2"], run["objectives"], strict=True)]
-        above.append(max(gaps))
-        below.append(max(0.0, -min(gaps)))
-    seconds = Spread.of([run["cpu_s"] for run in runs]).text()
-    shown = [f"{max(above):.1e}", f"{max(below):.1e}"]
-    return [name, len(runs[0]["l2"]), seconds, Spread.of(total).text(), Spread.of(ratio).text(), *shown]
-
-
-def _reference(name: str) -> str:
-    return "embedpipe, one fit" if "one fit" in name else "embedpipe, path"
-
-
-def _for_all(run: dict[str, Any]) -> float:
-    """Return the seconds of all 45, from those of some by linear interpolation."""
-    if len(run["l2"]) == len(l2_grid()):
-        return float(run["cpu_s"])
-    places = [l2_grid().index(l2) for l2 in run["l2"]]
-    return float(np.interp(range(len(l2_grid())), places, run["each_s"]).sum())
-
-
-def _kernels(path: list[dict[str, Any]]) -> list[object]:
-    own, batched = ([run[key] for run in path] for key in ("own_s", "batched_s"))
-    ratios = [[run["cpu_s"] / run[key] for run in path] for key in ("own_s", "batched_s")]
-    texts = [Spread.of(values).text(2) for values in ratios]
-    seconds = [Spread.of(values).text() for values in ([run["cpu_s"] for run in path], own, batched)]
-    return [seconds[0], seconds[1], texts[0], seconds[2], texts[1]]
-
-
-if __name__ == "__main__" and not answered(WAYS):
-    main()
+        threadpoolctl.threadpool_limits(int(os.environ["OMP_NUM_THREADS"]))  # NumPy has been imported
+    if not answered(WAYS):
+        main()

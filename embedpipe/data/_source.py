@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
@@ -49,7 +50,7 @@ class Source:
         name = self.argument.rpartition("/")[2]
         return not self.is_hub and suffix_of(self.argument) in FILE_SUFFIXES and name != os.path.basename(self.root)
 
-    @property
+    @cached_property
     def prefix(self) -> str:
         """What the path of a sample is joined to for display: the argument, or the folder of the files that it names."""
         if self.is_hub:

@@ -40,7 +40,7 @@ from torch.nn.functional import softplus
 from embedpipe.heads._problem import ChunkedFeatures, Float64, Int64, Problem, blocks, centre_features, project_rows
 
 FLOAT64_SIZE = 2**22  # features of a problem that is solved in float64
-BLOCK_LOGITS, BLOCK_BYTES = 2**18, 2**23  # of a block of rows, which should fit in the processor's cache
+BLOCK_LOGITS, BLOCK_BYTES = 2**18, 2**21  # of a block of rows, which should fit in the processor's cache
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 512, 4096
 CHUNK_ROWS = 512  # of a block that is read from disk
 AHEAD = 8  # blocks that are read at a time for several threads
