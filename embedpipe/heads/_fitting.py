@@ -44,7 +44,8 @@ class L2Path:
     points : dicts in rising order of l2    l2, objective (on train, of folds their mean), and of held-out rows val_accuracy and
                                             val_log_loss, or val_rmse; of `ridge` also loo_accuracy or loo_rmse, each training
                                             row left out
-    losses, correct : of each held-out row at the chosen l2, float64 and bool (n,); empty without held-out rows
+    losses, correct : of each held-out row at the chosen l2, float64 and bool (n,); empty without held-out rows, and for kNN
+                      there is no `correct`
     selected_on : "val", "folds", "train" (each row left out) or None, if nothing was selected
     """
 

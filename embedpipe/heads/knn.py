@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from embedpipe.errors import UsageError
 from embedpipe.evaluation import negative_log, unit_rows
@@ -113,43 +113,35 @@ def fit_knn(
 
 def select_knn(
     folds: Sequence[Fold], n_classes: int, *, k: int | None = None, temperature: float | None = None
-) -> tuple[int, float, Float64, NDArray[np.bool_]]:
+) -> tuple[int, float, Float64]:
     """Return the k of KS and the temperature of TEMPERATURES with the lowest log loss on held-out rows, where they are not given.
 
     Rows of a class that the training part of a fold lacks do not count. Ties go to the smaller k and temperature.
 
     Returns
     -------
-    k, temperature, and of each held-out row its loss, float64 (n,), and whether it is predicted correctly, bool (n,)
+    k, temperature, and the loss of each held-out row, float64 (n,)
     """
-    ks, temperatures = (k,) if k else KS, (temperature,) if temperature else TEMPERATURES
-    parts = [_losses(one, n_classes, ks, temperatures) for one in folds]
-    if not any(len(loss) for loss, _ in parts):
-        return k or K, temperature or TEMPERATURE, np.zeros(0), np.zeros(0, dtype=bool)
-    loss, correct = (np.concatenate(part) for part in zip(*parts, strict=True))
-    best = int(loss.mean(axis=0).argmin())
-    row, column = divmod(best, len(temperatures))
-    return ks[row], temperatures[column], loss[:, best], correct[:, best]
+    options = [(one, other) for one in ([k] if k else KS) for other in ([temperature] if temperature else TEMPERATURES)]
+    losses = np.concatenate([np.zeros((0, len(options))), *(_losses(one, n_classes, options) for one in folds)])
+    if not len(losses):
+        return k or K, temperature or TEMPERATURE, losses[:, 0]
+    best = int(losses.mean(axis=0).argmin())
+    return *options[best], losses[:, best]
 
 
-def _losses(
-    fold: Fold, n_classes: int, ks: Sequence[int], temperatures: Sequence[float]
-) -> tuple[Float64, NDArray[np.bool_]]:
-    """Return loss and correctness of each held-out row for each k and temperature, (n, number of k x number of temperatures)."""
+def _losses(fold: Fold, n_classes: int, options: Sequence[tuple[int, float]]) -> Float64:
+    """Return the loss of each held-out row for each k and temperature, (n, number of options)."""
     rows_in, labels = check_labelled(fold.X[:], fold.y, n_classes)
     queries, truth = check_labelled(fold.X_held_out[:], fold.y_held_out, n_classes)
     features, known = unit_rows(rows_in.astype(np.float64)), np.isin(truth, labels)
     queries, truth = queries[known], truth[known]
-    loss = np.zeros((len(truth), len(ks) * len(temperatures)))
-    correct = np.zeros(loss.shape, dtype=bool)
-    for rows in blocks(queries, row_numbers=len(features) + n_classes) if len(truth) else ():
+    losses = np.zeros((len(truth), len(options)))
+    for rows in blocks(queries, row_numbers=len(features)):
         cosine = unit_rows(queries[rows].astype(np.float64)) @ features.T
-        order = np.argsort(-cosine, axis=1, kind="stable")[:, : max(ks)]
-        score, label = np.take_along_axis(cosine, order, axis=1), labels[order]
-        for number, (k, temperature) in enumerate((k, temperature) for k in ks for temperature in temperatures):
+        order = np.argsort(-cosine, axis=1, kind="stable")[:, : max(k for k, _ in options)]
+        score, own = np.take_along_axis(cosine, order, axis=1), labels[order] == truth[rows, None]
+        for number, (k, temperature) in enumerate(options):
             vote = np.exp((score[:, :k] - score[:, :1]) / temperature)
-            shares = np.zeros((len(score), n_classes))
-            np.add.at(shares, (np.arange(len(score))[:, None], label[:, :k]), vote)
-            own = shares[np.arange(len(score)), truth[rows]] / shares.sum(axis=1)
-            loss[rows, number], correct[rows, number] = negative_log(own), shares.argmax(axis=1) == truth[rows]
-    return loss, correct
+            losses[rows, number] = negative_log((vote * own[:, :k]).sum(axis=1) / vote.sum(axis=1))
+    return losses

@@ -183,10 +183,10 @@ class HeadConfig:
     def _select_knn(self, X: Features, y: Array, folds: Sequence[Fold], several: bool) -> L2Path:
         """Return a kNN head with the k and temperature that are given, or best on held-out rows."""
         self._check_knn_task()
-        k, temperature, losses, correct = select_knn(folds, len(self.classes), k=self.k, temperature=self.temperature)
+        k, temperature, losses = select_knn(folds, len(self.classes), k=self.k, temperature=self.temperature)
         selected_on = ("folds" if several else "val") if self.selects and folds else None
         head = fit_knn(X[:], y, classes=self.classes, k=k, temperature=temperature)
-        return L2Path(head, None, (), losses, correct, selected_on)
+        return L2Path(head, None, losses=losses, selected_on=selected_on)
 
     def fit(self, X: Features, y: Array, *, l2: float | None, views: Views | None = None) -> LinearHead | KnnHead:
         """Fit a head on X, y and views with a fixed l2; None for kNN."""

@@ -91,7 +91,7 @@ def test_copies_stay_in_one_fold() -> None:
 
 def test_knn_selects_k_and_temperature_by_the_log_loss() -> None:
     fold = Fold(X[TRAIN], Y[TRAIN], X[LARGE_VAL], Y[LARGE_VAL])
-    k, temperature, loss, correct = select_knn([fold], 10)
+    k, temperature, loss = select_knn([fold], 10)
     expected = {}
     for one in KS:
         for other in TEMPERATURES:
@@ -99,9 +99,6 @@ def test_knn_selects_k_and_temperature_by_the_log_loss() -> None:
             expected[one, other] = losses(head.predict_proba(X[LARGE_VAL]), Y[LARGE_VAL]).mean()
     assert expected[k, temperature] == pytest.approx(min(expected.values()), rel=1e-5)
     assert loss.mean() == pytest.approx(expected[k, temperature], rel=1e-5)
-    head = fit_knn(X[TRAIN], Y[TRAIN], classes=TEN, k=k, temperature=temperature)
-    predicted = head.predict_proba(X[LARGE_VAL]).argmax(axis=1)
-    assert correct.mean() == pytest.approx((predicted == Y[LARGE_VAL]).mean(), abs=0.005)
     assert select_knn([fold], 10, k=5)[0] == 5
     assert select_knn([fold], 10, temperature=0.5)[1] == 0.5
     assert HeadConfig(TEN, "knn").select(X[TRAIN], Y[TRAIN], X[VAL], Y[VAL]).selected_on == "folds"
