@@ -282,8 +282,7 @@ def _pick(cache: Cache, manifest: Manifest, spaces: Sequence[Space]) -> Space:
 
 def _every(cache: Cache, manifest: Manifest, backbones: Sequence[str], layers: Sequence[str]) -> list[Space]:
     """Return all complete spaces that match, grouped by model and in model order."""
-    clean = [space for space in _spaces_of(cache, *backbones) if not space.spec["view"]]
-    named = [space for space in clean if not layers or space.spec["layer"] in layers]
+    named = [space for space in _spaces_of(cache, *backbones) if not layers or space.spec["layer"] in layers]
     complete = [space for space in named if _is_complete(manifest, space)]
     if not complete:
         raise _none_complete(manifest, "", " --layer all")
@@ -383,8 +382,9 @@ def feature_spaces(cache: Cache) -> list[Space]:
 
 
 def _spaces_of(cache: Cache, *backbones: str | None) -> list[Space]:
-    """Return the spaces of features of some backbones; of all for None and by default."""
-    names = [(space, f"{space.spec['source']}:{space.spec['architecture']}") for space in feature_spaces(cache)]
+    """Return the spaces of clean images of some backbones; of all for None and by default."""
+    clean = [space for space in feature_spaces(cache) if not space.spec["view"]]
+    names = [(space, f"{space.spec['source']}:{space.spec['architecture']}") for space in clean]
     asked = {*backbones} - {None}
     return [space for space, name in names if not asked or asked & {name, name.removeprefix("timm:")}]
 

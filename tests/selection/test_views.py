@@ -15,7 +15,7 @@ from embedpipe.features import open_features
 from embedpipe.heads import fit_linear, select_rows
 from embedpipe.selection import HeadConfig, read_views
 from embedpipe.selection._views import select_views, training_rows
-from tests.conftest import Run
+from tests.conftest import Run, write_photos
 
 BACKBONE = {"backbone": "timm:test_resnet", "weights": "none"}
 
@@ -80,7 +80,7 @@ def test_a_head_is_fitted_on_views_where_they_lower_the_log_loss(features: ep.Fe
     assert plain.report["views"] is None
     assert (tried["augment"], tried["seed"], tried["count"]) == ("standard", 0, 3)
     assert tried["used"] == (tried["val_log_loss"] < tried["val_log_loss_without"])
-    assert tried["val_log_loss_without"] == plain.report["metrics"]["val"]["log_loss"]
+    assert tried["val_log_loss_without"] == pytest.approx(plain.report["metrics"]["val"]["log_loss"])
     expected = tried["val_log_loss"] if tried["used"] else tried["val_log_loss_without"]
     assert fitted.report["metrics"]["val"]["log_loss"] == pytest.approx(expected)
     assert fitted.report["n_train"] == plain.report["n_train"] == 24
@@ -124,6 +124,9 @@ def test_views_of_several_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [view.layers for view in both.views()] == [("layer1", "penultimate")] * 2
     assert len(both.only(both.spaces[:1]).views()) == 3
     assert ep.fit_head(both).report["views"]["count"] in (2, 3)
+    ep.extract(write_photos(tmp_path / "photos"), "timm:test_vit", weights="none")
+    assert open_features(cache, "stripes", layer="all").layers == ("layer1", "penultimate")
+    assert open_features(cache, "stripes", layer="layer1").space.spec["view"] == 0
     ep.extract(stripes, **BACKBONE, views=1, augment="flip", layer="layer1")
     assert [view.space.spec["transform"]["augment"] for view in open_features(cache, layer="layer1").views()] == [
         "flip"
