@@ -1,7 +1,7 @@
 """Optima: the minima of one problem at several l2, each solved from those that were found before.
 
 Each weight is approximately a polynomial in log l2. A new l2 starts from the Lagrange polynomial through the NODES nearest
-optima. A small l2 is reached through larger ones, which are solved loosely.
+optima; one through distant optima would oscillate. A small l2 is reached through larger ones, which are solved loosely.
 
 >>> optima = Optima(problem, make_solver(problem))
 >>> optima.find([1e-2, 1e-3])
@@ -20,7 +20,8 @@ from embedpipe.heads._problem import TOLERANCE, Float64, Problem, Solve
 FIRST = 1e-2  # the l2 from which smaller ones are reached
 FAR, FACTOR, LOOSE_TOLERANCE = 13.0, 5.0, 0.1  # a step that is too large, the steps instead, and their tolerance
 BATCH_LOGITS, MAX_BATCH = 48, 4  # columns of one matrix product, and l2, that are solved together
-NODES, SAME = 3, 1e-6  # optima of a polynomial, and a distance in log l2 that is negligible
+NODES, MAX_DISTANCE = 3, 3.5  # optima of a polynomial, and their distance in log l2, except for the nearest one
+SAME = 1e-6  # a distance in log l2 that is negligible
 
 Found = tuple[Float64, Float64, float]  # weight (K, D), bias (K,), objective
 
@@ -66,9 +67,11 @@ class Optima:
 
 def extrapolate(l2: float, found: Mapping[float, Found]) -> tuple[Float64, Float64]:
     """Return a starting point for l2, weight (K, D) and bias (K,), from at least one optimum at other l2."""
-    nodes: list[float] = []
-    for value in sorted(found, key=lambda value: abs(math.log(value / l2))):
-        if len(nodes) < NODES and all(abs(math.log(value / node)) > SAME for node in nodes):
+    nearest, *others = sorted(found, key=lambda value: abs(math.log(value / l2)))
+    nodes = [nearest]
+    for value in others:
+        is_new = all(abs(math.log(value / node)) > SAME for node in nodes)
+        if is_new and len(nodes) < NODES and abs(math.log(value / l2)) <= MAX_DISTANCE:
             nodes.append(value)
     distances = np.array([math.log(node / l2) for node in nodes])
     weight, bias = (np.zeros_like(part) for part in found[nodes[0]][:2])

@@ -1,4 +1,4 @@
-"""Solver `sklearn`: scikit-learn's LogisticRegression, whose C is 1 / l2 if the sample weights sum to 1.
+"""Solvers `lbfgs` and `sklearn`: scikit-learn's LogisticRegression, which is L-BFGS; its C is 1 / l2 as sample weights sum to 1.
 
 >>> weight, bias, objective = make_solver(problem)([1e-3], weight, bias, tolerance=4e-7)
 """

@@ -334,15 +334,15 @@ def test_many_classes_reach_a_small_l2_through_larger_ones() -> None:
 def test_starts_lie_on_a_polynomial_in_log_l2() -> None:
     def optimum(l2: float) -> tuple[np.ndarray, np.ndarray, float]:
         log = math.log(l2)
-        return np.full((1, 1), log**3), np.full(1, log**2), 0.0
+        return np.full((1, 1), log**2), np.full(1, log), 0.0
 
     optima = {l2: optimum(l2) for l2 in np.logspace(0, -4, 9).tolist()}
     inside, beyond, distant = (extrapolate(l2, optima) for l2 in (10**-2.25, 10**-4.5, 1e-9))
-    assert inside[0].item() == pytest.approx(math.log(10**-2.25) ** 3)
-    assert inside[1].item() == pytest.approx(math.log(10**-2.25) ** 2)
-    assert beyond[1].item() == pytest.approx(math.log(10**-4.5) ** 2)  # through the last three
-    assert distant[1].item() == pytest.approx(math.log(1e-4) ** 2)  # the last one
-    assert extrapolate(1e-2 * (1 + 1e-9), optima)[0].item() == pytest.approx(math.log(1e-2) ** 3)
+    assert inside[0].item() == pytest.approx(math.log(10**-2.25) ** 2)
+    assert inside[1].item() == pytest.approx(math.log(10**-2.25))
+    assert beyond[0].item() == pytest.approx(math.log(10**-4.5) ** 2)  # through the last three
+    assert distant[1].item() == pytest.approx(math.log(1e-4))  # the last one
+    assert extrapolate(1e-2 * (1 + 1e-9), optima)[0].item() == pytest.approx(math.log(1e-2) ** 2)
 
 
 def test_a_tolerance_below_the_rounding_error_ends_at_that_error() -> None:

@@ -67,8 +67,8 @@ def fit_head(
     features : FeatureSet, or name, id or path of a data set
         Default: the data set that was extracted last.
     solver : str
-        newton (auto), lbfgs and sklearn minimise the same objective; ridge fits least squares and is the fastest; knn uses the
-        nearest training images. Several labels: newton or ridge; regression: ridge.
+        newton (auto) and lbfgs, which is scikit-learn's and also named sklearn, minimise the same objective; ridge fits least
+        squares and is the fastest; knn uses the nearest training images. Several labels: newton or ridge; regression: ridge.
     l2 : float or auto
         Penalty strength; auto searches 45 values from 1e-6 to 100.
     select : str
