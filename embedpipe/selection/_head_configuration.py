@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from embedpipe.data import label_names
 from embedpipe.errors import UsageError, warn
 from embedpipe.heads import (
+    L2_GRID,
     SELECT,
     TEMPERATURE,
     Features,
@@ -58,6 +59,7 @@ class HeadConfig:
     max_bytes : float        memory limit of fitting; larger feature sets are read in chunks
     selection : str          "log-loss" or "accuracy" on held-out rows
     k, temperature           of kNN; None selects them by the log loss
+    grid : tuple of float    the l2 that are searched
 
     Raises
     ------
@@ -76,6 +78,7 @@ class HeadConfig:
     k: int | None = None
     temperature: float | None = None
     block_weights: tuple[float, ...] = ()
+    grid: tuple[float, ...] = L2_GRID
 
     def __post_init__(self) -> None:
         if self.selection not in SELECT:
@@ -178,7 +181,7 @@ class HeadConfig:
         if self.solver == "knn":
             return self._select_knn(X, y, folds or ([Fold(X, y, X_val, y_val)] if len(y_val) else ()), bool(folds))
         rows, options = self._training(X, y, views)
-        return fit_path(*rows, X_val, y_val, l2=self.l2, select=self.selection, folds=folds, **options)
+        return fit_path(*rows, X_val, y_val, l2=self.l2, grid=self.grid, select=self.selection, folds=folds, **options)
 
     def _select_knn(self, X: Features, y: Array, folds: Sequence[Fold], several: bool) -> L2Path:
         """Return a kNN head with the k and temperature that are given, or best on held-out rows."""

@@ -29,6 +29,7 @@ from embedpipe.selection._views import read_views
 
 BOOTSTRAP_DRAWS, BOOTSTRAP_SEED = 10_000, 0
 MIN_GAIN = 0.01  # of the log loss, in nats
+NEAR = 10  # a factor: how far the l2 with views may be from the one without
 BLOCK_WEIGHTS = (1.0, 0.25, 4.0)  # of a block that is added, relative to those that are there
 
 
@@ -127,6 +128,8 @@ def select_blocks(features: FeatureSet, config: HeadConfig) -> tuple[Candidate, 
 def try_views(candidate: Candidate) -> tuple[L2Path, dict[str, Any] | None]:
     """Fit again with the cached views of the train images, and keep that if the log loss of held-out images is lower.
 
+    The l2 with views is selected within a factor of NEAR of the one without: two free selections on few images would be noisy.
+
     Returns
     -------
     The better path, and a dict, or None if there are no views or the solver does not use them
@@ -144,6 +147,9 @@ def try_views(candidate: Candidate) -> tuple[L2Path, dict[str, Any] | None]:
     report = {"augment": transform["augment"], "seed": transform["seed"], "count": len(found), "used": False}
     if not len(path.losses):
         return path, {**report, "val_log_loss": None, "val_log_loss_without": None}
+    if config.selects_l2 and path.l2:  # views do not change the scale of the objective
+        near = tuple(l2 for l2 in config.grid if path.l2 / NEAR <= l2 <= path.l2 * NEAR)
+        config = replace(config, grid=near)
     augmented = config.select_on(features, views=views)
     losses = [float(one.losses.mean()) for one in (augmented, path)]
     report |= {"used": losses[0] < losses[1], "val_log_loss": losses[0], "val_log_loss_without": losses[1]}
