@@ -76,8 +76,8 @@ def extrapolate(l2: float, found: Mapping[float, Found]) -> tuple[Float64, Float
     distances = np.array([math.log(node / l2) for node in nodes])
     weight, bias = (np.zeros_like(part) for part in found[nodes[0]][:2])
     for number, node in enumerate(nodes):
-        others = np.delete(distances, number)
-        share = np.prod(others / (others - distances[number]))  # of the Lagrange basis polynomial of the node
+        rest = np.delete(distances, number)
+        share = np.prod(rest / (rest - distances[number]))  # of the Lagrange basis polynomial of the node
         weight += share * found[node][0]
         bias += share * found[node][1]
     return weight, bias
