@@ -44,7 +44,7 @@ bench: $(BENCH)/.done
 	$(BENCH_RUN)/second_extract.py --images 10000 --repeats 2
 	$(BENCH_RUN)/memory.py --sizes 1000 10000 --repeats 2
 	$(BENCH_RUN)/isolated_decoding.py --images 400 --repeats 5
-	$(BENCH_RUN)/heads.py --repeats 3
+	$(BENCH_RUN)/heads.py --repeats 2
 	$(BENCH_RUN)/out_of_core.py
 	$(BENCH_RUN)/finetune.py --images 400 --repeats 3
 	$(BENCH_RUN)/accuracy.py layers

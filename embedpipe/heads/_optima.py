@@ -17,7 +17,7 @@ import numpy as np
 
 from embedpipe.heads._problem import TOLERANCE, Float64, Problem, Solve
 
-FIRST = 1e-2  # the l2 from which smaller ones are reached
+FIRST, LEAST = 1e-2, 1e-12  # the l2 from which smaller ones are reached, and down to which in steps
 FAR, FACTOR, LOOSE_TOLERANCE = 13.0, 5.0, 0.1  # a step that is too large, the steps instead, and their tolerance
 BATCH_LOGITS, MAX_BATCH = 48, 4  # columns of one matrix product, and l2, that are solved together
 NODES, MAX_DISTANCE = 3, 3.5  # optima of a polynomial, and their distance in log l2, except for the nearest one
@@ -50,7 +50,7 @@ class Optima:
         if self._solve is None:
             return
         nearest = min((l2 for l2 in self.found if l2 >= l2s[0]), default=FIRST)
-        while nearest / FAR > l2s[0]:
+        while nearest / FAR > max(l2s[0], LEAST):
             nearest /= FACTOR
             self._find([nearest], LOOSE_TOLERANCE)
         for first in range(0, len(l2s), self.batch):
