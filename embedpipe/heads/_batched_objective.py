@@ -323,10 +323,10 @@ def _split(W: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 def _logits(x: Tensor, W: Tensor, b: Tensor, low: Tensor | None = None) -> Tensor:
     """Return W x + b, (L, K, n), for rows x (n, D) and what `_split` returns."""
-    logits = product(W.flatten(0, 1), x.T).add_(b.reshape(-1, 1))
+    logits = product(x, W.flatten(0, 1).T).add_(b.reshape(-1))
     if low is not None:
-        logits += product(low.flatten(0, 1), x.T)
-    return logits.view(*b.shape, len(x))
+        logits += product(x, low.flatten(0, 1).T)
+    return logits.T.view(*b.shape, len(x))
 
 
 def product(A: Tensor, B: Tensor) -> Tensor:

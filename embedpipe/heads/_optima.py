@@ -20,7 +20,8 @@ from embedpipe.heads._problem import TOLERANCE, Float64, Problem, Solve
 FIRST, LEAST = 1e-2, 1e-12  # the l2 from which smaller ones are reached, and down to which in steps
 FAR, FACTOR, LOOSE_TOLERANCE = 13.0, 5.0, 0.1  # a step that is too large, the steps instead, and their tolerance
 BATCH_LOGITS, MAX_BATCH = 48, 4  # columns of one matrix product, and l2, that are solved together
-NODES, MAX_DISTANCE = 3, 3.5  # optima of a polynomial, and their distance in log l2, except for the nearest one
+NODES = 4  # optima that a polynomial passes through
+INSIDE, BEYOND = 9.0, 3.5  # their distance in log l2, except for the nearest one: between optima, and past the last one
 SAME = 1e-6  # a distance in log l2 that is negligible
 
 Found = tuple[Float64, Float64, float]  # weight (K, D), bias (K,), objective
@@ -68,10 +69,10 @@ class Optima:
 def extrapolate(l2: float, found: Mapping[float, Found]) -> tuple[Float64, Float64]:
     """Return a starting point for l2, weight (K, D) and bias (K,), from at least one optimum at other l2."""
     nearest, *others = sorted(found, key=lambda value: abs(math.log(value / l2)))
-    nodes = [nearest]
+    nodes, most = [nearest], INSIDE if min(found) < l2 < max(found) else BEYOND
     for value in others:
         is_new = all(abs(math.log(value / node)) > SAME for node in nodes)
-        if is_new and len(nodes) < NODES and abs(math.log(value / l2)) <= MAX_DISTANCE:
+        if is_new and len(nodes) < NODES and abs(math.log(value / l2)) <= most:
             nodes.append(value)
     distances = np.array([math.log(node / l2) for node in nodes])
     weight, bias = (np.zeros_like(part) for part in found[nodes[0]][:2])
