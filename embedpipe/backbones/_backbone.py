@@ -94,7 +94,7 @@ class Backbone:
         """
         if not isinstance(self.transform, Transform):
             hint = "use an embedpipe.images.Transform"
-            raise UsageError("--views of a backbone with a transform of your own", hint=hint)
+            raise UsageError(f"--augment {augment} of a backbone with a transform of your own", hint=hint)
         transform = replace(self.transform, augment=augment, seed=seed, view=view)
         return replace(self, transform=transform, spec={**self.spec, "transform": transform.to_dict()})
 

@@ -21,7 +21,6 @@ from embedpipe.cache import Cache
 from embedpipe.commands.finetune._sources import ImageSource, TrainingSource
 from embedpipe.data import Sample
 from embedpipe.features import FeatureSet
-from embedpipe.images import Transform
 from embedpipe.inference import FeatureRequest, Progress, compute_missing, resolve_settings, space_spec
 
 
@@ -75,8 +74,7 @@ class ActivationCache:
 
     def _target(self, dtype: str, splits: tuple[str, ...], view: int) -> FeatureRequest:
         trunk, images = self.trunk, self.images
-        if view and isinstance(t := images.view_transform(view), Transform):
-            trunk = replace(trunk, transform=t, spec={**trunk.spec, "transform": t.to_dict()})
+        trunk = trunk.augmented(images.augment, seed=images.seed, view=view) if view else trunk
         spec = space_spec(trunk, "fp32", dtype, view=view)
         loader = images.features.loader if self.layer == "head" and not view else {}
         return FeatureRequest(self.cache.open_space(spec), trunk, loader, splits)

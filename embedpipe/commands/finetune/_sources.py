@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from embedpipe.backbones import Backbone
 from embedpipe.classifier import Scored
 from embedpipe.classifier.network import Network
 from embedpipe.data import Sample
-from embedpipe.errors import UsageError, warn
+from embedpipe.errors import warn
 from embedpipe.features import FeatureSet
 from embedpipe.images import Transform, image_batches
 from embedpipe.inference import InferenceSettings
@@ -105,13 +105,9 @@ class ImageSource(TrainingSource):
         ------
         UsageError    augmentation of a backbone whose transform is not an embedpipe.images.Transform
         """
-        transform = self.backbone.transform
         if self.augment == "none":
-            return transform
-        if not isinstance(transform, Transform):
-            hint = "use an embedpipe.images.Transform, or --augment none"
-            raise UsageError(f"--augment {self.augment} of a backbone with a transform of your own", hint=hint)
-        return replace(transform, augment=self.augment, seed=self.seed, view=view)
+            return self.backbone.transform
+        return self.backbone.augmented(self.augment, seed=self.seed, view=view).transform
 
     def _batches(
         self, samples: Sequence[Sample], transform: ImageTransform
